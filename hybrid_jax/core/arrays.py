@@ -1,0 +1,37 @@
+"""Dimension letters and masked reductions.
+
+Letters used in every shape annotation, comment and einsum of the package:
+
+    B sequences      T tokens (= P + R)   P prompt tokens   R response tokens   S key/value positions
+    V vocabulary     N samples a prompt   D width           H query heads       K key/value heads
+    C head channels  F MLP width          L layers          M memory slots      W word width     Y labels
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """Sum of ``x`` where ``mask``; what is masked out may be anything, NaN included."""
+    return jnp.sum(jnp.where(mask, x, 0.0))
+
+
+def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """Mean of ``x`` where ``mask``; 0 for an empty mask."""
+    return masked_sum(x, mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
+    """Biased variance of ``x`` where ``mask``."""
+    return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of each token within its segment, from 0; padding on the left of a segment does not count."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    starts = jnp.where(segment_ids != before, index, 0)
+    return index - jax.lax.cummax(starts, axis=1)

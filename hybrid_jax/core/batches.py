@@ -1,0 +1,65 @@
+"""The contracts between stages: every batch that crosses a folder boundary, with its shapes.
+
+Two rules hold for all of them. Masks come from lengths, never from ``token != pad``; True keeps.
+Item ``t`` of a response array belongs to response token ``t``: ``log_probs[b, t]`` is log π(token t | before),
+``values[b, t]`` the value of the state *before* it, ``rewards[b, t]`` what is received *after* it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a data source: a prompt, its response if there is one, and every other column as it came."""
+
+    prompt: str
+    response: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@struct.dataclass
+class TokenBatch:
+    """Tokens to learn from. A row holds one sequence, or several packed ones told apart by `segment_ids`."""
+
+    tokens: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]  # 0 is padding; 1, 2, … number the sequences of a row
+    loss_mask: Bool[Array, "B T"]  # item t: token t is a target (never the first token of a segment)
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts to answer, left-padded to one length so that every response starts in the same column."""
+
+    tokens: np.ndarray  # int32 [B P]
+    mask: np.ndarray  # bool [B P], True at the right
+    examples: tuple[Example, ...]  # length B, for the rewards
+
+
+@struct.dataclass
+class Samples:
+    """Sampled responses, right-padded."""
+
+    tokens: Int[Array, "B R"]
+    log_probs: Float[Array, "B R"]  # under the distribution that sampled (temperature and truncation included)
+    response_mask: Bool[Array, "B R"]  # True up to and including the end-of-sequence token
+
+
+@struct.dataclass
+class Rollout:
+    """What PPO learns from: prompts with sampled responses, scored by policy, value and reference models."""
+
+    tokens: Int[Array, "B T"]  # left-padded prompt, then right-padded response; T = P + R
+    attention_mask: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B R"]
+    log_probs: Float[Array, "B R"]  # of the behaviour policy
+    values: Float[Array, "B R"]
+    advantages: Float[Array, "B R"]
+    returns: Float[Array, "B R"]

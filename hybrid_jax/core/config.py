@@ -1,0 +1,211 @@
+"""Config files to frozen dataclasses, strictly: types come from the hints, an unknown key is an error.
+
+A field annotated ``Annotated[Reward, REWARDS]`` holds a component of that registry and is written in YAML as
+``{name: ..., setting: ...}``. A dataclass checks its own values in ``__post_init__`` by raising ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+
+from hybrid_jax.core.registry import Registry, UserError, suggest
+
+T = TypeVar("T")
+
+
+def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a YAML file with its optional ``base:`` file, then applies ``a.b=value`` overrides."""
+    settings = _read(Path(path))
+    if base := settings.pop("base", None):
+        settings = merge(_read(Path(path).parent / base), settings)
+    for override in overrides:
+        settings = merge(settings, _parse_override(override))
+    return settings
+
+
+def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Deep merge of ``new`` over ``old``; naming another component drops the settings of the old one."""
+    merged = dict(old)
+    for key, value in new.items():
+        before = merged.get(key)
+        both = isinstance(before, Mapping) and isinstance(value, Mapping)
+        if both and value.get("name", before.get("name")) == before.get("name"):
+            merged[key] = merge(before, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def parse(cls: type[T], settings: Any, path: str = "") -> T:
+    """Builds the dataclass ``cls`` from a mapping; raises `UserError` with the dotted path of what is wrong."""
+    return _parse_dataclass(cls, settings, path)
+
+
+def to_dict(value: Any, hint: Any = Any) -> Any:
+    """The inverse of `parse`: plain values that YAML can hold, components with their names."""
+    if get_origin(hint) is typing.Annotated:
+        registry = hint.__metadata__[0]
+        settings = to_dict(value) if dataclasses.is_dataclass(value) else {}
+        return {"name": registry.name_of(value), **settings} if value is not None else None
+    if get_origin(hint) in (Union, types.UnionType):
+        inner = [h for h in get_args(hint) if h is not type(None)]
+        return None if value is None else to_dict(value, inner[0] if len(inner) == 1 else Any)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints = typing.get_type_hints(type(value), include_extras=True)
+        return {f.name: to_dict(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init}
+    if isinstance(value, Mapping):
+        inner = get_args(hint)[1] if len(get_args(hint)) == 2 else Any
+        return {key: to_dict(item, inner) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        inner = get_args(hint)[0] if get_args(hint) else Any
+        return [to_dict(item, inner) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"no config file {str(path)!r}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
+    return settings
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"an override is written a.b=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not YAML") from error
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return value
+
+
+def _parse_value(hint: Any, value: Any, path: str) -> Any:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is typing.Annotated:
+        return _parse_component(hint.__metadata__[0], value, path)
+    if origin in (Union, types.UnionType):
+        return _parse_optional(arguments, value, path)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, typing.cast(type, hint)) else _parse_dataclass(hint, value, path)
+    if origin in (list, tuple, Sequence):
+        return _parse_sequence(origin, arguments, value, path)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _wrong_type(path, "a mapping", value)
+        return {str(key): _parse_value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+    return _parse_scalar(hint, value, path)
+
+
+def _parse_dataclass(cls: Any, settings: Any, path: str) -> Any:
+    if not isinstance(settings, Mapping):
+        raise _wrong_type(path or "config", "a mapping", settings)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    hints = typing.get_type_hints(cls, include_extras=True)
+    for key in settings:
+        if key not in fields:
+            raise UserError(f"unknown setting {_join(path, key)!r}; {suggest(str(key), fields)}")
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in settings:
+            raise UserError(f"{_join(path, name)} is missing")
+    values = {key: _parse_value(hints[key], value, _join(path, key)) for key, value in settings.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise UserError(_join(path, str(error)) if path else str(error)) from error
+
+
+def _parse_component(registry: Registry, value: Any, path: str) -> Any:
+    if isinstance(value, str):
+        value = {"name": value}
+    if not isinstance(value, Mapping):
+        if value is not None and not isinstance(value, int | float | list):
+            return value  # an object given from Python
+        raise _wrong_type(path, "{name: ..., ...}", value)
+    settings = dict(value)
+    name = settings.pop("name", None)
+    if not isinstance(name, str):
+        raise UserError(f"{path}.name is missing; known {registry.kind}s: {', '.join(registry)}")
+    try:
+        entry = registry[name]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if dataclasses.is_dataclass(entry):
+        return _parse_dataclass(entry, settings, path)
+    if inspect.isfunction(entry) and not settings:
+        return entry
+    raise UserError(f"{path}: {name!r} takes no settings, got {', '.join(settings)}")
+
+
+def _parse_optional(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and type(None) in choices:
+        return None
+    inner = [choice for choice in choices if choice is not type(None)]
+    problems = []
+    for choice in inner:
+        try:
+            return _parse_value(choice, value, path)
+        except UserError as error:
+            problems.append(error)
+    raise problems[0] if len(inner) == 1 else _wrong_type(path, " or ".join(map(_describe, inner)), value)
+
+
+def _parse_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, path: str) -> Any:
+    if not isinstance(value, list | tuple):
+        raise _wrong_type(path, "a list", value)
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        if len(value) != len(arguments):
+            raise UserError(f"{path} must hold {len(arguments)} values, got {len(value)}")
+        return tuple(_parse_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
+    items = [_parse_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    return items if origin is list else tuple(items)
+
+
+def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as a string
+        except ValueError:
+            raise _wrong_type(path, "a number", value) from None
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _wrong_type(path, _describe(hint), value)
+    return value
+
+
+def _describe(hint: Any) -> str:
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+    return words.get(hint) or getattr(hint, "__name__", str(hint))
+
+
+def _wrong_type(path: str, expected: str, value: Any) -> UserError:
+    return UserError(f"{path} must be {expected}, got {value!r}")
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

@@ -1,0 +1,74 @@
+"""Named components: the only lists of names that a config may use.
+
+A component is a frozen dataclass, its fields are its settings. It enters a registry by name:
+
+    @REWARDS.register("length")
+    @dataclass(frozen=True)
+    class Length: ...
+
+and a config says ``{name: length, target: 20}``. Code outside the package needs no registration: ``name:
+my_package.my_module:MyReward`` imports it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+class Registry(Generic[T]):
+    """Maps names to component classes (or functions) of one kind."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        def add(entry: type[T]) -> type[T]:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            self._entries[name] = entry
+            return entry
+
+        return add
+
+    def __getitem__(self, name: str) -> type[T]:
+        if ":" in name:
+            return self._import(name)
+        if name not in self._entries:
+            raise UserError(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def name_of(self, entry: object) -> str:
+        """The name under which a config finds ``entry`` (an instance, or the entry itself)."""
+        wanted = entry if entry in self._entries.values() else type(entry)
+        for name, known in self._entries.items():
+            if known is wanted:
+                return name
+        return f"{wanted.__module__}:{wanted.__qualname__}"
+
+    def _import(self, name: str) -> type[T]:
+        module_name, _, attribute = name.partition(":")
+        try:
+            return getattr(importlib.import_module(module_name), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+
+
+def suggest(name: str, known: Iterator[str] | dict | set | list | tuple) -> str:
+    """The nearest known name, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"

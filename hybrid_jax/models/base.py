@@ -1,0 +1,80 @@
+"""The one protocol behind every backbone: decoder, recurrent, memory, Markov."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]  # a nested dict of arrays
+Cache = Any  # a pytree: keys and values, a hidden state, a memory, or the last k tokens
+
+
+@struct.dataclass
+class ModelOutput:
+    logits: Float[Array, "B T V"]  # float32; item t scores token t + 1
+    hidden: Float[Array, "B T D"]  # what the heads read
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A language model as pure functions over a parameter tree.
+
+    ``attention_mask`` is bool (True is a token) or int: then it numbers the packed sequences of a row and 0 is
+    padding. A token sees the tokens of its own segment up to itself; positions count from the segment's start,
+    so left padding changes nothing. ``None`` means that every token is real.
+    """
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest sequence the model can read; None has no bound."""
+        ...
+
+    def init(self, key: Array) -> Params: ...
+
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Final hidden states (after the last norm). Dropout acts only where a key is given."""
+        ...
+
+    def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Next-token scores, float32: only for the positions that are wanted."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> ModelOutput: ...
+
+    def init_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for ``batch`` rows of at most ``length`` tokens."""
+        ...
+
+    def prefill(
+        self, params: Params, tokens: Int[Array, "B P"], attention_mask: Bool[Array, "B P"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads left-padded prompts into the empty cache; returns the scores of the first response token."""
+        ...
+
+    def step(
+        self, params: Params, token: Int[Array, "B"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads one token a row; returns the scores of the next one."""
+        ...

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -27,6 +28,30 @@ def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array
 def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """Biased variance of ``x`` where ``mask``."""
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+@struct.dataclass
+class Sum:
+    """A sum over valid tokens with its weight: losses and metrics are Sums, divided once, at the end.
+
+    Sums of two halves of a batch add up to the Sum of the whole, so microbatches, padding and the device count
+    cannot change a gradient.
+    """
+
+    total: Float[Array, ""]
+    weight: Float[Array, ""]  # how many items were summed
+
+    @classmethod
+    def of(cls, x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Sum:
+        """Sums ``x`` where ``mask``; what is masked out may be anything, NaN included."""
+        return cls(total=masked_sum(x, mask), weight=jnp.sum(mask, dtype=jnp.float32))
+
+    def mean(self) -> Float[Array, ""]:
+        """``total / weight``; 0 for weight 0."""
+        return self.total / jnp.where(self.weight == 0, 1.0, self.weight) * (self.weight != 0)
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(total=self.total + other.total, weight=self.weight + other.weight)
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:

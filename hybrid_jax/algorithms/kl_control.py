@@ -1,0 +1,82 @@
+"""How strongly the policy is held to its reference: the coefficient β of the KL penalty.
+
+A control is its own config; its state is a scalar array, so that it lives in the checkpoint and under `jit`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from hybrid_jax.core.registry import Registry
+
+State = Float[Array, ""]
+
+
+class KLControl(Protocol):
+    def init(self) -> State: ...
+
+    def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
+        """The state after ``num_samples`` responses whose KL, summed over a response, averaged that many nats."""
+        ...
+
+    def coefficient(self, state: State) -> Float[Array, ""]:
+        """β for the next rollout."""
+        ...
+
+
+KL_CONTROLS: Registry[KLControl] = Registry("KL control")
+
+
+@KL_CONTROLS.register("fixed")
+@dataclass(frozen=True)
+class FixedKL:
+    """β = ``coef``, always."""
+
+    coef: float = 0.05
+
+    def __post_init__(self):
+        if not self.coef >= 0:
+            raise ValueError(f"coef must be at least 0, got {self.coef}")
+
+    def init(self) -> State:
+        return jnp.asarray(self.coef, jnp.float32)
+
+    def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
+        return state
+
+    def coefficient(self, state: State) -> Float[Array, ""]:
+        return state
+
+
+@KL_CONTROLS.register("adaptive")
+@dataclass(frozen=True)
+class AdaptiveKL:
+    """Proportional control towards a target KL (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
+
+        e = clip(KL/target − 1, −0.2, 0.2)        β ← β (1 + e · min(n/horizon, 1))
+
+    The bound on n/horizon keeps β positive for any batch; the paper's batches never reach it.
+    """
+
+    initial: float = 0.05
+    target: float = 6.0  # nats, summed over a response
+    horizon: float = 10_000.0  # responses
+
+    def __post_init__(self):
+        for name in ("initial", "target", "horizon"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+
+    def init(self) -> State:
+        return jnp.asarray(self.initial, jnp.float32)
+
+    def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
+        error = jnp.clip(kl_sequence_mean / self.target - 1.0, -0.2, 0.2)
+        return state * (1.0 + error * jnp.minimum(num_samples / self.horizon, 1.0))
+
+    def coefficient(self, state: State) -> Float[Array, ""]:
+        return state

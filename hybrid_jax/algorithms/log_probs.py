@@ -1,0 +1,84 @@
+"""Log-probabilities and entropies of next-token distributions, from logits.
+
+Both functions keep only the logits and one number a position for the backward pass, and write the gradient
+of the logits in one pass over the vocabulary: at 50,000 words nothing else of that size is ever stored.
+They differentiate in reverse mode only.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def token_log_probs(
+    logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """log π(target) = logit[target] − logsumexp(logits), in float32.
+
+    The logits must be those of the distribution in question (divide by the temperature before). A target
+    outside [0, V) is read as the nearest word, so that padding of any value is harmless once masked. A position
+    whose cotangent is 0 gets a zero gradient even where its logits are not finite.
+
+    Args:
+        logits: Unnormalised scores; −inf excludes a word.
+        targets: Word numbers in [0, V).
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return _token_log_probs(logits, jnp.clip(targets, 0, logits.shape[-1] - 1))
+
+
+def entropy(logits: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
+    """H(π) = −Σ π log π in nats, in [0, log V], in float32; excluded words (logit −inf) contribute 0."""
+    return _entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+@jax.custom_vjp
+def _token_log_probs(logits, targets):
+    return _token_log_probs_forward(logits, targets)[0]
+
+
+def _token_log_probs_forward(logits, targets):
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - normaliser, (logits, normaliser, targets)
+
+
+def _token_log_probs_backward(residuals, cotangent):
+    logits, normaliser, targets = residuals
+    chosen = targets[..., None] == jnp.arange(logits.shape[-1])
+    return _scaled(cotangent, chosen - jnp.exp(logits - normaliser[..., None])), None
+
+
+_token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
+
+
+@jax.custom_vjp
+def _entropy(logits):
+    return _entropy_forward(logits)[0]
+
+
+def _entropy_forward(logits):
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    value = -jnp.sum(_probability_times(logits - normaliser[..., None], 0.0), axis=-1)
+    return value, (logits, normaliser, value)
+
+
+def _entropy_backward(residuals, cotangent):
+    logits, normaliser, value = residuals
+    return (_scaled(cotangent, -_probability_times(logits - normaliser[..., None], value[..., None])),)
+
+
+_entropy.defvjp(_entropy_forward, _entropy_backward)
+
+
+def _probability_times(log_probs, shift):
+    """π (log π + shift), with 0 · log 0 = 0."""
+    return jnp.exp(log_probs) * (jnp.where(jnp.isneginf(log_probs), 0.0, log_probs) + shift)
+
+
+def _scaled(cotangent, gradient):
+    """Chain rule for a per-position value; 0 wins over NaN, so masked positions stay out of the gradient."""
+    cotangent = cotangent[..., None]
+    return jnp.where(cotangent == 0, 0.0, cotangent * gradient)

@@ -1,0 +1,29 @@
+"""Learning from examples: cross-entropy of the next token."""
+
+from __future__ import annotations
+
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.algorithms.log_probs import token_log_probs
+from hybrid_jax.core.arrays import Sum
+
+
+def next_token_targets(
+    tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
+) -> tuple[Int[Array, "B T-1"], Bool[Array, "B T-1"]]:
+    """What ``logits[:, :-1]`` should predict, and which of it counts: the one place where the shift lives.
+
+    Item ``t`` of the results is token ``t + 1``. The first token of a row is never a target.
+    """
+    return tokens[:, 1:], loss_mask[:, 1:]
+
+
+def token_cross_entropy(
+    logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"], mask: Bool[Array, "*shape"]
+) -> Sum:
+    """Σ −log π(target) over the valid tokens, in nats; ``exp`` of its mean is the perplexity.
+
+    ``logits[b, t]`` scores ``targets[b, t]`` (see `next_token_targets`). Masked positions contribute neither value
+    nor gradient, whatever they hold.
+    """
+    return Sum.of(-token_log_probs(logits, targets), mask)

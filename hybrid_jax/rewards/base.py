@@ -1,0 +1,164 @@
+"""What a reward is: a callable on texts, or a pure function on tokens that stays on the device.
+
+A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain function, or
+a frozen dataclass registered in `REWARDS` whose fields are its settings. ``columns`` are the other columns of
+the data, each a list of length B; a reward gets those it names, or all of them if it takes ``**columns``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import sysconfig
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.registry import Registry, UserError
+
+REWARDS = Registry("reward")
+
+Reward = Callable[..., Sequence[float]]  # reward(prompts, responses, **columns)
+
+
+class RewardError(UserError):
+    """A reward that failed, or gave something else than one finite number a row."""
+
+
+@runtime_checkable
+class DeviceReward(Protocol):
+    """A reward on tokens, written in JAX: it runs inside jit and vmap, so that no text ever leaves the device."""
+
+    def score_tokens(
+        self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
+    ) -> Float[Array, "B"]:
+        """Scores float32 [B]; the response is ``tokens[:, -R:]`` where ``response_mask``."""
+        ...
+
+
+def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
+    """The columns of a batch as rewards receive them: one list of length B a column, None where a row lacks it."""
+    names = dict.fromkeys(name for example in examples for name in example.columns)
+    return {name: [example.columns.get(name) for example in examples] for name in names}
+
+
+def evaluate_reward(
+    name: str,
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> np.ndarray:
+    """Calls a reward and checks what it returns.
+
+    Args:
+        name: What to call the reward in an error.
+        reward: A callable on texts.
+        prompts: B texts.
+        responses: B texts.
+        columns: Further columns of the data, each of length B.
+
+    Returns:
+        Scores, float32 [B], all finite.
+
+    Raises:
+        RewardError: In one line: a column that the reward needs is missing, it raised (with the line of the
+            user's file), or it returned anything but B finite numbers.
+    """
+    arguments = _accepted_columns(name, reward, columns or {})
+    try:
+        values = reward(list(prompts), list(responses), **arguments)
+    except Exception as error:
+        raise RewardError(f"reward {name!r} raised {_describe_error(error)}") from error
+    return _check_scores(name, values, responses)
+
+
+def _accepted_columns(
+    name: str, reward: Reward, columns: Mapping[str, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """The columns that ``reward`` takes beside prompts and responses."""
+    try:
+        parameters = list(inspect.signature(reward).parameters.values())
+    except ValueError:  # written in C, without a signature
+        return {}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    texts = [parameter.name for parameter in parameters if parameter.kind in positional][:2]
+    others = [parameter for parameter in parameters if parameter.name not in texts]
+    named = {p.name: p for p in others if p.kind in (*positional, inspect.Parameter.KEYWORD_ONLY)}
+    for parameter in named.values():
+        if parameter.default is inspect.Parameter.empty and parameter.name not in columns:
+            known = ", ".join(sorted(columns)) or "no columns"
+            raise RewardError(f"reward {name!r} needs the column {parameter.name!r}; the data has {known}")
+    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in others)
+    return {
+        key: column for key, column in columns.items() if key in named or (takes_all and key not in texts)
+    }
+
+
+def _describe_error(error: Exception) -> str:
+    """Type, message and place in one line; the place is the innermost line outside installed packages."""
+    message = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return message
+    installed = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
+    own = [f for f in frames if not f.filename.startswith((*installed, "<"))]
+    innermost = (own or frames or [None])[-1]
+    place = f" at {innermost.filename}:{innermost.lineno}" if innermost else ""
+    return f"{type(error).__name__}: {message}{place}"
+
+
+def _check_scores(name: str, values: Any, responses: Sequence[str]) -> np.ndarray:
+    expected = f"expected one number for each of {len(responses)} responses"
+    if isinstance(values, str | bytes | Mapping | set) or not hasattr(values, "__len__"):
+        shape = getattr(values, "shape", None)
+        got = f"a single number of type {type(values).__name__}" if shape == () else _describe_value(values)
+        raise RewardError(f"reward {name!r} returned {got}; {expected}")
+    if len(getattr(values, "shape", (0,))) != 1:
+        raise RewardError(f"reward {name!r} returned an array of shape {tuple(values.shape)}; {expected}")
+    if len(values) != len(responses):
+        raise RewardError(f"reward {name!r} returned {len(values)} scores; {expected}")
+    items = list(np.asarray(values)) if hasattr(values, "shape") else list(values)
+    scores = np.zeros(len(items), np.float32)
+    for row, (value, response) in enumerate(zip(items, responses, strict=True)):
+        where = f"for response {row} {_shorten(response)}"
+        if not _is_number(value):
+            raise RewardError(f"reward {name!r} gave {_describe_value(value)} {where}; expected a number")
+        scores[row] = _as_float32(value)
+        if not np.isfinite(scores[row]):
+            raise RewardError(
+                f"reward {name!r} gave {_shorten(value, str)} {where}; a score must be finite in float32"
+            )
+    return scores
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, numbers.Real | np.bool_):
+        return True
+    # 0-d arrays, and bfloat16 scalars, which are not registered as numbers
+    return (
+        getattr(value, "shape", None) == ()
+        and getattr(value, "dtype", None) not in (None, object)
+        and not isinstance(value, np.complexfloating | np.str_ | np.bytes_)
+    )
+
+
+def _as_float32(value: Any) -> np.float32:
+    with np.errstate(over="ignore"):  # too large becomes inf, which the caller reports
+        try:
+            return np.float32(float(value))
+        except OverflowError:
+            return np.float32(np.inf)
+
+
+def _describe_value(value: Any) -> str:
+    return "None" if value is None else f"{_shorten(value)} of type {type(value).__name__}"
+
+
+def _shorten(value: Any, write: Callable[[Any], str] = repr, length: int = 60) -> str:
+    text = " ".join(write(value).split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"

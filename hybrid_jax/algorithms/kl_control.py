@@ -20,7 +20,7 @@ class KLControl(Protocol):
     def init(self) -> State: ...
 
     def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
-        """The state after ``num_samples`` responses whose KL, summed over a response, averaged that many nats."""
+        """The state after ``num_samples`` responses whose KL, in nats a response, has that mean."""
         ...
 
     def coefficient(self, state: State) -> Float[Array, ""]:

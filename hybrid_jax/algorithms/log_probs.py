@@ -18,8 +18,8 @@ def token_log_probs(
     """log π(target) = logit[target] − logsumexp(logits), in float32.
 
     The logits must be those of the distribution in question (divide by the temperature before). A target
-    outside [0, V) is read as the nearest word, so that padding of any value is harmless once masked. A position
-    whose cotangent is 0 gets a zero gradient even where its logits are not finite.
+    outside [0, V) is read as the nearest word, so that padding of any value is harmless once masked. A
+    position whose cotangent is 0 gets a zero gradient even where its logits are not finite.
 
     Args:
         logits: Unnormalised scores; −inf excludes a word.

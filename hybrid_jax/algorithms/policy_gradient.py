@@ -28,8 +28,8 @@ def clipped_policy_loss(
         clip_range: ε > 0.
 
     Returns:
-        The loss, and the metrics ``clip_fraction`` (tokens whose clipped term is the larger: they get no gradient),
-        ``approx_kl`` (k3 of KL(π_old ‖ π), nats a token) and ``ratio`` (ρ).
+        The loss, and the metrics ``clip_fraction`` (tokens whose clipped term is the larger: they get no
+        gradient), ``approx_kl`` (k3 of KL(π_old ‖ π), nats a token) and ``ratio`` (ρ).
     """
     log_probs, old_log_probs, advantages = _blank(mask, log_probs, old_log_probs, advantages)
     ratio = jnp.exp(log_probs - old_log_probs)
@@ -67,12 +67,12 @@ def clipped_value_loss(
 def explained_variance(
     values: Float[Array, "B R"], returns: Float[Array, "B R"], mask: Bool[Array, "B R"]
 ) -> Float[Array, ""]:
-    """1 − Var(G − V)/Var(G) ≤ 1 over the valid tokens: 1 is perfect, 0 no better than a constant; 0 if Var(G) = 0."""
+    """1 − Var(G − V)/Var(G) over the valid tokens: 1 is perfect, 0 no better than a constant (or Var(G) = 0)."""
     variance = masked_variance(returns, mask)
     unexplained = masked_variance(returns - values, mask)
     return jnp.where(variance > 0, 1.0 - unexplained / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 
 def _blank(mask, *arrays):
-    """Zeros where masked, before any arithmetic: a NaN there would reach the gradient even through a `where`."""
+    """Zeros where masked, before any arithmetic: a NaN there would pass even a later `where` backward."""
     return tuple(jnp.where(mask, array, 0.0) for array in arrays)

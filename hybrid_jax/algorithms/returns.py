@@ -1,8 +1,8 @@
 """From scores to advantages: per-token rewards, generalised advantage estimation, whitening, KL estimators.
 
-Conventions of every [B R] array: item ``t`` belongs to response token ``t``; ``values[b, t]`` is the value of the
-state before it, ``rewards[b, t]`` is received after it. A mask may have holes (the user's turns of a dialogue);
-masked items may hold anything and come out as 0.
+Conventions of every [B R] array: item ``t`` belongs to response token ``t``; ``values[b, t]`` is the value of
+the state before it, ``rewards[b, t]`` is received after it. A mask may have holes (the user's turns of a
+dialogue); masked items may hold anything and come out as 0.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def token_rewards(
     """R_t = −β Σ_i w_i (log π(y_t) − log π_i(y_t)) + [t is the last response token] · score.
 
     The single-sample KL (k1) sits in the reward, so the optimum is π* ∝ Π_i π_i^{w_i/Σw} · exp(score/(β Σw))
-    (Ziegler et al. 2019, arXiv 1909.08593, equation 2, for one reference of weight 1). The weights count as given,
-    they are not normalised.
+    (Ziegler et al. 2019, arXiv 1909.08593, equation 2, for one reference of weight 1). The weights count as
+    given, they are not normalised.
 
     Args:
         scores: One number a response; lost for a row without a valid token.
@@ -66,8 +66,8 @@ def gae(
 
         δ_t = R_t + γ V_{t'} − V_t        A_t = δ_t + γ λ A_{t'}        G_t = A_t + V_t
 
-    where t' is the next *valid* token: A and V are carried across masked ones, which cost no discount. After the
-    last valid token the value is 0 (the response has ended, by choice or by length).
+    where t' is the next *valid* token: A and V are carried across masked ones, which cost no discount. After
+    the last valid token the value is 0 (the response has ended, by choice or by length).
 
     Args:
         discount: γ in [0, 1]; below 1 it shrinks what long responses earn.
@@ -95,8 +95,8 @@ def whiten(
 ) -> Float[Array, "..."]:
     """Scales the valid items, all together, to standard deviation 1 and mean 0; masked items become 0.
 
-    The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it was, for
-    rewards, whose sign matters. One item, or equal ones, give 0 (their mean, without ``shift_mean``).
+    The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it was,
+    for rewards, whose sign matters. One item, or equal ones, give 0 (their mean, without ``shift_mean``).
     """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask, x - mean, 0.0)
@@ -116,7 +116,9 @@ def k2(log_probs: Float[Array, "..."], reference_log_probs: Float[Array, "..."])
 
 
 def k3(log_probs: Float[Array, "..."], reference_log_probs: Float[Array, "..."]) -> Float[Array, "..."]:
-    """ρ − 1 − log ρ ≥ 0 with ρ = π_ref/π: unbiased and of low variance, for logging (Schulman, "Approximating KL
-    divergence", 2020). As a loss its gradient is that of KL(π_ref ‖ π)."""
+    """ρ − 1 − log ρ ≥ 0 with ρ = π_ref/π: unbiased and of low variance, for logging.
+
+    As a loss its gradient is that of KL(π_ref ‖ π) instead (J. Schulman, "Approximating KL divergence", 2020).
+    """
     log_ratio = reference_log_probs - log_probs
     return jnp.expm1(log_ratio) - log_ratio

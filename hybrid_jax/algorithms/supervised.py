@@ -23,7 +23,7 @@ def token_cross_entropy(
 ) -> Sum:
     """Σ −log π(target) over the valid tokens, in nats; ``exp`` of its mean is the perplexity.
 
-    ``logits[b, t]`` scores ``targets[b, t]`` (see `next_token_targets`). Masked positions contribute neither value
-    nor gradient, whatever they hold.
+    ``logits[b, t]`` scores ``targets[b, t]`` (see `next_token_targets`). Masked positions contribute neither
+    value nor gradient, whatever they hold.
     """
     return Sum.of(-token_log_probs(logits, targets), mask)

@@ -34,8 +34,8 @@ def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[A
 class Sum:
     """A sum over valid tokens with its weight: losses and metrics are Sums, divided once, at the end.
 
-    Sums of two halves of a batch add up to the Sum of the whole, so microbatches, padding and the device count
-    cannot change a gradient.
+    Sums of two halves of a batch add up to the Sum of the whole, so microbatches, padding and the device
+    count cannot change a gradient.
     """
 
     total: Float[Array, ""]

@@ -1,0 +1,343 @@
+"""Optimizers and learning-rate schedules by name.
+
+An optimizer says how a gradient becomes a direction; `training/update.py` clips the gradient before (one norm
+over every parameter group) and scales the direction after:
+
+    param ← param − rate(step, horizon) · update
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from hybrid_jax.core.registry import Registry
+
+Step = int | Int[Array, ""] | Float[Array, ""]
+
+
+class Schedule(Protocol):
+    """A function of the step: what the peak learning rate is multiplied by."""
+
+    def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
+        """The multiplier, in [0, 1], of update number ``step`` (from 0) of ``horizon`` planned ones."""
+        ...
+
+
+SCHEDULES: Registry[Schedule] = Registry("schedule")
+
+
+@SCHEDULES.register("constant")
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """Linear warm-up (update ``warmup_steps`` is the first at the peak), then 1."""
+
+    warmup_steps: int = 0
+
+    def __post_init__(self):
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+
+    def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = jnp.minimum((step + 1) / (self.warmup_steps + 1), 1.0)
+        return jnp.where(
+            step < self.warmup_steps, warmup, self.after_warmup(step, jnp.asarray(horizon, jnp.float32))
+        )
+
+    def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        return jnp.ones_like(step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Decaying(Constant):
+    end: float = 0.0  # the multiplier at the horizon
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end must be in [0, 1], got {self.end}")
+
+    def decayed(self, remaining: Float[Array, ""]) -> Float[Array, ""]:
+        """From 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
+        return self.end + (1 - self.end) * remaining
+
+
+@SCHEDULES.register("linear")
+@dataclass(frozen=True, kw_only=True)
+class Linear(_Decaying):
+    """Warm-up, then a straight line from 1 to ``end`` at the horizon."""
+
+    def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        return self.decayed(1 - _progress(step, self.warmup_steps, horizon))
+
+
+@SCHEDULES.register("cosine")
+@dataclass(frozen=True, kw_only=True)
+class Cosine(_Decaying):
+    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov and Hutter, arXiv 1608.03983)."""
+
+    def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        return self.decayed(0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, self.warmup_steps, horizon)))
+
+
+@SCHEDULES.register("inverse_sqrt")
+@dataclass(frozen=True, kw_only=True)
+class InverseSqrt(_Decaying):
+    """Warm-up, then sqrt(w / (w + steps since)) with w = max(``warmup_steps``, 1), never below ``end``.
+
+    It does not look at the horizon.
+    """
+
+    def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        scale = max(self.warmup_steps, 1)
+        since = jnp.maximum(step - self.warmup_steps, 0.0)
+        return jnp.maximum(jnp.sqrt(scale / (scale + since)), self.end)
+
+
+@SCHEDULES.register("warmup_stable_decay")
+@dataclass(frozen=True, kw_only=True)
+class WarmupStableDecay(_Decaying):
+    """Warm-up, then 1, then a straight line to ``end`` over the last ``decay_fraction`` of the horizon."""
+
+    decay_fraction: float = 0.2
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+
+    def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        return self.decayed(1 - _progress(step, horizon * (1 - self.decay_fraction), horizon))
+
+
+def _progress(step, start, stop):
+    """How far ``step`` is from ``start`` to ``stop``, in [0, 1]."""
+    return jnp.clip((step - start) / jnp.maximum(stop - start, 1.0), 0.0, 1.0)
+
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """What all optimizers share. A subclass gives `transform`."""
+
+    learning_rate: float = 1e-4
+    schedule: Annotated[Schedule, SCHEDULES] = field(default_factory=Linear)
+    max_grad_norm: float | None = 1.0  # of all parameter groups together; None does not clip
+
+    def __post_init__(self):
+        _check(self, "learning_rate", self.learning_rate > 0, "positive")
+        _check(
+            self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive or null"
+        )
+        for name in ("beta1", "beta2", "adam_beta1", "adam_beta2", "momentum"):
+            _check(self, name, 0 <= getattr(self, name, 0) < 1, "in [0, 1)")
+        _check(self, "epsilon", getattr(self, "epsilon", 1) > 0, "positive")
+        _check(self, "weight_decay", getattr(self, "weight_decay", 0) >= 0, "at least 0")
+
+    def rate(self, step: Step, horizon: Step) -> Float[Array, ""]:
+        """The learning rate of update number ``step`` (from 0) of the ``horizon`` that this phase plans."""
+        return self.learning_rate * self.schedule(step, horizon)
+
+    def transform(self) -> optax.GradientTransformation:
+        """Gradient to direction, to be *subtracted*; neither learning rate nor clipping. Needs the parameters."""
+        raise NotImplementedError
+
+
+@OPTIMIZERS.register("adam")
+@dataclass(frozen=True, kw_only=True)
+class Adam(Optimizer):
+    """Adam (Kingma and Ba 2015, arXiv 1412.6980). See `scale_by_adam` for the two placements of ε."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"
+
+    def transform(self) -> optax.GradientTransformation:
+        return scale_by_adam(self.beta1, self.beta2, self.epsilon, self.epsilon_placement)
+
+
+@OPTIMIZERS.register("adamw")
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors do not decay."""
+
+    weight_decay: float = 0.01
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(super().transform(), _decay(self.weight_decay))
+
+
+@OPTIMIZERS.register("adafactor")
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Optimizer):
+    """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), without momentum.
+
+    Second moments are kept a row and a column of each matrix. With ``relative_step_size`` the learning rate is
+    relative to each parameter's root mean square (at least 1e-3), so it is larger than Adam's: 1e-2 is usual.
+    """
+
+    decay_exponent: float = 0.8  # second-moment decay 1 − t^(−exponent)
+    clipping_threshold: float | None = 1.0  # of each update's root mean square
+    relative_step_size: bool = True
+    min_factored_size: int = 128  # smaller matrices keep their full second moment
+    weight_decay: float = 0.0
+
+    def transform(self) -> optax.GradientTransformation:
+        steps = [
+            optax.scale_by_factored_rms(
+                decay_rate=self.decay_exponent, min_dim_size_to_factor=self.min_factored_size
+            )
+        ]
+        if self.clipping_threshold is not None:
+            steps.append(optax.clip_by_block_rms(self.clipping_threshold))
+        if self.relative_step_size:
+            steps.append(optax.scale_by_param_block_rms())
+        return optax.chain(*steps, _decay(self.weight_decay))
+
+
+@OPTIMIZERS.register("lion")
+@dataclass(frozen=True, kw_only=True)
+class Lion(Optimizer):
+    """Lion: the sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675).
+
+    Every parameter moves by the whole learning rate, so it wants a 3–10 times smaller one than Adam.
+    """
+
+    learning_rate: float = 2e-5
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(optax.scale_by_lion(self.beta1, self.beta2), _decay(self.weight_decay))
+
+
+@OPTIMIZERS.register("sgd")
+@dataclass(frozen=True, kw_only=True)
+class SGD(Optimizer):
+    """Stochastic gradient descent with heavy-ball momentum m ← μ m + g (not damped), update m."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def transform(self) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.trace(self.momentum) if self.momentum else optax.identity(), _decay(self.weight_decay)
+        )
+
+
+@OPTIMIZERS.register("muon")
+@dataclass(frozen=True, kw_only=True)
+class Muon(Optimizer):
+    """Muon for matrices, Adam for the rest and for embeddings (K. Jordan 2024; Liu et al., arXiv 2502.16982).
+
+    A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (0.2 · sqrt(longer side)),
+    so that one learning rate serves both.
+    """
+
+    beta: float = 0.95
+    num_iterations: int = 5  # of Newton–Schulz
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check(self, "beta", 0 <= self.beta < 1, "in [0, 1)")
+        _check(self, "num_iterations", self.num_iterations >= 1, "at least 1")
+
+    def transform(self) -> optax.GradientTransformation:
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(beta=self.beta, ns_steps=self.num_iterations),
+            optax.stateless(_to_adam_size),
+        )
+        adam = scale_by_adam(self.adam_beta1, self.adam_beta2, self.epsilon)
+        by_kind = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+        return optax.chain(by_kind, _decay(self.weight_decay))
+
+
+def scale_by_adam(
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch",
+) -> optax.GradientTransformation:
+    """Adam's direction, with either placement of ε.
+
+        m ← β1 m + (1 − β1) g      v ← β2 v + (1 − β2) g²      m̂ = m/(1 − β1^t)      v̂ = v/(1 − β2^t)
+
+        pytorch       m̂ / (√v̂ + ε)
+        tensorflow    m̂ / (√v̂ + ε/√(1 − β2^t)), that is √(1 − β2^t)/(1 − β1^t) · m / (√v + ε)
+
+    TensorFlow's ("epsilon hat", end of section 2 of the paper) is up to 1/√(1 − β2) ≈ 32 times larger in the
+    first steps and damps the parameters with tiny gradients, as OpenAI's first language-model PPO did.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None):
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, grads)
+        correction1, correction2 = _one_minus_power(beta1, count), _one_minus_power(beta2, count)
+        damping = epsilon / jnp.sqrt(correction2) if epsilon_placement == "tensorflow" else epsilon
+        updates = jax.tree.map(lambda m, v: m / correction1 / (jnp.sqrt(v / correction2) + damping), mu, nu)
+        return updates, optax.ScaleByAdamState(count=count, mu=mu, nu=nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_global_norm(
+    grads: Any, max_norm: float | Float[Array, ""] | None
+) -> tuple[Any, Float[Array, ""]]:
+    """Scales ``grads`` down to Euclidean norm ``max_norm`` if they exceed it; also returns the norm before."""
+    norm = optax.global_norm(grads)
+    if max_norm is None:
+        return grads, norm
+    scale = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1.0), 1.0)
+    return jax.tree.map(lambda g: g * scale, grads), norm
+
+
+def _one_minus_power(beta: float, count: Int[Array, ""]) -> Float[Array, ""]:
+    """1 − β^t, without the cancellation that costs float32 four digits at β = 0.999, t = 1."""
+    return -jnp.expm1(count * math.log(beta)) if beta > 0 else jnp.ones((), jnp.float32)
+
+
+def _decay(weight_decay: float) -> optax.GradientTransformation:
+    if weight_decay == 0:
+        return optax.identity()
+    return optax.add_decayed_weights(
+        weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
+    )
+
+
+def _muon_or_adam(params: Any) -> Any:
+    """Muon's label for matrices, but not for embeddings, whose rows are looked up rather than multiplied."""
+
+    def label(path: tuple[Any, ...], param: Array) -> str:
+        is_embedding = any("embed" in str(getattr(key, "key", key)).lower() for key in path)
+        return "muon" if param.ndim == 2 and not is_embedding else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _to_adam_size(updates: Any, params: Any = None) -> Any:
+    return jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape)) * u, updates)
+
+
+def _check(component: Any, name: str, valid: bool, rule: str) -> None:
+    if not valid:
+        raise ValueError(f"{name} must be {rule}, got {getattr(component, name)}")

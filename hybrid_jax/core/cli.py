@@ -1,0 +1,43 @@
+"""How every command ends: 0 done, 2 the user's mistake in one line, 130 Ctrl-C, 141 a reader that left."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from hybrid_jax.core.registry import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def run_command(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs ``main`` on the command line's arguments and ends the process with the right exit code.
+
+    A `UserError` becomes ``error: <one line>`` on stderr and exit code 2. Any other exception is a defect of
+    ours and keeps its traceback; a `SystemExit` (143 after SIGTERM) passes through.
+    """
+    sys.exit(_exit_code(main, sys.argv[1:]))
+
+
+def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
+    try:
+        main(arguments)
+        sys.stdout.flush()  # here, so that a closed pipe is met inside the try
+    except UserError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more on its way out; give it somewhere to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return 0

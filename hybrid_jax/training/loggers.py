@@ -1,0 +1,287 @@
+"""Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
+
+A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``; a sample record is
+``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``. Steps count from 0: the
+record of update s carries s, and so does an evaluation made just before that update. Thus a run that resumes
+at step s writes every record with ``step >= s`` again, and the loggers forget those first.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hybrid_jax.core.registry import Registry, UserError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+class Logger(Protocol):
+    """Receives the records of a run, in order, from the one process that logs."""
+
+    def metrics(self, record: dict[str, Any]) -> None: ...
+    def samples(self, records: list[dict[str, Any]]) -> None: ...
+    def close(self) -> None: ...
+
+
+class LoggerConfig(Protocol):
+    """A component of `LOGGERS`: opens a logger for a run that starts (``resume_step`` None) or goes on."""
+
+    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger: ...
+
+
+LOGGERS: Registry[LoggerConfig] = Registry("logger")
+
+
+def open_loggers(
+    loggers: Sequence[LoggerConfig], run_dir: Path, config: dict[str, Any], resume_step: int | None
+) -> Logger:
+    """One logger that passes every record to the JSON lines and to each of ``loggers``."""
+    extra = [logger for logger in loggers if not isinstance(logger, JsonLines)]
+    return _FanOut([logger.open(run_dir, config, resume_step) for logger in (JsonLines(), *extra)])
+
+
+@dataclass(frozen=True)
+class _FanOut:
+    loggers: list[Logger]
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        for logger in self.loggers:
+            logger.metrics(record)
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        for logger in self.loggers:
+            logger.samples(records)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
+
+
+@LOGGERS.register("jsonl")
+@dataclass(frozen=True)
+class JsonLines:
+    """Appends to ``metrics.jsonl`` and ``samples.jsonl``, one flushed object a line, in strict JSON.
+
+    A NaN or an infinity is written as null. On resume the lines of steps that will run again are dropped, and
+    with them a last line that a ``kill -9`` tore, so the files end up as if the run had never stopped
+    (timings aside).
+    """
+
+    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            _keep_steps_before(run_dir / name, resume_step or 0)
+        return _JsonLinesLogger(run_dir)
+
+
+class _JsonLinesLogger:
+    def __init__(self, run_dir: Path):
+        self._files = {name: (run_dir / name).open("a") for name in (METRICS_FILE, SAMPLES_FILE)}
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        self._append(METRICS_FILE, [record])
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        self._append(SAMPLES_FILE, records)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        file = self._files[name]
+        try:
+            file.writelines(json.dumps(strict(record), allow_nan=False) + "\n" for record in records)
+            file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {file.name}: {error.strerror}") from error
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; a line that is no record (torn by a kill) is skipped."""
+    if not path.is_file():
+        return
+    with path.open(errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def strict(value: Any) -> Any:
+    """``value`` as strict JSON can hold it: array scalars as Python numbers, non-finite ones as None."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _keep_steps_before(path: Path, step: int) -> None:
+    """Rewrites the file beside itself and swaps it in, so that a kill in between loses nothing."""
+    if not path.exists():
+        return
+    kept = path.with_suffix(".kept")
+    with kept.open("w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in read_records(path) if record["step"] < step)
+    os.replace(kept, path)
+
+
+@LOGGERS.register("tensorboard")
+@dataclass(frozen=True)
+class TensorBoard:
+    """Event files in ``<run_dir>/tensorboard``: a scalar a metric, the samples as a table.
+
+    On resume a marker tells TensorBoard to hide the steps that run again.
+    """
+
+    flush_seconds: int = 10
+
+    def __post_init__(self) -> None:
+        if self.flush_seconds < 1:
+            raise ValueError(f"flush_seconds must be at least 1, got {self.flush_seconds}")
+
+    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        writer = _import_extra("tensorboardX", extra="tensorboard").SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=resume_step, flush_secs=self.flush_seconds
+        )
+        return _TensorBoardLogger(writer)
+
+
+class _TensorBoardLogger:
+    def __init__(self, writer: Any):
+        self._writer = writer
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        for name, value in _scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        for step in sorted({record["step"] for record in records}):
+            rows = [_markdown_row(record) for record in records if record["step"] == step]
+            table = "\n".join(["prompt | response | score", "--- | --- | ---", *rows])
+            self._writer.add_text("samples", table, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _markdown_row(record: dict[str, Any]) -> str:
+    cells = (record["prompt"], record["response"], f"{record['score']:.3f}")
+    return " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells)
+
+
+@LOGGERS.register("wandb")
+@dataclass(frozen=True)
+class WeightsAndBiases:
+    """A Weights & Biases run with its files in ``<run_dir>/wandb``.
+
+    Nothing leaves the machine unless ``mode`` is "online"; an offline run is uploaded by ``wandb sync``. The
+    config goes without secrets, and neither code, command line, console output nor git state is recorded.
+    """
+
+    project: str = "hybrid_jax"
+    mode: Literal["offline", "online"] = "offline"
+    entity: str | None = None
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+
+    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        wandb = _import_extra("wandb", extra="wandb")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        settings = wandb.Settings(
+            console="off",
+            silent=True,
+            save_code=False,
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+        )
+        try:
+            run = wandb.init(
+                project=self.project,
+                mode=self.mode,
+                entity=self.entity,
+                name=self.name or run_dir.name,
+                tags=list(self.tags),
+                id=_wandb_id(run_dir, resume_step),
+                resume="allow",
+                dir=str(run_dir),
+                config=strict(without_secrets(config)),
+                settings=settings,
+            )
+        except wandb.errors.Error as error:
+            raise UserError(f"wandb: {error}; `mode: offline` needs neither key nor network") from error
+        run.define_metric("*", step_metric="step")
+        return _WandbLogger(run, wandb.Table)
+
+
+class _WandbLogger:
+    def __init__(self, run: Any, table: Any):
+        self._run, self._table = run, table
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        self._run.log({"step": record["step"], **_scalars(record)})
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        if records:
+            columns = ["step", "index", "prompt", "response", "score"]
+            rows = [[record[column] for column in columns] for record in records]
+            self._run.log({"step": records[0]["step"], "samples": self._table(columns=columns, data=rows)})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _wandb_id(run_dir: Path, resume_step: int | None) -> str:
+    """The id that a resumed run continues, a new one for a new run."""
+    file = run_dir / "wandb_run_id"
+    if resume_step is None or not file.exists():
+        file.write_text(secrets.token_hex(4))
+    return file.read_text().strip()
+
+
+# Key names that hold credentials; `eos_token` or `max_new_tokens` are none.
+_SECRET_NAME = re.compile(r"(?i)(^|_)(api|access)?(key|token|secret|password|credentials?|authorization)$")
+_VOCABULARY_NAME = re.compile(r"(?i)(eos|bos|pad|unk|sep|cls|mask|stop)_token$")
+_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+
+
+def without_secrets(value: Any, key: str = "") -> Any:
+    """A copy of a config in which values under credential-like names and logins in URLs read ``***``."""
+    if isinstance(value, Mapping):
+        return {name: without_secrets(item, str(name)) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(item, key) for item in value]
+    if isinstance(value, str):
+        is_secret = _SECRET_NAME.search(key) and not _VOCABULARY_NAME.match(key)
+        return "***" if is_secret else _URL_LOGIN.sub("***@", value)
+    return value
+
+
+def _scalars(record: dict[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in record.items() if "/" in name and value is not None}
+
+
+def _import_extra(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the logger needs {module}, which is not installed: pip install 'hybrid_jax[{extra}]'"
+        ) from error

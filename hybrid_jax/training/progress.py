@@ -1,0 +1,118 @@
+"""What a person at the terminal sees: a bar, or a plain line now and then where stderr is no terminal."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+import unicodedata
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+# Shown in this order, the first name that the latest records hold.
+_SHOWN = {
+    "loss": ("{phase}/loss", "ppo/policy_loss"),
+    "score": ("ppo/score", "evaluation/score"),
+    "KL": ("ppo/kl",),
+    "tokens/s": ("{phase}/tokens_per_second",),
+}
+
+
+class Progress:
+    """Phase, loss, score, KL, tokens per second and time left, on ``stream`` (stderr).
+
+    Args:
+        total: the number of updates of the whole run.
+        initial: the number already done when this process resumed.
+        line_seconds: how often a line is written when the stream is no terminal.
+    """
+
+    def __init__(
+        self, total: int, initial: int = 0, stream: TextIO | None = None, line_seconds: float = 30.0
+    ):
+        self._stream = stream or sys.stderr
+        self._is_terminal = self._stream.isatty()
+        self._total, self._initial, self._done = total, initial, initial
+        self._line_seconds = line_seconds
+        self._started = time.monotonic()
+        self._last_line: float | None = None
+        self._latest: dict[str, Any] = {}
+        self._bar = tqdm(
+            total=total,
+            initial=initial,
+            file=self._stream,
+            disable=not self._is_terminal,
+            dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+        )
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Takes a metrics record; an evaluation changes the numbers but finishes no update."""
+        self._latest |= record
+        if record["phase"] == "evaluation":
+            return
+        self._bar.update(record["step"] + 1 - self._done)
+        self._done = record["step"] + 1
+        self._bar.set_description_str(record["phase"], refresh=False)
+        self._bar.set_postfix_str(self._numbers(record["phase"]), refresh=False)
+        due = self._last_line is None or time.monotonic() - self._last_line >= self._line_seconds
+        if not self._is_terminal and (due or self._done == self._total):
+            self._write_line(record["phase"])
+
+    def samples(self, records: list[dict[str, Any]], limit: int = 4) -> None:
+        """Prints the first samples as a table, above the bar."""
+        width = shutil.get_terminal_size().columns if self._is_terminal else 120
+        if records:
+            self._write(sample_table(records[:limit], width))
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _numbers(self, phase: str) -> str:
+        shown = []
+        for label, names in _SHOWN.items():
+            values = (self._latest.get(name.format(phase=phase)) for name in names)
+            value = next((value for value in values if value is not None), None)
+            if value is not None:
+                shown.append(f"{label} {value:,.0f}" if label == "tokens/s" else f"{label} {value:.3f}")
+        return ", ".join(shown)
+
+    def _write_line(self, phase: str) -> None:
+        self._last_line = time.monotonic()
+        pace = (self._last_line - self._started) / max(self._done - self._initial, 1)
+        left = tqdm.format_interval(int(pace * (self._total - self._done)))
+        self._write(f"step {self._done}/{self._total}  {phase}  {self._numbers(phase)}  {left} left")
+
+    def _write(self, text: str) -> None:
+        self._bar.write(text, file=self._stream)
+        self._stream.flush()
+
+
+def sample_table(records: list[dict[str, Any]], width: int) -> str:
+    """Prompt, response and score in columns, cut so that no line is wider than ``width`` terminal cells."""
+    score_width = 8
+    prompt_width = max((width - score_width - 4) * 2 // 5, 6)
+    response_width = max(width - score_width - 4 - prompt_width, 6)
+    rows = [("prompt", "response", "score")]
+    rows += [(record["prompt"], record["response"], f"{record['score']:.3f}") for record in records]
+    return "\n".join(
+        f"{_fit(prompt, prompt_width)}  {_fit(response, response_width)}  {score:>{score_width}}"
+        for prompt, response, score in rows
+    )
+
+
+def _fit(text: str, width: int) -> str:
+    """``text`` on one line in exactly ``width`` cells; nothing that could steer a terminal survives."""
+    one_line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    if _cells(one_line) > width:
+        while _cells(one_line) > width - 1:
+            one_line = one_line[: min(len(one_line) - 1, width)]
+        one_line += "…"
+    return one_line + " " * (width - _cells(one_line))
+
+
+def _cells(text: str) -> int:
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text
+    )

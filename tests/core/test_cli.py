@@ -1,0 +1,53 @@
+"""How a command ends, seen from outside: a real process, its exit code and its stderr."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAD = "from hybrid_jax.core.cli import *\nfrom hybrid_jax.core.registry import UserError\n"
+
+
+def run(body: str, *arguments: str) -> subprocess.CompletedProcess:
+    script = HEAD + "def main(arguments):\n    " + body + "\nrun_command(main)"
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+
+
+def test_a_users_mistake_is_one_line_on_stderr_and_exit_code_2():
+    done = run("raise UserError('depth must be positive,\\n  got -1')")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: depth must be positive, got -1\n"
+
+
+def test_bad_usage_is_one_line_too():
+    done = run("ArgumentParser(prog='report').parse_args(arguments)", "--rum", "x")
+    assert done.returncode == 2
+    assert done.stderr == "error: unrecognized arguments: --rum x; see report --help\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "code"), [("pass", 0), ("raise KeyboardInterrupt", 130), ("raise SystemExit(143)", 143)]
+)
+def test_the_exit_code_is_zero_or_that_of_the_signal(body, code):
+    done = run(body)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_defect_keeps_its_traceback():
+    done = run("1 / 0")
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_a_reader_that_leaves_is_met_quietly():
+    script = HEAD + "run_command(lambda arguments: print('line\\n' * 100_000))"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    writer.stderr.close()
+    assert writer.wait() == 141

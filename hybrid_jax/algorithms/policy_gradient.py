@@ -67,7 +67,7 @@ def clipped_value_loss(
 def explained_variance(
     values: Float[Array, "B R"], returns: Float[Array, "B R"], mask: Bool[Array, "B R"]
 ) -> Float[Array, ""]:
-    """1 − Var(G − V)/Var(G) over the valid tokens: 1 is perfect, 0 no better than a constant (or Var(G) = 0)."""
+    """1 − Var(G − V)/Var(G) over the valid tokens: 1 is perfect, 0 like a constant (or Var(G) = 0)."""
     variance = masked_variance(returns, mask)
     unexplained = masked_variance(returns - values, mask)
     return jnp.where(variance > 0, 1.0 - unexplained / jnp.where(variance > 0, variance, 1.0), 0.0)

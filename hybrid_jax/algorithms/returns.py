@@ -95,8 +95,8 @@ def whiten(
 ) -> Float[Array, "..."]:
     """Scales the valid items, all together, to standard deviation 1 and mean 0; masked items become 0.
 
-    The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it was,
-    for rewards, whose sign matters. One item, or equal ones, give 0 (their mean, without ``shift_mean``).
+    The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it
+    was, for rewards, whose sign matters. One item, or equal ones, give 0 (their mean, without ``shift_mean``).
     """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask, x - mean, 0.0)
@@ -118,7 +118,7 @@ def k2(log_probs: Float[Array, "..."], reference_log_probs: Float[Array, "..."])
 def k3(log_probs: Float[Array, "..."], reference_log_probs: Float[Array, "..."]) -> Float[Array, "..."]:
     """ρ − 1 − log ρ ≥ 0 with ρ = π_ref/π: unbiased and of low variance, for logging.
 
-    As a loss its gradient is that of KL(π_ref ‖ π) instead (J. Schulman, "Approximating KL divergence", 2020).
+    As a loss its gradient is that of KL(π_ref ‖ π) (J. Schulman, "Approximating KL divergence", 2020).
     """
     log_ratio = reference_log_probs - log_probs
     return jnp.expm1(log_ratio) - log_ratio

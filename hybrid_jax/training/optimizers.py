@@ -9,6 +9,7 @@ over every parameter group) and scales the direction after:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol
 
@@ -33,11 +34,8 @@ class Schedule(Protocol):
 SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 
-@SCHEDULES.register("constant")
 @dataclass(frozen=True, kw_only=True)
-class Constant:
-    """Linear warm-up (update ``warmup_steps`` is the first at the peak), then 1."""
-
+class _WarmedUp:
     warmup_steps: int = 0
 
     def __post_init__(self):
@@ -56,7 +54,7 @@ class Constant:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decaying(Constant):
+class _Decaying(_WarmedUp):
     end: float = 0.0  # the multiplier at the horizon
 
     def __post_init__(self):
@@ -67,6 +65,12 @@ class _Decaying(Constant):
     def decayed(self, remaining: Float[Array, ""]) -> Float[Array, ""]:
         """From 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
         return self.end + (1 - self.end) * remaining
+
+
+@SCHEDULES.register("constant")
+@dataclass(frozen=True, kw_only=True)
+class Constant(_WarmedUp):
+    """Linear warm-up (update number ``warmup_steps`` is the first at the peak), then 1."""
 
 
 @SCHEDULES.register("linear")
@@ -81,7 +85,7 @@ class Linear(_Decaying):
 @SCHEDULES.register("cosine")
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Decaying):
-    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov and Hutter, arXiv 1608.03983)."""
+    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov & Hutter, arXiv 1608.03983)."""
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, self.warmup_steps, horizon)))
@@ -126,7 +130,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(ABC):
     """What all optimizers share. A subclass gives `transform`."""
 
     learning_rate: float = 1e-4
@@ -147,9 +151,9 @@ class Optimizer:
         """The learning rate of update number ``step`` (from 0) of the ``horizon`` that this phase plans."""
         return self.learning_rate * self.schedule(step, horizon)
 
+    @abstractmethod
     def transform(self) -> optax.GradientTransformation:
-        """Gradient to direction, to be *subtracted*; neither learning rate nor clipping. Needs the parameters."""
-        raise NotImplementedError
+        """Gradient to direction, to be *subtracted*; no learning rate, no clipping. Needs the parameters."""
 
 
 @OPTIMIZERS.register("adam")
@@ -169,7 +173,7 @@ class Adam(Optimizer):
 @OPTIMIZERS.register("adamw")
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101); vectors do not decay."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101); vectors do not decay."""
 
     weight_decay: float = 0.01
 
@@ -182,8 +186,8 @@ class AdamW(Adam):
 class Adafactor(Optimizer):
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), without momentum.
 
-    Second moments are kept a row and a column of each matrix. With ``relative_step_size`` the learning rate is
-    relative to each parameter's root mean square (at least 1e-3), so it is larger than Adam's: 1e-2 is usual.
+    Second moments are kept a row and a column of each matrix. With ``relative_step_size`` the learning rate
+    is relative to each parameter's root mean square (at least 1e-3), so larger than Adam's: 1e-2 is usual.
     """
 
     decay_exponent: float = 0.8  # second-moment decay 1 − t^(−exponent)
@@ -241,8 +245,8 @@ class SGD(Optimizer):
 class Muon(Optimizer):
     """Muon for matrices, Adam for the rest and for embeddings (K. Jordan 2024; Liu et al., arXiv 2502.16982).
 
-    A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (0.2 · sqrt(longer side)),
-    so that one learning rate serves both.
+    A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (by 0.2 · sqrt(longer
+    side)), so that one learning rate serves both.
     """
 
     beta: float = 0.95
@@ -258,10 +262,7 @@ class Muon(Optimizer):
         _check(self, "num_iterations", self.num_iterations >= 1, "at least 1")
 
     def transform(self) -> optax.GradientTransformation:
-        muon = optax.chain(
-            optax.contrib.scale_by_muon(beta=self.beta, ns_steps=self.num_iterations),
-            optax.stateless(_to_adam_size),
-        )
+        muon = scale_by_muon(self.beta, self.num_iterations)
         adam = scale_by_adam(self.adam_beta1, self.adam_beta2, self.epsilon)
         by_kind = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
         return optax.chain(by_kind, _decay(self.weight_decay))
@@ -288,10 +289,10 @@ def scale_by_adam(
         mu, nu = jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params)
         return optax.ScaleByAdamState(count=jnp.zeros((), jnp.int32), mu=mu, nu=nu)
 
-    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None):
-        count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, grads)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, grads)
+    def update(updates: Any, state: Any, params: Any = None):
+        count: Any = state.count + 1
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * jnp.square(g), state.nu, updates)
         correction1, correction2 = _one_minus_power(beta1, count), _one_minus_power(beta2, count)
         damping = epsilon / jnp.sqrt(correction2) if epsilon_placement == "tensorflow" else epsilon
         updates = jax.tree.map(lambda m, v: m / correction1 / (jnp.sqrt(v / correction2) + damping), mu, nu)
@@ -300,10 +301,39 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_muon(beta: float, num_iterations: int) -> optax.GradientTransformation:
+    """Muon's direction for a tree of matrices [I O], of root mean square about 0.2.
+
+    m ← β m + (1 − β) g      update = 0.2 √max(I, O) · orthogonal((1 − β) g + β m)     (Nesterov)
+    """
+
+    def update(updates: Any, state: Any, params: Any = None):
+        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.trace, updates)
+        ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, updates)
+        scaled = jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape)) * _orthogonal(x, num_iterations), ahead)
+        return scaled, optax.TraceState(trace=momentum)
+
+    return optax.GradientTransformation(optax.trace(beta).init, update)
+
+
+def _orthogonal(x: Float[Array, "I O"], num_iterations: int) -> Float[Array, "I O"]:
+    """U Vᵀ of the singular value decomposition, roughly: singular values end in about [0.7, 1.2].
+
+    Newton–Schulz iteration X ← a X + b A X + c A² X with A = X Xᵀ, from the coefficients of K. Jordan (2024).
+    """
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (jnp.linalg.norm(x) + 1e-8)
+    for _ in range(num_iterations):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x.T if tall else x
+
+
 def clip_by_global_norm(
     grads: Any, max_norm: float | Float[Array, ""] | None
 ) -> tuple[Any, Float[Array, ""]]:
-    """Scales ``grads`` down to Euclidean norm ``max_norm`` if they exceed it; also returns the norm before."""
+    """Scales ``grads`` down to Euclidean norm ``max_norm`` if above; also returns the norm before."""
     norm = optax.global_norm(grads)
     if max_norm is None:
         return grads, norm
@@ -332,10 +362,6 @@ def _muon_or_adam(params: Any) -> Any:
         return "muon" if param.ndim == 2 and not is_embedding else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
-
-
-def _to_adam_size(updates: Any, params: Any = None) -> Any:
-    return jax.tree.map(lambda u: 0.2 * math.sqrt(max(u.shape)) * u, updates)
 
 
 def _check(component: Any, name: str, valid: bool, rule: str) -> None:

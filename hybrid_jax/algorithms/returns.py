@@ -96,7 +96,7 @@ def whiten(
     """Scales the valid items, all together, to standard deviation 1 and mean 0; masked items become 0.
 
     The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it
-    was, for rewards, whose sign matters. One item, or equal ones, give 0 (their mean, without ``shift_mean``).
+    was, for rewards, whose sign matters. One item, or equal ones, give 0 (or their mean).
     """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask, x - mean, 0.0)

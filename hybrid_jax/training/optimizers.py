@@ -85,7 +85,7 @@ class Linear(_Decaying):
 @SCHEDULES.register("cosine")
 @dataclass(frozen=True, kw_only=True)
 class Cosine(_Decaying):
-    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov & Hutter, arXiv 1608.03983)."""
+    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov, Hutter, arXiv 1608.03983)."""
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, self.warmup_steps, horizon)))
@@ -243,7 +243,7 @@ class SGD(Optimizer):
 @OPTIMIZERS.register("muon")
 @dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
-    """Muon for matrices, Adam for the rest and for embeddings (K. Jordan 2024; Liu et al., arXiv 2502.16982).
+    """Muon for matrices, Adam for vectors, embeddings and heads (K. Jordan 2024; Liu et al., arXiv 2502.16982).
 
     A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (by 0.2 · sqrt(longer
     side)), so that one learning rate serves both.
@@ -355,11 +355,12 @@ def _decay(weight_decay: float) -> optax.GradientTransformation:
 
 
 def _muon_or_adam(params: Any) -> Any:
-    """Muon's label for matrices, but not for embeddings, whose rows are looked up rather than multiplied."""
+    """Muon's label for matrices, but not for embeddings and heads: their rows are words, not features."""
 
     def label(path: tuple[Any, ...], param: Array) -> str:
-        is_embedding = any("embed" in str(getattr(key, "key", key)).lower() for key in path)
-        return "muon" if param.ndim == 2 and not is_embedding else "adam"
+        names = " ".join(str(getattr(key, "key", key)).lower() for key in path)
+        is_word_table = "embed" in names or "head" in names
+        return "muon" if param.ndim == 2 and not is_word_table else "adam"
 
     return jax.tree_util.tree_map_with_path(label, params)
 

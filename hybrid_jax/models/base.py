@@ -7,8 +7,14 @@ from typing import Any, Protocol, runtime_checkable
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.registry import Registry
+
 Params = dict[str, Any]  # a nested dict of arrays
 Cache = Any  # a pytree: keys and values, a hidden state, a memory, or the last k tokens
+
+
+# Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the vocabulary that it names itself.
+BACKBONES: Registry = Registry("backbone")
 
 
 @struct.dataclass
@@ -73,8 +79,6 @@ class LanguageModel(Protocol):
         """Reads left-padded prompts into the empty cache; returns the scores of the first response token."""
         ...
 
-    def step(
-        self, params: Params, token: Int[Array, "B"], cache: Cache
-    ) -> tuple[Float[Array, "B V"], Cache]:
+    def step(self, params: Params, token: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one token a row; returns the scores of the next one."""
         ...

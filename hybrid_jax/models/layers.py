@@ -1,0 +1,183 @@
+"""Linear maps, norms, activations and rotary positions as pure functions.
+
+On a CPU, `linear`, `normalize` and `gelu_tanh` carry hand-written gradients over 2-D arrays [rows, width]: XLA's CPU
+compiler otherwise recomputes elementwise gradients into strided copies around every weight gradient. Elsewhere, and as
+the oracle of the tests, the ``plain_*`` functions leave everything to autodiff and the compiler.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+def on_cpu() -> bool:
+    """Whether the hand-written CPU formulations are used; decided while tracing."""
+    return jax.default_backend() == "cpu"
+
+
+# ------------------------------------------------------------------------------------------------ linear
+
+
+def linear(
+    x: Float[Array, "... I"],
+    kernel: Float[Array, "I O"],
+    bias: Float[Array, "O"] | None = None,
+    out_dtype=None,
+) -> Float[Array, "... O"]:
+    """``y = x W + b``, accumulated in float32, returned as ``out_dtype`` (default: that of ``x``)."""
+    dtype = jnp.dtype(out_dtype or x.dtype)
+    if not on_cpu():
+        return plain_linear(x, kernel, bias, dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    return _linear(rows, kernel, bias, dtype).reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def plain_linear(x, kernel, bias=None, out_dtype=None):
+    """`linear` without a hand-written gradient."""
+    y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    y = y if bias is None else y + bias
+    return y.astype(out_dtype or x.dtype)
+
+
+def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
+    return lax.dot_general(
+        a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _linear(x, kernel, bias, dtype):
+    y = _dot(x, kernel, 1, 0)
+    return (y if bias is None else y + bias).astype(dtype)
+
+
+def _linear_forward(x, kernel, bias, dtype):
+    return _linear(x, kernel, bias, dtype), (x, kernel, bias)
+
+
+def _linear_backward(dtype, saved, dy):
+    x, kernel, bias = saved
+    # The barrier makes XLA compute dy once instead of fusing its producer into each of the three uses.
+    dy = lax.optimization_barrier(dy)
+    dbias = None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32).astype(bias.dtype)
+    dy = dy.astype(x.dtype)
+    dx, dkernel = _dot(dy, kernel, 1, 1), _dot(x, dy, 0, 0)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype), dbias
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+# ------------------------------------------------------------------------------------------------ norms
+
+
+def layer_norm(x: Float[Array, "... D"], scale, bias, epsilon: float) -> Float[Array, "... D"]:
+    """``(x - mean) / sqrt(variance + ε) * scale + bias`` over the last axis, statistics in float32 (Ba et al. 2016)."""
+    return _normalize_any(x, scale, bias, True, epsilon)
+
+
+def rms_norm(x: Float[Array, "... D"], scale, epsilon: float) -> Float[Array, "... D"]:
+    """``x / sqrt(mean(x²) + ε) * scale`` over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
+    return _normalize_any(x, scale, None, False, epsilon)
+
+
+def _normalize_any(x, scale, bias, centered, epsilon):
+    if not on_cpu():
+        return plain_normalize(x, scale, bias, centered, epsilon)
+    return _normalize(x.reshape(-1, x.shape[-1]), scale, bias, centered, epsilon).reshape(x.shape)
+
+
+def plain_normalize(x, scale, bias, centered: bool, epsilon: float):
+    """Layer norm (``centered``) or RMS norm without a hand-written gradient."""
+    wide = x.astype(jnp.float32)
+    if centered:
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+    y = wide * lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + epsilon) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _normalize(x, scale, bias, centered, epsilon):
+    return _normalize_forward(x, scale, bias, centered, epsilon)[0]
+
+
+def _normalize_forward(x, scale, bias, centered, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, -1, keepdims=True) if centered else jnp.zeros((x.shape[0], 1), jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(wide - mean), -1, keepdims=True) + epsilon)
+    y = (wide - mean) * inverse * scale
+    return (y if bias is None else y + bias).astype(x.dtype), (x, mean, inverse, scale, bias)
+
+
+def _normalize_backward(centered, epsilon, saved, dy):
+    x, mean, inverse, scale, bias = saved
+    normal = (x.astype(jnp.float32) - mean) * inverse
+    dy = dy.astype(jnp.float32)
+    dnormal = dy * scale
+    dx = dnormal - normal * jnp.mean(dnormal * normal, -1, keepdims=True)
+    if centered:
+        dx = dx - jnp.mean(dnormal, -1, keepdims=True)
+    dscale = jnp.sum(dy * normal, axis=0).astype(scale.dtype)
+    dbias = None if bias is None else jnp.sum(dy, axis=0).astype(bias.dtype)
+    return (dx * inverse).astype(x.dtype), dscale, dbias
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+# ------------------------------------------------------------------------------------------------ activations
+
+_GELU_SLOPE, _GELU_CUBIC = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, written ``x σ(2√(2/π)(x + 0.044715 x³))`` (Hendrycks & Gimpel)."""
+    return _gelu_tanh(x) if on_cpu() else jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_gate(x: Array) -> Array:
+    return 1.0 / (1.0 + jnp.exp(-_GELU_SLOPE * (x + _GELU_CUBIC * x * x * x)))
+
+
+@jax.custom_vjp
+def _gelu_tanh(x):
+    return (x * _gelu_gate(x)).astype(x.dtype)
+
+
+def _gelu_backward(x, dy):
+    gate = _gelu_gate(x)
+    slope = _GELU_SLOPE * (1.0 + 3.0 * _GELU_CUBIC * x * x)
+    return ((dy * gate * (1.0 + x * (1.0 - gate) * slope)).astype(x.dtype),)
+
+
+_gelu_tanh.defvjp(lambda x: (_gelu_tanh(x), x), _gelu_backward)
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu_tanh": gelu_tanh,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
+# ------------------------------------------------------------------------------------------------ positions
+
+
+def rotary_angles(positions: Int[Array, "B T"], head_width: int, theta: float) -> Float[Array, "B T C/2"]:
+    """``position · θ^(-2i/C)`` for the channel pairs ``i`` (Su et al. 2021, eq. 15)."""
+    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x: Float[Array, "B T H C"], angles: Float[Array, "B T C/2"]) -> Float[Array, "B T H C"]:
+    """Turns the channel pairs ``(i, i + C/2)`` by ``angles``: the pairing of Hugging Face checkpoints."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)

@@ -66,6 +66,6 @@ def corpus_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) 
         raise ValueError(
             "references must be a list of at least one text for each hypothesis, got a bare text or none"
         )
-    # sacrebleu wants the transpose: stream i holds the i-th reference of every hypothesis, None where it has fewer.
+    # sacrebleu wants the transpose: stream i holds the i-th reference of each hypothesis, or None.
     streams = [list(stream) for stream in zip_longest(*references)]
     return float(BLEU().corpus_score(list(hypotheses), streams).score)

@@ -1,8 +1,9 @@
 """What a reward is: a callable on texts, or a pure function on tokens that stays on the device.
 
-A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain function, or
-a frozen dataclass registered in `REWARDS` whose fields are its settings. ``columns`` are the other columns of
-the data, each a list of length B; a reward gets those it names, or all of them if it takes ``**columns``.
+A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain
+function, or a frozen dataclass registered in `REWARDS` whose fields are its settings. ``columns`` are the
+other columns of the data, each a list of length B; a reward gets those it names, or all if it takes
+``**columns``.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class RewardError(UserError):
 
 @runtime_checkable
 class DeviceReward(Protocol):
-    """A reward on tokens, written in JAX: it runs inside jit and vmap, so that no text ever leaves the device."""
+    """A reward on tokens, written in JAX: it runs inside jit and vmap, and nothing leaves the device."""
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
@@ -41,7 +42,7 @@ class DeviceReward(Protocol):
 
 
 def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The columns of a batch as rewards receive them: one list of length B a column, None where a row lacks it."""
+    """The columns of a batch as rewards receive them: lists of length B, None where a row has none."""
     names = dict.fromkeys(name for example in examples for name in example.columns)
     return {name: [example.columns.get(name) for example in examples] for name in names}
 

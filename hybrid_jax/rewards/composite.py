@@ -1,7 +1,7 @@
 """The reward of a run: a weighted sum of named parts, each normalised and clipped on its own.
 
-The order is fixed: raw -> running normaliser -> clip -> weight -> sum. Normalising each part before the sum keeps
-one of large scale from drowning the others.
+The order is fixed: raw -> running normaliser -> clip -> weight -> sum. Normalising each part before the sum
+keeps one of large scale from drowning the others.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Part:
         reward: A text reward or a device reward.
         weight: Factor in the sum; negative turns the reward into a penalty.
         clip: ``(lowest, highest)`` value before the weight; None does not clip.
-        normalise: Subtract the running mean and divide by the running standard deviation of all rollouts so far.
+        normalise: Subtract the mean and divide by the standard deviation of all rollouts so far.
     """
 
     reward: Annotated[Any, REWARDS]
@@ -59,9 +59,9 @@ class Part:
 class CompositeReward:
     """``sum over parts of weight * clip(normalise(raw))``, all on texts or all on tokens.
 
-    The normaliser is Welford's running mean and biased variance over every score since the start. Each rollout is
-    merged *before* it is normalised, so that the first one is already on scale; ``std`` has a floor, so that a
-    constant reward gives 0. The state is a plain pytree for the checkpoint.
+    The normaliser keeps mean and biased variance of every score since the start. Each rollout is merged
+    *before* it is normalised, so that the first one is already on scale; the standard deviation has a floor,
+    so that a constant reward gives 0. The state is a plain pytree for the checkpoint.
     """
 
     parts: dict[str, Part]
@@ -117,9 +117,9 @@ class CompositeReward:
         return scores
 
     def metrics(self, state: RewardState, raw: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """``<part>_mean``, ``<part>_std`` of the raw values, and ``<part>_clip_fraction``, the share of clipped ones.
+        """``<part>_mean`` and ``<part>_std`` of the raw values, ``<part>_clip_fraction``: the share clipped.
 
-        Takes what `score` returned.
+        Takes the new state and the raw values that `score` returned.
         """
         metrics = {}
         for name, part in self.parts.items():

@@ -1,4 +1,4 @@
-"""What is done to the scores [B] of a rollout after the rewards; the same lines serve NumPy and JAX arrays."""
+"""What is done to the scores [B] of a rollout after the rewards, on NumPy and on JAX arrays alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 def has_eos(
     tokens: Int[Array, "B R"], response_mask: Bool[Array, "B R"], eos_ids: Sequence[int]
 ) -> Bool[Array, "B"]:
-    """Whether the response ends by itself: one of its own tokens, not of the padding, is an end-of-sequence token."""
+    """Whether a response ends by itself: one of its own tokens, not of its padding, ends the sequence."""
     return (reduce(or_, [tokens == eos_id for eos_id in eos_ids], tokens != tokens) & response_mask).any(
         axis=1
     )

@@ -18,10 +18,10 @@ from hybrid_jax.rewards.base import REWARDS
 class FactCoverage:
     """Share of the facts of a row that its response states.
 
-    A fact is a list of accepted phrases and is stated when one of them occurs, at word boundaries and whatever
-    the case. The column ``facts`` holds for each row a mapping ``slot -> phrases`` or a list of such lists. The
-    optional column ``contradictions`` has the same form and slots: phrases of other values. A stated fact that is also
-    contradicted loses ``contradiction_penalty``, so that naming every value does not pay.
+    A fact is a list of accepted phrases and is stated when one of them occurs, at word boundaries and in any
+    case. The column ``facts`` holds for each row a mapping ``slot -> phrases`` or a list of such lists. The
+    optional column ``contradictions`` has the same form and slots: phrases of other values. A stated fact
+    that is also contradicted loses ``contradiction_penalty``, so that naming every value does not pay.
 
     Range [0, 1]; an empty response scores 0.
 
@@ -61,8 +61,8 @@ class FactCoverage:
 class LexiconSentiment:
     """VADER's compound valence of the response, in [-1, 1]; 0 for an empty one.
 
-    Hutto and Gilbert 2014. A word list with rules for negation and emphasis: a weak judge (70.5 % on film reviews), easily
-    flattered by repeated praise; add `repetition` beside it.
+    Hutto and Gilbert 2014. A word list with rules for negation and emphasis: a weak judge (70.5 % on film
+    reviews), easily flattered by repeated praise; add `repetition` beside it.
     """
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -114,7 +114,7 @@ class Repetition:
 
 
 def mentions(text: str, phrases: Sequence[str]) -> bool:
-    """Whether one of the phrases occurs in ``text``: at word boundaries, whatever the case and the spacing."""
+    """Whether one of the phrases occurs in ``text``: at word boundaries, in any case and spacing."""
     return bool(phrases) and _phrase_pattern(tuple(phrases)).search(text) is not None
 
 

@@ -14,7 +14,7 @@ from hybrid_jax.rewards.base import REWARDS
 @REWARDS.register("token_count")
 @dataclass(frozen=True)
 class TokenCount:
-    """Weighted counts: ``sum over t of weights[y_t]``, plus ``first_token_weights[y_0]``; unnamed tokens weigh 0.
+    """Weighted counts: ``sum over t of weights[y_t]``, plus ``first_token_weights[y_0]``; others weigh 0.
 
     Attributes:
         weights: Token id -> what each occurrence in the response is worth.

@@ -1,0 +1,297 @@
+"""Endless streams of batches whose whole state is one integer: the cursor, the rows handed out so far.
+
+``batch(cursor, size)`` is a pure function of (data, seed, cursor); the next cursor is ``cursor + size``. An
+epoch visits every row once, in an order drawn from (seed, epoch) alone, so a resumed run, or one whose batch
+size changed, reads exactly what is left. A batch may straddle two epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.packing import Encoded, encode_examples, pack, pad, token_batch
+from hybrid_jax.data.tokenizer import Tokenizer
+
+ORDER, OFFSET = 0, 1  # what an epoch draws: the order of its rows, where its windows start
+
+
+class SFTStream:
+    """Batches of examples to learn from.
+
+    Prompts and responses, and short documents, are packed several to a row (``packing``), once and for all,
+    or stand one to a row, a batch being padded to the smallest of ``buckets`` that holds it. Where all
+    examples are documents and one is longer than ``max_length``, the documents are joined and cut into
+    windows of exactly ``max_length`` tokens, and every epoch moves the cuts.
+
+    Args:
+        examples: rows of a source, each with a response (a document is a response to an empty prompt).
+        tokenizer: encodes them, once, here.
+        max_length: T, tokens a row at most.
+        packing: several sequences a row; without it a row is one sequence.
+        seed: of the order of rows, at least 0.
+        buckets: lengths to pad to without packing; `length_buckets` of the data if None.
+
+    Raises:
+        UserError: no examples, an example without a response, a prompt longer than ``max_length``.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        packing: bool = True,
+        seed: int = 0,
+        buckets: Sequence[int] | None = None,
+    ):
+        _check(examples, max_length, seed)
+        self._rows = _arrange(examples, tokenizer, max_length, packing, seed, buckets)
+        self._seed = seed
+
+    @property
+    def num_rows(self) -> int:
+        """Rows an epoch."""
+        return len(self._rows)
+
+    def batch(self, cursor: int, size: int) -> TokenBatch:
+        """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size T]."""
+        return self._rows.take(*_visits(self.num_rows, self._seed, cursor, size))
+
+    def sequential(self, size: int) -> Iterator[TokenBatch]:
+        """All data once, in order, for evaluation; rows of padding alone fill up the last batch."""
+        for batch in self._rows.in_order(size):
+            missing = ((0, size - len(batch.tokens)), (0, 0))
+            yield jax.tree.map(lambda array: np.pad(array, missing), batch)
+
+
+class PromptStream:
+    """Batches of prompts to answer, left-padded to the smallest of ``buckets`` that holds the batch.
+
+    Args:
+        examples: rows of a source; responses, if there are any, stay with the examples for the rewards.
+        tokenizer: encodes the prompts, once, here.
+        max_prompt_length: P, tokens a prompt at most.
+        seed: of the order of rows, at least 0.
+        buckets: lengths to pad to; `length_buckets` of the data if None. One bucket means one compiled
+            rollout.
+
+    Raises:
+        UserError: no examples, an empty prompt, a prompt longer than ``max_prompt_length``.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        max_prompt_length: int,
+        *,
+        seed: int = 0,
+        buckets: Sequence[int] | None = None,
+    ):
+        _check(examples, max_prompt_length, seed)
+        self._examples = tuple(examples)
+        self._prompts = [np.asarray(tokenizer.encode(example.prompt), np.int32) for example in examples]
+        for row, prompt in enumerate(self._prompts, start=1):
+            if not 0 < len(prompt) <= max_prompt_length:
+                raise UserError(
+                    f"row {row}: a prompt must have 1 to {max_prompt_length} tokens, got {len(prompt)}; "
+                    + (
+                        "raise max_prompt_length or shorten the prompt"
+                        if len(prompt)
+                        else "give the row a prompt"
+                    )
+                )
+        self._buckets = _checked_buckets(
+            buckets, [len(prompt) for prompt in self._prompts], max_prompt_length
+        )
+        self._seed = seed
+
+    @property
+    def num_rows(self) -> int:
+        """Rows an epoch."""
+        return len(self._prompts)
+
+    def batch(self, cursor: int, size: int) -> PromptBatch:
+        """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size P]."""
+        _, rows = _visits(self.num_rows, self._seed, cursor, size)
+        longest = max(len(self._prompts[row]) for row in rows)
+        return self._left_padded(rows, _bucket(longest, self._buckets))
+
+    def sequential(self, size: int) -> Iterator[tuple[PromptBatch, int]]:
+        """All prompts once, in order, each batch of one shape, with the number of its rows that count.
+
+        The last batch is filled up with its own first prompt: a real one, so that sampling it is safe.
+        """
+        for start in range(0, self.num_rows, size):
+            rows = list(range(start, min(start + size, self.num_rows)))
+            filled = rows + [start] * (size - len(rows))
+            yield self._left_padded(filled, self._buckets[-1]), len(rows)
+
+    def _left_padded(self, rows: Sequence[int] | np.ndarray, length: int) -> PromptBatch:
+        tokens = np.zeros((len(rows), length), np.int32)
+        mask = np.zeros((len(rows), length), bool)
+        for i, row in enumerate(rows):
+            prompt = self._prompts[row]
+            tokens[i, length - len(prompt) :] = prompt
+            mask[i, length - len(prompt) :] = True
+        return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self._examples[row] for row in rows))
+
+
+def length_buckets(longest: int, limit: int, smallest: int = 32) -> tuple[int, ...]:
+    """Lengths to pad to: doubling from ``smallest`` up to ``longest`` in eights, at most ``limit``."""
+    last = min(-(-longest // 8) * 8, limit)
+    buckets = [smallest * 2**i for i in range(20) if smallest * 2**i < last]
+    return (*buckets, last)
+
+
+class _Rows(Protocol):
+    """How rows are kept. ``take`` reads row ``rows[i]`` as it is in epoch ``epochs[i]``."""
+
+    def __len__(self) -> int: ...
+
+    def take(self, epochs: np.ndarray, rows: np.ndarray) -> TokenBatch: ...
+
+    def in_order(self, size: int) -> Iterator[TokenBatch]: ...
+
+
+class _Packed:
+    def __init__(self, rows: TokenBatch):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows.tokens)
+
+    def take(self, epochs: np.ndarray, rows: np.ndarray) -> TokenBatch:
+        return jax.tree.map(lambda array: array[rows], self._rows)
+
+    def in_order(self, size: int) -> Iterator[TokenBatch]:
+        rows = np.arange(len(self))
+        for start in range(0, len(self), size):
+            yield self.take(rows, rows[start : start + size])
+
+
+class _Bucketed:
+    def __init__(self, sequences: Sequence[Encoded], buckets: Sequence[int]):
+        self._sequences = sequences
+        self._buckets = buckets
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def take(self, epochs: np.ndarray, rows: np.ndarray) -> TokenBatch:
+        sequences = [self._sequences[row] for row in rows]
+        return pad(sequences, _bucket(max(len(sequence.tokens) for sequence in sequences), self._buckets))
+
+    def in_order(self, size: int) -> Iterator[TokenBatch]:
+        for start in range(0, len(self), size):
+            yield pad(self._sequences[start : start + size], self._buckets[-1])
+
+
+class _Windows:
+    """Row i of epoch e is ``tokens[r_e + i·T : r_e + (i+1)·T]``, the offset r_e drawn anew each epoch."""
+
+    def __init__(self, documents: Sequence[Encoded], length: int, seed: int):
+        self._tokens = np.concatenate([document.tokens for document in documents])
+        self._document = np.repeat(
+            np.arange(len(documents)), [len(document.tokens) for document in documents]
+        )
+        self._length = length
+        self._seed = seed
+
+    def __len__(self) -> int:
+        # As many windows as fit behind any offset below T; a text too short for that has one window.
+        return max((len(self._tokens) - self._length + 1) // self._length, 1)
+
+    def take(self, epochs: np.ndarray, rows: np.ndarray) -> TokenBatch:
+        offsets = np.array([self._offset(int(epoch)) for epoch in epochs])
+        return self._cut(offsets + rows * self._length)
+
+    def in_order(self, size: int) -> Iterator[TokenBatch]:
+        # Windows overlap by one token, so that each token but a document's first is scored exactly once.
+        starts = np.arange(0, len(self._tokens) - 1, self._length - 1)
+        for start in range(0, len(starts), size):
+            yield self._cut(starts[start : start + size])
+
+    def _offset(self, epoch: int) -> int:
+        spare = len(self._tokens) - len(self) * self._length
+        return int(_generator(self._seed, epoch, OFFSET).integers(min(self._length, spare + 1)))
+
+    def _cut(self, starts: np.ndarray) -> TokenBatch:
+        index = starts[:, None] + np.arange(self._length)
+        inside = index < len(self._tokens)
+        index = np.minimum(index, len(self._tokens) - 1)
+        document = self._document[index]
+        continues = np.zeros(index.shape, bool)
+        continues[:, 1:] = document[:, 1:] == document[:, :-1]
+        segment_ids = document - document[:, :1] + 1
+        return token_batch(
+            np.where(inside, self._tokens[index], 0).astype(np.int32),
+            np.where(inside, segment_ids, 0).astype(np.int32),
+            inside & continues,
+        )
+
+
+def _arrange(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    max_length: int,
+    packing: bool,
+    seed: int,
+    buckets: Sequence[int] | None,
+) -> _Rows:
+    if all(example.prompt == "" and example.response is not None for example in examples):
+        endless = max(len(example.response or "") for example in examples) * 8 + 8
+        documents = encode_examples(examples, tokenizer, endless)
+        if max(len(document.tokens) for document in documents) > max_length:
+            return _Windows(documents, max_length, seed)
+    sequences = encode_examples(examples, tokenizer, max_length)
+    if packing:
+        return _Packed(pack(sequences, max_length))
+    return _Bucketed(sequences, _checked_buckets(buckets, [len(s.tokens) for s in sequences], max_length))
+
+
+def _visits(num_rows: int, seed: int, cursor: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Epoch and row of each of the visits ``cursor`` to ``cursor + size``."""
+    epochs, places = np.divmod(np.arange(cursor, cursor + size), num_rows)
+    rows = [_order(num_rows, seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]
+    return epochs, np.array(rows)
+
+
+@lru_cache(maxsize=8)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return _generator(seed, epoch, ORDER).permutation(num_rows)
+
+
+def _generator(seed: int, epoch: int, purpose: int) -> np.random.Generator:
+    """A counter-based generator: any epoch is reached without drawing those before it."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
+
+
+def _bucket(length: int, buckets: Sequence[int]) -> int:
+    return next(bucket for bucket in buckets if bucket >= length)
+
+
+def _checked_buckets(buckets: Sequence[int] | None, lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+    longest = max(lengths)
+    if buckets is None:
+        return length_buckets(longest, limit)
+    if not buckets or max(buckets) < longest:
+        raise UserError(f"the largest bucket must hold {longest} tokens, got {list(buckets)}")
+    return tuple(sorted(buckets))
+
+
+def _check(examples: Sequence[Example], length: int, seed: int) -> None:
+    if not examples:
+        raise UserError("the data is empty: a stream needs at least one example")
+    if length < 2:
+        raise ValueError(f"the length must be at least 2 tokens, got {length}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")

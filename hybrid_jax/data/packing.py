@@ -1,0 +1,110 @@
+"""Examples to rows of tokens: which tokens are learned, padding, and packing by segment ids."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hybrid_jax.core.batches import Example, TokenBatch
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.tokenizer import Tokenizer
+
+OPEN_ROWS = (
+    1024  # first fit tries the newest rows only, so that packing stays linear in the number of sequences
+)
+
+
+class Encoded(NamedTuple):
+    """One sequence: its tokens, int32 [T], and which of them are targets, bool [T] (never the first)."""
+
+    tokens: np.ndarray
+    loss_mask: np.ndarray
+
+
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
+    """Tokens and loss mask of every example: prompt, response, end token.
+
+    The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
+    learned from its second token on, for nothing precedes the first. A response that reaches beyond
+    ``max_length`` is cut, and then has no end token, since it did not end there; one warning counts the cuts.
+
+    Raises:
+        UserError: for an example without a response, or whose prompt leaves no room for one token of it.
+    """
+    encoded, cuts = [], 0
+    for row, example in enumerate(examples, start=1):
+        if example.response is None:
+            raise UserError(
+                f"row {row} has no response to learn from; set response_field, or use it for prompts only"
+            )
+        prompt = tokenizer.encode(example.prompt)
+        if len(prompt) >= max_length:
+            raise UserError(
+                f"row {row}: the prompt must have fewer than max_length {max_length} tokens, "
+                f"got {len(prompt)}; raise max_length or shorten the prompt"
+            )
+        tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
+        cuts += len(tokens) > max_length
+        tokens = np.asarray(tokens[:max_length], np.int32)
+        encoded.append(Encoded(tokens, np.arange(len(tokens)) >= max(len(prompt), 1)))
+    if cuts:
+        warnings.warn(
+            f"{cuts} of {len(examples)} responses were cut to fit {max_length} tokens", stacklevel=2
+        )
+    return encoded
+
+
+def pack(sequences: Sequence[Encoded], length: int) -> TokenBatch:
+    """Rows of ``length`` tokens holding several sequences each: first fit, in the order given.
+
+    Segment ids number the sequences of a row from 1; 0 is padding. Every sequence stays whole.
+    """
+    free = np.zeros(0, np.int64)  # of the newest rows
+    rows: list[list[Encoded]] = []
+    for sequence in sequences:
+        size = _checked_size(sequence, length)
+        fits = np.flatnonzero(free >= size)
+        if fits.size == 0:
+            rows.append([])
+            free = np.append(free, length)[-OPEN_ROWS:]
+            fits = np.array([len(free) - 1])
+        free[fits[0]] -= size
+        rows[len(rows) - len(free) + fits[0]].append(sequence)
+    return _to_batch(rows, length)
+
+
+def pad(sequences: Sequence[Encoded], length: int) -> TokenBatch:
+    """One sequence a row, padded at the right to ``length``."""
+    for sequence in sequences:
+        _checked_size(sequence, length)
+    return _to_batch([[sequence] for sequence in sequences], length)
+
+
+def token_batch(tokens: np.ndarray, segment_ids: np.ndarray, loss_mask: np.ndarray) -> TokenBatch:
+    """A batch of host arrays; they become device arrays where a step is called."""
+    arrays: Any = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask}
+    return TokenBatch(**arrays)
+
+
+def _checked_size(sequence: Encoded, length: int) -> int:
+    if len(sequence.tokens) > length:
+        raise ValueError(f"a sequence must fit length {length}, got {len(sequence.tokens)} tokens")
+    return len(sequence.tokens)
+
+
+def _to_batch(rows: Sequence[Sequence[Encoded]], length: int) -> TokenBatch:
+    tokens = np.zeros((len(rows), length), np.int32)
+    segment_ids = np.zeros((len(rows), length), np.int32)
+    loss_mask = np.zeros((len(rows), length), bool)
+    for row, sequences in enumerate(rows):
+        start = 0
+        for segment, sequence in enumerate(sequences, start=1):
+            here = slice(start, start + len(sequence.tokens))
+            tokens[row, here] = sequence.tokens
+            segment_ids[row, here] = segment
+            loss_mask[row, here] = sequence.loss_mask
+            start = here.stop
+    return token_batch(tokens, segment_ids, loss_mask)

@@ -1,0 +1,384 @@
+"""Where examples come from: the embedded corpus, files, Hugging Face `datasets`, TensorFlow Datasets.
+
+A source is a frozen dataclass with ``load(split)``. All of them hold out data the same way: a file or split
+of its own, or a share of the training data. A source without held-out data says so when it is asked for some.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.data.corpora import restaurants
+
+Split = Literal["train", "held_out"]
+
+
+class Source(Protocol):
+    def load(self, split: Split) -> Sequence[Example]:
+        """All examples of the split, in a fixed order; a `UserError` if there are none."""
+        ...
+
+
+SOURCES: Registry[Source] = Registry("data source")
+
+
+@SOURCES.register("restaurants")
+@dataclass(frozen=True)
+class Restaurants:
+    """The embedded corpus: restaurant facts to short reviews (`hybrid_jax.data.corpora`).
+
+    Attributes:
+        omission: share in [0, 1] of the training reviews that leave a fact out.
+        seed: of the sampling of pairs.
+    """
+
+    omission: float = 0.25
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.omission <= 1:
+            raise ValueError(f"omission must be in [0, 1], got {self.omission}")
+
+    def load(self, split: Split) -> Sequence[Example]:
+        return restaurants(split, self.omission, self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """How a row of named fields becomes an example; shared by the sources that have such rows.
+
+    Attributes:
+        prompt_field: the field with the prompt; None makes every row a document, learned as a whole.
+        response_field: the field with the response (or the document); None for prompts without responses.
+        prompt_template: the prompt as a format of the row's fields, e.g. ``"Q: {question}\\nA:"``, instead of
+            a field.
+        response_template: the same for the response.
+
+    All other fields become ``Example.columns``.
+    """
+
+    prompt_field: str | None = "prompt"
+    response_field: str | None = "completion"
+    prompt_template: str | None = None
+    response_template: str | None = None
+
+    def __post_init__(self):
+        for name in ("prompt_template", "response_template"):
+            _check_template(name, getattr(self, name))
+        nothing = (
+            self.prompt_field is self.response_field is self.prompt_template is self.response_template is None
+        )
+        if nothing:
+            raise ValueError("prompt_field must be a field name where response_field is None, got None")
+
+    def example(self, row: Mapping[str, Any], where: str) -> Example:
+        prompt = _text(row, self.prompt_field, self.prompt_template, where)
+        response = _text(row, self.response_field, self.response_template, where)
+        used = {
+            field
+            for field, template in (
+                (self.prompt_field, self.prompt_template),
+                (self.response_field, self.response_template),
+            )
+            if template is None
+        }
+        return Example(prompt or "", response, {key: value for key, value in row.items() if key not in used})
+
+
+@SOURCES.register("jsonl")
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(Rows):
+    """One JSON object a line; plain, or gzip where the name ends in ``.gz``.
+
+    Attributes:
+        train: the training file.
+        held_out: the held-out file.
+        held_out_fraction: instead of a file, the share in (0, 1) of the training prompts to hold out, chosen
+            by a hash of the prompt: equal prompts stay on one side.
+    """
+
+    train: Path
+    held_out: Path | None = None
+    held_out_fraction: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_held_out(self.held_out_fraction, held_out=self.held_out)
+
+    def load(self, split: Split) -> Sequence[Example]:
+        path = self.held_out if split == "held_out" and self.held_out is not None else self.train
+        examples = [self.example(row, where) for where, row in _json_rows(Path(path))]
+        return _choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
+
+
+@SOURCES.register("text")
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """Plain text, UTF-8; gzip where the name ends in ``.gz``. One document, or one a line.
+
+    Attributes:
+        train: the text.
+        held_out: the held-out text.
+        held_out_fraction: instead of a file, the share in (0, 1) at the end of the training text to hold out.
+        split_at: instead of both, the number of characters before the held-out text.
+        lines: every line that is not blank is a document of its own.
+    """
+
+    train: Path
+    held_out: Path | None = None
+    held_out_fraction: float | None = None
+    split_at: int | None = None
+    lines: bool = False
+
+    def __post_init__(self):
+        _check_held_out(self.held_out_fraction, held_out=self.held_out, split_at=self.split_at)
+        if self.split_at is not None and self.split_at < 1:
+            raise ValueError(f"split_at must be at least 1, got {self.split_at}")
+
+    def load(self, split: Split) -> Sequence[Example]:
+        path = Path(self.held_out if split == "held_out" and self.held_out is not None else self.train)
+        text = _read(path)
+        if self.held_out is None:
+            text = self._part(text, split, path)
+        documents = text.splitlines() if self.lines else [text]
+        examples = [Example("", document) for document in documents if document.strip()]
+        return _not_empty(examples, split, str(path))
+
+    def _part(self, text: str, split: Split, path: Path) -> str:
+        if self.split_at is not None:
+            cut = self.split_at
+        elif self.held_out_fraction is not None:
+            cut = int(len(text) * (1 - self.held_out_fraction))
+        elif split == "held_out":
+            raise _nothing_held_out(str(path), "held_out, held_out_fraction or split_at")
+        else:
+            cut = len(text)
+        return text[:cut] if split == "train" else text[cut:]
+
+
+@SOURCES.register("huggingface")
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceDataset(Rows):
+    """A dataset of the `datasets` library: a hub name (or its offline cache) or a local folder.
+
+    Attributes:
+        path: hub name, folder, or a format such as ``json``, ``csv``, ``parquet`` together with
+            ``data_files``.
+        subset: the configuration of the dataset, if it has several.
+        data_files: local files by the name of their split.
+        train_split: name of the training split.
+        held_out_split: name of the held-out split.
+        held_out_fraction: instead of a split, as in `Jsonl`.
+    """
+
+    path: str
+    subset: str | None = None
+    data_files: dict[str, str] | None = None
+    train_split: str = "train"
+    held_out_split: str | None = None
+    held_out_fraction: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
+
+    def load(self, split: Split) -> Sequence[Example]:
+        own = self.held_out_split is not None
+        name = (
+            self.held_out_split
+            if split == "held_out" and self.held_out_split is not None
+            else self.train_split
+        )
+        examples = [
+            self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self._rows(name), start=1)
+        ]
+        return _choose(examples, split, own, self.held_out_fraction, self.path)
+
+    def _rows(self, split: str) -> Iterable[Any]:
+        import datasets
+        from datasets.exceptions import DatasetsError
+
+        try:
+            if (Path(self.path) / "dataset_dict.json").is_file() or (
+                Path(self.path) / "state.json"
+            ).is_file():
+                saved = datasets.load_from_disk(self.path)
+                return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return datasets.load_dataset(self.path, self.subset, data_files=self.data_files, split=split)
+        except (OSError, ValueError, KeyError, DatasetsError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"split {split!r} of the dataset {self.path!r} cannot be loaded: {reason}"
+            ) from error
+
+
+@SOURCES.register("tfds")
+@dataclass(frozen=True, kw_only=True)
+class TensorFlowDataset(Rows):
+    """A prepared TensorFlow dataset, read at random access by ``tfds.data_source``.
+
+    Attributes:
+        dataset: its name, e.g. ``imdb_reviews/plain_text:1.0.0``.
+        data_dir: where it is prepared; the default of tfds if None.
+        train_split: name of the training split, tfds slices such as ``train[:90%]`` included.
+        held_out_split: name of the held-out split.
+        held_out_fraction: instead of a split, as in `Jsonl`.
+    """
+
+    dataset: str
+    data_dir: Path | None = None
+    train_split: str = "train"
+    held_out_split: str | None = None
+    held_out_fraction: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        _check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
+
+    def load(self, split: Split) -> Sequence[Example]:
+        own = self.held_out_split is not None
+        name = (
+            self.held_out_split
+            if split == "held_out" and self.held_out_split is not None
+            else self.train_split
+        )
+        rows = self._rows(name)
+        examples = [self.example(_plain(rows[i]), f"{self.dataset}, row {i + 1}") for i in range(len(rows))]
+        return _choose(examples, split, own, self.held_out_fraction, self.dataset)
+
+    def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
+        try:
+            import tensorflow_datasets as tfds
+        except ImportError as error:
+            raise UserError(
+                f"the tfds source needs a package: pip install 'hybrid_jax[tfds]' ({error})"
+            ) from error
+        data_dir = None if self.data_dir is None else str(self.data_dir)
+        try:
+            return tfds.data_source(self.dataset, split=split, data_dir=data_dir)  # type: ignore
+        except Exception as error:  # tfds raises many kinds, its own and those of what it reads with
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"split {split!r} of the tfds dataset {self.dataset!r} cannot be loaded: {reason}"
+            ) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except FileNotFoundError:
+        raise UserError(f"no data file {str(path)!r}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} must be UTF-8 text, got byte {data[error.start]:#x} at {error.start}"
+        ) from error
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+    """Each row with ``file:line`` for messages."""
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: expected an object of fields, got {type(row).__name__}")
+        yield where, row
+
+
+def _text(row: Mapping[str, Any], field: str | None, template: str | None, where: str) -> str | None:
+    if template is not None:
+        wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        for name in wanted:
+            _check_field(row, name, where)
+        return template.format(**row)
+    if field is None:
+        return None
+    _check_field(row, field, where)
+    if not isinstance(row[field], str):
+        raise UserError(f"{where}: field {field!r} must be a text, got {row[field]!r}")
+    return row[field]
+
+
+def _check_field(row: Mapping[str, Any], field: str, where: str) -> None:
+    if field not in row:
+        raise UserError(f"{where}: no field {field!r}; {suggest(field, list(row))}")
+
+
+def _check_template(name: str, template: str | None) -> None:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template or "") if field is not None]
+    except ValueError as error:
+        raise ValueError(f"{name} must be a format of the row's fields, got {template!r}: {error}") from error
+    if template is not None and not all(field.isidentifier() for field in fields):
+        raise ValueError(f"{name} must name plain fields such as {{question}}, got {template!r}")
+
+
+def _check_held_out(fraction: float | None, **others: Any) -> None:
+    if fraction is not None and not 0 < fraction < 1:
+        raise ValueError(f"held_out_fraction must be in (0, 1), got {fraction}")
+    given = [name for name, value in {**others, "held_out_fraction": fraction}.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{given[0]} must be alone, got {' and '.join(given)}")
+
+
+def _choose(
+    examples: Sequence[Example], split: Split, own_held_out: bool, fraction: float | None, name: str
+) -> Sequence[Example]:
+    """The examples of the split, where they are not a file or split of their own."""
+    if fraction is not None:
+        held_out = _held_out_texts(examples, fraction)
+        examples = [e for e in examples if (_identity(e) in held_out) == (split == "held_out")]
+    elif split == "held_out" and not own_held_out:
+        raise _nothing_held_out(name, "held_out (a file or split) or held_out_fraction")
+    return _not_empty(examples, split, name)
+
+
+def _held_out_texts(examples: Sequence[Example], fraction: float) -> set[str]:
+    texts = {_identity(example) for example in examples}
+    by_hash = sorted(texts, key=lambda text: hashlib.sha256(text.encode("utf-8", "replace")).digest())
+    return set(by_hash[: max(round(fraction * len(texts)), 1)])
+
+
+def _identity(example: Example) -> str:
+    return example.prompt or example.response or ""
+
+
+def _not_empty(examples: Sequence[Example], split: Split, name: str) -> Sequence[Example]:
+    if not examples:
+        raise UserError(f"{name} has no {split.replace('_', '-')} examples: the data is empty")
+    return examples
+
+
+def _nothing_held_out(name: str, settings: str) -> UserError:
+    return UserError(f"{name} has no held-out data; set {settings}")
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Texts for bytes, lists and numbers for arrays."""
+    return {key: _plain_value(value) for key, value in row.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        return _plain(value)
+    if hasattr(value, "tolist"):
+        return _plain_value(value.tolist())
+    return [_plain_value(item) for item in value] if isinstance(value, list | tuple) else value

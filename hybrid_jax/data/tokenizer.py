@@ -1,0 +1,226 @@
+"""Text to token ids and back: bytes, a byte-level BPE trained on the data, or a Hugging Face tokenizer.
+
+Whatever its kind, a tokenizer saves as a folder that ``transformers.AutoTokenizer`` loads with the same ids.
+Bytes and BPE never import ``transformers``, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hybrid_jax.core.registry import Registry, UserError
+
+EOS_TOKEN = "<|endoftext|>"
+KIND_KEY = "hybrid_jax_kind"  # in tokenizer_config.json; transformers ignores it
+BYTES = 256
+
+
+class Tokenizer(Protocol):
+    """Masks never come from token values, so a pad token is nobody's business here."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; no special token is added."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; special tokens and ids outside the vocabulary are skipped."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that `load_tokenizer` and ``transformers.AutoTokenizer`` load."""
+        ...
+
+
+class TokenizerBuilder(Protocol):
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer; ``texts`` are read only by kinds that are trained on the data."""
+        ...
+
+
+TOKENIZERS: Registry[TokenizerBuilder] = Registry("tokenizer")
+
+
+class FastTokenizer:
+    """A ``tokenizers.Tokenizer`` with an end token. Special tokens spelled out in a text are ordinary text."""
+
+    def __init__(self, backend: Any, kind: str):
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._kind = kind
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def eos_id(self) -> int:
+        return self._backend.token_to_id(EOS_TOKEN)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def save(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": EOS_TOKEN,
+            "clean_up_tokenization_spaces": False,
+            KIND_KEY: self._kind,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class HuggingFaceTokenizer:
+    """Any tokenizer of ``transformers`` that has an end token; its pad token may be the same one."""
+
+    def __init__(self, backend: Any):
+        self._backend = backend
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._backend)
+
+    @property
+    def eos_id(self) -> int:
+        return int(self._backend.eos_token_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(_encodable(text), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        known = [int(i) for i in ids if i < self.vocab_size]
+        return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | Path) -> None:
+        self._backend.save_pretrained(folder)
+
+
+@TOKENIZERS.register("bytes")
+@dataclass(frozen=True)
+class Bytes:
+    """The 256 bytes of UTF-8 as ids 0 to 255, and the end token 256."""
+
+    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        from tokenizers import AddedToken, models
+
+        letters = _byte_letters()
+        backend = _byte_level(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+        backend.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
+        return FastTokenizer(backend, "bytes")
+
+
+@TOKENIZERS.register("bpe")
+@dataclass(frozen=True)
+class Bpe:
+    """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) trained on the data.
+
+    Attributes:
+        vocab_size: ids in all, at least 257: the bytes, the end token, and merges for the rest (fewer where
+            the data has no more pairs to merge).
+    """
+
+    vocab_size: int = 512
+
+    def __post_init__(self):
+        if self.vocab_size <= BYTES:
+            raise ValueError(
+                f"vocab_size must be at least {BYTES + 1} (all bytes and an end), got {self.vocab_size}"
+            )
+
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        from tokenizers import models, pre_tokenizers, trainers
+
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=[EOS_TOKEN],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator((_encodable(text) for text in texts), trainer)
+        return FastTokenizer(backend, "bpe")
+
+
+@TOKENIZERS.register("huggingface")
+@dataclass(frozen=True)
+class HuggingFace:
+    """The tokenizer of a Hugging Face folder (or of a cached model name). Code in the folder is never run."""
+
+    path: str
+
+    def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        return _load_huggingface(self.path)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder."""
+    folder = Path(folder)
+    config = folder / "tokenizer_config.json"
+    kind = json.loads(config.read_text()).get(KIND_KEY) if config.is_file() else None
+    if kind is None:
+        return _load_huggingface(str(folder))
+    from tokenizers import Tokenizer as Backend
+
+    return FastTokenizer(Backend.from_file(str(folder / "tokenizer.json")), kind)
+
+
+def _load_huggingface(path: str) -> Tokenizer:
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
+    if backend.eos_token_id is None:
+        raise UserError(f"the tokenizer of {path!r} has no end token; set eos_token in tokenizer_config.json")
+    return HuggingFaceTokenizer(backend)
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, pre_tokenizers
+
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore
+    backend.decoder = decoders.ByteLevel()  # type: ignore
+    return backend
+
+
+def _byte_letters() -> list[str]:
+    """The printable letter that byte-level tokenizers write for each byte, in byte order, as GPT-2 does.
+
+    Printable Latin-1 stands for itself; the other bytes take the letters from U+0100 on, in order.
+    """
+    printable = {
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    }
+    letters, borrowed = [], 0
+    for byte in range(BYTES):
+        letters.append(chr(byte) if byte in printable else chr(0x100 + borrowed))
+        borrowed += byte not in printable
+    return letters
+
+
+def _encodable(text: str) -> str:
+    """``text`` without lone surrogates (JSON may hold them), which UTF-8 cannot write."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

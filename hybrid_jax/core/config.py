@@ -60,7 +60,11 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
         return None if value is None else to_dict(value, inner[0] if len(inner) == 1 else Any)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value), include_extras=True)
-        return {f.name: to_dict(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init}
+        return {
+            f.name: to_dict(getattr(value, f.name), hints[f.name])
+            for f in dataclasses.fields(value)
+            if f.init
+        }
     if isinstance(value, Mapping):
         inner = get_args(hint)[1] if len(get_args(hint)) == 2 else Any
         return {key: to_dict(item, inner) for key, item in value.items()}
@@ -114,7 +118,10 @@ def _parse_value(hint: Any, value: Any, path: str) -> Any:
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong_type(path, "a mapping", value)
-        return {str(key): _parse_value(arguments[1], item, f"{path}.{key}") for key, item in value.items()}
+        return {
+            str(key): _parse_value(arguments[1], _named(arguments[1], str(key), item), _join(path, key))
+            for key, item in value.items()
+        }
     return _parse_scalar(hint, value, path)
 
 
@@ -159,6 +166,13 @@ def _parse_component(registry: Registry, value: Any, path: str) -> Any:
     raise UserError(f"{path}: {name!r} takes no settings, got {', '.join(settings)}")
 
 
+def _named(hint: Any, key: str, value: Any) -> Any:
+    """In a mapping of components, the key is the component's name unless it gives one."""
+    if get_origin(hint) is not typing.Annotated or not isinstance(value, Mapping) or "name" in value:
+        return value
+    return {"name": key, **value}
+
+
 def _parse_optional(choices: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in choices:
         return None
@@ -178,7 +192,9 @@ def _parse_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, path: s
     if origin is tuple and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             raise UserError(f"{path} must hold {len(arguments)} values, got {len(value)}")
-        return tuple(_parse_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True)))
+        return tuple(
+            _parse_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True))
+        )
     items = [_parse_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
     return items if origin is list else tuple(items)
 

@@ -243,7 +243,7 @@ class SGD(Optimizer):
 @OPTIMIZERS.register("muon")
 @dataclass(frozen=True, kw_only=True)
 class Muon(Optimizer):
-    """Muon for matrices, Adam for vectors, embeddings and heads (K. Jordan 2024; Liu et al., arXiv 2502.16982).
+    """Muon for matrices, Adam for vectors, embeddings and heads (Jordan 2024; Liu et al., arXiv 2502.16982).
 
     A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (by 0.2 · sqrt(longer
     side)), so that one learning rate serves both.

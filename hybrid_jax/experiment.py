@@ -1,0 +1,294 @@
+"""From a config to everything that a run needs: the only file that sees the whole package."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+from jax import Array
+
+from hybrid_jax.core.config import load_yaml, parse, to_dict
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.sources import SOURCES
+from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
+from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
+from hybrid_jax.models import decoder, hf  # noqa: F401  fill BACKBONES
+from hybrid_jax.models.base import BACKBONES, LanguageModel
+from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.phases import ppo, sft  # noqa: F401  fill PHASES
+from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
+from hybrid_jax.training.phase import PHASES, Phase, Resources
+from hybrid_jax.training.progress import Progress
+from hybrid_jax.training.recorder import Recorder
+from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
+from hybrid_jax.training.state import RunState, TrainState
+
+log = logging.getLogger(__name__)
+
+# Settings that may change between two starts of one run: they decide what is written, not what is learnt.
+FREE_SETTINGS = ("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache")
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment, as its YAML file says it."""
+
+    run_dir: Path
+    steps: int  # of all phases together
+    model: Annotated[Any, BACKBONES]
+    tokenizer: Annotated[Any, TOKENIZERS]
+    data: Annotated[Any, SOURCES]
+    phases: dict[str, Annotated[Any, PHASES]]  # by the names that the scheduler uses
+    scheduler: Annotated[Any, SCHEDULERS]
+    seed: int = 0
+    share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
+    mesh: MeshConfig = MeshConfig()
+    compilation_cache: Path | None = field(default_factory=lambda: _cache_dir())
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        for phase in self.scheduler.phases:
+            if phase not in self.phases:
+                raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
+        if self.share_optimizer_state and len({repr(_family(p)) for p in self.phases.values()}) > 1:
+            raise ValueError("share_optimizer_state needs phases with the same kind of optimizer")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a config file with ``a.b=value`` overrides.
+
+    Raises:
+        UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
+    """
+    return parse(ExperimentConfig, load_yaml(path, overrides))
+
+
+def build(config: ExperimentConfig) -> Experiment:
+    """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
+    if config.compilation_cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    _check_run_dir(config)
+    examples = config.data.load("train")
+    saved_tokenizer = config.run_dir / "tokenizer"
+    if saved_tokenizer.is_dir():
+        tokenizer = load_tokenizer(saved_tokenizer)
+    else:
+        tokenizer = config.tokenizer.build(text for e in examples for text in (e.prompt, e.response) if text)
+    model = config.model.build(tokenizer.vocab_size)
+    horizons = planned_steps(config.scheduler, config.steps)
+    phases = {
+        name: phase.build(
+            Resources(
+                name=name,
+                model=model,
+                tokenizer=tokenizer,
+                examples=examples,
+                seed=config.seed,
+                horizon=max(horizons[name], 1),
+                mesh=config.mesh,
+                optimizer_key="shared" if config.share_optimizer_state else name,
+            )
+        )
+        for name, phase in config.phases.items()
+        if name in horizons
+    }
+    return Experiment(config, model, tokenizer, phases)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A built experiment: what `hybrid_jax.training.loop.train` runs."""
+
+    config: ExperimentConfig
+    model: LanguageModel
+    tokenizer: Tokenizer
+    phases: Mapping[str, Phase]
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    @property
+    def scheduler(self) -> Any:
+        return self.config.scheduler
+
+    @property
+    def checkpoint(self) -> CheckpointConfig:
+        return self.config.checkpoint
+
+    @functools.cached_property
+    def key(self) -> Array:
+        """The root of all randomness in training; every step folds its number in."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), 1)
+
+    @functools.cached_property
+    def evaluator(self) -> Evaluator:
+        trained_by = next((c for c in self.config.phases.values() if hasattr(c, "reward")), None)
+        return Evaluator(
+            self.config.evaluation,
+            self.model,
+            self.tokenizer,
+            self.config.data.load("held_out"),
+            sampler=getattr(trained_by, "sampler", None),
+            reward=getattr(trained_by, "reward", None),
+            seed=self.config.seed,
+        )
+
+    def init(self) -> RunState:
+        """The state before the first step, a function of config and seed alone."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
+        params = {"model": self.model.init(key)}
+        opt_state: dict[str, dict[str, Any]] = {}
+        extra: dict[str, Any] = {}
+        host: dict[str, Any] = {}
+        references: dict[str, Any] = {}
+        for phase in self.phases.values():
+            added = phase.init(params, key)
+            params |= added.params
+            opt_state[phase.optimizer_key] = {**opt_state.get(phase.optimizer_key, {}), **added.opt_state}
+            extra |= added.extra
+            host |= added.host
+            references |= added.references
+        train = TrainState(params=params, opt_state=opt_state, extra=extra)
+        # Copies, since a constant that JAX shares between two leaves could not be donated twice.
+        train = self.config.mesh.replicate(jax.tree.map(jnp.copy, train))
+        return RunState(step=0, train=train, references=self.config.mesh.replicate(references), host=host)
+
+    def open(self) -> tuple[RunState, Checkpoints, Recorder]:
+        """The newest saved state, or a fresh one, with what writes the run directory."""
+        folder = self.config.run_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
+        checkpoints = Checkpoints(folder / "checkpoints", self.checkpoint.keep)
+        state = checkpoints.newest(self.init())
+        resumed = None if state is None else state.step
+        if state is None:
+            state = self.init()
+        else:
+            log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
+        settings = to_dict(self.config)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
+        self.tokenizer.save(folder / "tokenizer")
+        logger = open_loggers(self.config.loggers, folder, settings, resumed)
+        elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
+        return state, checkpoints, Recorder(logger, Progress(self.steps, state.step), elapsed)
+
+    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
+        every = self.config.evaluation.every
+        first_of_phase = next_phase not in state.schedule.steps
+        on_time = every is not None and state.step % every == 0
+        return state.step == self.steps or first_of_phase or on_time
+
+    def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Numbers and samples on the held-out split."""
+        numbers, samples = self.evaluator.run(state.train.params["model"])
+        where = {"step": state.step, "phase": "evaluation"}
+        return numbers, [{**where, **sample} for sample in samples]
+
+    def export(self, state: RunState, folder: Path | None = None) -> Path:
+        """Writes the policy as a Hugging Face folder with its tokenizer; returns the folder."""
+        folder = folder or self.config.run_dir / "exports" / f"step_{state.step}"
+        hf.save_pretrained(folder, self.model, state.train.params["model"])
+        self.tokenizer.save(folder)
+        return folder
+
+    def finish(self) -> None:
+        """Writes the report of a finished run."""
+        from hybrid_jax.report import write_report
+
+        log.info("report: %s", write_report(self.config.run_dir))
+
+
+def load_run(run_dir: str | Path) -> tuple[Experiment, RunState]:
+    """The experiment of a run directory and its newest state."""
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} is no run directory: it holds no config.yaml")
+    experiment = build(load_config(folder / "config.yaml", [f"run_dir={folder}"]))
+    state = Checkpoints(folder / "checkpoints", experiment.checkpoint.keep).newest(experiment.init())
+    if state is None:
+        raise UserError(f"{folder} holds no checkpoint yet")
+    return experiment, state
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the commit, for the record."""
+    from importlib.metadata import version
+
+    packages = ("hybrid_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system() + " " + platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def _check_run_dir(config: ExperimentConfig) -> None:
+    """A run directory belongs to one experiment: what decides the learning must be the same."""
+    path = config.run_dir / "config.yaml"
+    if not path.is_file():
+        return
+    there, here = (_fixed(settings) for settings in (yaml.safe_load(path.read_text()), to_dict(config)))
+    if difference := next(iter(_differences(there, here)), None):
+        name, before, now = difference
+        raise UserError(
+            f"run_dir {config.run_dir} holds a run of another config: {name} is {before!r} there and {now!r} here; "
+            "give another run_dir, or undo the change to resume"
+        )
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+
+
+def _differences(there: Any, here: Any, path: str = ""):
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+    elif there != here:
+        yield path, there, here
+
+
+def _family(phase: Any) -> Any:
+    """What two phases must have in common to share one optimizer state."""
+    return dataclasses.replace(phase.optimizer, learning_rate=1.0, schedule=None, max_grad_norm=None)
+
+
+def _cache_dir() -> Path:
+    """Where compiled programs are kept between runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hybrid_jax" / "compiled"

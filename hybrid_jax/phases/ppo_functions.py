@@ -1,0 +1,293 @@
+"""The pure functions of one PPO step: sample, score, advantages, update; and all of them as one.
+
+With a reward on the device, `PPOFunctions.iteration` is a whole step as one function of the state, which
+`jax.jit`, `jax.vmap` and `jax.lax.scan` take.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from hybrid_jax.algorithms.log_probs import entropy, token_log_probs
+from hybrid_jax.algorithms.policy_gradient import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+)
+from hybrid_jax.algorithms.returns import gae, k1, k3, token_rewards, whiten
+from hybrid_jax.core.arrays import Sum, masked_mean
+from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.heads import init_value_head, value
+from hybrid_jax.phases.sft import sft_loss, sft_weights
+from hybrid_jax.sampling.responses import ended, join, response_log_probs, response_logits, states_before
+from hybrid_jax.training.state import TrainState
+from hybrid_jax.training.update import Objective, apply_gradients, gradients
+
+if TYPE_CHECKING:
+    from hybrid_jax.phases.ppo import PPO
+
+
+@struct.dataclass
+class Scored:
+    """A rollout before its reward is known."""
+
+    tokens: Int[Array, "B T"]
+    attention_mask: Bool[Array, "B T"]
+    response_mask: Bool[Array, "B R"]
+    log_probs: Float[Array, "B R"]
+    values: Float[Array, "B R"]
+    reference_log_probs: dict[str, Float[Array, "B R"]]
+
+
+@dataclass(frozen=True)
+class PPOFunctions:
+    """The pure functions of PPO for one model and one setting."""
+
+    config: PPO
+    model: LanguageModel
+    eos_ids: tuple[int, ...]
+    name: str  # of the phase
+    optimizer_key: str
+
+    @property
+    def kl_key(self) -> str:
+        """Where ``TrainState.extra`` keeps the state of the KL control."""
+        return f"{self.name}/kl_control"
+
+    def init_value(self, policy: Params) -> dict[str, Any]:
+        """A value head of zeros; a separate network also gets a trunk, a copy of the policy's."""
+        head = {"head": init_value_head(self.model.width)}
+        return (
+            {"model": jax.tree.map(jnp.copy, policy), **head}
+            if self.config.value_network == "separate"
+            else head
+        )
+
+    def sample(self, policy: Params, prompt_tokens: Array, prompt_mask: Array, key: Array) -> Samples:
+        return self.config.sampler(self.model, policy, prompt_tokens, prompt_mask, key, eos_ids=self.eos_ids)
+
+    def score(
+        self,
+        params: dict[str, Params],
+        references: Mapping[str, Params],
+        prompt_tokens: Array,
+        prompt_mask: Array,
+        samples: Samples,
+    ) -> Scored:
+        """Values of the states and the references' log-probabilities of the tokens."""
+        tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
+        length, temperature = samples.tokens.shape[1], self.config.sampler.temperature
+        trunk = params["value"].get("model", params["model"])
+        states = states_before(self.model, trunk, tokens, attention_mask, length)
+        reference_log_probs = {
+            name: response_log_probs(
+                self.model, references[name], tokens, attention_mask, length, temperature
+            )
+            for name in self.config.references
+        }
+        return Scored(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            response_mask=samples.response_mask,
+            log_probs=samples.log_probs,
+            values=value(params["value"]["head"], states),
+            reference_log_probs=reference_log_probs,
+        )
+
+    def learn(
+        self,
+        state: TrainState,
+        scored: Scored,
+        scores: Float[Array, "B"],
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        *,
+        groups: tuple[str, ...] = ("model", "value"),
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """All updates of one step, and the new KL coefficient."""
+        control, control_state = self.config.kl_control, state.extra[self.kl_key]
+        coef = control.coefficient(control_state)
+        scores, score_metrics = self._final_scores(scores, scored)
+        rollout, rollout_metrics = self.advantages(scored, scores, coef)
+        state, update_metrics = self.update(state, rollout, examples, key, rate, groups)
+        if "model" in groups:  # a policy at rest says nothing about the strength of its leash
+            control_state = control.update(control_state, rollout_metrics["kl"], scores.shape[0])
+        state = state.replace(extra={**state.extra, self.kl_key: control_state})
+        return state, {**score_metrics, **rollout_metrics, **update_metrics, "kl_coef": coef}
+
+    def _final_scores(self, scores: Array, scored: Scored) -> tuple[Array, dict[str, Array]]:
+        length = scored.response_mask.shape[1]
+        complete = ended(scored.tokens[:, -length:], scored.response_mask, self.eos_ids)
+        if self.config.missing_eos_penalty is not None:
+            scores = scores - self.config.missing_eos_penalty * ~complete
+        return scores, {
+            "score": scores.mean(),
+            "score_std": scores.std(),
+            "eos_fraction": complete.mean(),
+            "response_length": scored.response_mask.sum(axis=1).mean(),
+        }
+
+    def advantages(
+        self, scored: Scored, scores: Float[Array, "B"], kl_coef: Array
+    ) -> tuple[Rollout, dict[str, Array]]:
+        """Rewards, advantages and returns of a scored rollout. ``kl`` sums over a response, in nats."""
+        config, mask = self.config, scored.response_mask
+        weights = {name: reference.weight for name, reference in config.references.items()}
+        rewards = token_rewards(scores, scored.log_probs, scored.reference_log_probs, weights, kl_coef, mask)
+        advantages, returns = gae(rewards, scored.values, mask, discount=config.discount, trace=config.trace)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, mask)
+        kl, kl_k3 = (
+            sum(
+                (
+                    weights[name] * jnp.where(mask, estimate(scored.log_probs, reference), 0).sum(1).mean()
+                    for name, reference in scored.reference_log_probs.items()
+                ),
+                jnp.zeros(()),
+            )
+            for estimate in (k1, k3)
+        )
+        rollout = Rollout(
+            tokens=scored.tokens,
+            attention_mask=scored.attention_mask,
+            response_mask=mask,
+            log_probs=scored.log_probs,
+            values=scored.values,
+            advantages=advantages,
+            returns=returns,
+        )
+        return rollout, {
+            "kl": kl,
+            "kl_k3": kl_k3,
+            "entropy": masked_mean(-scored.log_probs, mask),
+            "value": masked_mean(scored.values, mask),
+            "explained_variance": explained_variance(scored.values, returns, mask),
+        }
+
+    def update(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        groups: tuple[str, ...],
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken."""
+        config, minibatches = self.config, self.config.minibatches
+        objective = self.objective({g: tree for g, tree in state.params.items() if g not in groups})
+        order_key, loss_key = jax.random.split(key)
+        rows = _epoch_orders(order_key, rollout.tokens.shape[0], config.epochs)
+        rows = rows.reshape(config.epochs * minibatches, -1)
+        parts = jnp.tile(jnp.arange(minibatches), config.epochs)
+
+        def minibatch(carry, inputs):
+            params, opt_state, stopped = carry
+            rows, part, key = inputs
+            batch = (jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches))
+            trained = {group: params[group] for group in groups}
+            grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
+            new_params, new_opt_state, norm = apply_gradients(
+                config.optimizer, params, opt_state, grads, rate
+            )
+            taken = jnp.logical_not(stopped)
+            if config.target_kl is not None:
+                taken &= metrics["approx_kl"] <= config.target_kl
+                new_params, new_opt_state = jax.tree.map(
+                    functools.partial(jnp.where, taken), (new_params, new_opt_state), (params, opt_state)
+                )
+            return (new_params, new_opt_state, ~taken), ({**metrics, "grad_norm": norm}, taken)
+
+        carry = (state.params, state.opt_state[self.optimizer_key], jnp.asarray(False))
+        inputs = (rows, parts, jax.random.split(loss_key, len(parts)))
+        (params, opt_state, _), (metrics, taken) = jax.lax.scan(minibatch, carry, inputs)
+        state = state.replace(params=params, opt_state={**state.opt_state, self.optimizer_key: opt_state})
+        first_ratio = metrics["ratio"][0]  # 1, or sampling and training disagree
+        means = {name: Sum.of(values, taken).mean() for name, values in metrics.items()}
+        return state, {**means, "first_ratio": first_ratio, "updates": taken.sum()}
+
+    def objective(self, frozen: Mapping[str, Params]) -> Objective:
+        """The loss of the groups that are not ``frozen``."""
+        coefs = self._coefs(value_only="model" in frozen)
+
+        def loss(trained, batch, key):
+            return self.losses({**frozen, **trained}, *batch)
+
+        def weights(batch):
+            rollout, examples = batch
+            weights = dict.fromkeys(coefs, rollout.response_mask.sum())
+            return weights if examples is None else {**weights, "sft_loss": sft_weights(examples)["loss"]}
+
+        return Objective(loss, weights, coefs)
+
+    def _coefs(self, value_only: bool) -> dict[str, float]:
+        config = self.config
+        coefs = {"policy_loss": 1.0, "value_loss": config.value_coef}
+        if config.entropy_coef:
+            coefs["exact_entropy"] = -config.entropy_coef
+        if config.sft_mix:
+            coefs["sft_loss"] = config.sft_mix.coef
+        return {n: c if n == "value_loss" else 0.0 for n, c in coefs.items()} if value_only else coefs
+
+    def losses(
+        self, params: dict[str, Params], rollout: Rollout, examples: TokenBatch | None
+    ) -> tuple[dict[str, Sum], dict[str, Sum]]:
+        """The terms of the loss on some rows of a rollout (and of examples), as Sums."""
+        config, model, mask = self.config, self.model, rollout.response_mask
+        length = mask.shape[1]
+        states = states_before(model, params["model"], rollout.tokens, rollout.attention_mask, length)
+        logits = response_logits(model, params["model"], states, config.sampler.temperature)
+        log_probs = token_log_probs(logits, rollout.tokens[:, -length:])
+        if "model" in params["value"]:
+            trunk = params["value"]["model"]
+            states = states_before(model, trunk, rollout.tokens, rollout.attention_mask, length)
+        values = value(params["value"]["head"], states)
+        policy_loss, policy_metrics = clipped_policy_loss(
+            log_probs, rollout.log_probs, rollout.advantages, mask, clip_range=config.clip_range
+        )
+        value_loss, value_metrics = clipped_value_loss(
+            values, rollout.values, rollout.returns, mask, clip_range=config.value_clip_range
+        )
+        terms = {"policy_loss": policy_loss, "value_loss": value_loss}
+        if config.entropy_coef:
+            terms["exact_entropy"] = Sum.of(entropy(logits), mask)
+        if examples is not None:
+            terms["sft_loss"] = sft_loss(model, params["model"], examples)
+        return terms, {**policy_metrics, **value_metrics}
+
+    def iteration(
+        self,
+        state: TrainState,
+        references: Mapping[str, Params],
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        rate: Array | float,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """A whole PPO step as one pure function, for a reward on the device."""
+        sample_key, learn_key = jax.random.split(key)
+        samples = self.sample(state.params["model"], prompt_tokens, prompt_mask, sample_key)
+        scored = self.score(state.params, references, prompt_tokens, prompt_mask, samples)
+        scores = self.config.reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask)
+        return self.learn(state, scored, scores, None, learn_key, rate)
+
+
+def _epoch_orders(key: Array, rows: int, epochs: int) -> Int[Array, "epochs B"]:
+    """A fresh order of the rows for every epoch."""
+    return jax.vmap(lambda key: jax.random.permutation(key, rows))(jax.random.split(key, epochs))
+
+
+def _part(tree: Any, index: Array, parts: int) -> Any:
+    """The ``index``-th of equal parts of the rows."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:])[index], tree)

@@ -1,0 +1,127 @@
+"""Supervised fine-tuning: cross-entropy on the tokens of a response (or of a document)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import jax
+from jax import Array
+
+from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
+from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.batches import TokenBatch
+from hybrid_jax.data.loader import SFTStream
+from hybrid_jax.data.sources import SOURCES
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.update import Objective, apply_gradients, gradients
+
+
+@PHASES.register("sft")
+@dataclass(frozen=True)
+class SFT:
+    """Settings of supervised fine-tuning."""
+
+    batch_size: int = 16  # rows a step
+    length: int = 256  # tokens a row
+    packing: bool = True  # several examples a row
+    microbatches: int = 1  # parts in which a batch is read, to save memory; the gradient is the same
+    dropout: bool = True  # apply the model's dropout, if it has any
+    source: Annotated[Any, SOURCES] | None = None  # examples of its own; None takes the run's
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(learning_rate=1e-3)
+
+    def __post_init__(self):
+        for name in ("batch_size", "microbatches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}"
+            )
+
+    def build(self, resources: Resources) -> SFTPhase:
+        return SFTPhase(self, resources)
+
+
+class SFTPhase:
+    """Steps of supervised fine-tuning. Trains the group "model" and nothing else."""
+
+    waits_for_device = False
+
+    def __init__(self, config: SFT, resources: Resources):
+        self.config = config
+        self.name = resources.name
+        self.optimizer_key = resources.optimizer_key
+        self._horizon = resources.horizon
+        self._mesh = resources.mesh
+        self._stream = sft_stream(config, resources)
+        objective = sft_objective(resources.model, dropout=config.dropout)
+        self._update = jax.jit(
+            functools.partial(sft_update, config, objective, resources.optimizer_key), donate_argnums=0
+        )
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        return PhaseInit(opt_state={"model": self.config.optimizer.transform().init(params["model"])})
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        cursor = state.cursors.get(self.name, 0)
+        batch = self._stream.batch(cursor, self.config.batch_size)
+        rate = self.config.optimizer.rate(state.schedule.steps.get(self.name, 0), self._horizon)
+        train, metrics = self._update(state.train, self._mesh.split(batch), key, rate)
+        metrics = {**metrics, "learning_rate": rate, "tokens": batch.tokens.size}
+        state = replace(
+            state, train=train, cursors={**state.cursors, self.name: cursor + self.config.batch_size}
+        )
+        return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
+
+
+def sft_stream(config: SFT, resources: Resources) -> SFTStream:
+    """The rows that a supervised loss learns from."""
+    examples = config.source.load("train") if config.source is not None else resources.examples
+    return SFTStream(
+        examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing
+    )
+
+
+def sft_loss(
+    model: LanguageModel, params: Params, batch: TokenBatch, dropout_key: Array | None = None
+) -> Sum:
+    """Σ −log π(token | before) over the targets of a batch."""
+    hidden = model.hidden(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
+    targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
+    return token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask)
+
+
+def sft_objective(model: LanguageModel, *, dropout: bool = False) -> Objective:
+    def loss(params, batch, key):
+        return {"loss": sft_loss(model, params["model"], batch, key if dropout else None)}, {}
+
+    return Objective(loss, weights=sft_weights, coefs={"loss": 1.0})
+
+
+def sft_weights(batch: TokenBatch) -> dict[str, Array]:
+    return {"loss": batch.loss_mask[:, 1:].sum()}
+
+
+def sft_update(
+    config: SFT,
+    objective: Objective,
+    optimizer_key: str,
+    state: TrainState,
+    batch: TokenBatch,
+    key: Array,
+    rate: Array | float,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One optimizer step, as a pure function of the state."""
+    trained = {"model": state.params["model"]}
+    grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
+    params, opt_state, norm = apply_gradients(
+        config.optimizer, state.params, state.opt_state[optimizer_key], grads, rate
+    )
+    state = state.replace(params=params, opt_state={**state.opt_state, optimizer_key: opt_state})
+    return state, {**metrics, "grad_norm": norm}

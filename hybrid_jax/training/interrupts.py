@@ -1,0 +1,40 @@
+"""Ctrl-C and SIGTERM as a question that the training loop asks between two steps."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Interrupted(SystemExit):
+    """The run was stopped from outside and has saved itself; the exit code is 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+
+
+class Interrupts:
+    """Catches the first SIGINT or SIGTERM inside a ``with``; a second one acts as it always does."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._catch)
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]

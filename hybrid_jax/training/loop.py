@@ -1,0 +1,102 @@
+"""The training loop. It knows phases, and that every one of them takes steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from jax import Array
+
+from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from hybrid_jax.training.interrupts import Interrupted, Interrupts
+from hybrid_jax.training.phase import Phase
+from hybrid_jax.training.recorder import Recorder
+from hybrid_jax.training.scheduler import Scheduler
+from hybrid_jax.training.state import RunState
+
+log = logging.getLogger(__name__)
+
+
+class Run(Protocol):
+    """What the loop needs of an experiment."""
+
+    steps: int
+    key: Array
+    phases: Mapping[str, Phase]
+    scheduler: Scheduler
+    checkpoint: CheckpointConfig
+
+    def open(self) -> tuple[RunState, Checkpoints, Recorder]:
+        """The newest saved state, or a fresh one, with what writes the run directory."""
+        ...
+
+    def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]: ...
+
+    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool: ...
+
+    def export(self, state: RunState, folder: Path | None = None) -> Path: ...
+
+    def finish(self) -> None:
+        """Writes what a finished run leaves behind."""
+        ...
+
+
+def train(run: Run) -> RunState:
+    """Trains to the last step and returns the final state; the same call resumes what is in the run directory.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the state was saved first.
+    """
+    state, checkpoints, recorder = run.open()
+    saved = state.step
+    with Interrupts() as interrupts:
+        try:
+            while True:
+                phase = run.phases[run.scheduler.choose(state.schedule)]
+                leaving = interrupts.number is not None or state.step == run.steps
+                if state.step > saved and (leaving or state.step % run.checkpoint.every == 0):
+                    recorder.flush()
+                    checkpoints.save(state)
+                    recorder.restart_clock()
+                    saved = state.step
+                if interrupts.number is not None:
+                    raise Interrupted(interrupts.number)
+                _export_if_due(run, state)
+                if run.evaluation_is_due(state, phase.name):
+                    recorder.evaluation(state.step, *run.evaluate(state))
+                if state.step == run.steps:
+                    break
+                if phase.waits_for_device:
+                    recorder.flush()
+                state = take_step(run, phase, state, recorder)
+        finally:
+            _close(recorder, checkpoints)
+    run.finish()
+    return state
+
+
+def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None = None) -> RunState:
+    """One step of ``phase`` with its randomness, counted and recorded."""
+    new, metrics = phase.step(state, jax.random.fold_in(run.key, state.step))
+    schedule = run.scheduler.update(state.schedule, phase.name, metrics)
+    if recorder is not None:
+        recorder.add(state.step, phase.name, metrics)
+    return dataclasses.replace(new, step=state.step + 1, schedule=schedule)
+
+
+def _export_if_due(run: Run, state: RunState) -> None:
+    every = run.checkpoint.export_every
+    if every is not None and state.step and (state.step % every == 0 or state.step == run.steps):
+        log.info("exported the policy to %s", run.export(state))
+
+
+def _close(recorder: Recorder, checkpoints: Checkpoints) -> None:
+    try:
+        recorder.flush()
+        recorder.close()
+    finally:
+        checkpoints.close()

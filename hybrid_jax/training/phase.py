@@ -1,0 +1,66 @@
+"""The one thing that the training loop knows: a phase takes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jax import Array
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.registry import Registry
+from hybrid_jax.data.tokenizer import Tokenizer
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.training.state import RunState
+
+Metrics = Mapping[str, Any]  # "<phase>/<metric>": a number, on the device or the host
+
+
+@dataclass(frozen=True)
+class PhaseInit:
+    """What a phase adds to the state of a fresh run."""
+
+    params: Mapping[str, Params] = field(default_factory=dict)  # further parameter groups
+    opt_state: Mapping[str, Any] = field(default_factory=dict)  # group -> optimizer state
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    host: Mapping[str, Any] = field(default_factory=dict)
+    references: Mapping[str, Params] = field(default_factory=dict)
+
+
+class Phase(Protocol):
+    """One way to learn. All state goes in and out of `step`; the phase itself holds only what never changes."""
+
+    name: str
+    optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
+    waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit: ...
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        """One step; the caller counts it. ``state.train`` is consumed (its buffers are donated)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What an experiment hands to a phase config when it builds the phase."""
+
+    name: str  # under which the config lists the phase
+    model: LanguageModel
+    tokenizer: Tokenizer
+    examples: Sequence[Example]  # the training split
+    seed: int
+    horizon: int  # how many steps the scheduler plans for this phase
+    mesh: MeshConfig
+    optimizer_key: str
+
+
+class PhaseConfig(Protocol):
+    """A frozen dataclass registered under `PHASES`."""
+
+    def build(self, resources: Resources) -> Phase: ...
+
+
+PHASES: Registry[Any] = Registry("phase")

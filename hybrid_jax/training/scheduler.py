@@ -1,0 +1,189 @@
+"""Which phase comes next. Schedulers are `init`/`update` pairs over a `ScheduleState`, on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+from hybrid_jax.core.registry import Registry
+from hybrid_jax.training.phase import Metrics
+from hybrid_jax.training.state import ScheduleState
+
+
+class Scheduler(Protocol):
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """Every phase that it may choose."""
+        ...
+
+    def choose(self, state: ScheduleState) -> str: ...
+
+    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState: ...
+
+
+SCHEDULERS: Registry[Any] = Registry("scheduler")
+
+
+def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int]:
+    """How many of ``total`` steps each phase gets, by playing the scheduler through.
+
+    A scheduler that waits for a metric is taken never to see it.
+    """
+    state = ScheduleState()
+    for _ in range(total):
+        phase = scheduler.choose(state)
+        state = scheduler.update(state, phase, {})
+    return {phase: state.steps.get(phase, 0) for phase in scheduler.phases}
+
+
+@SCHEDULERS.register("alternation")
+@dataclass(frozen=True)
+class Alternation:
+    """First ``warmup``, then ``cycle`` over and over: each a mapping from phases to steps, in order."""
+
+    cycle: Mapping[str, int]
+    warmup: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if any(steps < 0 for steps in (*self.cycle.values(), *self.warmup.values())):
+            raise ValueError(
+                f"cycle and warmup must hold step counts of at least 0, got {self.cycle}, {self.warmup}"
+            )
+        if not sum(self.cycle.values()):
+            raise ValueError("cycle must hold at least one step")
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return tuple(name for name, steps in {**self.warmup, **self.cycle}.items() if steps)
+
+    def choose(self, state: ScheduleState) -> str:
+        position = sum(state.steps.values())
+        warmup = sum(self.warmup.values())
+        if position < warmup:
+            return _at(self.warmup, position)
+        return _at(self.cycle, (position - warmup) % sum(self.cycle.values()))
+
+    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        return state.after(phase)
+
+
+class _Share:
+    """Gives the second phase a share of the steps, without luck: it runs when it is owed a whole step."""
+
+    first: str
+    second: str
+
+    def share_at(self, state: ScheduleState) -> float:
+        raise TypeError("a share scheduler says what the share is")
+
+    @property
+    def phases(self) -> tuple[str, ...]:
+        return (self.first, self.second)
+
+    def choose(self, state: ScheduleState) -> str:
+        # A share such as 0.1 is not a binary fraction: ten of them must still make one step.
+        return self.second if state.credit + self.share_at(state) >= 1 - 1e-9 else self.first
+
+    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        credit = state.credit + self.share_at(state) - (phase == self.second)
+        return replace(state.after(phase), credit=credit)
+
+
+@SCHEDULERS.register("ratio")
+@dataclass(frozen=True)
+class Ratio(_Share):
+    """A fixed share of the steps for the second phase: after n steps it has had ⌊n · share⌋."""
+
+    share: float
+    first: str = "sft"
+    second: str = "ppo"
+
+    def __post_init__(self):
+        _check_share("share", self.share)
+
+    def share_at(self, state: ScheduleState) -> float:
+        return self.share
+
+
+@SCHEDULERS.register("curriculum")
+@dataclass(frozen=True)
+class Curriculum(_Share):
+    """The second phase's share goes from ``start`` to ``end`` between two steps of the run.
+
+    With u = (step - begin_step) / (end_step - begin_step) clipped to [0, 1]: linear is start + u (end - start);
+    cosine replaces u by (1 - cos πu) / 2; step jumps at ``end_step``.
+    """
+
+    end_step: int
+    begin_step: int = 0
+    start: float = 0.1
+    end: float = 0.9
+    shape: Literal["linear", "cosine", "step"] = "linear"
+    first: str = "sft"
+    second: str = "ppo"
+
+    def __post_init__(self):
+        _check_share("start", self.start)
+        _check_share("end", self.end)
+        if self.end_step <= self.begin_step:
+            raise ValueError(
+                f"end_step must be greater than begin_step {self.begin_step}, got {self.end_step}"
+            )
+
+    def share_at(self, state: ScheduleState) -> float:
+        step = sum(state.steps.values())
+        done = min(max((step - self.begin_step) / (self.end_step - self.begin_step), 0.0), 1.0)
+        if self.shape == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        elif self.shape == "step":
+            done = math.floor(done)
+        return self.start + done * (self.end - self.start)
+
+
+@SCHEDULERS.register("triggered")
+@dataclass(frozen=True)
+class Triggered(_Share):
+    """The second phase's share goes from ``before`` to ``after`` once a metric has crossed a threshold.
+
+    Each step that logs the metric waits for its value; a step of another phase does not.
+    """
+
+    metric: str  # such as sft/loss
+    below: float | None = None
+    above: float | None = None
+    before: float = 0.0
+    after: float = 0.5
+    first: str = "sft"
+    second: str = "ppo"
+
+    def __post_init__(self):
+        _check_share("before", self.before)
+        _check_share("after", self.after)
+        if (self.below is None) == (self.above is None):
+            raise ValueError("below or above must be given, and only one of them")
+
+    def share_at(self, state: ScheduleState) -> float:
+        return self.after if state.triggered else self.before
+
+    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        state = super().update(state, phase, metrics)
+        if state.triggered or self.metric not in metrics:
+            return state
+        value = float(metrics[self.metric])
+        crossed = value < self.below if self.below is not None else value > (self.above or 0.0)
+        return replace(state, triggered=crossed)
+
+
+def _at(steps: Mapping[str, int], position: int) -> str:
+    for phase, count in steps.items():
+        if position < count:
+            return phase
+        position -= count
+    raise IndexError(position)
+
+
+def _check_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {share}")

@@ -1,8 +1,9 @@
 """Log-probabilities and entropies of next-token distributions, from logits.
 
-Both functions keep only the logits and one number a position for the backward pass, and write the gradient
+Both functions keep only the logits and two numbers a position for the backward pass, and write the gradient
 of the logits in one pass over the vocabulary: at 50,000 words nothing else of that size is ever stored.
-They differentiate in reverse mode only.
+They differentiate in reverse mode only. Log-probs are taken from the largest logit, not from 0, so that
+their rounding error does not grow with the logits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def token_log_probs(
-    logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+def token_log_probs(logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """log π(target) = logit[target] − logsumexp(logits), in float32.
 
     The logits must be those of the distribution in question (divide by the temperature before). A target
@@ -40,15 +39,15 @@ def _token_log_probs(logits, targets):
 
 
 def _token_log_probs_forward(logits, targets):
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - normaliser, (logits, normaliser, targets)
+    peak, log_sum = _normaliser(logits)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return (chosen - peak - log_sum)[..., 0], (logits, peak, log_sum, targets)
 
 
 def _token_log_probs_backward(residuals, cotangent):
-    logits, normaliser, targets = residuals
+    logits, peak, log_sum, targets = residuals
     chosen = targets[..., None] == jnp.arange(logits.shape[-1])
-    return _scaled(cotangent, chosen - jnp.exp(logits - normaliser[..., None])), None
+    return _scaled(cotangent, chosen - jnp.exp(logits - peak - log_sum)), None
 
 
 _token_log_probs.defvjp(_token_log_probs_forward, _token_log_probs_backward)
@@ -60,17 +59,24 @@ def _entropy(logits):
 
 
 def _entropy_forward(logits):
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    value = -jnp.sum(_probability_times(logits - normaliser[..., None], 0.0), axis=-1)
-    return value, (logits, normaliser, value)
+    peak, log_sum = _normaliser(logits)
+    value = -jnp.sum(_probability_times(logits - peak - log_sum, 0.0), axis=-1)
+    return value, (logits, peak, log_sum, value)
 
 
 def _entropy_backward(residuals, cotangent):
-    logits, normaliser, value = residuals
-    return (_scaled(cotangent, -_probability_times(logits - normaliser[..., None], value[..., None])),)
+    logits, peak, log_sum, value = residuals
+    return (_scaled(cotangent, -_probability_times(logits - peak - log_sum, value[..., None])),)
 
 
 _entropy.defvjp(_entropy_forward, _entropy_backward)
+
+
+def _normaliser(logits):
+    """logsumexp in two parts, the largest logit and the rest: both [..., 1]."""
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    peak = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    return peak, jnp.log(jnp.sum(jnp.exp(logits - peak), axis=-1, keepdims=True))
 
 
 def _probability_times(log_probs, shift):

@@ -90,9 +90,7 @@ def gae(
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def whiten(
-    x: Float[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool = True
-) -> Float[Array, "..."]:
+def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool = True) -> Float[Array, "..."]:
     """Scales the valid items, all together, to standard deviation 1 and mean 0; masked items become 0.
 
     The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it

@@ -139,9 +139,7 @@ class Optimizer(ABC):
 
     def __post_init__(self):
         _check(self, "learning_rate", self.learning_rate > 0, "positive")
-        _check(
-            self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive or null"
-        )
+        _check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive or null")
         for name in ("beta1", "beta2", "adam_beta1", "adam_beta2", "momentum"):
             _check(self, name, 0 <= getattr(self, name, 0) < 1, "in [0, 1)")
         _check(self, "epsilon", getattr(self, "epsilon", 1) > 0, "positive")
@@ -330,11 +328,9 @@ def _orthogonal(x: Float[Array, "I O"], num_iterations: int) -> Float[Array, "I 
     return x.T if tall else x
 
 
-def clip_by_global_norm(
-    grads: Any, max_norm: float | Float[Array, ""] | None
-) -> tuple[Any, Float[Array, ""]]:
+def clip_by_global_norm(grads: Any, max_norm: float | Float[Array, ""] | None) -> tuple[Any, Float[Array, ""]]:
     """Scales ``grads`` down to Euclidean norm ``max_norm`` if above; also returns the norm before."""
-    norm = optax.global_norm(grads)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
     if max_norm is None:
         return grads, norm
     scale = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1.0), 1.0)

@@ -9,7 +9,7 @@ other columns of the data, each a list of length B; a reward gets those it names
 from __future__ import annotations
 
 import inspect
-import numbers
+import math
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -102,7 +102,7 @@ def _accepted_columns(
 
 def _describe_error(error: Exception) -> str:
     """Type, message and place in one line; the place is the innermost line outside installed packages."""
-    message = " ".join(str(error).split())
+    message = _shorten(str(error), 300)
     if isinstance(error, UserError):
         return message
     installed = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -116,50 +116,43 @@ def _describe_error(error: Exception) -> str:
 def _check_scores(name: str, values: Any, responses: Sequence[str]) -> np.ndarray:
     expected = f"expected one number for each of {len(responses)} responses"
     if isinstance(values, str | bytes | Mapping | set) or not hasattr(values, "__len__"):
-        shape = getattr(values, "shape", None)
-        got = f"a single number of type {type(values).__name__}" if shape == () else _describe_value(values)
-        raise RewardError(f"reward {name!r} returned {got}; {expected}")
-    if len(getattr(values, "shape", (0,))) != 1:
+        raise RewardError(f"reward {name!r} returned {_describe_value(values)}; {expected}")
+    if len(getattr(values, "shape", "1")) != 1:
         raise RewardError(f"reward {name!r} returned an array of shape {tuple(values.shape)}; {expected}")
     if len(values) != len(responses):
         raise RewardError(f"reward {name!r} returned {len(values)} scores; {expected}")
-    items = list(np.asarray(values)) if hasattr(values, "shape") else list(values)
+    items = (
+        values.tolist() if hasattr(values, "tolist") else list(values)
+    )  # tolist: numpy, jax, torch, pandas
     scores = np.zeros(len(items), np.float32)
     for row, (value, response) in enumerate(zip(items, responses, strict=True)):
-        where = f"for response {row} {_shorten(response)}"
-        if not _is_number(value):
+        where = f"for response {row} {_shorten(repr(response))}"
+        number = _as_float(value)
+        if number is None:
             raise RewardError(f"reward {name!r} gave {_describe_value(value)} {where}; expected a number")
-        scores[row] = _as_float32(value)
+        with np.errstate(over="ignore"):  # too large for float32 becomes inf
+            scores[row] = number
         if not np.isfinite(scores[row]):
-            raise RewardError(
-                f"reward {name!r} gave {_shorten(value, str)} {where}; a score must be finite in float32"
-            )
+            raise RewardError(f"reward {name!r} gave {number} {where}; a score must be finite in float32")
     return scores
 
 
-def _is_number(value: Any) -> bool:
-    if isinstance(value, numbers.Real | np.bool_):
-        return True
-    # 0-d arrays, and bfloat16 scalars, which are not registered as numbers
-    return (
-        getattr(value, "shape", None) == ()
-        and getattr(value, "dtype", None) not in (None, object)
-        and not isinstance(value, np.complexfloating | np.str_ | np.bytes_)
-    )
-
-
-def _as_float32(value: Any) -> np.float32:
-    with np.errstate(over="ignore"):  # too large becomes inf, which the caller reports
-        try:
-            return np.float32(float(value))
-        except OverflowError:
-            return np.float32(np.inf)
+def _as_float(value: Any) -> float | None:
+    """A number of any library as a float; None for what is no real number."""
+    if isinstance(value, str | bytes | complex | np.complexfloating) or getattr(value, "shape", ()) != ():
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return None
 
 
 def _describe_value(value: Any) -> str:
-    return "None" if value is None else f"{_shorten(value)} of type {type(value).__name__}"
+    return "None" if value is None else f"{_shorten(repr(value))} of type {type(value).__name__}"
 
 
-def _shorten(value: Any, write: Callable[[Any], str] = repr, length: int = 60) -> str:
-    text = " ".join(write(value).split())
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def _shorten(text: str, length: int = 60) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"

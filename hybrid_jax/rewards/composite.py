@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -105,6 +105,10 @@ class CompositeReward:
         for name, part in self.parts.items():
             scores += part.weight * _clip(part, _normalise(state.get(name), raw[name]))
         return scores.astype(np.float32), state, raw
+
+    def without_normalisers(self) -> CompositeReward:
+        """The same sum on raw values: one scale for all time, for evaluation."""
+        return CompositeReward({n: replace(part, normalise=False) for n, part in self.parts.items()})
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]

@@ -95,9 +95,7 @@ def _accepted_columns(
             known = ", ".join(sorted(columns)) or "no columns"
             raise RewardError(f"reward {name!r} needs the column {parameter.name!r}; the data has {known}")
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in others)
-    return {
-        key: column for key, column in columns.items() if key in named or (takes_all and key not in texts)
-    }
+    return {key: column for key, column in columns.items() if key in named or (takes_all and key not in texts)}
 
 
 def _describe_error(error: Exception) -> str:
@@ -121,9 +119,7 @@ def _check_scores(name: str, values: Any, responses: Sequence[str]) -> np.ndarra
         raise RewardError(f"reward {name!r} returned an array of shape {tuple(values.shape)}; {expected}")
     if len(values) != len(responses):
         raise RewardError(f"reward {name!r} returned {len(values)} scores; {expected}")
-    items = (
-        values.tolist() if hasattr(values, "tolist") else list(values)
-    )  # tolist: numpy, jax, torch, pandas
+    items = values.tolist() if hasattr(values, "tolist") else list(values)  # tolist: numpy, jax, torch, pandas
     scores = np.zeros(len(items), np.float32)
     for row, (value, response) in enumerate(zip(items, responses, strict=True)):
         where = f"for response {row} {_shorten(repr(response))}"

@@ -14,9 +14,7 @@ def has_eos(
     tokens: Int[Array, "B R"], response_mask: Bool[Array, "B R"], eos_ids: Sequence[int]
 ) -> Bool[Array, "B"]:
     """Whether a response ends by itself: one of its own tokens, not of its padding, ends the sequence."""
-    return (reduce(or_, [tokens == eos_id for eos_id in eos_ids], tokens != tokens) & response_mask).any(
-        axis=1
-    )
+    return (reduce(or_, [tokens == eos_id for eos_id in eos_ids], tokens != tokens) & response_mask).any(axis=1)
 
 
 def penalise_missing_eos(

@@ -21,10 +21,10 @@ class TokenCount:
         first_token_weights: Token id -> what it is worth in addition as the first token of the response.
     """
 
-    weights: Mapping[str, float]  # a YAML key arrives as text; __post_init__ makes token ids of both
-    first_token_weights: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[int, float]
+    first_token_weights: Mapping[int, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # a config's keys arrive as texts
         for name in ("weights", "first_token_weights"):
             object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
 

@@ -82,9 +82,7 @@ def test_a_column_that_is_missing_is_named_with_those_there_are():
 
 
 def test_an_exception_names_its_type_its_message_and_the_users_line(tmp_path):
-    source = (
-        "import json\n\n\ndef reward(prompts, responses):\n    return [json.loads(r) for r in responses]\n"
-    )
+    source = "import json\n\n\ndef reward(prompts, responses):\n    return [json.loads(r) for r in responses]\n"
     (tmp_path / "my_rewards_with_a_bug.py").write_text(source)
     sys.path.insert(0, str(tmp_path))
     try:

@@ -1,0 +1,84 @@
+"""What every registered reward promises: one finite float32 a row, the same each time, whatever the others are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.core.config import parse, to_dict
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
+from hybrid_jax.rewards.composite import CompositeReward, Part
+
+REQUIRED = {  # settings without a default
+    "length": {"target": 5},
+    "token_count": {"weights": {1: 0.7, 2: -1.0}, "first_token_weights": {3: 0.1}},
+    "token_length": {"target": 2},
+}
+PROMPTS = ["name[The Eagle], food[French]", "name[Cotto], area[riverside]", "near[Ranch]", "familyFriendly[no]"]
+RESPONSES = ["The Eagle serves good French food.", "", "\n \t…£é漢字 🙂 [x] (", "awful " * 200]
+COLUMNS = {
+    "facts": [{"name": ["the eagle"]}, {"name": ["cotto"], "area": ["river"]}, [["ranch"]], {"x": "awful"}]
+}
+TOKENS = jnp.array([[1, 2, 3, 1], [3, 3, 3, 3], [0, 0, 2, 1], [1, 1, 1, 0]])
+RESPONSE_MASK = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)
+ORDER = np.array([2, 0, 3, 1])
+
+
+def build(name):
+    return parse(Part, {"reward": {"name": name, **REQUIRED.get(name, {})}}).reward
+
+
+def scorer(name):
+    """The registered reward as a function of the rows to score."""
+    reward = build(name)
+
+    def score_texts(rows):
+        columns = {key: [column[row] for row in rows] for key, column in COLUMNS.items()}
+        return evaluate_reward(name, reward, [PROMPTS[r] for r in rows], [RESPONSES[r] for r in rows], columns)
+
+    def score_tokens(rows):
+        mask = jnp.ones_like(TOKENS, bool)
+        return np.asarray(jax.jit(reward.score_tokens)(TOKENS[rows], mask[rows], RESPONSE_MASK[rows]))
+
+    return score_tokens if isinstance(reward, DeviceReward) else score_texts
+
+
+@pytest.fixture(params=list(REWARDS))
+def name(request):
+    return request.param
+
+
+def test_it_gives_one_finite_float32_a_row_for_any_text(name):
+    scores = scorer(name)(np.arange(4))
+    assert scores.dtype == np.float32
+    assert scores.shape == (4,)
+    assert np.isfinite(scores).all()
+    assert len(set(scores.tolist())) > 1  # it looks at the response
+
+
+def test_it_gives_the_same_each_time(name):
+    score = scorer(name)
+    assert (
+        score(np.arange(4)).tobytes() == score(np.arange(4)).tobytes() == scorer(name)(np.arange(4)).tobytes()
+    )
+
+
+def test_a_rows_score_does_not_depend_on_the_other_rows(name):
+    score = scorer(name)
+    scores = score(np.arange(4))
+    assert score(ORDER).tobytes() == scores[ORDER].tobytes()
+    assert [score(np.array([row]))[0] for row in range(4)] == scores.tolist()
+
+
+def test_no_rows_give_no_scores(name):
+    if not isinstance(build(name), DeviceReward):
+        assert evaluate_reward(name, build(name), [], [], {key: [] for key in COLUMNS}).shape == (0,)
+
+
+def test_its_config_survives_a_round_trip(name):
+    composite = CompositeReward({"part": Part(build(name), clip=(-1.0, 1.0))})
+    assert parse(CompositeReward, to_dict(composite, CompositeReward)) == composite
+
+
+def test_it_says_what_it_is(name):
+    assert (REWARDS[name].__doc__ or "").strip()

@@ -184,11 +184,11 @@ def test_every_optimizer_finds_the_minimum_of_a_quadratic(name):
 def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
     """Two epochs over one batch; lm-human-preference-details measured a 6 times smaller approximate KL."""
     random = np.random.default_rng(3)
-    targets = jnp.asarray(random.integers(0, 50, 256))
-    states = jnp.asarray(random.integers(0, 20, 256))
-    advantages = jnp.asarray(random.normal(0, 1, 256), jnp.float32)
-    mask = jnp.ones(256, bool)
-    start = {"kernel": jnp.asarray(random.normal(0, 1, (20, 50)), jnp.float32)}
+    targets = jnp.asarray(random.integers(0, 50, 2048))
+    states = jnp.asarray(random.integers(0, 400, 2048))
+    advantages = jnp.asarray(random.normal(0, 1, 2048), jnp.float32)
+    mask = jnp.ones(2048, bool)
+    start = {"kernel": jnp.asarray(random.normal(0, 1, (400, 50)), jnp.float32)}
     old = token_log_probs(start["kernel"][states], targets)
 
     def loss(params):
@@ -197,14 +197,18 @@ def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
         )
         return found.mean(), metrics
 
+    def two_epochs(transform):
+        def step(carry, _):
+            params, state = carry
+            updates, state = transform.update(jax.grad(loss, has_aux=True)(params)[0], state, params)
+            return (jax.tree.map(lambda p, u: p - 0.03 * u, params, updates), state), None
+
+        return jax.lax.scan(step, (start, transform.init(start)), length=8)[0][0]
+
     moved = {}
     for placement in ("pytorch", "tensorflow"):
         transform = optimizer_of("adam", epsilon=1e-5, epsilon_placement=placement).transform()
-        params, state = start, transform.init(start)
-        for _ in range(8):  # 2 epochs of 4 updates
-            updates, state = transform.update(jax.grad(loss, has_aux=True)(params)[0], state, params)
-            params = jax.tree.map(lambda p, u: p - 0.03 * u, params, updates)
-        metrics = loss(params)[1]
+        metrics = loss(two_epochs(transform))[1]
         moved[placement] = {name: float(metrics[name].mean()) for name in ("approx_kl", "clip_fraction")}
     assert moved["tensorflow"]["approx_kl"] < 0.8 * moved["pytorch"]["approx_kl"]
     assert 0 < moved["tensorflow"]["clip_fraction"] < moved["pytorch"]["clip_fraction"]
@@ -219,7 +223,7 @@ def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
         ({"name": "linear", "warmup_steps": 4, "end": 0.5}, 8, {0: 0.2, 4: 1.0, 6: 0.75, 8: 0.5, 99: 0.5}),
         ({"name": "cosine"}, 6, {0: 1.0, 1: 0.9330127, 2: 0.75, 3: 0.5, 4: 0.25, 6: 0.0}),
         ({"name": "cosine", "warmup_steps": 1, "end": 0.1}, 5, {0: 0.5, 1: 1.0, 3: 0.55, 5: 0.1, 7: 0.1}),
-        ({"name": "inverse_sqrt", "warmup_steps": 4}, 10, {0: 0.2, 4: 1.0, 12: 1 / 3**0.5, 60: 0.25}),
+        ({"name": "inverse_sqrt", "warmup_steps": 4}, 10, {0: 0.2, 4: 1.0, 12: 1 / 3**0.5, 64: 0.25}),
         ({"name": "inverse_sqrt", "end": 0.4}, 10, {0: 1.0, 3: 0.5, 99: 0.4}),
         (
             {"name": "warmup_stable_decay", "decay_fraction": 0.4},

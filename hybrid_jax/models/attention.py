@@ -1,8 +1,8 @@
 """Causal self-attention within segments, over whole sequences and over a cache.
 
-Scores are ``q·k / √C``; a token sees itself and the earlier tokens of its own segment, so no row is ever empty, not
-even one of padding only (padding is segment 0 and sees padding). ``H = K · G`` query heads share K key/value heads:
-head ``h`` reads key head ``h // G`` (Ainslie et al. 2023).
+Scores are ``q·k / √C``; a token sees itself and the earlier tokens of its own segment. So no row is ever
+empty, not even one of padding only: padding is segment 0 and sees padding. ``H = K · G`` query heads share
+K key/value heads: head ``h`` reads key head ``h // G`` (Ainslie et al. 2023).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def causal_attention(
     v: Float[Array, "B T K C"],
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H C"]:
-    """Attention of every token over itself and the earlier tokens of its segment; ``None`` is one segment a row."""
+    """Attention over itself and the earlier tokens of its segment; ``None`` is one segment a row."""
     return blocked_attention(q, k, v, segment_ids) if on_cpu() else plain_attention(q, k, v, segment_ids)
 
 
@@ -38,7 +38,7 @@ def plain_attention(q, k, v, segment_ids=None):
 
 
 def blocked_attention(q, k, v, segment_ids=None):
-    """`causal_attention` for a CPU: blocks of query rows, only the visible prefix of keys, hand-written gradient."""
+    """`causal_attention` for a CPU: blocks of queries, only the keys they see, a hand-written gradient."""
     batch, length, heads, channels = q.shape
     groups = heads // k.shape[2]
     grouped = q.reshape(batch, length, -1, groups, channels).transpose(0, 2, 3, 1, 4)
@@ -64,8 +64,9 @@ def cached_attention(
 
 
 # ------------------------------------------------------------------------------------- blocked, for the CPU
-# Below, q is [B K G T C], k and v are [B K T C]. Batched products run as [B·K, rows, columns] with the contracted axis
-# last on the left and first on the right: XLA's CPU compiler sends other layouts to slow loops.
+# Below, q is [B K G T C], k and v are [B K T C]. Batched products run as [B·K, rows, columns] with the
+# contracted axis last on the left and first on the right: XLA's CPU compiler sends other layouts to slow
+# loops.
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
@@ -93,7 +94,7 @@ def _rows(x: Float[Array, "B K G T C"], start: int, stop: int) -> Float[Array, "
 
 
 def _masked(scores: Float[Array, "Z M S"], visible: Array, shape: tuple[int, ...], fill: float) -> Array:
-    """``scores`` with ``fill`` where not visible; the mask knows the five axes of ``shape`` [B K G rows S]."""
+    """``scores`` with ``fill`` where not visible; the mask has the five axes of ``shape`` [B K G rows S]."""
     return jnp.where(visible, scores.reshape(shape), fill).reshape(scores.shape)
 
 
@@ -130,7 +131,7 @@ def _attention_backward(saved, dout):
     scaled = q * scale
     keys, values = k.reshape(-1, length, channels), v.reshape(-1, length, channels)
     delta = jnp.sum(dout.astype(jnp.float32) * out, -1, keepdims=True)
-    dq, dkeys, dvalues = [], None, None  # dkeys and dvalues as [Z C T]: small transposed outputs, not inputs
+    dq, dkey_blocks, dvalue_blocks = [], [], []  # the latter [Z C stop]: small transposed outputs, not inputs
     for start, stop in reversed(_blocks(length)):
         block = (batch, kv_heads, groups, stop - start)
         queries, upstream = _rows(scaled, start, stop), _rows(dout, start, stop)
@@ -140,14 +141,20 @@ def _attention_backward(saved, dout):
         dweights = _product(upstream, values[:, :stop].swapaxes(1, 2))
         dscores = (weights * (dweights - _rows(delta, start, stop))).astype(q.dtype)
         dq.append((_product(dscores, keys[:, :stop]) * scale).reshape(*block, channels))
-        dvalue = _product(upstream.swapaxes(1, 2), weights.astype(q.dtype))
-        dkey = _product(queries.swapaxes(1, 2), dscores)
-        # the last block comes first and spans every key, so it makes the sums
-        dvalues = dvalue if dvalues is None else dvalues.at[:, :, :stop].add(dvalue)
-        dkeys = dkey if dkeys is None else dkeys.at[:, :, :stop].add(dkey)
+        dvalue_blocks.append(_product(upstream.swapaxes(1, 2), weights.astype(q.dtype)))
+        dkey_blocks.append(_product(queries.swapaxes(1, 2), dscores))
+    dkeys, dvalues = _sum_prefixes(dkey_blocks), _sum_prefixes(dvalue_blocks)
     dk = dkeys.swapaxes(1, 2).reshape(k.shape).astype(k.dtype)
     dv = dvalues.swapaxes(1, 2).reshape(v.shape).astype(v.dtype)
     return jnp.concatenate(dq[::-1], 3).astype(q.dtype), dk, dv, None
+
+
+def _sum_prefixes(blocks: list[Float[Array, "Z C S"]]) -> Float[Array, "Z C T"]:
+    """Sums arrays over growing prefixes of the keys; the first one, of the last queries, spans them all."""
+    total = blocks[0]
+    for block in blocks[1:]:
+        total = total.at[:, :, : block.shape[2]].add(block)
+    return total
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

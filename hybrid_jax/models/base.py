@@ -13,7 +13,7 @@ Params = dict[str, Any]  # a nested dict of arrays
 Cache = Any  # a pytree: keys and values, a hidden state, a memory, or the last k tokens
 
 
-# Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the vocabulary that it names itself.
+# Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the size named by itself.
 BACKBONES: Registry = Registry("backbone")
 
 
@@ -27,9 +27,9 @@ class ModelOutput:
 class LanguageModel(Protocol):
     """A language model as pure functions over a parameter tree.
 
-    ``attention_mask`` is bool (True is a token) or int: then it numbers the packed sequences of a row and 0 is
-    padding. A token sees the tokens of its own segment up to itself; positions count from the segment's start,
-    so left padding changes nothing. ``None`` means that every token is real.
+    ``attention_mask`` is bool (True is a token) or int: then it numbers the packed sequences of a row and 0
+    is padding. A token sees the tokens of its own segment up to itself, and positions count from the start
+    of the segment, so left padding changes nothing. ``None`` means that every token is real.
     """
 
     @property

@@ -175,7 +175,8 @@ class Decoder:
         def attend(q, k, v, keys, values):
             return causal_attention(q, k, v, segment_ids), _write(keys, values, k, v, 0)
 
-        cache = cache.replace(
+        cache = replace(
+            cache,
             key_mask=lax.dynamic_update_slice(cache.key_mask, attention_mask.astype(bool), (0, 0)),
             positions=jnp.sum(segment_ids, axis=1),
             slot=jnp.int32(tokens.shape[1]),
@@ -193,7 +194,7 @@ class Decoder:
             keys, values = _write(keys, values, k, v, cache.slot)
             return cached_attention(q[:, 0], keys, values, key_mask)[:, None], (keys, values)
 
-        after = cache.replace(key_mask=key_mask, positions=cache.positions + 1, slot=cache.slot + 1)
+        after = replace(cache, key_mask=key_mask, positions=cache.positions + 1, slot=cache.slot + 1)
         return self._read(params, token[:, None], cache.positions[:, None], attend, after)
 
     def _read(self, params, tokens, positions, attend, cache: DecoderCache):
@@ -202,7 +203,7 @@ class Decoder:
         attends = [partial(attend, keys=keys, values=values) for keys, values in layers]
         hidden, kept = self._run(params, tokens, positions, attends)
         keys, values = zip(*kept, strict=True)
-        return self.logits(params, hidden[:, -1]), cache.replace(keys=keys, values=values)
+        return self.logits(params, hidden[:, -1]), replace(cache, keys=keys, values=values)
 
     def _run(self, params, tokens, positions, attends: list[Attend], dropout_key=None):
         rngs = None if dropout_key is None else {"dropout": dropout_key}
@@ -213,7 +214,8 @@ class Decoder:
 def _init(model: Decoder, key: Array) -> Params:
     attend = lambda q, k, v: (q, None)  # noqa: E731
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return _Network(model.config).init(key, tokens, tokens, [attend] * model.config.num_layers)["params"]
+    variables = _Network(model.config).init(key, tokens, tokens, [attend] * model.config.num_layers)
+    return dict(variables["params"])
 
 
 def _write(keys, values, k: Float[Array, "B T K C"], v, slot) -> tuple[Array, Array]:

@@ -10,7 +10,7 @@ from hybrid_jax.models.layers import linear
 
 
 def init_value_head(width: int) -> Params:
-    """A value head that says 0 everywhere: before it has learned, the advantages are those of the rewards alone."""
+    """A value head that says 0 everywhere: until it learns, advantages are those of the rewards alone."""
     return {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros((1,))}
 
 

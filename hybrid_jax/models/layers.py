@@ -1,8 +1,9 @@
 """Linear maps, norms, activations and rotary positions as pure functions.
 
-On a CPU, `linear`, `normalize` and `gelu_tanh` carry hand-written gradients over 2-D arrays [rows, width]: XLA's CPU
-compiler otherwise recomputes elementwise gradients into strided copies around every weight gradient. Elsewhere, and as
-the oracle of the tests, the ``plain_*`` functions leave everything to autodiff and the compiler.
+On a CPU, linear maps, norms and `gelu_tanh` carry hand-written gradients over 2-D arrays [rows, width]:
+XLA's CPU compiler otherwise recomputes elementwise gradients into strided copies around every weight
+gradient. Elsewhere, and as the oracle of the tests, the ``plain_*`` functions leave everything to autodiff
+and the compiler.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def linear(
     dtype = jnp.dtype(out_dtype or x.dtype)
     if not on_cpu():
         return plain_linear(x, kernel, bias, dtype)
-    rows = x.reshape(-1, x.shape[-1])
-    return _linear(rows, kernel, bias, dtype).reshape(*x.shape[:-1], kernel.shape[1])
+    y: Array = _linear(x.reshape(-1, x.shape[-1]), kernel, bias, dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def plain_linear(x, kernel, bias=None, out_dtype=None):
@@ -79,19 +80,20 @@ _linear.defvjp(_linear_forward, _linear_backward)
 
 
 def layer_norm(x: Float[Array, "... D"], scale, bias, epsilon: float) -> Float[Array, "... D"]:
-    """``(x - mean) / sqrt(variance + ε) * scale + bias`` over the last axis, statistics in float32 (Ba et al. 2016)."""
+    """``(x - mean) / √(variance + ε) · scale + bias``, statistics in float32 (Ba et al. 2016)."""
     return _normalize_any(x, scale, bias, True, epsilon)
 
 
 def rms_norm(x: Float[Array, "... D"], scale, epsilon: float) -> Float[Array, "... D"]:
-    """``x / sqrt(mean(x²) + ε) * scale`` over the last axis, statistics in float32 (Zhang & Sennrich 2019)."""
+    """``x / √(mean(x²) + ε) · scale``, statistics in float32 (Zhang & Sennrich 2019)."""
     return _normalize_any(x, scale, None, False, epsilon)
 
 
 def _normalize_any(x, scale, bias, centered, epsilon):
     if not on_cpu():
         return plain_normalize(x, scale, bias, centered, epsilon)
-    return _normalize(x.reshape(-1, x.shape[-1]), scale, bias, centered, epsilon).reshape(x.shape)
+    y: Array = _normalize(x.reshape(-1, x.shape[-1]), scale, bias, centered, epsilon)
+    return y.reshape(x.shape)
 
 
 def plain_normalize(x, scale, bias, centered: bool, epsilon: float):
@@ -138,7 +140,7 @@ _GELU_SLOPE, _GELU_CUBIC = 2.0 * math.sqrt(2.0 / math.pi), 0.044715
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³)))``, written ``x σ(2√(2/π)(x + 0.044715 x³))`` (Hendrycks & Gimpel)."""
+    """``x/2 (1 + tanh z)``, ``z = √(2/π) (x + 0.044715 x³)``, written ``x σ(2z)`` (Hendrycks 2016)."""
     return _gelu_tanh(x) if on_cpu() else jax.nn.gelu(x, approximate=True)
 
 

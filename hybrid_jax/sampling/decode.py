@@ -52,8 +52,8 @@ class Sampler:
         length = prompt_tokens.shape[1] + self.max_new_tokens
         if model.max_length is not None and length > model.max_length:
             raise UserError(
-                f"a prompt of {prompt_tokens.shape[1]} tokens with max_new_tokens={self.max_new_tokens} does not fit "
-                f"the model's max_length={model.max_length}"
+                f"max_new_tokens must be at most {model.max_length - prompt_tokens.shape[1]} (prompts of "
+                f"{prompt_tokens.shape[1]} tokens, max_length {model.max_length}), got {self.max_new_tokens}"
             )
         if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
             raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
@@ -75,12 +75,13 @@ def generate(
 ) -> Samples:
     """Samples a response to every left-padded prompt; compiled once for each model, settings and shape.
 
-    The end-of-sequence token is sampled and belongs to the response; behind it tokens are 0 and the mask is False.
-    Decoding stops when every row has ended. The same key gives the same samples on any number of devices.
+    The end-of-sequence token is sampled and belongs to the response; behind it tokens are 0, the mask is
+    False. Decoding stops when every row has ended. The same key gives the same samples on any number of
+    devices.
 
     Returns:
-        `Samples` [B max_new_tokens]; ``log_probs`` are those of the distribution that sampled: temperature, top-k
-        and top-p included, renormalised (0 behind the end).
+        `Samples` [B max_new_tokens]; ``log_probs`` are those of the distribution that sampled: temperature,
+        top-k and top-p included, renormalised (0 behind the end).
     """
     try:
         sampler = Sampler(max_new_tokens, temperature, top_k, top_p)

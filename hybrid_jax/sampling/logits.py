@@ -1,7 +1,8 @@
 """From scores to a token: temperature, top-k, top-p, and drawing from what is left.
 
-The order is temperature, then top-k, then top-p (Holtzman et al. 2020; the same as Hugging Face's). All of it works on
-float32 logits [... V]; a token that is cut off gets -inf. Equal logits are ranked by their index.
+The order is temperature, then top-k, then top-p (Holtzman et al. 2020; the same as Hugging Face's). All of
+it works on float32 logits [... V]; a token that is cut off gets -inf. Equal logits are ranked by their
+index.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def keep_top_k(logits: Float[Array, "... V"], top_k: int) -> Float[Array, "... V
 
 
 def keep_top_p(logits: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
-    """Keeps the smallest set of most likely tokens whose probability reaches ``top_p``: the crossing token stays."""
+    """Keeps the fewest most likely tokens whose probability reaches ``top_p``: the crossing token stays."""
     ranks = _ranks(logits)
     descending = -jnp.sort(-logits, axis=-1)
     return jnp.where(jnp.take_along_axis(_inside(descending, top_p), ranks, -1), logits, -jnp.inf)
@@ -71,10 +72,11 @@ def sample_token(
 
 
 def draw(logits: Float[Array, "B V"], key: Array) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Draws from ``softmax(logits)`` by inverting the cumulative distribution in two levels; also the log-probability.
+    """Draws a token a row from ``softmax(logits)`` by inverting its cumulative distribution in two levels.
 
-    First a block of 128 tokens is drawn, then a token of that block, each with its own uniform number: two random
-    numbers a row instead of V of them (a Gumbel draw), and no long float32 cumulative sum.
+    First a block of 128 tokens is drawn, then a token of that block, each with its own uniform number: two
+    random numbers a row instead of V of them (a Gumbel draw), and no long float32 cumulative sum. Also
+    returns the log-probability.
     """
     batch, vocab = logits.shape
     blocks = math.ceil(vocab / _BLOCK)

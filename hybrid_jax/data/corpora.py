@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 from hybrid_jax.core.batches import Example
@@ -155,7 +156,10 @@ DROPPED_WORDS = frozenset(
 def restaurants(
     split: Literal["train", "held_out"], omission: float = 0.25, seed: int = 0, size: int | None = None
 ) -> list[Example]:
-    """Distinct prompt and review pairs; ``columns["facts"]`` maps each slot to the phrases that cover it.
+    """Distinct prompt and review pairs, deterministic.
+
+    ``columns["facts"]`` maps each slot to the phrases that cover it, ``columns["contradictions"]``
+    to those of the slot's other values; no review contradicts its facts.
 
     Args:
         split: "train" (6,000 pairs) or "held_out" (400 pairs of other fact combinations, always complete).
@@ -184,11 +188,15 @@ def restaurants(
         said = facts
         if not held_out and draw.random() < omission:
             said = _leave_out(facts, draw)
-        accepted = {slot: accepted_phrases(slot, value) for slot, value in facts.items()}
-        examples.append(Example(_prompt(facts), _review(said, draw), {"facts": accepted}))
+        columns = {
+            "facts": {slot: accepted_phrases(slot, value) for slot, value in facts.items()},
+            "contradictions": {slot: _other_phrases(slot, value) for slot, value in facts.items()},
+        }
+        examples.append(Example(_prompt(facts), _review(said, draw), columns))
     return examples
 
 
+@cache
 def accepted_phrases(slot: str, value: str) -> list[str]:
     """Lower-case phrases of which any one, found in a lower-cased review, covers the fact."""
     if slot == "name":
@@ -196,6 +204,12 @@ def accepted_phrases(slot: str, value: str) -> list[str]:
     if slot == "food":
         return [value.lower(), SPECIALITIES[value]]
     return [_core(phrase) for phrase in SLOTS[slot][value]]
+
+
+@cache
+def _other_phrases(slot: str, value: str) -> list[str]:
+    values = NAMES if slot == "name" else SLOTS[slot]
+    return [phrase for other in values if other != value for phrase in accepted_phrases(slot, other)]
 
 
 def _core(phrase: str) -> str:

@@ -68,8 +68,7 @@ class SFTStream:
     def sequential(self, size: int) -> Iterator[TokenBatch]:
         """All data once, in order, for evaluation; rows of padding alone fill up the last batch."""
         for batch in self._rows.in_order(size):
-            missing = ((0, size - len(batch.tokens)), (0, 0))
-            yield jax.tree.map(lambda array: np.pad(array, missing), batch)
+            yield _fill(batch, size)
 
 
 class PromptStream:
@@ -248,8 +247,7 @@ def _arrange(
     buckets: Sequence[int] | None,
 ) -> _Rows:
     if all(example.prompt == "" and example.response is not None for example in examples):
-        endless = max(len(example.response or "") for example in examples) * 8 + 8
-        documents = encode_examples(examples, tokenizer, endless)
+        documents = encode_examples(examples, tokenizer, None)
         if max(len(document.tokens) for document in documents) > max_length:
             return _Windows(documents, max_length, seed)
     sequences = encode_examples(examples, tokenizer, max_length)
@@ -273,6 +271,11 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 def _generator(seed: int, epoch: int, purpose: int) -> np.random.Generator:
     """A counter-based generator: any epoch is reached without drawing those before it."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, purpose]))
+
+
+def _fill(batch: TokenBatch, size: int) -> TokenBatch:
+    missing = ((0, size - len(batch.tokens)), (0, 0))
+    return jax.tree.map(lambda array: np.pad(array, missing), batch)
 
 
 def _bucket(length: int, buckets: Sequence[int]) -> int:

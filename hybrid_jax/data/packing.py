@@ -24,7 +24,9 @@ class Encoded(NamedTuple):
     loss_mask: np.ndarray
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int) -> list[Encoded]:
+def encode_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None
+) -> list[Encoded]:
     """Tokens and loss mask of every example: prompt, response, end token.
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
@@ -41,13 +43,13 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_lengt
                 f"row {row} has no response to learn from; set response_field, or use it for prompts only"
             )
         prompt = tokenizer.encode(example.prompt)
-        if len(prompt) >= max_length:
+        if max_length is not None and len(prompt) >= max_length:
             raise UserError(
                 f"row {row}: the prompt must have fewer than max_length {max_length} tokens, "
                 f"got {len(prompt)}; raise max_length or shorten the prompt"
             )
         tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
-        cuts += len(tokens) > max_length
+        cuts += max_length is not None and len(tokens) > max_length
         tokens = np.asarray(tokens[:max_length], np.int32)
         encoded.append(Encoded(tokens, np.arange(len(tokens)) >= max(len(prompt), 1)))
     if cuts:

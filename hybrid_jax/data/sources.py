@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import string
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,10 +147,10 @@ class Text:
 
     def load(self, split: Split) -> Sequence[Example]:
         path = Path(self.held_out if split == "held_out" and self.held_out is not None else self.train)
-        text = _read(path)
+        text = _read(path).replace("\r\n", "\n")
         if self.held_out is None:
             text = self._part(text, split, path)
-        documents = text.splitlines() if self.lines else [text]
+        documents = text.split("\n") if self.lines else [text]
         examples = [Example("", document) for document in documents if document.strip()]
         return _not_empty(examples, split, str(path))
 
@@ -275,14 +276,14 @@ class TensorFlowDataset(Rows):
 def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"no data file {str(path)!r}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} must be UTF-8 text, got byte {data[error.start]:#x} at {error.start}"
+            f"{path} must be UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
         ) from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 

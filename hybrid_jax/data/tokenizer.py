@@ -53,7 +53,7 @@ TOKENIZERS: Registry[TokenizerBuilder] = Registry("tokenizer")
 
 
 class FastTokenizer:
-    """A ``tokenizers.Tokenizer`` with an end token. Special tokens spelled out in a text are ordinary text."""
+    """A ``tokenizers.Tokenizer`` with an end token. In a text, special tokens are ordinary letters."""
 
     def __init__(self, backend: Any, kind: str):
         backend.encode_special_tokens = True

@@ -1,0 +1,147 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hybrid_jax.core.config import parse
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.corpora import restaurants
+from hybrid_jax.data.tokenizer import EOS_TOKEN, TOKENIZERS, Bpe, Bytes, HuggingFace, load_tokenizer
+
+TEXTS = [
+    "",
+    " ",
+    "The Eagle serves cheap tapas.",
+    "  two  spaces\n\ttab\r\n",
+    "naïve café, Straße, 日本語, Ελληνικά, русский, עברית",
+    "🍕👩‍👩‍👧 e\u0301 \x00\x7f\u200b\ufeff",
+    f"a written {EOS_TOKEN} is only text",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return [text for e in restaurants("train", size=500) for text in (e.prompt, e.response)]
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request, corpus):
+    return TOKENIZERS[request.param]().build(corpus)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_any_unicode_text_comes_back_unchanged(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert tokenizer.eos_id not in ids
+
+
+def test_bytes_are_their_own_ids_and_the_end_is_256():
+    tokenizer = Bytes().build()
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+    assert tokenizer.encode("Aé\n") == [65, 0xC3, 0xA9, 10]
+    every_byte = bytes(range(256)).decode("latin-1")
+    assert tokenizer.encode(every_byte) == list(every_byte.encode())
+
+
+def test_decoding_skips_the_end_and_ids_the_model_has_but_the_tokenizer_has_not(tokenizer):
+    ids = tokenizer.encode("good")
+    assert tokenizer.decode([*ids, tokenizer.eos_id, tokenizer.vocab_size, tokenizer.vocab_size + 99]) == "good"
+
+
+def test_half_a_character_decodes_to_the_replacement_sign():
+    assert Bytes().build().decode([65, 0xC3]) == "A\ufffd"
+
+
+def test_a_lone_surrogate_from_json_does_not_crash(tokenizer):
+    assert tokenizer.decode(tokenizer.encode(json.loads('"a\\ud800b"'))) == "a?b"
+
+
+def test_bpe_has_the_size_asked_for_all_bytes_and_shorter_texts_than_bytes(corpus):
+    tokenizer = Bpe(vocab_size=400).build(corpus)
+    assert tokenizer.vocab_size == 400
+    assert len(tokenizer.encode("The Eagle is cheap.")) < 12 < len("The Eagle is cheap.")
+
+
+def test_bpe_merges_the_most_frequent_pair_first():
+    # "ab" occurs 3 times within words, "bc" twice and "abc" then once more: 257 ids, then the merges ab, abc.
+    tokenizer = Bpe(vocab_size=259).build(["abc ab", "abc"])
+    assert tokenizer.decode([257]) == "ab"
+    assert tokenizer.decode([258]) == "abc"
+    assert tokenizer.encode("abcab") == [258, 257]
+
+
+def test_bpe_training_is_deterministic_across_processes(corpus):
+    program = (
+        "from hybrid_jax.data.corpora import restaurants; from hybrid_jax.data.tokenizer import Bpe\n"
+        "texts = [t for e in restaurants('train', size=500) for t in (e.prompt, e.response)]\n"
+        "print(Bpe(420).build(texts).encode(' '.join(texts[:60])))"
+    )
+    here = Bpe(420).build(corpus).encode(" ".join(corpus[:60]))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == here
+
+
+def test_a_saved_tokenizer_loads_with_equal_ids_here_and_in_transformers(tokenizer, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path / "new" / "folder")
+    ours = load_tokenizer(tmp_path / "new" / "folder")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "new" / "folder")
+    assert (ours.vocab_size, ours.eos_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    assert (len(theirs), theirs.eos_token_id) == (tokenizer.vocab_size, tokenizer.eos_id)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == text
+        if EOS_TOKEN not in text:  # transformers reads a written special token as the token itself
+            assert theirs.encode(text, add_special_tokens=False) == ids
+            assert theirs.decode(ids) == text
+
+
+def test_bytes_and_bpe_never_import_transformers(tmp_path):
+    program = (
+        "import sys; from hybrid_jax.data.tokenizer import Bpe, Bytes, load_tokenizer\n"
+        "for kind in (Bpe(260), Bytes()):\n"
+        "    kind.build(['some text']).save(sys.argv[1]); load_tokenizer(sys.argv[1])\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True)
+
+
+@pytest.fixture
+def foreign_folder(tmp_path, corpus):
+    """A Hugging Face tokenizer made elsewhere, whose pad token is its end token."""
+    Bpe(300).build(corpus).save(tmp_path / "foreign")
+    config = tmp_path / "foreign" / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    del settings["hybrid_jax_kind"]
+    config.write_text(json.dumps({**settings, "pad_token": EOS_TOKEN}))
+    return tmp_path / "foreign"
+
+
+def test_a_hugging_face_folder_works_saves_and_loads_again(foreign_folder, tmp_path):
+    tokenizer = HuggingFace(str(foreign_folder)).build()
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (300, 0)
+    ids = tokenizer.encode("naïve café 🍕")
+    assert tokenizer.decode([*ids, tokenizer.eos_id, 5000]) == "naïve café 🍕"
+    tokenizer.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").encode("naïve café 🍕") == ids
+
+
+def test_a_folder_without_a_tokenizer_or_without_an_end_is_one_clear_line(foreign_folder, tmp_path):
+    with pytest.raises(UserError, match="no tokenizer can be loaded from"):
+        HuggingFace(str(tmp_path / "nothing")).build()
+    config = foreign_folder / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    del settings["eos_token"]
+    config.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="has no end token; set eos_token"):
+        HuggingFace(str(foreign_folder)).build()
+
+
+def test_a_vocabulary_too_small_for_the_bytes_is_refused():
+    with pytest.raises(UserError, match="vocab_size must be at least 257"):
+        parse(Bpe, {"vocab_size": 256})

@@ -157,21 +157,16 @@ class _Figures:
         self._drawn: set[str] = set()
 
     def chart(self, chart: Chart) -> str:
-        panels = [
-            Panel(lines, title, floor) for title, names, floor in chart.panels if (lines := self._lines(names))
-        ]
+        panels = [Panel(lines, floor) for names, floor in chart.panels if (lines := self._lines(names))]
         if not panels:
             return ""
         drawing, hover = draw(panels, self._run.blocks, self._run.end)
         self.hover += hover
-        note = _text(" ".join(GLOSSARY.get(chart.glossary, ("", ""))).strip())
-        return (
-            f'<figure class="chart"><figcaption><h3>{_text(chart.title)}</h3></figcaption>{drawing}'
-            f'<p class="note">{note}</p></figure>'
-        )
+        title = f"<figcaption><h3>{_text(chart.title)}</h3></figcaption>"
+        return f'<figure class="chart">{title}{drawing}{_note(chart.glossary)}</figure>'
 
     def has_drawn(self, chart: Chart) -> bool:
-        return any(line.metric in self._drawn for _, lines, _ in chart.panels for line in lines)
+        return any(line.metric in self._drawn for lines, _ in chart.panels for line in lines)
 
     def rest(self) -> list[Chart]:
         """A chart for each metric that no chart has shown."""
@@ -180,7 +175,7 @@ class _Figures:
         for name in names:
             metrics = [m for m in self._run.curves if m.partition("/")[2] == name and m not in self._drawn]
             lines = [Line(metric, _source_label(metric)) for metric in metrics]
-            charts.append(Chart(_words(name), [("", lines, None)], name.partition("/")[0]))
+            charts.append(Chart(_words(name), [(lines, None)], name.partition("/")[0]))
         return charts
 
     def _lines(self, names: Sequence[Line]) -> list[Series]:
@@ -190,6 +185,10 @@ class _Figures:
             Series(line.label, line.colour or _colour(line.metric), *self._run.curves[line.metric])
             for line in found
         ]
+
+
+def _note(entry: str | None) -> str:
+    return f'<p class="note">{_text(" ".join(GLOSSARY[entry]))}</p>' if entry in GLOSSARY else ""
 
 
 def _colour(metric: str) -> str:
@@ -245,7 +244,7 @@ def _verdict(run: _Run) -> str:
 
 def _tiles(run: _Run) -> list[tuple[str, str, str]]:
     counts: dict[str, int] = {}
-    ends = [step for step, _ in run.training[1:]] + [run.num_steps]
+    ends = [*(step for step, _ in run.training), run.num_steps][1:]
     for (step, phase), end in zip(run.training, ends, strict=True):
         counts[phase] = counts.get(phase, 0) + end - step
     shares = " · ".join(f"{count:,} {_text(_PHASE_NAMES.get(phase, phase))}" for phase, count in counts.items())
@@ -296,10 +295,9 @@ def _progress(run: _Run, figures: _Figures) -> str:
 
 def _details(run: _Run, figures: _Figures) -> list[str]:
     parts = list(dict.fromkeys(name.partition("/")[2] for name in run.curves if "/reward/" in name))
-    reward_charts = [
-        Chart(_words(part.removeprefix("reward/")), [("", pair(part), None)], "reward") for part in parts
-    ]
-    rewards = _section("Parts of the reward", _chart_grid(figures, reward_charts))
+    reward_charts = [Chart(_words(part.removeprefix("reward/")), [(pair(part), None)], None) for part in parts]
+    note = f"<p>{_text(' '.join(GLOSSARY['reward']))}</p>"
+    rewards = _section("Parts of the reward", _chart_grid(figures, reward_charts), note)
     learning = _section(
         "Training", _chart_grid(figures, [chart for chart in CHARTS if not figures.has_drawn(chart)])
     )

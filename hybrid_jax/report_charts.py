@@ -27,17 +27,12 @@ class Series:
     xs: Sequence[int]
     ys: Numbers
 
-    @property
-    def last(self) -> float | None:
-        return next((y for y in reversed(self.ys) if y is not None), None)
-
 
 @dataclass(frozen=True)
 class Panel:
     """Curves that share a vertical axis; ``floor`` is a value that the axis must reach down to."""
 
     series: Sequence[Series]
-    title: str = ""
     floor: float | None = None
 
 
@@ -46,7 +41,7 @@ class Block:
     """Consecutive steps [start, end) with the share of each phase in them, ``{"sft": 0.4, "ppo": 0.6}``."""
 
     start: int
-    end: int
+    end: float
     shares: dict[str, float]
 
 
@@ -74,7 +69,7 @@ def moving_mean(
 ) -> tuple[list[int], list[float]]:
     """Centred moving mean over 1/``windows`` of the points, at ``points`` of them; gaps do not count.
 
-    Near the ends the window narrows on both sides, so the curve begins and ends at true values.
+    Near the ends half of the window remains, so that a single noisy value does not bend the curve.
     """
     known = [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None]
     sums = [0.0]
@@ -84,8 +79,8 @@ def moving_mean(
     places = sorted({round(i * (len(known) - 1) / (points - 1)) for i in range(points)})
     means = []
     for place in places:
-        reach = min(half, place, len(known) - 1 - place)
-        means.append((sums[place + reach + 1] - sums[place - reach]) / (2 * reach + 1))
+        start, end = max(place - half, 0), min(place + half + 1, len(known))
+        means.append((sums[end] - sums[start]) / (end - start))
     return [known[place][0] for place in places], means
 
 
@@ -160,7 +155,7 @@ def axis_for(values: Sequence[float], floor: float | None = None, intervals: int
         return Axis(10.0**bottom, 10.0**top, ticks, True)
     low = low if floor is None else min(low, floor)
     if high - low <= 1e-9 * max(abs(high), abs(low)):
-        low, high = low - (abs(low) / 2 or 0.5), high + (abs(high) / 2 or 0.5)
+        low, high = (0.0, 1.0) if low == 0 else (low - abs(low) / 2, high + abs(high) / 2)
     unit = _round_unit((high - low) / intervals)
     first, last = math.floor(low / unit + 1e-9), math.ceil(high / unit - 1e-9)
     return Axis(first * unit, last * unit, tuple(i * unit for i in range(first, last + 1)), False)
@@ -194,27 +189,27 @@ def draw(panels: Sequence[Panel], blocks: Sequence[Block], end: int) -> tuple[st
     for number, panel in enumerate(panels):
         values = [y for line in panel.series for y in line.ys if y is not None]
         axis = axis_for(values, panel.floor, intervals=2 if number else 5)  # panels below the first are low
-        keys = "".join(_key(line) for line in panel.series)
-        title = f'<span class="panel-title">{html.escape(panel.title)}</span>' if panel.title else ""
+        hover = [_hover_points(line) for line in panel.series]
+        keys = "".join(_key(line, points["y"]) for line, points in zip(panel.series, hover, strict=True))
         scale = '<span class="scale">log scale</span>' if axis.is_log else ""
         labels = "".join(
             f'<span style="bottom:{100 * axis.share(tick):.2f}%">{short_number(tick)}</span>'
             for tick in axis.ticks
         )
         pieces.append(
-            f'<div class="legend">{title}{keys}{scale}</div><div class="frame"><div class="ys">{labels}</div>'
+            f'<div class="legend">{keys}{scale}</div><div class="frame"><div class="ys">{labels}</div>'
             f'<div class="plot" tabindex="0">{_svg(panel, axis, blocks, end)}</div></div>'
         )
-        hover = [_hover_points(line) for line in panel.series]
         data.append({"low": axis.low, "high": axis.high, "log": axis.is_log, "series": hover})
     return "".join(pieces) + _strip(blocks, end) + _steps_axis(end), data
 
 
-def _key(line: Series) -> str:
+def _key(line: Series, shown: Numbers) -> str:
+    last = next((y for y in reversed(shown) if y is not None), None)
     gaps = sum(y is None for y in line.ys)
-    note = f'<em title="not a finite number">{gaps} gap{"s" * (gaps > 1)}</em>' if gaps else ""
+    note = f"<em>{gaps} not finite</em>" if gaps else ""
     label = html.escape(line.label)
-    return f'<span class="key {line.colour}"><i></i>{label} <b>{short_number(line.last)}</b>{note}</span>'
+    return f'<span class="key {line.colour}"><i></i>{label} <b>{short_number(last)}</b>{note}</span>'
 
 
 def _svg(panel: Panel, axis: Axis, blocks: Sequence[Block], end: int) -> str:
@@ -266,7 +261,8 @@ def _strip(blocks: Sequence[Block], end: int) -> str:
     for block in blocks:
         below = 0.0
         for phase, share in sorted(block.shares.items(), reverse=True):
-            shapes.append(_rectangle(block, end, phase_class(phase), below, share))
+            wider = Block(block.start, min(block.end + end / _WIDTH, end), {})  # no seam before the next
+            shapes.append(_rectangle(wider, end, phase_class(phase), below, share))
             below += share
     return f'<div class="frame strip"><div class="ys"></div>{_box(shapes)}</div>'
 

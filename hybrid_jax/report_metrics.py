@@ -71,7 +71,10 @@ GLOSSARY = {
         "Mean tokens of a response.",
         "Drifting up or down with the score: the reward may be counting length.",
     ),
-    "learning_rate": ("The optimizer's step size.", ""),
+    "learning_rate": (
+        "The optimizer's step size.",
+        "At 0 before the end: the schedule is shorter than the run.",
+    ),
     "grad_norm": (
         "Length of the gradient before clipping.",
         "Spikes: bad batches, or a learning rate at its limit.",
@@ -84,8 +87,14 @@ GLOSSARY = {
         "Time to sample the responses.",
         "Usually the largest part; where it is the rewards, they are the bottleneck.",
     ),
-    "reward_seconds": ("Time to score the responses.", ""),
-    "update_seconds": ("Time for the gradient steps.", ""),
+    "reward_seconds": (
+        "Time to score the responses.",
+        "Larger than the rollout: the rewards are the bottleneck.",
+    ),
+    "update_seconds": (
+        "Time for the gradient steps.",
+        "Larger than the rollout: fewer epochs or larger minibatches help.",
+    ),
     "seconds": ("Time of a whole step.", "Single spikes: compilation or a checkpoint."),
 }
 
@@ -99,11 +108,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's title and panels; a panel is a title, its lines and a floor for its axis."""
+    """A chart's title and its panels: the lines of each and a value that its axis must reach down to."""
 
     title: str
-    panels: Sequence[tuple[str, Sequence[Line], float | None]]
-    glossary: str
+    panels: Sequence[tuple[Sequence[Line], float | None]]
+    glossary: str | None  # the entry that is printed beneath
 
 
 def pair(name: str) -> list[Line]:
@@ -115,21 +124,21 @@ def _both(name: str) -> list[Line]:
 
 
 def _alone(title: str, name: str, floor: float | None = None) -> Chart:
-    return Chart(title, [("", pair(name), floor)], name)
+    return Chart(title, [(pair(name), floor)], name)
 
 
 HEADLINE_CHARTS = [
     _alone("Score", "score"),
     Chart(
         "KL to the reference",
-        [("", pair("kl"), 0.0), ("", [Line("ppo/kl_coef", "coefficient", "fourth")], 0.0)],
+        [(pair("kl"), 0.0), ([Line("ppo/kl_coef", "coefficient", "fourth")], 0.0)],
         "kl",
     ),
 ]
 CHARTS = [
     Chart(
         "Language-model loss",
-        [("", [Line("sft/loss", "training"), Line("evaluation/loss", "held-out")], None)],
+        [([Line("sft/loss", "training"), Line("evaluation/loss", "held-out")], None)],
         "loss",
     ),
     _alone("Perplexity", "perplexity"),
@@ -143,15 +152,14 @@ CHARTS = [
     _alone("Responses that end", "eos_fraction"),
     _alone("Spread of the scores", "score_std", 0.0),
     _alone("KL, k3 estimate", "kl_k3", 0.0),
-    Chart("Learning rate", [("", _both("learning_rate"), 0.0)], "learning_rate"),
-    Chart("Gradient norm", [("", _both("grad_norm"), 0.0)], "grad_norm"),
-    Chart("Throughput, tokens a second", [("", _both("tokens_per_second"), 0.0)], "tokens_per_second"),
-    Chart("Seconds a step", [("", _both("seconds"), 0.0)], "seconds"),
+    Chart("Learning rate", [(_both("learning_rate"), 0.0)], "learning_rate"),
+    Chart("Gradient norm", [(_both("grad_norm"), 0.0)], "grad_norm"),
+    Chart("Throughput, tokens a second", [(_both("tokens_per_second"), 0.0)], "tokens_per_second"),
+    Chart("Seconds a step", [(_both("seconds"), 0.0)], "seconds"),
     Chart(
         "Where a PPO step goes, seconds",
         [
             (
-                "",
                 [
                     Line("ppo/rollout_seconds", "rollout"),
                     Line("ppo/update_seconds", "update", "fourth"),

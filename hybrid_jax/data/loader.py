@@ -108,9 +108,7 @@ class PromptStream:
                         else "give the row a prompt"
                     )
                 )
-        self._buckets = _checked_buckets(
-            buckets, [len(prompt) for prompt in self._prompts], max_prompt_length
-        )
+        self._buckets = _checked_buckets(buckets, [len(prompt) for prompt in self._prompts], max_prompt_length)
         self._seed = seed
 
     @property
@@ -199,9 +197,7 @@ class _Windows:
 
     def __init__(self, documents: Sequence[Encoded], length: int, seed: int):
         self._tokens = np.concatenate([document.tokens for document in documents])
-        self._document = np.repeat(
-            np.arange(len(documents)), [len(document.tokens) for document in documents]
-        )
+        self._document = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
         self._length = length
         self._seed = seed
 

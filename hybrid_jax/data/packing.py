@@ -24,9 +24,7 @@ class Encoded(NamedTuple):
     loss_mask: np.ndarray
 
 
-def encode_examples(
-    examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None
-) -> list[Encoded]:
+def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None) -> list[Encoded]:
     """Tokens and loss mask of every example: prompt, response, end token.
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
@@ -53,9 +51,7 @@ def encode_examples(
         tokens = np.asarray(tokens[:max_length], np.int32)
         encoded.append(Encoded(tokens, np.arange(len(tokens)) >= max(len(prompt), 1)))
     if cuts:
-        warnings.warn(
-            f"{cuts} of {len(examples)} responses were cut to fit {max_length} tokens", stacklevel=2
-        )
+        warnings.warn(f"{cuts} of {len(examples)} responses were cut to fit {max_length} tokens", stacklevel=2)
     return encoded
 
 

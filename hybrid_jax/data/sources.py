@@ -195,9 +195,7 @@ class HuggingFaceDataset(Rows):
     def load(self, split: Split) -> Sequence[Example]:
         own = self.held_out_split is not None
         name = (
-            self.held_out_split
-            if split == "held_out" and self.held_out_split is not None
-            else self.train_split
+            self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
         )
         examples = [
             self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self._rows(name), start=1)
@@ -209,9 +207,7 @@ class HuggingFaceDataset(Rows):
         from datasets.exceptions import DatasetsError
 
         try:
-            if (Path(self.path) / "dataset_dict.json").is_file() or (
-                Path(self.path) / "state.json"
-            ).is_file():
+            if (Path(self.path) / "dataset_dict.json").is_file() or (Path(self.path) / "state.json").is_file():
                 saved = datasets.load_from_disk(self.path)
                 return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             return datasets.load_dataset(self.path, self.subset, data_files=self.data_files, split=split)
@@ -248,9 +244,7 @@ class TensorFlowDataset(Rows):
     def load(self, split: Split) -> Sequence[Example]:
         own = self.held_out_split is not None
         name = (
-            self.held_out_split
-            if split == "held_out" and self.held_out_split is not None
-            else self.train_split
+            self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
         )
         rows = self._rows(name)
         examples = [self.example(_plain(rows[i]), f"{self.dataset}, row {i + 1}") for i in range(len(rows))]

@@ -92,13 +92,21 @@ def test_the_facts_of_a_known_prompt_are_these():
     assert accepted_phrases("name", "The Eagle") == ["the eagle"]
     assert accepted_phrases("food", "Italian") == ["italian", "pizza and pasta"]
     assert accepted_phrases("price", "cheap") == ["cheap", "inexpensive", "low-priced", "affordable"]
-    assert accepted_phrases("rating", "low") == ["bad reviews", "poorly rated", "low ratings", "disappoints its guests"]
+    assert accepted_phrases("rating", "low") == [
+        "bad reviews",
+        "poorly rated",
+        "low ratings",
+        "disappoints its guests",
+    ]
 
 
 def test_reviews_are_clean_english(complete):
     for review in (example.response for example in complete):
         assert re.fullmatch(r"[A-Z][A-Za-z,. -]*\.", review), review
-        assert "  " not in review and " ." not in review and " ," not in review and ".." not in review
+        assert "  " not in review
+        assert " ." not in review
+        assert " ," not in review
+        assert ".." not in review
         assert all(sentence[0].isupper() for sentence in review.split(". "))
         assert 1 <= review.count(".") <= 3
         assert len(review.split()) <= 30
@@ -117,7 +125,9 @@ def test_the_corpus_is_the_same_everywhere_and_follows_its_seed():
     assert restaurants("train", size=10) == restaurants("train")[:10]
 
 
-@pytest.mark.parametrize(("settings", "message"), [(("test",), "split must be"), (("train", 1.5), "omission must be")])
+@pytest.mark.parametrize(
+    ("settings", "message"), [(("test",), "split must be"), (("train", 1.5), "omission must be")]
+)
 def test_wrong_settings_say_what_is_wrong(settings, message):
     with pytest.raises(ValueError, match=message):
         restaurants(*settings)

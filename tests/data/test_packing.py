@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.packing import Encoded, encode_examples, pack, pad
+from hybrid_jax.data.tokenizer import Bytes
+
+END = 256
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Bytes().build()
+
+
+def sequence(*tokens: int, learned_from: int = 1) -> Encoded:
+    return Encoded(np.array(tokens, np.int32), np.arange(len(tokens)) >= learned_from)
+
+
+def test_the_prompt_is_read_the_response_and_its_end_are_learned(tokenizer):
+    (encoded,) = encode_examples([Example("ab", "cde")], tokenizer, 8)
+    assert encoded.tokens.tolist() == [97, 98, 99, 100, 101, END]
+    assert encoded.loss_mask.tolist() == [False, False, True, True, True, True]
+
+
+def test_a_document_is_learned_from_its_second_token_on(tokenizer):
+    (encoded,) = encode_examples([Example("", "abc")], tokenizer, 8)
+    assert encoded.tokens.tolist() == [97, 98, 99, END]
+    assert encoded.loss_mask.tolist() == [False, True, True, True]
+
+
+def test_an_empty_response_teaches_to_end(tokenizer):
+    (encoded,) = encode_examples([Example("ab", "")], tokenizer, 8)
+    assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == ([97, 98, END], [False, False, True])
+
+
+def test_a_cut_response_keeps_its_first_tokens_has_no_end_and_one_warning_counts_the_cuts(tokenizer):
+    examples = [Example("ab", "cdefgh"), Example("a", "b"), Example("abc", "de")]
+    with pytest.warns(UserWarning, match=r"^2 of 3 responses were cut to fit 5 tokens$"):
+        first, second, third = encode_examples(examples, tokenizer, 5)
+    assert first.tokens.tolist() == [97, 98, 99, 100, 101]
+    assert first.loss_mask.tolist() == [False, False, True, True, True]
+    assert second.tokens.tolist() == [97, 98, END]
+    assert third.tokens.tolist() == [97, 98, 99, 100, 101]
+
+
+def test_a_response_that_just_fits_is_not_cut(tokenizer):
+    (encoded,) = encode_examples([Example("ab", "cd")], tokenizer, 5)
+    assert encoded.tokens.tolist() == [97, 98, 99, 100, END]
+
+
+def test_a_prompt_that_leaves_no_room_is_an_error_that_names_the_row(tokenizer):
+    with pytest.raises(
+        UserError, match=r"^row 2: the prompt must have fewer than max_length 4 tokens, got 4; raise"
+    ):
+        encode_examples([Example("ab", "d"), Example("abcd", "e")], tokenizer, 4)
+
+
+def test_an_example_without_response_is_an_error_that_names_the_row(tokenizer):
+    with pytest.raises(UserError, match="row 2 has no response to learn from"):
+        encode_examples([Example("a", "b"), Example("a")], tokenizer, 8)
+
+
+def test_packing_puts_each_sequence_into_the_first_row_with_room():
+    batch = pack(
+        [
+            sequence(1, 2, 3, 4, learned_from=2),
+            sequence(5, 6, 7),
+            sequence(8, 9),
+            sequence(10, 11, 12, learned_from=2),
+        ],
+        6,
+    )
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 8, 9], [5, 6, 7, 10, 11, 12]]
+    assert batch.segment_ids.tolist() == [[1, 1, 1, 1, 2, 2], [1, 1, 1, 2, 2, 2]]
+    assert batch.loss_mask.tolist() == [
+        [False, False, True, True, False, True],
+        [False, True, True, False, False, True],
+    ]
+    assert (batch.tokens.dtype, batch.segment_ids.dtype, batch.loss_mask.dtype) == (
+        np.int32,
+        np.int32,
+        np.bool_,
+    )
+
+
+def test_padding_is_at_the_right_with_segment_zero_and_no_loss():
+    batch = pad([sequence(1, 2), sequence(3, 4, 5)], 4)
+    assert batch.tokens.tolist() == [[1, 2, 0, 0], [3, 4, 5, 0]]
+    assert batch.segment_ids.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.loss_mask.tolist() == [[False, True, False, False], [False, True, True, False]]
+
+
+def test_packed_and_padded_rows_hold_the_same_sequences():
+    random = np.random.default_rng(0)
+    sequences = [
+        sequence(*random.integers(0, 9, size), learned_from=random.integers(1, size))
+        for size in random.integers(2, 17, 300)
+    ]
+    packed, padded = pack(sequences, 16), pad(sequences, 16)
+    assert len(packed.tokens) < 0.75 * len(padded.tokens)
+
+    def contents(batch):
+        found = []
+        for tokens, segments, mask in zip(batch.tokens, batch.segment_ids, batch.loss_mask, strict=True):
+            for segment in range(1, segments.max() + 1):
+                here = segments == segment
+                found.append((tokens[here].tolist(), mask[here].tolist()))
+        return sorted(found)
+
+    assert contents(packed) == contents(padded)
+    for batch in (packed, padded):
+        starts = np.diff(batch.segment_ids, axis=1, prepend=0) > 0
+        assert not batch.loss_mask[starts].any()
+        assert not batch.loss_mask[batch.segment_ids == 0].any()
+
+
+def test_first_fit_looks_back_over_a_bounded_number_of_rows(monkeypatch):
+    monkeypatch.setattr("hybrid_jax.data.packing.OPEN_ROWS", 2)
+    long, short = sequence(1, 2, 3), sequence(7)
+    batch = pack([long, long, long, short], 4)  # the first row has room but is no longer looked at
+    assert batch.tokens.tolist() == [[1, 2, 3, 0], [1, 2, 3, 7], [1, 2, 3, 0]]
+
+
+@pytest.mark.parametrize("arrange", [pack, pad])
+def test_a_sequence_longer_than_the_row_is_refused(arrange):
+    with pytest.raises(ValueError, match="a sequence must fit length 2, got 3 tokens"):
+        arrange([sequence(1, 2, 3)], 2)

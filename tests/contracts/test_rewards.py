@@ -1,4 +1,4 @@
-"""What every registered reward promises: one finite float32 a row, the same each time, whatever the others are."""
+"""What every registered reward promises: one finite float32 a row, the same whatever the other rows are."""
 
 import jax
 import jax.numpy as jnp

@@ -143,7 +143,8 @@ def test_a_config_names_parts_of_the_package_and_of_the_user(tmp_path, monkeypat
         "from dataclasses import dataclass\n\n"
         "def shout(prompts, responses):\n    return [float(r.isupper()) for r in responses]\n\n"
         "@dataclass(frozen=True)\nclass Mentions:\n    word: str\n\n"
-        "    def __call__(self, prompts, responses):\n        return [float(self.word in r) for r in responses]\n"
+        "    def __call__(self, prompts, responses):\n"
+        "        return [float(self.word in r) for r in responses]\n"
     )
     (tmp_path / "rewards_of_a_user.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -52,7 +52,9 @@ class SFTStream:
         seed: int = 0,
         buckets: Sequence[int] | None = None,
     ):
-        _check(examples, max_length, seed)
+        _check(examples, seed)
+        if max_length < 2:
+            raise UserError(f"max_length must be at least 2 tokens, got {max_length}")
         self._rows = _arrange(examples, tokenizer, max_length, packing, seed, buckets)
         self._seed = seed
 
@@ -77,7 +79,7 @@ class PromptStream:
     Args:
         examples: rows of a source; responses, if there are any, stay with the examples for the rewards.
         tokenizer: encodes the prompts, once, here.
-        max_prompt_length: P, tokens a prompt at most.
+        max_prompt_length: P, tokens a prompt at most; None has no bound.
         seed: of the order of rows, at least 0.
         buckets: lengths to pad to; `length_buckets` of the data if None. One bucket means one compiled
             rollout.
@@ -90,23 +92,23 @@ class PromptStream:
         self,
         examples: Sequence[Example],
         tokenizer: Tokenizer,
-        max_prompt_length: int,
+        max_prompt_length: int | None,
         *,
         seed: int = 0,
         buckets: Sequence[int] | None = None,
     ):
-        _check(examples, max_prompt_length, seed)
+        _check(examples, seed)
         self._examples = tuple(examples)
         self._prompts = [np.asarray(tokenizer.encode(example.prompt), np.int32) for example in examples]
         for row, prompt in enumerate(self._prompts, start=1):
-            if not 0 < len(prompt) <= max_prompt_length:
+            if len(prompt) == 0:
                 raise UserError(
-                    f"row {row}: a prompt must have 1 to {max_prompt_length} tokens, got {len(prompt)}; "
-                    + (
-                        "raise max_prompt_length or shorten the prompt"
-                        if len(prompt)
-                        else "give the row a prompt"
-                    )
+                    f"row {row}: a prompt must have at least 1 token, got none; give the row a prompt"
+                )
+            if max_prompt_length is not None and len(prompt) > max_prompt_length:
+                raise UserError(
+                    f"row {row}: a prompt must have at most {max_prompt_length} tokens, got {len(prompt)}; "
+                    "raise max_prompt_length or shorten the prompt"
                 )
         self._buckets = _checked_buckets(buckets, [len(prompt) for prompt in self._prompts], max_prompt_length)
         self._seed = seed
@@ -142,11 +144,21 @@ class PromptStream:
         return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self._examples[row] for row in rows))
 
 
-def length_buckets(longest: int, limit: int, smallest: int = 32) -> tuple[int, ...]:
-    """Lengths to pad to: doubling from ``smallest`` up to ``longest`` in eights, at most ``limit``."""
-    last = min(-(-longest // 8) * 8, limit)
-    buckets = [smallest * 2**i for i in range(20) if smallest * 2**i < last]
-    return (*buckets, last)
+def length_buckets(longest: int, limit: int | None = None, smallest: int = 32) -> tuple[int, ...]:
+    """Lengths to pad to, ascending: ``longest``, its half, its quarter, … down to ``smallest``.
+
+    They are multiples of 8, except a last one that is ``limit``. Each costs a compilation; halves lie so
+    far apart that a random batch of some size needs only the last.
+    """
+    buckets = [_eights(longest)]
+    while (half := _eights(buckets[-1] // 2)) >= smallest and half < buckets[-1]:
+        buckets.append(half)
+    buckets[0] = buckets[0] if limit is None else min(buckets[0], limit)
+    return tuple(reversed(buckets))
+
+
+def _eights(length: int) -> int:
+    return -(-length // 8) * 8
 
 
 class _Rows(Protocol):
@@ -278,7 +290,9 @@ def _bucket(length: int, buckets: Sequence[int]) -> int:
     return next(bucket for bucket in buckets if bucket >= length)
 
 
-def _checked_buckets(buckets: Sequence[int] | None, lengths: Sequence[int], limit: int) -> tuple[int, ...]:
+def _checked_buckets(
+    buckets: Sequence[int] | None, lengths: Sequence[int], limit: int | None
+) -> tuple[int, ...]:
     longest = max(lengths)
     if buckets is None:
         return length_buckets(longest, limit)
@@ -287,10 +301,8 @@ def _checked_buckets(buckets: Sequence[int] | None, lengths: Sequence[int], limi
     return tuple(sorted(buckets))
 
 
-def _check(examples: Sequence[Example], length: int, seed: int) -> None:
+def _check(examples: Sequence[Example], seed: int) -> None:
     if not examples:
         raise UserError("the data is empty: a stream needs at least one example")
-    if length < 2:
-        raise ValueError(f"the length must be at least 2 tokens, got {length}")
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")

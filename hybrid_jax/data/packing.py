@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import numpy as np
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 OPEN_ROWS = (
     1024  # first fit tries the newest rows only, so that packing stays linear in the number of sequences

@@ -173,12 +173,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder."""
     folder = Path(folder)
     config = folder / "tokenizer_config.json"
-    kind = json.loads(config.read_text()).get(KIND_KEY) if config.is_file() else None
-    if kind is None:
-        return _load_huggingface(str(folder))
-    from tokenizers import Tokenizer as Backend
+    try:
+        kind = json.loads(config.read_text()).get(KIND_KEY) if config.is_file() else None
+        if kind is None:
+            return _load_huggingface(str(folder))
+        from tokenizers import Tokenizer as Backend
 
-    return FastTokenizer(Backend.from_file(str(folder / "tokenizer.json")), kind)
+        return FastTokenizer(Backend.from_file(str(folder / "tokenizer.json")), kind)
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise UserError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
 
 
 def _load_huggingface(path: str) -> Tokenizer:

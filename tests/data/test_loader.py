@@ -111,9 +111,11 @@ def test_without_packing_a_batch_is_padded_to_the_smallest_bucket_that_holds_it(
 
 def test_the_buckets_of_the_data_are_few_and_hold_the_longest():
     assert length_buckets(20, 128) == (24,)
-    assert length_buckets(33, 128) == (32, 40)
-    assert length_buckets(200, 256) == (32, 64, 128, 200)
+    assert length_buckets(33, 128) == (40,)
+    assert length_buckets(200) == (32, 56, 104, 200)
+    assert length_buckets(64) == (32, 64)
     assert length_buckets(61, 62) == (32, 62)
+    assert length_buckets(3, 128, smallest=1) == (8,)
 
 
 def test_windows_of_an_epoch_are_neighbours_and_the_cuts_move_between_epochs(documents, tokenizer):
@@ -233,13 +235,22 @@ def test_masks_ignore_token_values_so_a_pad_that_is_the_end_changes_nothing(tmp_
 
 def test_a_prompt_too_long_or_empty_is_an_error_with_row_got_and_fix(tokenizer):
     with pytest.raises(
-        UserError, match=r"^row 2: a prompt must have 1 to 3 tokens, got 4; raise max_prompt_length"
+        UserError, match=r"^row 2: a prompt must have at most 3 tokens, got 4; raise max_prompt_length"
     ):
         PromptStream([Example("abc"), Example("abcd")], tokenizer, 3)
     with pytest.raises(
-        UserError, match=r"^row 1: a prompt must have 1 to 3 tokens, got 0; give the row a prompt"
+        UserError, match=r"^row 1: a prompt must have at least 1 token, got none; give the row a prompt"
     ):
         PromptStream([Example("", "a document")], tokenizer, 3)
+
+
+def test_without_a_bound_any_prompt_fits(tokenizer):
+    assert PromptStream([Example("abc" * 99)], tokenizer, None).batch(0, 1).tokens.shape == (1, 304)
+
+
+def test_a_row_must_hold_a_token_and_its_target(tokenizer):
+    with pytest.raises(UserError, match="max_length must be at least 2 tokens, got 1"):
+        SFTStream([Example("", "a")], tokenizer, 1)
 
 
 @pytest.mark.parametrize("stream", [SFTStream, PromptStream])

@@ -138,7 +138,7 @@ def test_hugging_face_reads_local_files_saved_folders_and_splits(tmp_path, monke
     saved = HuggingFaceDataset(path=str(tmp_path / "saved"), held_out_fraction=0.25)
     assert (len(saved.load("train")), len(saved.load("held_out"))) == (15, 5)
 
-    with pytest.raises(UserError, match="split 'validation' of the dataset .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"split 'validation' of the dataset .* cannot be loaded"):
         HuggingFaceDataset(path=str(tmp_path / "saved"), train_split="validation").load("train")
     with pytest.raises(UserError, match=r"split 'train' of the dataset '.*nothing' cannot be loaded"):
         HuggingFaceDataset(path=str(tmp_path / "nothing")).load("train")
@@ -209,7 +209,7 @@ def test_files_that_are_missing_broken_or_not_text_are_one_line_each(tmp_path):
 
 def test_asking_for_held_out_data_that_no_one_set_aside_says_what_to_set(tmp_path):
     path = write_rows(tmp_path / "data.jsonl", ROWS)
-    with pytest.raises(UserError, match="has no held-out data; set held_out .* or held_out_fraction"):
+    with pytest.raises(UserError, match=r"has no held-out data; set held_out .* or held_out_fraction"):
         Jsonl(train=path).load("held_out")
     with pytest.raises(UserError, match=r"has no held-out data; set held_out, held_out_fraction or split_at"):
         Text(train=path).load("held_out")

@@ -142,6 +142,16 @@ def test_a_folder_without_a_tokenizer_or_without_an_end_is_one_clear_line(foreig
         HuggingFace(str(foreign_folder)).build()
 
 
+def test_a_folder_that_was_damaged_is_one_clear_line(tmp_path):
+    Bytes().build().save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
+        load_tokenizer(tmp_path)
+
+
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(UserError, match="vocab_size must be at least 257"):
         parse(Bpe, {"vocab_size": 256})

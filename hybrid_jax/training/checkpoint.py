@@ -1,21 +1,25 @@
 """Atomic checkpoints of a whole run, written in the background. The only file that knows Orbax.
 
 One checkpoint holds parameters, optimizer states, references, host states, data cursors and the scheduler, or
-it does not exist: Orbax writes into a temporary folder and renames it. A checksum of every array tells a
-damaged checkpoint from a good one when it is read.
+it does not exist: Orbax writes into a temporary folder and renames it. Checksums of every array and of every
+file tell a damaged checkpoint from a good one when it is read.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import errno
 import functools
+import json
 import logging
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +27,12 @@ import numpy as np
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
+from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 T = TypeVar("T")
+
+SEAL = "files.json"  # in the folder of a checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -45,73 +52,96 @@ class CheckpointConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are untouched."""
+
+
 class Checkpoints:
-    """The checkpoints of one run directory."""
+    """The checkpoints of one run directory. Reading changes nothing there: it disturbs no running run."""
 
     def __init__(self, folder: Path, keep: int):
-        from orbax.checkpoint import v1 as ocp
-
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save
-        self._orbax = ocp.training.Checkpointer(
-            folder.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._folder = folder.absolute()
+        self._keep = keep
+        self._damaged: list[int] = []
+        self._writer: Any = None
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
 
     def save(self, state: RunState) -> None:
-        """Starts to write ``state``; returns once the caller may overwrite its buffers."""
+        """Starts to write ``state``; returns once the caller may overwrite its buffers.
+
+        Raises:
+            SaveError: this checkpoint, or the one before that was still being written, failed.
+        """
         self.wait()
         arrays = _arrays(state)
         arrays = {**arrays, "train": jax.tree.map(jnp.copy, arrays["train"])}  # the next step donates them
-        try:
-            self._orbax.save_checkpointables_async(
+        with _explained(state.step):
+            self._writer = self._writer or self._open_writer()
+            response = self._writer.save_checkpointables_async(
                 state.step,
                 {"state": arrays},
                 custom_metadata=_progress(state, _checksums(arrays)),
                 force=True,
+                overwrite=(self._folder / str(state.step)).exists(),
             )
-        except OSError as error:
-            _explain(error, state.step)
+        self._pending = state.step, self._thread.submit(self._finish, response, state.step)
 
     def wait(self) -> None:
-        """Until the last save is on the disk."""
-        try:
-            self._orbax.wait()
-        except OSError as error:
-            _explain(error, None)
-        except Exception as error:  # Orbax and TensorStore wrap what the file system said in their own types
-            if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-                _explain(OSError(errno.ENOSPC, str(error).splitlines()[0]), None)
-            raise
+        """Until the last save is on the disk.
+
+        Raises:
+            SaveError: it failed.
+        """
+        if self._pending is not None:
+            # Kept while it is waited for, so that an interrupt here does not forget the save.
+            step, writing = self._pending
+            concurrent.futures.wait([writing])
+            self._pending = None
+            with _explained(step):
+                writing.result()
 
     def close(self) -> None:
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._writer is not None:
+                with contextlib.suppress(Exception):  # it repeats what `wait` has said
+                    self._writer.close()
+                self._writer = None
 
     def newest(self, fresh: RunState) -> RunState | None:
         """The newest undamaged checkpoint as a state like ``fresh``, or None where there is no checkpoint.
 
+        The next save removes the damaged ones that were passed over: the run will write them again.
+
         Raises:
             UserError: checkpoints exist, but none of them can be read.
         """
-        return _newest(self._orbax, functools.partial(self._load, fresh=fresh))
+        if not self._folder.is_dir():
+            return None
+        with _checkpointer(self._folder) as reader:
+            state, self._damaged = _newest(
+                self._folder, functools.partial(_load_state, reader=reader, fresh=fresh)
+            )
+        return state
 
-    def _load(self, step: int, fresh: RunState) -> RunState:
-        progress: Any = self._orbax.metadata(step).custom_metadata
-        names = progress["references"]
-        references = {name: fresh.train.params["model"] for name in names}
-        wanted = _arrays(dataclasses.replace(fresh, references=references))
-        arrays = self._orbax.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
-        _check(arrays, progress["checksums"])
-        return RunState(
-            step=progress["step"],
-            train=arrays["train"],
-            references=arrays["references"],
-            schedule=ScheduleState(**progress["schedule"]),
-            cursors=progress["cursors"],
-            host=arrays["host"],
+    def _open_writer(self) -> Any:
+        from orbax.checkpoint import v1 as ocp
+
+        for step in self._damaged:  # Orbax would count them among the newest, and delete good ones instead
+            shutil.rmtree(self._folder / str(step))
+        return _checkpointer(
+            self._folder,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
         )
+
+    def _finish(self, response: Any, step: int) -> None:
+        response.result()
+        _seal(self._folder / str(step))
 
 
 def newest_policy(folder: Path, policy: Params) -> tuple[int, Params] | None:
@@ -130,36 +160,103 @@ def newest_policy(folder: Path, policy: Params) -> tuple[int, Params] | None:
         return None
     from orbax.checkpoint import v1 as ocp
 
-    logging.getLogger("absl").setLevel(logging.ERROR)
     on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     policy = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device), policy)
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    with ocp.Context(pytree_options=options), ocp.training.Checkpointer(folder.absolute()) as reader:
-        return _newest(reader, functools.partial(_load_policy, reader, policy))
+    with ocp.Context(pytree_options=options), _checkpointer(folder.absolute()) as reader:
+        return _newest(folder, functools.partial(_load_policy, reader=reader, policy=policy))[0]
 
 
-def _load_policy(reader: Any, policy: Params, step: int) -> tuple[int, Params]:
-    progress: Any = reader.metadata(step).custom_metadata
-    wanted = {"state": {"train": {"params": {"model": policy}}}}
-    params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
-    _check({"train": TrainState(params=params, opt_state={}, extra={})}, progress["checksums"])
-    return progress["step"], params["model"]
+def _checkpointer(folder: Path, **settings: Any) -> Any:
+    from orbax.checkpoint import v1 as ocp
+
+    # Orbax narrates every save, and prints from its threads the errors that it also raises here.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    return ocp.training.Checkpointer(folder, **settings)
 
 
-def _newest(reader: Any, load: Callable[[int], T]) -> T | None:
-    steps = sorted((saved.step for saved in reader.checkpoints), reverse=True)
-    for step in steps:
+def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]]:
+    """What ``load`` makes of the newest checkpoint that it can read, and the newer ones that are damaged."""
+    steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+    for tried, step in enumerate(steps):
         try:
-            return load(step)
+            _check_seal(folder / str(step))
+            return load(step), steps[:tried]
         except Exception as error:  # whatever a torn file makes of itself
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             log.warning("checkpoint %d is damaged (%s); falling back to the one before", step, reason)
     if steps:
         raise UserError(
-            f"none of the checkpoints {steps} in {reader.directory} can be read; "
+            f"none of the checkpoints {steps} in {folder} can be read; "
             "move the folder away to start again, or choose another run_dir"
         )
-    return None
+    return None, []
+
+
+def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
+    progress = _read_progress(reader, step)
+    references = {name: fresh.train.params["model"] for name in progress["references"]}
+    wanted = _arrays(dataclasses.replace(fresh, references=references))
+    arrays = reader.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
+    _check(arrays, progress["checksums"])
+    return RunState(
+        step=progress["step"],
+        train=arrays["train"],
+        references=arrays["references"],
+        schedule=ScheduleState(**progress["schedule"]),
+        cursors=progress["cursors"],
+        host=arrays["host"],
+    )
+
+
+def _load_policy(step: int, *, reader: Any, policy: Params) -> tuple[int, Params]:
+    progress = _read_progress(reader, step)
+    wanted = {"state": {"train": {"params": {"model": policy}}}}
+    params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
+    train: Any = TrainState  # pyright does not see the fields of a flax.struct.dataclass
+    _check({"train": train(params=params, opt_state={}, extra={})}, progress["checksums"])
+    return progress["step"], params["model"]
+
+
+def _read_progress(reader: Any, step: int) -> dict[str, Any]:
+    progress = reader.metadata(step).custom_metadata
+    if not progress:
+        raise ValueError("its metadata is missing")
+    return progress
+
+
+def _seal(folder: Path) -> None:
+    """Writes the size and checksum of every file of a finished checkpoint beside them.
+
+    Orbax reads in threads that print a traceback for every damaged file; the seal finds such files before.
+    A checkpoint without one, since a kill came between its last file and the seal, is as good as any.
+    """
+    write_text(folder / SEAL, json.dumps(_file_checksums(folder)))
+
+
+def _check_seal(folder: Path) -> None:
+    if not (folder / SEAL).is_file():
+        return
+    there = _file_checksums(folder)
+    for name, checksum in json.loads((folder / SEAL).read_text()).items():
+        if name not in there:
+            raise ValueError(f"{name} is missing")
+        if there[name] != checksum:
+            raise ValueError(f"{name} has changed")
+
+
+def _file_checksums(folder: Path) -> dict[str, list[int]]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
+    return {str(path.relative_to(folder)): _file_checksum(path) for path in paths}
+
+
+def _file_checksum(path: Path) -> list[int]:
+    """Size and CRC-32."""
+    size = checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            size, checksum = size + len(block), zlib.crc32(block, checksum)
+    return [size, checksum]
 
 
 def _arrays(state: RunState) -> dict[str, Any]:
@@ -178,7 +275,12 @@ def _progress(state: RunState, checksums: dict[str, int]) -> dict[str, Any]:
 
 def _checksums(arrays: Any) -> dict[str, int]:
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return {jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf)) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): zlib.crc32(_bytes(leaf)) for path, leaf in leaves}
+
+
+def _bytes(leaf: Any) -> memoryview:
+    """The bytes of an array of any type; bfloat16 offers none by itself."""
+    return memoryview(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8))  # pyright: ignore[reportArgumentType]
 
 
 def _check(arrays: Any, checksums: dict[str, int]) -> None:
@@ -193,10 +295,22 @@ def _abstract(leaf: Any) -> Any:
     return leaf
 
 
-def _explain(error: OSError, step: int | None) -> NoReturn:
-    what = "a checkpoint" if step is None else f"checkpoint {step}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise UserError(
-            f"no space left on the disk for {what}; earlier checkpoints are kept: free space, rerun"
-        ) from error
-    raise UserError(f"{what} cannot be written: {error}") from error
+@contextlib.contextmanager
+def _explained(step: int) -> Iterator[None]:
+    """Says in one line why a checkpoint could not be written."""
+    try:
+        yield
+    except Exception as error:  # Orbax and TensorStore wrap what the file system said in their own types
+        if _says_disk_is_full(error):
+            reason = "no space left on the disk; earlier checkpoints are kept: free space, then rerun to resume"
+        else:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SaveError(f"checkpoint {step} cannot be written: {reason}") from error
+
+
+def _says_disk_is_full(error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    texts = ("RESOURCE_EXHAUSTED", "No space left", "quota exceeded")
+    return full or any(t in str(error) for t in texts) or _says_disk_is_full(error.__cause__)

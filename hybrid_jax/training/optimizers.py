@@ -333,7 +333,7 @@ def clip_by_global_norm(grads: Any, max_norm: float | Float[Array, ""] | None) -
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
     if max_norm is None:
         return grads, norm
-    scale = jnp.where(norm > max_norm, max_norm / jnp.where(norm > 0, norm, 1.0), 1.0)
+    scale = jnp.minimum(1.0, max_norm / norm)  # 1 for a zero norm, too
     return jax.tree.map(lambda g: g * scale, grads), norm
 
 

@@ -19,15 +19,16 @@ import jax.numpy as jnp
 import yaml
 from jax import Array
 
-from hybrid_jax.core.config import load_yaml, parse, to_dict
+from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
-from hybrid_jax.models import decoder, hf  # noqa: F401  fill BACKBONES
+from hybrid_jax.models import decoder, hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.parallel.mesh import MeshConfig
-from hybrid_jax.phases import ppo, sft  # noqa: F401  fill PHASES
+from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
+from hybrid_jax.policy import Policy, default_sampler, run_settings
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
 from hybrid_jax.training.phase import PHASES, Phase, Resources
@@ -82,6 +83,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     return parse(ExperimentConfig, load_yaml(path, overrides))
 
 
+def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """The config of a run directory, wherever it now lies; ``evaluation.sampler`` starts from the run's sampler."""
+    folder = Path(run_dir)
+    settings = run_settings(folder)
+    measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
+    sampler = next((phase["sampler"] for phase in phases.values() if "sampler" in phase), None)
+    settings["evaluation"] = {**measured, "sampler": measured.get("sampler") or sampler}
+    return parse(ExperimentConfig, {**apply_overrides(settings, overrides), "run_dir": str(folder)})
+
+
 def build(config: ExperimentConfig) -> Experiment:
     """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
     if config.compilation_cache is not None:
@@ -90,7 +101,7 @@ def build(config: ExperimentConfig) -> Experiment:
     _check_run_dir(config)
     examples = config.data.load("train")
     saved_tokenizer = config.run_dir / "tokenizer"
-    if saved_tokenizer.is_dir():
+    if has_checkpoint(config.run_dir) and saved_tokenizer.is_dir():
         tokenizer = load_tokenizer(saved_tokenizer)
     else:
         tokenizer = config.tokenizer.build(text for e in examples for text in (e.prompt, e.response) if text)
@@ -112,7 +123,21 @@ def build(config: ExperimentConfig) -> Experiment:
         for name, phase in config.phases.items()
         if name in horizons
     }
-    return Experiment(config, model, tokenizer, phases)
+    return Experiment(config, model, tokenizer, phases, make_evaluator(config, model, tokenizer))
+
+
+def make_evaluator(config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer) -> Evaluator:
+    """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
+    trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
+    return Evaluator(
+        config.evaluation,
+        model,
+        tokenizer,
+        config.data.load("held_out"),
+        sampler=getattr(trained_by, "sampler", None),
+        reward=getattr(trained_by, "reward", None),
+        seed=config.seed,
+    )
 
 
 @dataclass(frozen=True)
@@ -123,6 +148,7 @@ class Experiment:
     model: LanguageModel
     tokenizer: Tokenizer
     phases: Mapping[str, Phase]
+    evaluator: Evaluator
 
     @property
     def steps(self) -> int:
@@ -140,19 +166,6 @@ class Experiment:
     def key(self) -> Array:
         """The root of all randomness in training; every step folds its number in."""
         return jax.random.fold_in(jax.random.key(self.config.seed), 1)
-
-    @functools.cached_property
-    def evaluator(self) -> Evaluator:
-        trained_by = next((c for c in self.config.phases.values() if hasattr(c, "reward")), None)
-        return Evaluator(
-            self.config.evaluation,
-            self.model,
-            self.tokenizer,
-            self.config.data.load("held_out"),
-            sampler=getattr(trained_by, "sampler", None),
-            reward=getattr(trained_by, "reward", None),
-            seed=self.config.seed,
-        )
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
@@ -191,10 +204,18 @@ class Experiment:
         settings = to_dict(self.config)
         (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
-        self.tokenizer.save(folder / "tokenizer")
+        self._save_tokenizer()
         logger = open_loggers(self.config.loggers, folder, settings, resumed)
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
         return state, checkpoints, Recorder(logger, Progress(self.steps, state.step), elapsed)
+
+    def _save_tokenizer(self) -> None:
+        """Once and whole: a resumed run trusts the folder as soon as it is there."""
+        folder = self.config.run_dir / "tokenizer"
+        if not folder.is_dir():
+            partial = folder.with_name("tokenizer.partial")
+            self.tokenizer.save(partial)
+            partial.rename(folder)
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every
@@ -211,27 +232,19 @@ class Experiment:
     def export(self, state: RunState, folder: Path | None = None) -> Path:
         """Writes the policy as a Hugging Face folder with its tokenizer; returns the folder."""
         folder = folder or self.config.run_dir / "exports" / f"step_{state.step}"
-        hf.save_pretrained(folder, self.model, state.train.params["model"])
-        self.tokenizer.save(folder)
-        return folder
+        return self.policy(state).save_pretrained(folder)
+
+    def policy(self, state: RunState) -> Policy:
+        """The policy of a state, ready to answer."""
+        sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
+        eos_ids = (self.tokenizer.eos_id,)
+        return Policy(self.model, state.train.params["model"], self.tokenizer, sampler, eos_ids, state.step)
 
     def finish(self) -> None:
         """Writes the report of a finished run."""
         from hybrid_jax.report import write_report
 
         log.info("report: %s", write_report(self.config.run_dir))
-
-
-def load_run(run_dir: str | Path) -> tuple[Experiment, RunState]:
-    """The experiment of a run directory and its newest state."""
-    folder = Path(run_dir)
-    if not (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} is no run directory: it holds no config.yaml")
-    experiment = build(load_config(folder / "config.yaml", [f"run_dir={folder}"]))
-    state = Checkpoints(folder / "checkpoints", experiment.checkpoint.keep).newest(experiment.init())
-    if state is None:
-        raise UserError(f"{folder} holds no checkpoint yet")
-    return experiment, state
 
 
 def environment() -> dict[str, Any]:
@@ -257,12 +270,23 @@ def _commit() -> str | None:
         return None
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether training has left anything there to go on from."""
+    folder = run_dir / "checkpoints"
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def _check_run_dir(config: ExperimentConfig) -> None:
-    """A run directory belongs to one experiment: what decides the learning must be the same."""
+    """A run directory belongs to one experiment: what decides the learning must be the same.
+
+    A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
+    """
+    if config.run_dir.exists() and not config.run_dir.is_dir():
+        raise UserError(f"run_dir must be a directory, got the file {config.run_dir}")
     path = config.run_dir / "config.yaml"
-    if not path.is_file():
+    if not has_checkpoint(config.run_dir) or not path.is_file():
         return
-    there, here = (_fixed(settings) for settings in (yaml.safe_load(path.read_text()), to_dict(config)))
+    there, here = _fixed(load_yaml(path)), _fixed(to_dict(config))
     if difference := next(iter(_differences(there, here)), None):
         name, before, now = difference
         raise UserError(

@@ -48,9 +48,7 @@ class Samples:
     """Sampled responses, right-padded."""
 
     tokens: Int[Array, "B R"]
-    log_probs: Float[
-        Array, "B R"
-    ]  # under the distribution that sampled (temperature and truncation included)
+    log_probs: Float[Array, "B R"]  # under the distribution that sampled (temperature and truncation included)
     response_mask: Bool[Array, "B R"]  # True up to and including the end-of-sequence token
 
 

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hybrid_jax.core.registry import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage."""
+    """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage.
+
+    An epilog is printed as it is written.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+def set_up_logging() -> None:
+    """What the package has to say goes to stderr, a line each; other packages speak only to warn."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("hybrid_jax").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def run_command(main: Callable[[list[str]], None]) -> NoReturn:

@@ -25,7 +25,14 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     """Reads a YAML file with its optional ``base:`` file, then applies ``a.b=value`` overrides."""
     settings = _read(Path(path))
     if base := settings.pop("base", None):
+        if not isinstance(base, str):
+            raise _wrong_type("base", "a path", base)
         settings = merge(_read(Path(path).parent / base), settings)
+    return apply_overrides(settings, overrides)
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``settings`` with ``a.b=value`` texts over them, one after the other."""
     for override in overrides:
         settings = merge(settings, _parse_override(override))
     return settings
@@ -61,9 +68,7 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value), include_extras=True)
         return {
-            f.name: to_dict(getattr(value, f.name), hints[f.name])
-            for f in dataclasses.fields(value)
-            if f.init
+            f.name: to_dict(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init
         }
     if isinstance(value, Mapping):
         inner = get_args(hint)[1] if len(get_args(hint)) == 2 else Any
@@ -76,9 +81,13 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise UserError(f"no config file {str(path)!r}")
+        raise UserError(
+            f"{path} is a directory, no config file" if path.is_dir() else f"no config file {str(path)!r}"
+        )
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -50,9 +51,10 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
-    def name_of(self, entry: object) -> str:
+    def name_of(self, entry: Any) -> str:
         """The name under which a config finds ``entry`` (an instance, or the entry itself)."""
-        wanted = entry if entry in self._entries.values() else type(entry)
+        is_definition = inspect.isfunction(entry) or inspect.isclass(entry)
+        wanted = entry if is_definition else type(entry)
         for name, known in self._entries.items():
             if known is wanted:
                 return name

@@ -1,0 +1,93 @@
+"""PPO's own code path finds the closed-form optimum of KL-regularised reward on the 27-sequence language model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.algorithms.kl_control import FixedKL
+from hybrid_jax.phases.ppo import PPO, Reference
+from hybrid_jax.phases.ppo_functions import PPOFunctions
+from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.tokens import TokenCount
+from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.testing import (
+    STEPS,
+    PrefixTable,
+    objective,
+    optimum,
+    reference_params,
+    sequence_probabilities,
+    true_reward,
+)
+from hybrid_jax.training.optimizers import Adam, Linear
+from hybrid_jax.training.state import TrainState
+
+BETA, ROWS = 0.5, 512
+
+
+def ppo_functions(**settings) -> PPOFunctions:
+    reward = TokenCount(weights={"2": 1.0}, first_token_weights={"1": -0.5})
+    config = PPO(
+        **{
+            "reward": CompositeReward({"count": Part(reward)}),
+            "prompts_per_step": ROWS,
+            "sampler": Sampler(max_new_tokens=STEPS),
+            "kl_control": FixedKL(BETA),
+            "missing_eos_penalty": None,
+            "value_clip_range": None,
+            "value_coef": 0.5,
+            "optimizer": Adam(learning_rate=0.05, schedule=Linear(), max_grad_norm=None),
+            **settings,
+        }
+    )
+    return PPOFunctions(config, PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
+
+
+def initial_state(functions: PPOFunctions) -> TrainState:
+    params = {"model": reference_params(), "value": functions.init_value(reference_params())}
+    transform = functions.config.optimizer.transform()
+    return TrainState(
+        params=params,
+        opt_state={"ppo": {group: transform.init(tree) for group, tree in params.items()}},
+        extra={functions.kl_key: functions.config.kl_control.init()},
+    )
+
+
+def run(functions: PPOFunctions, key, steps: int, references=None):
+    """``steps`` whole PPO iterations in one program."""
+    references = references or {name: reference_params() for name in functions.config.references}
+    tokens, mask = jnp.zeros((ROWS, 1), jnp.int32), jnp.ones((ROWS, 1), bool)
+
+    def iteration(state, step):
+        rate = functions.config.optimizer.rate(step, steps)
+        key_ = jax.random.fold_in(key, step)
+        return functions.iteration(state, references, tokens, mask, key_, rate)
+
+    return jax.lax.scan(iteration, initial_state(functions), jnp.arange(steps))
+
+
+def total_variation(p, q) -> float:
+    return 0.5 * float(np.abs(p - q).sum())
+
+
+def test_the_enumerated_model_has_the_published_optimum():
+    reference = sequence_probabilities(reference_params())
+    best = optimum(reference, true_reward(), BETA)
+    assert objective(best, reference, true_reward(), BETA) == pytest.approx(1.5189154, abs=1e-6)
+    assert best @ true_reward() == pytest.approx(2.4668575, abs=1e-6)
+    assert best @ np.log(best / reference) == pytest.approx(1.8958842, abs=1e-6)
+    assert best[-1] == pytest.approx(0.6188762, abs=1e-6)
+
+
+def test_ppo_reaches_the_closed_form_optimum():
+    functions = ppo_functions()
+    state, metrics = jax.jit(lambda key: run(functions, key, 600))(jax.random.key(0))
+    reference, reward = sequence_probabilities(reference_params()), true_reward()
+    policy, best = sequence_probabilities(state.params["model"]), optimum(reference, reward, BETA)
+    gap = objective(best, reference, reward, BETA) - objective(policy, reference, reward, BETA)
+    print(total_variation(policy, best), gap, metrics["kl"][-1], metrics["score"][-1], metrics["explained_variance"][-1], metrics["clip_fraction"][:3])
+    assert total_variation(policy, best) < 0.02
+    assert 0 <= gap < 1e-3
+    assert metrics["first_ratio"] == pytest.approx(np.ones(600), abs=1e-6)
+    assert metrics["kl"][0] == 0  # the first rollout of a fresh policy against an equal reference

@@ -34,6 +34,7 @@ from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, rea
 from hybrid_jax.training.phase import PHASES, Phase, Resources
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
+from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
 from hybrid_jax.training.state import RunState, TrainState
 
@@ -84,7 +85,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
 
 def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The config of a run directory, wherever it now lies; ``evaluation.sampler`` starts from the run's sampler."""
+    """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler."""
     folder = Path(run_dir)
     settings = run_settings(folder)
     measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
@@ -202,20 +203,15 @@ class Experiment:
         else:
             log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
         settings = to_dict(self.config)
-        (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
-        (folder / "environment.json").write_text(json.dumps(environment(), indent=1))
-        self._save_tokenizer()
-        logger = open_loggers(self.config.loggers, folder, settings, resumed)
+        write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_text(folder / "environment.json", json.dumps(environment(), indent=1))
+        write_folder(folder / "tokenizer", self.tokenizer.save)  # a resumed run trusts it once it is there
+        try:
+            logger = open_loggers(self.config.loggers, folder, settings, resumed)
+        except OSError as error:
+            raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
         return state, checkpoints, Recorder(logger, Progress(self.steps, state.step), elapsed)
-
-    def _save_tokenizer(self) -> None:
-        """Once and whole: a resumed run trusts the folder as soon as it is there."""
-        folder = self.config.run_dir / "tokenizer"
-        if not folder.is_dir():
-            partial = folder.with_name("tokenizer.partial")
-            self.tokenizer.save(partial)
-            partial.rename(folder)
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every
@@ -290,8 +286,8 @@ def _check_run_dir(config: ExperimentConfig) -> None:
     if difference := next(iter(_differences(there, here)), None):
         name, before, now = difference
         raise UserError(
-            f"run_dir {config.run_dir} holds a run of another config: {name} is {before!r} there and {now!r} here; "
-            "give another run_dir, or undo the change to resume"
+            f"run_dir {config.run_dir} holds a run of another config: {name} is {before!r} there and {now!r} "
+            "here; give another run_dir, or undo the change to resume"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class Interrupted(SystemExit):
@@ -15,11 +16,14 @@ class Interrupted(SystemExit):
 
 
 class Interrupts:
-    """Catches the first SIGINT or SIGTERM inside a ``with``; a second one acts as it always does."""
+    """Catches the first SIGINT or SIGTERM inside a ``with``; a second one acts as it always does.
+
+    Outside the main thread, as in some notebooks, Python delivers no signals and nothing is caught.
+    """
 
     def __init__(self):
         self.number: int | None = None
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # handlers by signal; None for one that was not set by Python
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
@@ -37,4 +41,4 @@ class Interrupts:
     def _restore(self) -> None:
         while self._before:
             number, handler = self._before.popitem()
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

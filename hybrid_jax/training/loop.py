@@ -24,11 +24,22 @@ log = logging.getLogger(__name__)
 class Run(Protocol):
     """What the loop needs of an experiment."""
 
-    steps: int
-    key: Array
-    phases: Mapping[str, Phase]
-    scheduler: Scheduler
-    checkpoint: CheckpointConfig
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def key(self) -> Array:
+        """The root of all randomness in training."""
+        ...
+
+    @property
+    def phases(self) -> Mapping[str, Phase]: ...
+
+    @property
+    def scheduler(self) -> Scheduler: ...
+
+    @property
+    def checkpoint(self) -> CheckpointConfig: ...
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
@@ -48,33 +59,50 @@ class Run(Protocol):
 def train(run: Run) -> RunState:
     """Trains to the last step and returns the final state; the same call resumes what is in the run directory.
 
+    A step that fails leaves the state before it saved, so that a rerun repeats that step and none before.
+
     Raises:
         Interrupted: SIGINT or SIGTERM came; the state was saved first.
+        KeyboardInterrupt: a second Ctrl-C came; nothing more was saved.
     """
     state, checkpoints, recorder = run.open()
-    saved = state.step
+    saved, aborted = state.step, False
     with Interrupts() as interrupts:
         try:
             while True:
                 phase = run.phases[run.scheduler.choose(state.schedule)]
-                leaving = interrupts.number is not None or state.step == run.steps
+                finished = state.step >= run.steps
+                leaving = finished or interrupts.number is not None
                 if state.step > saved and (leaving or state.step % run.checkpoint.every == 0):
+                    saved = state.step
                     recorder.flush()
                     checkpoints.save(state)
                     recorder.restart_clock()
-                    saved = state.step
                 if interrupts.number is not None:
                     raise Interrupted(interrupts.number)
                 _export_if_due(run, state)
                 if run.evaluation_is_due(state, phase.name):
                     recorder.evaluation(state.step, *run.evaluate(state))
-                if state.step == run.steps:
+                    if interrupts.number is not None:
+                        continue
+                if finished:
                     break
                 if phase.waits_for_device:
                     recorder.flush()
                 state = take_step(run, phase, state, recorder)
+        except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
+            aborted = True
+            raise
+        except Exception:
+            if state.step > saved:
+                _save_before_leaving(state, checkpoints, recorder)
+            raise
         finally:
-            _close(recorder, checkpoints)
+            try:
+                recorder.close(flush=not aborted)
+            finally:
+                if not aborted:
+                    checkpoints.close()
     run.finish()
     return state
 
@@ -94,9 +122,19 @@ def _export_if_due(run: Run, state: RunState) -> None:
         log.info("exported the policy to %s", run.export(state))
 
 
-def _close(recorder: Recorder, checkpoints: Checkpoints) -> None:
+def _save_before_leaving(state: RunState, checkpoints: Checkpoints, recorder: Recorder) -> None:
+    """Saves the state before a failed step, unless that step has consumed it already.
+
+    Whatever goes wrong here is only reported: the error that the user must see is on its way.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(state.train) if isinstance(leaf, jax.Array))
+    if any(array.is_deleted() for array in arrays):
+        return
     try:
         recorder.flush()
-        recorder.close()
-    finally:
-        checkpoints.close()
+        checkpoints.save(state)
+        checkpoints.wait()
+    except Exception as error:
+        log.warning("the state after %d steps could not be saved: %s", state.step, error)
+    else:
+        log.info("saved the state after %d steps", state.step)

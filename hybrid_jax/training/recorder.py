@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -27,7 +28,7 @@ class Recorder:
         self._pending = (step, phase, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending metrics and logs them; their transfer to the host happens here and nowhere else."""
+        """Waits for the pending metrics and logs them; they come to the host here and nowhere else."""
         if self._pending is None:
             return
         (step, phase, metrics), self._pending = self._pending, None
@@ -51,9 +52,16 @@ class Recorder:
         """Leaves what happened since the last step out of the next step's seconds."""
         self._stamp = time.monotonic()
 
-    def close(self) -> None:
-        self._logger.close()
-        self._progress.close()
+    def close(self, flush: bool = True) -> None:
+        """Closes the logs, after the pending metrics unless ``flush`` is false."""
+        try:
+            if flush:
+                self.flush()
+        finally:
+            # Every record was flushed when it was written; a disk that refused one has been reported then.
+            with contextlib.suppress(OSError):
+                self._logger.close()
+            self._progress.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         self._logger.metrics(record)

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-import logging
+from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 
-from hybrid_jax.core.cli import ArgumentParser, run_command
+EXPLANATION = """\
+The run directory (setting run_dir) receives config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the
+end, report.html. The same command goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first.
+
+examples:
+  python -m hybrid_jax.train --config configs/quickstart.yaml
+  python -m hybrid_jax.train --config configs/quickstart.yaml run_dir=runs/mine seed=1 phases.ppo.epochs=2
+
+exit codes: 0 done, 2 a mistake in usage, config or data (one line on stderr), 130 Ctrl-C, 143 SIGTERM
+"""
 
 
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
-        prog="python -m hybrid_jax.train", description="Trains; the same command resumes."
+        prog="python -m hybrid_jax.train",
+        description="Trains a language model by examples (SFT) and by reward (PPO), as a config file says.",
+        epilog=EXPLANATION,
     )
-    parser.add_argument("--config", required=True, help="a YAML file")
+    parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; configs/ holds some")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over those of the file")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    options = parser.parse_intermixed_args(arguments)
+    set_up_logging()
 
     from hybrid_jax.experiment import build, load_config
     from hybrid_jax.training.loop import train

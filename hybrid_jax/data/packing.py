@@ -31,7 +31,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_lengt
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
     learned from its second token on, for nothing precedes the first. A response that reaches beyond
-    ``max_length`` is cut, and then has no end token, since it did not end there; one warning counts the cuts.
+    ``max_length`` is cut, and then has no end token, since it did not end there; a line in the log counts them.
 
     Raises:
         UserError: for an example without a response, or whose prompt leaves no room for one token of it.
@@ -53,7 +53,7 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_lengt
         tokens = np.asarray(tokens[:max_length], np.int32)
         encoded.append(Encoded(tokens, np.arange(len(tokens)) >= max(len(prompt), 1)))
     if cuts:
-        warnings.warn(f"{cuts} of {len(examples)} responses were cut to fit {max_length} tokens", stacklevel=2)
+        log.warning("%d of %d responses were cut to fit %d tokens", cuts, len(examples), max_length)
     return encoded
 
 

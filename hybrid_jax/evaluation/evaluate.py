@@ -48,7 +48,7 @@ class EvaluationConfig:
 
 
 class Evaluator:
-    """Measures a policy on the held-out split of one experiment; the same noise every time, so changes are its own."""
+    """Measures a policy on the held-out split; the same noise every time, so changes are the policy's own."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class Evaluator:
     ):
         self.config = config
         self._model, self._tokenizer = model, tokenizer
-        self._sampler, self._reward = config.sampler or sampler, config.reward or reward
+        self.sampler, self._reward = config.sampler or sampler, config.reward or reward
         if self._reward is not None:
             self._reward = self._reward.without_normalisers()
         self._key = jax.random.key(seed)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
         self._rows = SFTStream(answered, tokenizer, self._row_length()) if answered else None
-        self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self._sampler else None
+        self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
         self._loss = jax.jit(functools.partial(_loss, model))
-        if self._sampler:
-            self._sample = jax.jit(functools.partial(self._sampler, model, eos_ids=(tokenizer.eos_id,)))
+        if self.sampler:
+            self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=(tokenizer.eos_id,)))
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """All measurements as ``evaluation/<metric>``, and samples to show."""
@@ -150,9 +150,9 @@ class Evaluator:
 
     def _room(self) -> int:
         """The longest prompt that leaves room for a whole response."""
-        if self._model.max_length is None or self._sampler is None:
+        if self._model.max_length is None or self.sampler is None:
             return 2**30
-        return max(self._model.max_length - self._sampler.max_new_tokens, 1)
+        return max(self._model.max_length - self.sampler.max_new_tokens, 1)
 
 
 def _loss(model: LanguageModel, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:

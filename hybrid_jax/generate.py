@@ -1,0 +1,90 @@
+"""python -m hybrid_jax.generate (--run DIR | --model FOLDER) [--prompt TEXT] [sampler.a=value …]"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.registry import UserError
+
+EXAMPLES = """\
+  python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"
+  python -m hybrid_jax.generate --model gpt2_folder --prompt "Once" sampler.temperature=0.7
+  head -3 prompts.txt | python -m hybrid_jax.generate --run runs/quickstart --num-samples 4 --json
+"""
+
+
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser(
+        prog="python -m hybrid_jax.generate",
+        description="Samples responses from a run or a Hugging Face folder. Prompts come from --prompt, from a "
+        "file, or from standard input, one a line.",
+        epilog="examples:\n" + EXAMPLES,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR", help="a run directory: its newest checkpoint answers")
+    source.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder: its model answers")
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given again")
+    asked.add_argument(
+        "--prompts", metavar="FILE", help='prompts, one a line; .jsonl: objects with a field "prompt"'
+    )
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers to each prompt")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a response")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="sampler.a=value",
+        help="max_new_tokens, temperature (0 is greedy), top_k, top_p, over those of the run or folder",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    set_up_logging()
+
+    from hybrid_jax.policy import load_policy, load_pretrained_policy
+
+    if options.run is not None:
+        policy = load_policy(options.run, options.overrides)
+    else:
+        policy = load_pretrained_policy(options.model, options.overrides)
+    prompts = options.prompt or _read_prompts(options.prompts)
+    answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
+    for answer in answers:
+        print(json.dumps(dataclasses.asdict(answer)) if options.json else _readable(answer))
+
+
+def _readable(answer) -> str:
+    end = "" if answer.complete else " […]"
+    return f"prompt:   {answer.prompt}\nresponse: {answer.response}{end}\n"
+
+
+def _read_prompts(file: str | None) -> Sequence[str]:
+    """Prompts of a file, or of standard input."""
+    if file is None:
+        if sys.stdin.isatty():
+            print("prompts, one a line; Ctrl-D ends:", file=sys.stderr)
+        prompts = _lines(sys.stdin)
+    elif file.endswith(".jsonl"):
+        from hybrid_jax.data.sources import Jsonl
+
+        prompts = [example.prompt for example in Jsonl(train=Path(file), response_field=None).load("train")]
+    else:
+        try:
+            prompts = _lines(Path(file).read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"prompts {file} cannot be read: {error}") from error
+    if not prompts:
+        raise UserError(f"{file or 'standard input'} holds no prompts; give --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def _lines(lines: Iterable[str]) -> list[str]:
+    return [line.rstrip("\r\n") for line in lines if line.strip()]
+
+
+if __name__ == "__main__":
+    run_command(main)

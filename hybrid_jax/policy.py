@@ -1,0 +1,232 @@
+"""A policy that answers: out of a run directory, or out of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_jax.models import hf
+from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
+from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.responses import decode_responses, ended
+from hybrid_jax.training.checkpoint import newest_policy
+
+EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
+BATCH_SIZE = 64  # responses sampled at a time
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled response."""
+
+    prompt: str
+    response: str
+    complete: bool  # it ended by itself, not by its length
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with all that it takes to answer in text."""
+
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    sampler: Sampler
+    eos_ids: tuple[int, ...]
+    step: int | None = None  # of the run that it comes from
+
+    def generate(self, prompts: Sequence[str], *, seed: int = 0, num_samples: int = 1) -> list[Answer]:
+        """``num_samples`` answers to every prompt, those to one prompt one after the other.
+
+        Raises:
+            UserError: a prompt is empty, or leaves no room for ``sampler.max_new_tokens`` in the context.
+        """
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, got {num_samples}")
+        examples = [Example(prompt) for prompt in prompts for _ in range(num_samples)]
+        if not examples:
+            return []
+        stream = PromptStream(examples, self.tokenizer, self._longest_prompt(prompts))
+        answers = []
+        for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            drawn = self.sampler(self.model, self.params, batch.tokens, batch.mask, key, eos_ids=self.eos_ids)
+            tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.response_mask)[:count]
+            texts = decode_responses(self.tokenizer, tokens, mask, self.eos_ids)
+            complete = np.asarray(ended(drawn.tokens, drawn.response_mask, self.eos_ids))
+            answers += [
+                Answer(example.prompt, text, bool(end))
+                for example, text, end in zip(batch.examples, texts, complete, strict=False)
+            ]
+        return answers
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes a Hugging Face folder with tokenizer and generation settings; returns it.
+
+        Raises:
+            UserError: the folder holds something that we did not export, or cannot be written.
+        """
+        folder = Path(folder)
+        if not isinstance(self.model, Decoder):
+            raise UserError(f"only a decoder has a Hugging Face format, got {type(self.model).__name__}")
+        _check_export_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
+            hf.save_pretrained(folder, self.model, self.params, eos_ids=self.eos_ids, pad_id=self.eos_ids[0])
+            self.tokenizer.save(folder)
+            _write_generation_settings(folder / "generation_config.json", self.sampler)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return folder
+
+    def _longest_prompt(self, prompts: Sequence[str]) -> int:
+        lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
+        context, new = self.model.max_length, self.sampler.max_new_tokens
+        room = 2**30 if context is None else context - new
+        if room < 1:
+            raise UserError(
+                f"sampler.max_new_tokens must leave room for a prompt in the context of {context} tokens, "
+                f"got {new}"
+            )
+        for row, length in enumerate(lengths, start=1):
+            if length == 0:
+                raise UserError(f"prompt {row} is empty; give it at least one token to go on from")
+            if length > room:
+                raise UserError(
+                    f"prompt {row} must have at most {room} tokens (context {context} less "
+                    f"sampler.max_new_tokens {new}), got {length}; shorten it or lower sampler.max_new_tokens"
+                )
+        return max(room, 2)
+
+
+def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
+    """The newest policy of a run; it needs neither the run's data nor its reward.
+
+    Args:
+        run_dir: of a run that has saved a checkpoint.
+        overrides: ``sampler.a=value`` over the settings that the run samples with.
+    """
+    folder = Path(run_dir)
+    settings = run_settings(folder)
+    tokenizer = run_tokenizer(folder)
+    model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
+    found = newest_policy(folder / "checkpoints", jax.eval_shape(model.init, jax.random.key(0)))
+    if found is None:
+        raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
+    step, params = found
+    sampler = overridden(_run_sampler(settings, model.max_length), overrides)
+    return Policy(model, params, tokenizer, sampler, (tokenizer.eos_id,), step)
+
+
+def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
+    """The model of a Hugging Face folder; its generation_config.json gives the defaults."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
+    model, params = hf.load_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    path = folder / "generation_config.json"
+    try:
+        sampler, eos_ids = _read_generation_settings(path, model.max_length)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: {error}") from error
+    return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
+
+
+def run_settings(folder: Path) -> dict[str, Any]:
+    """The config of a run directory, as it was written."""
+    if not (folder / "config.yaml").is_file():
+        problem = "it holds no config.yaml" if folder.is_dir() else "there is no such directory"
+        raise UserError(f"{folder} is no run directory: {problem}")
+    return load_yaml(folder / "config.yaml")
+
+
+def run_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that a run saved when it started."""
+    if not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder} holds no tokenizer: its training has not begun")
+    return load_tokenizer(folder / "tokenizer")
+
+
+def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
+    """``sampler`` with ``sampler.a=value`` settings over its own."""
+    settings = apply_overrides({"sampler": to_dict(sampler)}, overrides)
+    return parse(_SamplerSettings, settings).sampler
+
+
+@dataclass(frozen=True)
+class _ModelSettings:
+    model: Annotated[Any, BACKBONES]
+
+
+@dataclass(frozen=True)
+class _SamplerSettings:
+    sampler: Sampler
+
+
+def _run_sampler(settings: dict[str, Any], context: int | None) -> Sampler:
+    """What the run samples with: for its evaluation, or for the first phase that samples."""
+    components = [settings.get("evaluation"), *(settings.get("phases") or {}).values()]
+    found = (component.get("sampler") for component in components if component)
+    sampler = next((sampler for sampler in found if sampler), None)
+    return (
+        default_sampler(context) if sampler is None else parse(_SamplerSettings, {"sampler": sampler}).sampler
+    )
+
+
+def default_sampler(context: int | None) -> Sampler:
+    """Where nothing says how to sample: at most half of the context, at most 64 tokens."""
+    return Sampler(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
+
+
+def _read_generation_settings(path: Path, context: int | None) -> tuple[Sampler, tuple[int, ...]]:
+    """Sampler and end tokens as ``transformers`` would take them: greedy unless ``do_sample``."""
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    sampler = default_sampler(context)
+    if settings.get("max_new_tokens"):
+        sampler = replace(sampler, max_new_tokens=settings["max_new_tokens"])
+    if settings.get("do_sample"):
+        sampler = replace(
+            sampler,
+            temperature=float(settings.get("temperature") or 1.0),
+            top_k=settings.get("top_k") or None,  # there, 0 cuts nothing off
+            top_p=settings.get("top_p"),
+        )
+    elif settings:
+        sampler = replace(sampler, temperature=0.0)
+    ends = settings.get("eos_token_id")
+    return sampler, () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+
+
+def _write_generation_settings(path: Path, sampler: Sampler) -> None:
+    """Adds to generation_config.json how the policy samples; greedy is what ``transformers`` does by itself."""
+    chosen = {"do_sample": False}
+    if sampler.temperature > 0:
+        chosen = {
+            "do_sample": True,
+            "temperature": sampler.temperature,
+            "top_k": sampler.top_k or 0,
+            "top_p": 1.0 if sampler.top_p is None else sampler.top_p,
+        }
+    ids = {key: value for key, value in json.loads(path.read_text()).items() if key != "_from_model_config"}
+    path.write_text(json.dumps({**ids, "max_new_tokens": sampler.max_new_tokens, **chosen}, indent=2) + "\n")
+
+
+def _check_export_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder to export to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
+        raise UserError(f"{folder} is not empty and no export of ours; give a new or an empty folder")

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -200,6 +201,7 @@ class Experiment:
         resumed = None if state is None else state.step
         if state is None:
             state = self.init()
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
         else:
             log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
         settings = to_dict(self.config)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class UserError(Exception):
@@ -30,10 +32,10 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._entries: dict[str, type[T]] = {}
+        self._entries: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[type[T]], type[T]]:
-        def add(entry: type[T]) -> type[T]:
+    def register(self, name: str) -> Callable[[E], E]:
+        def add(entry: E) -> E:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._entries[name] = entry
@@ -41,7 +43,7 @@ class Registry(Generic[T]):
 
         return add
 
-    def __getitem__(self, name: str) -> type[T]:
+    def __getitem__(self, name: str) -> Any:
         if ":" in name:
             return self._import(name)
         if name not in self._entries:
@@ -60,12 +62,18 @@ class Registry(Generic[T]):
                 return name
         return f"{wanted.__module__}:{wanted.__qualname__}"
 
-    def _import(self, name: str) -> type[T]:
+    def _import(self, name: str) -> Any:
         module_name, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"{self.kind} {name!r} cannot be imported: {error}") from error
+            return operator.attrgetter(attribute)(importlib.import_module(module_name))
+        except Exception as error:  # whatever the module does when it is imported
+            if module_name == "__main__" or "<" in attribute:
+                raise UserError(
+                    f"{self.kind} {name!r} was given from Python and lives only there: go on with HybridTrainer "
+                    "in that program, or move it into a module"
+                ) from error
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
 
 
 def suggest(name: str, known: Iterator[str] | dict | set | list | tuple) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.report import main, write_report
+from hybrid_jax.report import _data_block, main, write_report
 from hybrid_jax.report_charts import (
     Block,
     Panel,
@@ -116,6 +116,12 @@ def test_what_a_model_writes_is_shown_and_never_interpreted(tmp_path):
         assert page.text.count(text) >= 3  # as prompt, as response, as the name of a part or a metric
     assert "bell \ufffd escape \ufffd[31m null \ufffd half \ufffd pair" in page.text
     assert len(page.data["panels"]) == 2 + len(HOSTILE)  # score, KL and a chart for each metric
+
+
+def test_embedded_numbers_cannot_end_their_block_early():
+    block = _data_block({"label": "</script><!--<script>&"})
+    assert not set("<>&") & set(block)
+    assert json.loads(block) == {"label": "</script><!--<script>&"}
 
 
 def test_the_page_reaches_for_nothing_and_runs_only_its_own_script(tmp_path):
@@ -266,16 +272,16 @@ def test_the_moving_mean_is_centred_and_skips_gaps():
 
 def test_quick_alternation_becomes_one_strip_of_shares_and_not_a_bar_code():
     steps = [(step, "sft") for step in range(100)]
-    steps += [(step, "sft" if (step - 100) % 5 < 3 else "ppo") for step in range(100, 1000)]
+    steps += [(step, "sft" if (step - 100) % 11 < 1 else "ppo") for step in range(100, 1000)]
     blocks = phase_blocks(steps, end=1000)
-    assert blocks[0] == Block(0, 103, {"sft": 1.0})  # the warm-up and the first three steps of the alternation
+    assert blocks[0] == Block(0, 101, {"sft": 1.0})  # the warm-up and the first step of the alternation
     assert [block.start for block in blocks[1:]] == [block.end for block in blocks[:-1]]
     assert blocks[-1].end == 1000
     assert all(20 <= block.end - block.start <= 50 for block in blocks[1:])
     for block in blocks[1:-1]:
-        assert block.shares == pytest.approx({"sft": 0.6, "ppo": 0.4})
+        assert block.shares == pytest.approx({"sft": 1 / 11, "ppo": 10 / 11})
     learned = sum(block.shares.get("ppo", 0) * (block.end - block.start) for block in blocks)
-    assert learned == pytest.approx(360)
+    assert learned == pytest.approx(sum(phase == "ppo" for _, phase in steps))
     drawing, _ = draw([Panel([Series("a", "sft", [0, 999], [0.0, 1.0])])], blocks, 1000)
     assert drawing.count('class="band') == 1
 

@@ -54,7 +54,11 @@ def main(arguments: list[str]) -> None:
     prompts = options.prompt or _read_prompts(options.prompts)
     answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
     for answer in answers:
-        print(json.dumps(dataclasses.asdict(answer)) if options.json else _readable(answer))
+        print(_json(answer) if options.json else _readable(answer))
+
+
+def _json(answer) -> str:
+    return json.dumps(dataclasses.asdict(answer), ensure_ascii=False)
 
 
 def _readable(answer) -> str:

@@ -69,8 +69,8 @@ class Registry(Generic[T]):
         except Exception as error:  # whatever the module does when it is imported
             if module_name == "__main__" or "<" in attribute:
                 raise UserError(
-                    f"{self.kind} {name!r} was given from Python and lives only there: go on with HybridTrainer "
-                    "in that program, or move it into a module"
+                    f"{self.kind} {name!r} was given from Python and lives only there: go on with "
+                    "HybridTrainer in that program, or move it into a module"
                 ) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{self.kind} {name!r} cannot be imported: {reason}") from error

@@ -118,7 +118,7 @@ class Jsonl(Rows):
     def load(self, split: Split) -> Sequence[Example]:
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
         examples = [self.example(row, where) for where, row in _json_rows(Path(path))]
-        return _choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
+        return choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
 
 
 @SOURCES.register("text")
@@ -200,7 +200,7 @@ class HuggingFaceDataset(Rows):
         examples = [
             self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self._rows(name), start=1)
         ]
-        return _choose(examples, split, own, self.held_out_fraction, self.path)
+        return choose(examples, split, own, self.held_out_fraction, self.path)
 
     def _rows(self, split: str) -> Iterable[Any]:
         import datasets
@@ -248,7 +248,7 @@ class TensorFlowDataset(Rows):
         )
         rows = self._rows(name)
         examples = [self.example(_plain(rows[i]), f"{self.dataset}, row {i + 1}") for i in range(len(rows))]
-        return _choose(examples, split, own, self.held_out_fraction, self.dataset)
+        return choose(examples, split, own, self.held_out_fraction, self.dataset)
 
     def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
         try:
@@ -332,7 +332,7 @@ def _check_held_out(fraction: float | None, **others: Any) -> None:
         raise ValueError(f"{given[0]} must be alone, got {' and '.join(given)}")
 
 
-def _choose(
+def choose(
     examples: Sequence[Example], split: Split, own_held_out: bool, fraction: float | None, name: str
 ) -> Sequence[Example]:
     """The examples of the split, where they are not a file or split of their own."""

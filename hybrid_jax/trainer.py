@@ -1,0 +1,195 @@
+"""The notebook's way in: `HybridTrainer`, a thin face over the same experiment that the commands run."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hybrid_jax.core.cli import set_up_logging
+from hybrid_jax.core.config import load_yaml, parse
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.listed import Listed
+from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
+from hybrid_jax.policy import Policy, load_policy
+from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.training.interrupts import Interrupted
+from hybrid_jax.training.loggers import METRICS_FILE, read_records
+from hybrid_jax.training.loop import train
+from hybrid_jax.training.phase import PHASES
+
+
+class HybridTrainer:
+    """Trains, answers, measures and exports from Python.
+
+        trainer = HybridTrainer("configs/quickstart.yaml", reward=my_function, overrides=["run_dir=runs/mine"])
+        trainer.train()
+        trainer.generate(["The Eagle is"])
+        trainer.save_pretrained("out")
+
+    Args:
+        config: a YAML file, or an `ExperimentConfig`.
+        reward: replaces the reward of every phase that has one: a function ``reward(prompts, responses,
+            **columns)`` that returns a number for each response (or a reward component), or the mapping
+            ``{"parts": ...}`` that a YAML file holds.
+        model: a backbone component, the mapping of a YAML file, or a Hugging Face folder, whose tokenizer
+            is then used, too.
+        data: a source component, the mapping of a YAML file, or a list of `Example`s or of rows with "prompt"
+            and "completion", every tenth prompt of which is held out.
+        overrides: ``a.b=value`` texts over the file.
+        settings: whole settings of the experiment, such as ``steps=100``, over everything else.
+
+    Raises:
+        UserError: one line that says what is wrong with the config, the data or the run directory.
+    """
+
+    def __init__(
+        self,
+        config: str | Path | ExperimentConfig,
+        reward: Callable[..., Any] | Mapping[str, Any] | None = None,
+        *,
+        model: Any = None,
+        data: Any = None,
+        overrides: Sequence[str] = (),
+        **settings: Any,
+    ):
+        set_up_logging()
+        given = _settings_of(config, overrides)
+        if model is not None:
+            given |= _model_settings(model)
+        if data is not None:
+            given["data"] = Listed.of(data) if _is_list(data) else data
+        if reward is not None:
+            given["phases"] = _with_reward(given.get("phases"), reward)
+        if "run_dir" in settings:
+            settings["run_dir"] = Path(settings["run_dir"])
+        self.config = parse(ExperimentConfig, {**given, **settings})
+        self.experiment: Experiment = build(self.config)
+        self._policy: Policy | None = None
+
+    def train(self) -> dict[str, float]:
+        """Trains to the last step and returns the last evaluation; goes on from what is in ``run_dir``.
+
+        Ctrl-C (a notebook's stop) saves the run first; the next call goes on.
+        """
+        try:
+            state = train(self.experiment)
+        except Interrupted as stop:
+            if stop.code == 128 + signal.SIGINT:  # a notebook knows how to show this one
+                raise KeyboardInterrupt("the run is saved; train() goes on") from None
+            raise
+        self._policy = self.experiment.policy(state)
+        return self._last_evaluation()
+
+    def generate(
+        self, prompts: Sequence[str] | str, *, num_samples: int = 1, seed: int = 0, **sampler: Any
+    ) -> list[str]:
+        """Answers of the newest policy, ``num_samples`` to each prompt.
+
+        Args:
+            prompts: one or more texts.
+            num_samples: answers to each, one after the other.
+            seed: of the sampling.
+            sampler: settings such as ``temperature=0.7, max_new_tokens=40``.
+        """
+        policy = self.policy
+        settings = {**dataclasses.asdict(policy.sampler), **sampler}
+        policy = replace(policy, sampler=parse(type(policy.sampler), settings, "sampler"))
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        return [answer.response for answer in policy.generate(texts, seed=seed, num_samples=num_samples)]
+
+    def evaluate(self) -> dict[str, float]:
+        """Numbers of the newest policy on the held-out data: ``evaluation/<metric>``."""
+        return self.experiment.evaluator.run(self.policy.params)[0]
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Writes the newest policy as a Hugging Face folder."""
+        return self.policy.save_pretrained(folder)
+
+    def report(self) -> Path:
+        """Writes ``report.html`` into the run directory and returns its path."""
+        from hybrid_jax.report import write_report
+
+        return write_report(self.config.run_dir)
+
+    def _last_evaluation(self) -> dict[str, float]:
+        records = read_records(self.config.run_dir / METRICS_FILE)
+        last = [record for record in records if record.get("phase") == "evaluation"][-1]
+        return {name: value for name, value in last.items() if name.startswith("evaluation/")}
+
+    @property
+    def policy(self) -> Policy:
+        """The newest policy: just trained, or out of the run directory, or untrained."""
+        if self._policy is None:
+            try:
+                self._policy = load_policy(self.config.run_dir)
+            except UserError:
+                if has_checkpoint(self.config.run_dir):
+                    raise
+                return self.experiment.policy(self.experiment.init())
+        return self._policy
+
+
+def _settings_of(config: str | Path | ExperimentConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The top level of an experiment, each setting as a mapping or as the object that it is."""
+    if not isinstance(config, ExperimentConfig):
+        return load_yaml(config, overrides)
+    if overrides:
+        raise UserError("overrides must be empty for an ExperimentConfig: change it by dataclasses.replace")
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def _model_settings(model: Any) -> dict[str, Any]:
+    if not isinstance(model, str | Path):
+        return {"model": model}
+    if not Path(model).is_dir():
+        raise UserError(f"model must be a component, a mapping or a Hugging Face folder, got {str(model)!r}")
+    return {
+        "model": {"name": "pretrained", "path": str(model)},
+        "tokenizer": {"name": "huggingface", "path": str(model)},
+    }
+
+
+def _with_reward(phases: Any, reward: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """The phases with another reward in each that has one."""
+    phases = dict(phases or {})
+    rewarded = [name for name, phase in phases.items() if _takes_reward(name, phase)]
+    if not rewarded:
+        raise UserError(f"reward has no phase to go to; phases: {', '.join(phases) or 'none'}")
+    composite = parse(_Rewarded, {"reward": reward if isinstance(reward, Mapping) else _one_part(reward)})
+    for name in rewarded:
+        old = phases[name]
+        phases[name] = (
+            {**(old or {}), "reward": composite.reward}
+            if isinstance(old, Mapping) or old is None
+            else replace(old, reward=composite.reward)
+        )
+    return phases
+
+
+@dataclass(frozen=True)
+class _Rewarded:
+    reward: CompositeReward
+
+
+def _takes_reward(name: str, phase: Any) -> bool:
+    component = (
+        PHASES[(phase or {}).get("name", name)]
+        if (phase is None or isinstance(phase, Mapping))
+        else type(phase)
+    )
+    return any(field.name == "reward" for field in dataclasses.fields(component))
+
+
+def _one_part(reward: Callable[..., Any]) -> Any:
+    if isinstance(reward, CompositeReward):
+        return reward
+    name = getattr(reward, "__name__", type(reward).__name__)
+    return {"parts": {name if name.isidentifier() else "reward": {"reward": reward}}}
+
+
+def _is_list(data: Any) -> bool:
+    return isinstance(data, Sequence) and not isinstance(data, str)

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 T = TypeVar("T")
+Writing = concurrent.futures.Future[None]
 
 SEAL = "files.json"  # in the folder of a checkpoint
 
@@ -59,13 +60,16 @@ class SaveError(UserError):
 class Checkpoints:
     """The checkpoints of one run directory. Reading changes nothing there: it disturbs no running run."""
 
+    # A run that was aborted in this process (Ctrl-C twice in a notebook) may still be saving: by folder.
+    _saving: ClassVar[dict[Path, Writing]] = {}
+
     def __init__(self, folder: Path, keep: int):
         self._folder = folder.absolute()
         self._keep = keep
         self._damaged: list[int] = []
         self._writer: Any = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
-        self._pending: tuple[int, concurrent.futures.Future[None]] | None = None
+        self._pending: tuple[int, Writing] | None = None
 
     def save(self, state: RunState) -> None:
         """Starts to write ``state``; returns once the caller may overwrite its buffers.
@@ -85,7 +89,9 @@ class Checkpoints:
                 force=True,
                 overwrite=(self._folder / str(state.step)).exists(),
             )
-        self._pending = state.step, self._thread.submit(self._finish, response, state.step)
+        writing = self._thread.submit(self._finish, response, state.step)
+        self._pending = state.step, writing
+        self._saving[self._folder] = writing
 
     def wait(self) -> None:
         """Until the last save is on the disk.
@@ -119,6 +125,8 @@ class Checkpoints:
         Raises:
             UserError: checkpoints exist, but none of them can be read.
         """
+        if self._folder in self._saving:
+            concurrent.futures.wait([self._saving.pop(self._folder)])
         if not self._folder.is_dir():
             return None
         with _checkpointer(self._folder) as reader:

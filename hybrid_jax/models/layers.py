@@ -48,9 +48,7 @@ def plain_linear(x, kernel, bias=None, out_dtype=None):
 
 
 def _dot(a: Array, b: Array, contract_a: int, contract_b: int) -> Array:
-    return lax.dot_general(
-        a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32
-    )
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -107,5 +107,7 @@ def _ranks(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
 
 def _inside(descending: Float[Array, "... V"], top_p: float) -> Array:
     """Whether what comes before a token is still less than ``top_p``; always true of the first."""
-    probabilities = jax.nn.softmax(descending, axis=-1)
-    return jnp.cumsum(probabilities, -1) - probabilities < top_p
+    cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
+    return jnp.pad(
+        cumulative[..., :-1] < top_p, [(0, 0)] * (descending.ndim - 1) + [(1, 0)], constant_values=True
+    )

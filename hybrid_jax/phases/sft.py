@@ -13,6 +13,7 @@ from jax import Array
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
@@ -40,9 +41,7 @@ class SFT:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:
-            raise ValueError(
-                f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}"
-            )
+            raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
 
     def build(self, resources: Resources) -> SFTPhase:
         return SFTPhase(self, resources)
@@ -81,16 +80,21 @@ class SFTPhase:
 
 
 def sft_stream(config: SFT, resources: Resources) -> SFTStream:
-    """The rows that a supervised loss learns from."""
+    """The rows that a supervised loss learns from.
+
+    Raises:
+        UserError: a row is longer than what the model can read, or the data cannot be arranged in such rows.
+    """
+    context = resources.model.max_length
+    if context is not None and config.length > context:
+        raise UserError(
+            f"phases.{resources.name}: length must be at most the model's max_length {context}, got {config.length}"
+        )
     examples = config.source.load("train") if config.source is not None else resources.examples
-    return SFTStream(
-        examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing
-    )
+    return SFTStream(examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing)
 
 
-def sft_loss(
-    model: LanguageModel, params: Params, batch: TokenBatch, dropout_key: Array | None = None
-) -> Sum:
+def sft_loss(model: LanguageModel, params: Params, batch: TokenBatch, dropout_key: Array | None = None) -> Sum:
     """Σ −log π(token | before) over the targets of a batch."""
     hidden = model.hidden(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)

@@ -163,6 +163,7 @@ class PPOPhase:
         self._mesh = resources.mesh
         self._prompts = prompt_stream(config, resources)
         self._examples = sft_stream(config.sft_mix.as_sft(), resources) if config.sft_mix else None
+        self._rate = jax.jit(config.optimizer.rate)
         self._sample = jax.jit(self.functions.sample)
         self._score = jax.jit(self.functions.score)
         self._learn = jax.jit(self.functions.learn, donate_argnums=0, static_argnames="groups")
@@ -193,7 +194,7 @@ class PPOPhase:
 
         scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored)
         groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
-        rate = self.config.optimizer.rate(steps, self._horizon)
+        rate = self._rate(*jax.device_put((steps, self._horizon)))
         examples = self._example_batch(state.cursors.get(f"{self.name}/examples", 0))
         train, metrics = self._learn(state.train, scored, scores, examples, learn_key, rate, groups=groups)
         state = replace(
@@ -231,13 +232,11 @@ class PPOPhase:
                 reward_state,
                 {},
             )
-        tokens, mask = np.asarray(samples.tokens), np.asarray(samples.response_mask)
+        tokens, mask = jax.device_get((samples.tokens, samples.response_mask))
         sampled = time.perf_counter()
         responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
         texts = [example.prompt for example in prompts.examples]
-        scores, reward_state, parts = reward.score(
-            reward_state, texts, responses, columns_of(prompts.examples)
-        )
+        scores, reward_state, parts = reward.score(reward_state, texts, responses, columns_of(prompts.examples))
         metrics = {
             f"reward/{name.removesuffix('_mean')}": number
             for name, number in reward.metrics(reward_state, parts).items()

@@ -59,6 +59,7 @@ class SFTPhase:
         self._horizon = resources.horizon
         self._mesh = resources.mesh
         self._stream = sft_stream(config, resources)
+        self._rate = jax.jit(config.optimizer.rate)
         objective = sft_objective(resources.model, dropout=config.dropout)
         self._update = jax.jit(
             functools.partial(sft_update, config, objective, resources.optimizer_key), donate_argnums=0
@@ -70,7 +71,8 @@ class SFTPhase:
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         cursor = state.cursors.get(self.name, 0)
         batch = self._stream.batch(cursor, self.config.batch_size)
-        rate = self.config.optimizer.rate(state.schedule.steps.get(self.name, 0), self._horizon)
+        steps = state.schedule.steps.get(self.name, 0)
+        rate = self._rate(*jax.device_put((steps, self._horizon)))
         train, metrics = self._update(state.train, self._mesh.split(batch), key, rate)
         metrics = {**metrics, "learning_rate": rate, "tokens": batch.tokens.size}
         state = replace(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 from jax import Array
 
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
@@ -109,7 +110,8 @@ def train(run: Run) -> RunState:
 
 def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None = None) -> RunState:
     """One step of ``phase`` with its randomness, counted and recorded."""
-    new, metrics = phase.step(state, jax.random.fold_in(run.key, state.step))
+    number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
+    new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
     if recorder is not None:
         recorder.add(state.step, phase.name, metrics)

@@ -41,7 +41,13 @@ class EvaluationConfig:
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
 
     def __post_init__(self):
-        for name, least in {"every": 1, "num_prompts": 0, "num_examples": 0, "batch_size": 1}.items():
+        for name, least in {
+            "every": 1,
+            "num_prompts": 0,
+            "num_examples": 0,
+            "batch_size": 1,
+            "length": 2,
+        }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -37,9 +37,9 @@ class SFT:
     optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(learning_rate=1e-3)
 
     def __post_init__(self):
-        for name in ("batch_size", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in {"batch_size": 1, "length": 2, "microbatches": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
 
@@ -90,7 +90,8 @@ def sft_stream(config: SFT, resources: Resources) -> SFTStream:
     context = resources.model.max_length
     if context is not None and config.length > context:
         raise UserError(
-            f"phases.{resources.name}: length must be at most the model's max_length {context}, got {config.length}"
+            f"phases.{resources.name}: length must be at most the model's max_length {context}, "
+            f"got {config.length}"
         )
     examples = config.source.load("train") if config.source is not None else resources.examples
     return SFTStream(examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing)

@@ -1,4 +1,4 @@
-"""Kills a run again and again with ``kill -9`` and shows that it ends with the bits of a run that nobody touched.
+"""Kills a run again and again with ``kill -9`` and shows that it ends with the bits of an unbroken one.
 
     python scripts/reproduce_resume.py [--kills 10] [--steps 12] [--seed 0]
 
@@ -42,52 +42,57 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=len(PLACES))
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--cache", type=Path, help="a folder for compiled programs, to keep them")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         folder, place, step, wait = options.child
-        _child(Path(folder), options.steps, place, int(step), float(wait))
+        _child(Path(folder), options, place, int(step), float(wait))
         return 0
     with tempfile.TemporaryDirectory() as folder:
+        options.cache = options.cache or Path(folder, "compiled")
         unbroken, killed = Path(folder, "unbroken"), Path(folder, "killed")
-        if _run(unbroken, options.steps) != 0:
+        if _run(unbroken, options) != 0:
             raise SystemExit("the run that nobody kills failed")
         _kill_repeatedly(killed, options)
-        differences = _differences(unbroken, killed, options.steps)
+        differences = _differences(unbroken, killed, options)
     print("\n".join(differences) or "no difference: every array, number and sample is the same, bit for bit")
     return 1 if differences else 0
 
 
 def _kill_repeatedly(folder: Path, options: argparse.Namespace) -> None:
-    """Kills ``options.kills`` processes at random moments, later and later in the run, and then lets one end."""
+    """Kills processes at random moments, later and later in the run, and then lets one end."""
     draw = random.Random(options.seed)
     places = [list(PLACES)[i % len(PLACES)] for i in range(options.kills)]
     steps = sorted(draw.randrange(options.steps - 2) for _ in places)
     print(f"{'kill':>4}  {'place':<28} {'from step':>9} {'logged':>6} {'checkpoints left'}")
     for number, (place, step) in enumerate(zip(places, steps, strict=True), start=1):
         start = max(_checkpoints(folder), default=0)
-        code = _run(folder, options.steps, place, step, draw.uniform(0, PLACES[place]))
+        code = _run(folder, options, place, step, draw.uniform(0, PLACES[place]))
         if code != -signal.SIGKILL:
             raise SystemExit(f"the process was to be killed at {place!r}, step {step}, but ended with {code}")
         left = sorted(path.name for path in (folder / "checkpoints").glob("*"))
         logged = max((r["step"] for r in _records(folder / "metrics.jsonl")), default=-1)
         print(f"{number:>4}  {place:<28} {start:>9} {logged:>6} {' '.join(left)}", flush=True)
-    if (code := _run(folder, options.steps)) != 0:
+    if (code := _run(folder, options)) != 0:
         raise SystemExit(f"the last process ended with {code}")
 
 
-def _run(folder: Path, steps: int, place: str = "nowhere", step: int = 0, wait: float = 0.0) -> int:
-    child = ["--steps", str(steps), "--child", str(folder), place, str(step), str(wait)]
+def _run(
+    folder: Path, options: argparse.Namespace, place: str = "nowhere", step: int = 0, wait: float = 0.0
+) -> int:
+    child = ["--steps", str(options.steps), "--cache", str(options.cache)]
+    child += ["--child", str(folder), place, str(step), str(wait)]
     return subprocess.run([sys.executable, __file__, *child], stderr=subprocess.DEVNULL).returncode
 
 
-def _child(folder: Path, steps: int, place: str, step: int, wait: float) -> None:
-    """Trains, and kills itself ``wait`` seconds into ``place``, the first time that this is met from ``step`` on."""
+def _child(folder: Path, options: argparse.Namespace, place: str, step: int, wait: float) -> None:
+    """Trains, and kills itself ``wait`` seconds into ``place``, when that is first met from ``step`` on."""
     if place == "anywhere":
         threading.Timer(2 + wait, _kill).start()
     from hybrid_jax.training.loop import train
 
-    experiment = _experiment(folder, steps)
+    experiment = _experiment(folder, options)
     _arm(experiment, place, step, wait)
     train(experiment)
 
@@ -154,28 +159,25 @@ def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _experiment(folder: Path, steps: int) -> Any:
+def _experiment(folder: Path, options: argparse.Namespace) -> Any:
     from hybrid_jax.experiment import build, load_config
 
-    cache = folder.parent / "compiled"
-    overrides = [f"run_dir={folder}", f"steps={steps}", f"compilation_cache={cache}"]
-    return build(load_config(CONFIG, overrides))
+    settings = {"run_dir": folder, "steps": options.steps, "compilation_cache": options.cache}
+    return build(load_config(CONFIG, [f"{name}={value}" for name, value in settings.items()]))
 
 
-def _differences(one: Path, other: Path, steps: int) -> list[str]:
+def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[str]:
     """What differs between two finished runs, one line each."""
     from hybrid_jax.training.checkpoint import Checkpoints
 
-    if not all(max(_checkpoints(folder), default=0) == steps for folder in (one, other)):
+    if not all(max(_checkpoints(folder), default=0) == options.steps for folder in (one, other)):
         return ["a run has no checkpoint of its last step"]
     states = []
     for folder in (one, other):
-        experiment = _experiment(folder, steps)
+        experiment = _experiment(folder, options)
         states.append(_parts(Checkpoints(folder / "checkpoints", 2).newest(experiment.init())))
     lines = [f"state: {name}" for name in states[0] | states[1] if states[0].get(name) != states[1].get(name)]
-    print(
-        f"compared {len(states[0])} arrays and numbers of the final state, {sum(map(len, states[0].values()))} bytes"
-    )
+    print(f"compared {len(states[0])} parts of the final state, {sum(map(len, states[0].values()))} bytes")
     for name in ("metrics.jsonl", "samples.jsonl"):
         logs = [[_without_timings(record) for record in _records(folder / name)] for folder in (one, other)]
         print(f"compared {len(logs[0])} lines of {name}")
@@ -199,7 +201,7 @@ def _parts(state: Any) -> dict[str, bytes]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """All records; a line that a kill has torn must be gone once the run has ended, and is shown as a record."""
+    """All records; a torn line, which must be gone once the run has ended, is shown as one."""
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

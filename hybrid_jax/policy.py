@@ -203,7 +203,7 @@ def _read_generation_settings(path: Path, context: int | None) -> tuple[Sampler,
             sampler,
             temperature=float(settings.get("temperature") or 1.0),
             top_k=settings.get("top_k") or None,  # there, 0 cuts nothing off
-            top_p=settings.get("top_p"),
+            top_p=None if (settings.get("top_p") or 1.0) >= 1 else settings["top_p"],
         )
     elif settings:
         sampler = replace(sampler, temperature=0.0)

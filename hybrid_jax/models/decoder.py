@@ -26,6 +26,7 @@ from hybrid_jax.models.attention import cached_attention, causal_attention
 from hybrid_jax.models.base import BACKBONES, ModelOutput, Params
 from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm, rotary_angles, rotate
 
+Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 Attend = Callable[
     [Array, Array, Array], tuple[Array, Any]
 ]  # (q, k, v) -> mixed values, what to keep of the layer
@@ -49,7 +50,7 @@ class DecoderConfig:
     norm: Literal["layer", "rms"] = "layer"
     norm_epsilon: float = 1e-5
     mlp: Literal["plain", "gated"] = "plain"
-    activation: Literal["gelu_tanh", "gelu", "silu", "relu"] = "gelu_tanh"
+    activation: Activation = "gelu_tanh"
     attention_bias: bool = True
     mlp_bias: bool = True
     tie_embeddings: bool = True
@@ -295,7 +296,7 @@ def _residual_std(config: DecoderConfig) -> float:
 
 
 class _Linear(nn.Module):
-    features: int
+    features: int | None
     use_bias: bool
     init_std: float
     dtype: str

@@ -51,7 +51,7 @@ def test_equal_logits_are_cut_off_by_their_index():
     ids=str,
 )
 def test_draws_have_the_distribution_they_claim(settings):
-    """Every token's count lies within exact binomial bounds that all hold together with probability 1 - 1e-6."""
+    """Every count lies within exact binomial bounds that all hold together with probability 1 - 1e-6."""
     vocab, rows, rounds = 300, 500, 200
     logits = 2.0 * jax.random.normal(jax.random.key(0), (vocab,))
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.decoder import Activation, DecoderConfig
 from hybrid_jax.models.families.table import THIRDS, TRANSPOSED, Family, Row, choose, express, require, row
 
 # Conv1D keeps [in, out] as we do, so no kernel is transposed.
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu": "gelu",

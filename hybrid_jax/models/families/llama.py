@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.decoder import Activation, DecoderConfig
 from hybrid_jax.models.families.table import TRANSPOSED, Family, Row, choose, express, require, row
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 
+T = TypeVar("T")
 Tensors = dict[str, np.ndarray]
 
 
@@ -143,7 +144,7 @@ def _unflatten(flat: Mapping[str, Any]) -> Params:
     return tree
 
 
-def choose(names: Mapping[str, str], setting: str, value: Any) -> str:
+def choose(names: Mapping[str, T], setting: str, value: Any) -> T:
     """Translates a value of their config; one that has no translation is a UserError."""
     if value not in names:
         raise UserError(f"{setting} must be one of {', '.join(names)}, got {value!r}")

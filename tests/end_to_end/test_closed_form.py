@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.phases.ppo import PPO, Reference
+from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.ppo_functions import PPOFunctions
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
@@ -86,7 +86,14 @@ def test_ppo_reaches_the_closed_form_optimum():
     reference, reward = sequence_probabilities(reference_params()), true_reward()
     policy, best = sequence_probabilities(state.params["model"]), optimum(reference, reward, BETA)
     gap = objective(best, reference, reward, BETA) - objective(policy, reference, reward, BETA)
-    print(total_variation(policy, best), gap, metrics["kl"][-1], metrics["score"][-1], metrics["explained_variance"][-1], metrics["clip_fraction"][:3])
+    print(
+        total_variation(policy, best),
+        gap,
+        metrics["kl"][-1],
+        metrics["score"][-1],
+        metrics["explained_variance"][-1],
+        metrics["clip_fraction"][:3],
+    )
     assert total_variation(policy, best) < 0.02
     assert 0 <= gap < 1e-3
     assert metrics["first_ratio"] == pytest.approx(np.ones(600), abs=1e-6)

@@ -160,10 +160,14 @@ def _kill() -> None:
 
 
 def _experiment(folder: Path, options: argparse.Namespace) -> Any:
+    import jax
+
     from hybrid_jax.experiment import build, load_config
 
     settings = {"run_dir": folder, "steps": options.steps, "compilation_cache": options.cache}
-    return build(load_config(CONFIG, [f"{name}={value}" for name, value in settings.items()]))
+    experiment = build(load_config(CONFIG, [f"{name}={value}" for name, value in settings.items()]))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a dozen processes share it
+    return experiment
 
 
 def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[str]:
@@ -172,10 +176,8 @@ def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[st
 
     if not all(max(_checkpoints(folder), default=0) == options.steps for folder in (one, other)):
         return ["a run has no checkpoint of its last step"]
-    states = []
-    for folder in (one, other):
-        experiment = _experiment(folder, options)
-        states.append(_parts(Checkpoints(folder / "checkpoints", 2).newest(experiment.init())))
+    fresh = _experiment(one, options).init()
+    states = [_parts(Checkpoints(folder / "checkpoints", 2).newest(fresh)) for folder in (one, other)]
     lines = [f"state: {name}" for name in states[0] | states[1] if states[0].get(name) != states[1].get(name)]
     print(f"compared {len(states[0])} parts of the final state, {sum(map(len, states[0].values()))} bytes")
     for name in ("metrics.jsonl", "samples.jsonl"):

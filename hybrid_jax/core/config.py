@@ -44,8 +44,8 @@ def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in new.items():
         before = merged.get(key)
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        if both and value.get("name", before.get("name")) == before.get("name"):
-            merged[key] = merge(before, value)
+        if both and value.get("name", before.get("name")) == before.get("name"):  # type: ignore
+            merged[key] = merge(before, value)  # type: ignore
         else:
             merged[key] = value
     return merged
@@ -146,11 +146,23 @@ def _parse_dataclass(cls: Any, settings: Any, path: str) -> Any:
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in settings:
             raise UserError(f"{_join(path, name)} is missing")
-    values = {key: _parse_value(hints[key], value, _join(path, key)) for key, value in settings.items()}
+    values = {}
+    for key, value in settings.items():
+        value = _over_default(fields[key], hints[key], value)
+        values[key] = _parse_value(hints[key], value, _join(path, key))
     try:
         return cls(**values)
     except ValueError as error:
         raise UserError(_join(path, str(error)) if path else str(error)) from error
+
+
+def _over_default(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    """Settings of a component without its name change the default component, if there is one."""
+    if get_origin(hint) is not typing.Annotated or not isinstance(value, Mapping) or "name" in value:
+        return value
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    has_default = dataclasses.is_dataclass(default) and not isinstance(default, type)
+    return merge(to_dict(default, hint), value) if has_default else value
 
 
 def _parse_component(registry: Registry, value: Any, path: str) -> Any:

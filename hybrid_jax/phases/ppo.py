@@ -161,7 +161,7 @@ class PPOPhase:
         self._tokenizer = resources.tokenizer
         self._horizon = resources.horizon
         self._mesh = resources.mesh
-        self._prompts = prompt_stream(config, resources)
+        self.prompts = prompt_stream(config, resources)
         self._examples = sft_stream(config.sft_mix.as_sft(), resources) if config.sft_mix else None
         self._rate = jax.jit(config.optimizer.rate)
         self._sample = jax.jit(self.functions.sample)
@@ -185,7 +185,7 @@ class PPOPhase:
         state = self._enter(state)
         steps, cursor = state.schedule.steps.get(self.name, 0), state.cursors.get(self.name, 0)
         prompts = _repeat(
-            self._prompts.batch(cursor, self.config.prompts_per_step), self.config.samples_per_prompt
+            self.prompts.batch(cursor, self.config.prompts_per_step), self.config.samples_per_prompt
         )
         sample_key, learn_key = jax.random.split(key)
         tokens, mask = self._mesh.split((prompts.tokens, prompts.mask))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.ppo import PPO, Reference
 from hybrid_jax.phases.ppo_functions import PPOFunctions
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
@@ -54,17 +54,21 @@ def initial_state(functions: PPOFunctions) -> TrainState:
     )
 
 
-def run(functions: PPOFunctions, key, steps: int, references=None):
+def run(functions: PPOFunctions, key, steps: int, references=None, beta=None):
     """``steps`` whole PPO iterations in one program."""
     references = references or {name: reference_params() for name in functions.config.references}
-    tokens, mask = jnp.zeros((ROWS, 1), jnp.int32), jnp.ones((ROWS, 1), bool)
+    rows = functions.config.prompts_per_step
+    tokens, mask = jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool)
+    state = initial_state(functions)
+    if beta is not None:
+        state = state.replace(extra={functions.kl_key: beta})
 
     def iteration(state, step):
         rate = functions.config.optimizer.rate(step, steps)
         key_ = jax.random.fold_in(key, step)
         return functions.iteration(state, references, tokens, mask, key_, rate)
 
-    return jax.lax.scan(iteration, initial_state(functions), jnp.arange(steps))
+    return jax.lax.scan(iteration, state, jnp.arange(steps))
 
 
 def total_variation(p, q) -> float:
@@ -86,15 +90,39 @@ def test_ppo_reaches_the_closed_form_optimum():
     reference, reward = sequence_probabilities(reference_params()), true_reward()
     policy, best = sequence_probabilities(state.params["model"]), optimum(reference, reward, BETA)
     gap = objective(best, reference, reward, BETA) - objective(policy, reference, reward, BETA)
-    print(
-        total_variation(policy, best),
-        gap,
-        metrics["kl"][-1],
-        metrics["score"][-1],
-        metrics["explained_variance"][-1],
-        metrics["clip_fraction"][:3],
-    )
     assert total_variation(policy, best) < 0.02
     assert 0 <= gap < 1e-3
     assert metrics["first_ratio"] == pytest.approx(np.ones(600), abs=1e-6)
     assert metrics["kl"][0] == 0  # the first rollout of a fresh policy against an equal reference
+
+
+def test_eight_seeds_and_strengths_train_in_one_program_each_to_its_own_optimum():
+    functions = ppo_functions(prompts_per_step=256)
+    betas, seeds = jnp.repeat(jnp.array([0.5, 0.75, 1.0, 2.0]), 2), jnp.arange(8)
+
+    def whole_run(seed, beta):
+        return run(functions, jax.random.key(seed), 250, beta=beta)[0].params["model"]
+
+    many = jax.jit(jax.vmap(whole_run))(seeds, betas)
+    reference, reward = sequence_probabilities(reference_params()), true_reward()
+    for lane in range(8):
+        policy = sequence_probabilities(jax.tree.map(lambda x: x[lane], many))
+        best = optimum(reference, reward, float(betas[lane]))
+        assert total_variation(policy, best) < 0.02
+    tables = np.asarray(many["table"])
+    assert np.abs(tables[0] - tables[1]).max() > 1e-4  # the same strength, other noise
+
+
+def test_two_references_give_their_weighted_geometric_mean():
+    """Penalties β Σ w_i KL(π ‖ π_i) have the optimum π* ∝ Π π_i^{w_i/Σw} exp(r/(β Σw))."""
+    weights = {"chain": 0.4, "uniform": 0.6}
+    functions = ppo_functions(references={n: Reference(weight=w) for n, w in weights.items()})
+    uniform = {"table": jnp.zeros_like(reference_params()["table"])}
+    references = {"chain": reference_params(), "uniform": uniform}
+    state, _ = jax.jit(lambda key: run(functions, key, 400, references))(jax.random.key(0))
+    policy = sequence_probabilities(state.params["model"])
+    chain = sequence_probabilities(reference_params())
+    geometric = optimum(chain**0.4 * (1 / 27) ** 0.6, true_reward(), BETA)
+    arithmetic = optimum(0.4 * chain + 0.6 / 27, true_reward(), BETA)
+    assert total_variation(geometric, arithmetic) > 0.02  # the tolerance below tells them apart
+    assert total_variation(policy, geometric) < 0.005

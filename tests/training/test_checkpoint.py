@@ -178,10 +178,11 @@ def test_where_every_checkpoint_is_damaged_the_user_is_told_and_nothing_is_delet
 
 def test_a_damaged_checkpoint_does_not_push_out_a_good_one(saved):
     flip_a_byte(largest(saved / "6"))
-    checkpoints = Checkpoints(saved, keep=1)
+    checkpoints = Checkpoints(saved, keep=2)
     assert checkpoints.newest(state_at(0)).step == 3
     checkpoints.save(state_at(4))
     checkpoints.close()
+    assert sorted(path.name for path in saved.iterdir()) == ["3", "4"]
     assert newest(saved).step == 4
 
 

@@ -101,6 +101,7 @@ def build(config: ExperimentConfig) -> Experiment:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     _check_run_dir(config)
+    config.mesh.mesh()  # are there so many devices?
     examples = config.data.load("train")
     saved_tokenizer = config.run_dir / "tokenizer"
     if has_checkpoint(config.run_dir) and saved_tokenizer.is_dir():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.batches import Example
@@ -62,7 +63,8 @@ class Policy:
         answers = []
         for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
             key = jax.random.fold_in(jax.random.key(seed), index)
-            drawn = self.sampler(self.model, self.params, batch.tokens, batch.mask, key, eos_ids=self.eos_ids)
+            prompt, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
+            drawn = self.sampler(self.model, self.params, prompt, mask, key, eos_ids=self.eos_ids)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.response_mask)[:count]
             texts = decode_responses(self.tokenizer, tokens, mask, self.eos_ids)
             complete = np.asarray(ended(drawn.tokens, drawn.response_mask, self.eos_ids))

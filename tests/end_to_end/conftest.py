@@ -42,7 +42,7 @@ def tiny(tmp_path_factory) -> Path:
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()))
     data = {"name": "jsonl", "train": str(folder / "data.jsonl"), "held_out_fraction": 0.2}
     settings = {"run_dir": str(folder / "run"), "data": data, **TINY}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     return folder
 
 

@@ -152,9 +152,9 @@ def test_a_reward_may_be_a_component_or_the_mapping_of_a_config_file(tiny, tmp_p
         ),
     ],
 )
-def test_mistakes_are_one_line(tiny, arguments, message):
+def test_mistakes_are_one_line(tiny, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        HybridTrainer(tiny / "config.yaml", **arguments)
+        HybridTrainer(tiny / "config.yaml", run_dir=tmp_path, **arguments)
 
 
 def test_importing_the_package_imports_neither_jax_nor_transformers():

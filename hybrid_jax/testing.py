@@ -1,7 +1,7 @@
 """What tests, CI and benches share: the 27-sequence language model, on which every optimum is a closed form.
 
-Three tokens, three steps, so 27 responses that can be enumerated. KL-regularised reward maximisation has the optimum
-π*(s) ∝ π_ref(s) exp(r(s)/β), and every algorithm that claims to find it is checked against the same numbers.
+Three tokens, three steps, so 27 responses that can be enumerated. KL-regularised reward maximisation has the
+optimum π*(s) ∝ π_ref(s) exp(r(s)/β), and every algorithm that claims to find it is checked against its numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_PREFIXES = sum(VOCABULARY**step for step in range(STEPS))  # 13: (), (0), (1
 
 @dataclass(frozen=True)
 class PrefixTable:
-    """A `LanguageModel` with one row of scores for each prefix of a response; the prompt is one token of any kind.
+    """A `LanguageModel` with one row of scores for each prefix of a response; the prompt is any one token.
 
     Hidden states are one-hot prefixes, so that a linear value head is a table of state values.
     """

@@ -83,7 +83,10 @@ def _run(
 ) -> int:
     child = ["--steps", str(options.steps), "--cache", str(options.cache)]
     child += ["--child", str(folder), place, str(step), str(wait)]
-    return subprocess.run([sys.executable, __file__, *child], stderr=subprocess.DEVNULL).returncode
+    result = subprocess.run([sys.executable, __file__, *child], stderr=subprocess.PIPE, text=True)
+    if result.returncode not in (0, -signal.SIGKILL):
+        print(result.stderr[-4000:], file=sys.stderr)
+    return result.returncode
 
 
 def _child(folder: Path, options: argparse.Namespace, place: str, step: int, wait: float) -> None:

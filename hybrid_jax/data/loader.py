@@ -108,7 +108,7 @@ class PromptStream:
             if max_prompt_length is not None and len(prompt) > max_prompt_length:
                 raise UserError(
                     f"row {row}: a prompt must have at most {max_prompt_length} tokens, got {len(prompt)}; "
-                    "raise max_prompt_length or shorten the prompt"
+                    "raise max_prompt_length, leave it more context (max_new_tokens), or shorten it"
                 )
         self._buckets = _checked_buckets(buckets, [len(prompt) for prompt in self._prompts], max_prompt_length)
         self._seed = seed

@@ -182,7 +182,8 @@ class _TensorBoardLogger:
 
 
 def _markdown_row(record: dict[str, Any]) -> str:
-    cells = (record["prompt"], record["response"], f"{record['score']:.3f}")
+    score = "" if record["score"] is None else f"{record['score']:.3f}"  # None without a reward
+    cells = (record["prompt"], record["response"], score)
     return " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells)
 
 

@@ -28,9 +28,7 @@ class Progress:
         line_seconds: how often a line is written when the stream is no terminal.
     """
 
-    def __init__(
-        self, total: int, initial: int = 0, stream: TextIO | None = None, line_seconds: float = 30.0
-    ):
+    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None, line_seconds: float = 30.0):
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
         self._total, self._initial, self._done = total, initial, initial
@@ -95,11 +93,15 @@ def sample_table(records: list[dict[str, Any]], width: int) -> str:
     prompt_width = max((width - score_width - 4) * 2 // 5, 6)
     response_width = max(width - score_width - 4 - prompt_width, 6)
     rows = [("prompt", "response", "score")]
-    rows += [(record["prompt"], record["response"], f"{record['score']:.3f}") for record in records]
+    rows += [(record["prompt"], record["response"], _score(record["score"])) for record in records]
     return "\n".join(
         f"{_fit(prompt, prompt_width)}  {_fit(response, response_width)}  {score:>{score_width}}"
         for prompt, response, score in rows
     )
+
+
+def _score(score: float | None) -> str:
+    return "" if score is None else f"{score:.3f}"  # None without a reward
 
 
 def _fit(text: str, width: int) -> str:

@@ -157,6 +157,22 @@ def test_mistakes_are_one_line(tiny, tmp_path, arguments, message):
         HybridTrainer(tiny / "config.yaml", run_dir=tmp_path, **arguments)
 
 
+def test_examples_alone_are_enough_and_their_answers_have_no_score(tiny, tmp_path):
+    trainer = HybridTrainer(
+        tiny / "config.yaml",
+        run_dir=tmp_path,
+        steps=1,
+        phases={"sft": {"batch_size": 4, "length": 32}},
+        scheduler={"name": "alternation", "cycle": {"sft": 1}},
+        overrides=["evaluation.sampler.max_new_tokens=4"],
+    )
+    numbers = trainer.train()
+    assert "evaluation/response_length" in numbers
+    assert "evaluation/score" not in numbers
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {sample["score"] for sample in samples} == {None}
+
+
 def test_importing_the_package_imports_neither_jax_nor_transformers():
     script = "import sys, hybrid_jax; print({'jax', 'numpy', 'transformers', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -165,7 +164,7 @@ class Experiment:
     def checkpoint(self) -> CheckpointConfig:
         return self.config.checkpoint
 
-    @functools.cached_property
+    @property
     def key(self) -> Array:
         """The root of all randomness in training; every step folds its number in."""
         return jax.random.fold_in(jax.random.key(self.config.seed), 1)

@@ -63,7 +63,8 @@ def main() -> None:
     started = time.monotonic()
     _, metrics = jax.block_until_ready(program(jnp.arange(options.seeds)))
     score, kl = np.asarray(metrics["score"]), np.asarray(metrics["kl"])
-    print(f"{options.seeds} seeds × {experiment.steps} steps in {time.monotonic() - started:.1f} s, compiling included")
+    seconds = time.monotonic() - started
+    print(f"{options.seeds} seeds × {experiment.steps} steps in {seconds:.1f} s, compiling included")
     print("seed " + "".join(f"{f'step {step}':>10}" for step in shown_steps(experiment.steps)) + "   final KL")
     for seed in range(options.seeds):
         row = "".join(f"{score[seed, step]:10.3f}" for step in shown_steps(experiment.steps))

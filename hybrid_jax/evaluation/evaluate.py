@@ -103,13 +103,15 @@ class Evaluator:
         examples, responses, rows, device_scores = [], [], [], []
         for index, (prompts, count) in enumerate(self._prompts.sequential(self._batch_size())):
             key = jax.random.fold_in(self._key, index)
-            drawn = self._sample(params, prompts.tokens, prompts.mask, key)
+            asked, asked_mask = jax.device_put((prompts.tokens, prompts.mask))
+            drawn = self._sample(params, asked, asked_mask, key)
+            complete = ended(drawn.tokens, drawn.response_mask, (self._tokenizer.eos_id,))
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.response_mask)[:count]
             examples += prompts.examples[:count]
             responses += decode_responses(self._tokenizer, tokens, mask, (self._tokenizer.eos_id,))
-            rows.append((np.asarray(ended(tokens, mask, (self._tokenizer.eos_id,))), mask.sum(axis=1)))
+            rows.append((np.asarray(complete)[:count], mask.sum(axis=1)))
             if self._reward is not None and self._reward.on_device:
-                joined = join(prompts.tokens, prompts.mask, drawn)
+                joined = join(asked, asked_mask, drawn)
                 device_scores.append(
                     np.asarray(self._reward.score_tokens(*joined, drawn.response_mask))[:count]
                 )

@@ -13,7 +13,8 @@ the reward can diverge. So none of them is a setting (tests/algorithms proves th
 
 Here are the settings and the host's side of a step; the pure functions that it calls are in `ppo_functions`.
 
-Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.08593), Ouyang et al. 2022 (2203.02155).
+Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.08593), Ouyang et al. 2022
+(2203.02155).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Reference:
             raise ValueError(f"refresh_every_cycles must be at least 1, got {self.refresh_every_cycles}")
 
     def is_due(self, cycle: int, entered: bool) -> bool:
-        """Whether to copy the policy again at the start of the phase's step; ``cycle`` counts entries before it."""
+        """Whether to copy the policy again at the start of a step; ``cycle`` counts the entries before it."""
         return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
 
 
@@ -219,7 +220,7 @@ class PPOPhase:
         if self.config.value_network == "separate" and not schedule.steps.get(self.name, 0):
             params = state.train.params
             params = {**params, "value": {**params["value"], "model": _copy(policy)}}
-            state = replace(state, train=state.train.replace(params=params))
+            state = replace(state, train=replace(state.train, params=params))
         return replace(state, references={**state.references, **due}) if due else state
 
     def _reward(self, state: RunState, prompts: PromptBatch, samples: Samples, scored: Scored):

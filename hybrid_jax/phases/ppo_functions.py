@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -90,9 +90,7 @@ class PPOFunctions:
         trunk = params["value"].get("model", params["model"])
         states = states_before(self.model, trunk, tokens, attention_mask, length)
         reference_log_probs = {
-            name: response_log_probs(
-                self.model, references[name], tokens, attention_mask, length, temperature
-            )
+            name: response_log_probs(self.model, references[name], tokens, attention_mask, length, temperature)
             for name in self.config.references
         }
         return Scored(
@@ -123,7 +121,7 @@ class PPOFunctions:
         state, update_metrics = self.update(state, rollout, examples, key, rate, groups)
         if "model" in groups:  # a policy at rest says nothing about the strength of its leash
             control_state = control.update(control_state, rollout_metrics["kl"], scores.shape[0])
-        state = state.replace(extra={**state.extra, self.kl_key: control_state})
+        state = replace(state, extra={**state.extra, self.kl_key: control_state})
         return state, {**score_metrics, **rollout_metrics, **update_metrics, "kl_coef": coef}
 
     def _final_scores(self, scores: Array, scored: Scored) -> tuple[Array, dict[str, Array]]:
@@ -198,9 +196,7 @@ class PPOFunctions:
             batch = (jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches))
             trained = {group: params[group] for group in groups}
             grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
-            new_params, new_opt_state, norm = apply_gradients(
-                config.optimizer, params, opt_state, grads, rate
-            )
+            new_params, new_opt_state, norm = apply_gradients(config.optimizer, params, opt_state, grads, rate)
             taken = jnp.logical_not(stopped)
             if config.target_kl is not None:
                 taken &= metrics["approx_kl"] <= config.target_kl
@@ -212,7 +208,7 @@ class PPOFunctions:
         carry = (state.params, state.opt_state[self.optimizer_key], jnp.asarray(False))
         inputs = (rows, parts, jax.random.split(loss_key, len(parts)))
         (params, opt_state, _), (metrics, taken) = jax.lax.scan(minibatch, carry, inputs)
-        state = state.replace(params=params, opt_state={**state.opt_state, self.optimizer_key: opt_state})
+        state = replace(state, params=params, opt_state={**state.opt_state, self.optimizer_key: opt_state})
         first_ratio = metrics["ratio"][0]  # 1, or sampling and training disagree
         means = {name: Sum.of(values, taken).mean() for name, values in metrics.items()}
         return state, {**means, "first_ratio": first_ratio, "updates": taken.sum()}
@@ -224,7 +220,7 @@ class PPOFunctions:
         def loss(trained, batch, key):
             return self.losses({**frozen, **trained}, *batch)
 
-        def weights(batch):
+        def weights(batch) -> dict[str, Any]:
             rollout, examples = batch
             weights = dict.fromkeys(coefs, rollout.response_mask.sum())
             return weights if examples is None else {**weights, "sft_loss": sft_weights(examples)["loss"]}

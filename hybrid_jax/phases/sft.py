@@ -130,5 +130,5 @@ def sft_update(
     params, opt_state, norm = apply_gradients(
         config.optimizer, state.params, state.opt_state[optimizer_key], grads, rate
     )
-    state = state.replace(params=params, opt_state={**state.opt_state, optimizer_key: opt_state})
+    state = replace(state, params=params, opt_state={**state.opt_state, optimizer_key: opt_state})
     return state, {**metrics, "grad_norm": norm}

@@ -180,7 +180,7 @@ def _checkpointer(folder: Path, **settings: Any) -> Any:
 
     # Orbax narrates every save, and prints from its threads the errors that it also raises here.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    return ocp.training.Checkpointer(folder, **settings)
+    return ocp.training.Checkpointer(str(folder), **settings)
 
 
 def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]]:

@@ -128,9 +128,7 @@ class Curriculum(_Share):
         _check_share("start", self.start)
         _check_share("end", self.end)
         if self.end_step <= self.begin_step:
-            raise ValueError(
-                f"end_step must be greater than begin_step {self.begin_step}, got {self.end_step}"
-            )
+            raise ValueError(f"end_step must be greater than begin_step {self.begin_step}, got {self.end_step}")
 
     def share_at(self, state: ScheduleState) -> float:
         step = sum(state.steps.values())

@@ -31,14 +31,14 @@ class Objective:
     """
 
     loss: Callable[[Groups, Any, Array], tuple[Terms, Terms]]
-    weights: Callable[[Any], Mapping[str, Array]]
+    weights: Callable[[Any], Mapping[str, Any]]
     coefs: Mapping[str, float]
 
 
 def gradients(
     objective: Objective, params: Groups, batch: Any, key: Array, microbatches: int = 1
 ) -> tuple[Groups, dict[str, Array]]:
-    """Gradient of the objective on ``batch`` (leaves [B ...]), read in equal ``microbatches``, with its metrics.
+    """Gradient of the objective on ``batch`` (leaves [B ...]), read in equal ``microbatches``.
 
     Returns the gradient and the mean of each term and metric over the whole batch.
     """

@@ -308,7 +308,7 @@ def test_references_weigh_as_named():
     state = state_of(ppo)
     trees = {"a": MODEL.init(jax.random.key(1)), "b": MODEL.init(jax.random.key(2))}
     _, scored = rolled_out(ppo, state, references=trees)
-    rollout, metrics = ppo.advantages(scored, jnp.zeros(ROWS), jnp.asarray(1.0))
+    _, metrics = ppo.advantages(scored, jnp.zeros(ROWS), jnp.asarray(1.0))
     mask = np.asarray(scored.response_mask)
     k1 = {
         n: (np.asarray(scored.log_probs - x) * mask).sum(1).mean()

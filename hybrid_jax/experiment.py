@@ -197,10 +197,10 @@ class Experiment:
         except OSError as error:
             raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
         checkpoints = Checkpoints(folder / "checkpoints", self.checkpoint.keep)
-        state = checkpoints.newest(self.init())
-        resumed = None if state is None else state.step
-        if state is None:
-            state = self.init()
+        fresh = self.init()
+        saved = checkpoints.newest(fresh)
+        state = saved or fresh
+        if saved is None:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
         else:
             log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
@@ -209,7 +209,7 @@ class Experiment:
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_folder(folder / "tokenizer", self.tokenizer.save)  # a resumed run trusts it once it is there
         try:
-            logger = open_loggers(self.config.loggers, folder, settings, resumed)
+            logger = open_loggers(self.config.loggers, folder, settings, saved and saved.step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)

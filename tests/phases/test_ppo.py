@@ -167,15 +167,15 @@ def test_the_score_lands_on_the_end_token_and_only_there():
 
 def test_a_response_that_does_not_end_pays_the_penalty():
     ppo = functions(missing_eos_penalty=0.7)
-    tokens = jnp.array([[1, 2, EOS, 0], [1, 2, 4, 5], [1, EOS, EOS, EOS]])
-    mask = jnp.array([[True, True, True, False], [True] * 4, [True, True, False, False]])
+    tokens = jnp.array([[1, 2, EOS, 0], [1, 2, 4, EOS], [1, EOS, EOS, EOS]])
+    mask = jnp.array([[True] * 3 + [False], [True] * 3 + [False], [True, True, False, False]])
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
     scored = scored.replace(tokens=jnp.pad(tokens, ((0, 0), (2, 0))), response_mask=mask)
     scores, metrics = ppo._final_scores(jnp.array([0.25, 0.25, 0.25]), scored)
     np.testing.assert_allclose(scores, [0.25, -0.45, 0.25], atol=1e-7)
     assert metrics["eos_fraction"] == pytest.approx(2 / 3)
-    assert metrics["response_length"] == pytest.approx(3.0)
+    assert metrics["response_length"] == pytest.approx(8 / 3)
 
 
 def test_fractional_scores_stay_float32():
@@ -234,9 +234,9 @@ def test_two_rollouts_and_two_rows_never_share_their_noise():
 
 def test_the_value_warm_up_trains_the_value_and_nothing_else():
     for network in ("shared", "separate"):
-        ppo = functions(value_network=network)
+        ppo = functions(value_network=network, kl_control=AdaptiveKL(horizon=100.0))
         state = state_of(ppo)
-        _, scored = rolled_out(ppo, state)
+        _, scored = rolled_out(ppo, state, references={"sft": MODEL.init(jax.random.key(9))})
         new, _ = ppo.learn(
             state, scored, jnp.arange(float(ROWS)), None, jax.random.key(0), 1e-2, groups=("value",)
         )

@@ -3,7 +3,7 @@
     python scripts/reproduce_hybrid.py --config configs/quickstart.yaml --output runs/reproduce_quickstart
 
 A token is counted each time an update reads it, so a PPO step counts rows × columns × epochs. The run on
-examples alone gets as many tokens as the hybrid one, all of them SFT. Runs that are there already are only read.
+examples alone gets as many tokens as the hybrid one, all of them SFT. Runs that are there are only read.
 """
 
 from __future__ import annotations

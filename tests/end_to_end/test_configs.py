@@ -1,0 +1,55 @@
+"""Every config that ships is valid; the debug one runs, with what only a whole run shows."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.experiment import build, load_config
+from hybrid_jax.models.hf import load_pretrained
+from hybrid_jax.training.loop import take_step, train
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_is_valid(path):
+    config = load_config(path)
+    assert set(config.scheduler.phases) <= set(config.phases)
+
+
+def test_the_policy_is_exported_at_its_cadence(tmp_path):
+    overrides = [f"run_dir={tmp_path}/run", "steps=5", "checkpoint.export_every=2", "evaluation.num_prompts=2"]
+    experiment = build(load_config(CONFIGS / "debug" / "hybrid.yaml", overrides))
+    state = train(experiment)
+    folders = sorted(path.name for path in (tmp_path / "run" / "exports").iterdir())
+    assert folders == ["step_2", "step_4", "step_5"]
+    model, params = load_pretrained(tmp_path / "run" / "exports" / "step_5")
+    tokens = np.arange(12, dtype=np.int32)[None]
+    expected = experiment.model.apply(state.train.params["model"], tokens).logits
+    np.testing.assert_array_equal(model.apply(params, tokens).logits, expected)
+
+
+def test_phases_can_share_one_optimizer_state():
+    overrides = ["run_dir=/nonexistent", "share_optimizer_state=true", "scheduler.warmup.sft=1"]
+    experiment = build(load_config(CONFIGS / "debug" / "hybrid.yaml", overrides))
+    state = experiment.init()
+    assert set(state.train.opt_state) == {"shared"}
+    phases = []
+    for _ in range(3):
+        phases.append(experiment.scheduler.choose(state.schedule))
+        state = take_step(experiment, experiment.phases[phases[-1]], state)
+    assert phases == ["sft", "sft", "ppo"]
+    model, value = (
+        int(next(x for x in jax.tree.leaves(state.train.opt_state["shared"][group]) if x.ndim == 0))
+        for group in ("model", "value")
+    )
+    assert (model, value) == (2 + 4, 4)  # two of SFT, 2 epochs × 2 minibatches of PPO
+
+
+def test_sharing_an_optimizer_state_needs_optimizers_of_one_kind():
+    overrides = ["share_optimizer_state=true", "phases.sft.optimizer={name: sgd, learning_rate: 0.1}"]
+    with pytest.raises(UserError, match="share_optimizer_state needs phases with the same kind of optimizer"):
+        load_config(CONFIGS / "debug" / "hybrid.yaml", overrides)

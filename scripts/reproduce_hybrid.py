@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value")
     options = parser.parse_args()
     budget = sft_only_steps(options.config, [*options.overrides, f"run_dir={options.output}/plan"])
-    alone = [f"steps={budget}", "scheduler={name: alternation, cycle: {sft: 1}}"]
+    alone = [f"steps={budget}", "scheduler.cycle.ppo=0"]
     rows: dict[str, list[dict[str, float]]] = {"hybrid": [], f"SFT only, {budget} steps": []}
     for seed in options.seeds:
         for arm, extra in zip(rows, ([], alone), strict=True):

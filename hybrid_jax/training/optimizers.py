@@ -343,11 +343,14 @@ def _one_minus_power(beta: float, count: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:
+    """Adds ``weight_decay · p`` for matrices; without a state, so that phases with other decays can share theirs."""
     if weight_decay == 0:
         return optax.identity()
-    return optax.add_decayed_weights(
-        weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
-    )
+
+    def decayed(updates: Any, params: Any) -> Any:
+        return jax.tree.map(lambda u, p: u + weight_decay * p if p.ndim >= 2 else u, updates, params)
+
+    return optax.stateless(decayed)
 
 
 def _muon_or_adam(params: Any) -> Any:

@@ -343,7 +343,7 @@ def _one_minus_power(beta: float, count: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:
-    """Adds ``weight_decay · p`` for matrices; without a state, so that phases with other decays can share theirs."""
+    """Adds ``weight_decay · p`` for matrices; stateless, so that phases with other decays can share a state."""
     if weight_decay == 0:
         return optax.identity()
 

@@ -20,6 +20,7 @@ from jax import Array
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data import e2e  # noqa: F401  registers its source
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator

@@ -1,7 +1,7 @@
 """The E2E NLG challenge (Novikova et al. 2017) with its proper names replaced by placeholders.
 
-A model trained from scratch on a few hundred different prompts cannot spell a restaurant that it has never seen; it
-learns ``X-name`` instead of ``The Golden Palace``, as TGen does (Dušek and Jurčíček 2016).
+A model trained from scratch on a few hundred different prompts cannot spell a restaurant that it has never
+seen; it learns ``X-name`` instead of ``The Golden Palace``, as TGen does (Dušek and Jurčíček 2016).
 """
 
 from __future__ import annotations

@@ -125,7 +125,8 @@ def build(config: ExperimentConfig) -> Experiment:
         for name, phase in config.phases.items()
         if name in horizons
     }
-    return Experiment(config, model, tokenizer, phases, make_evaluator(config, model, tokenizer))
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return Experiment(config, model, tokenizer, phases, make_evaluator(config, model, tokenizer), key)
 
 
 def make_evaluator(config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer) -> Evaluator:
@@ -151,6 +152,7 @@ class Experiment:
     tokenizer: Tokenizer
     phases: Mapping[str, Phase]
     evaluator: Evaluator
+    key: Array  # the root of all randomness in training; every step folds its number in
 
     @property
     def steps(self) -> int:
@@ -163,11 +165,6 @@ class Experiment:
     @property
     def checkpoint(self) -> CheckpointConfig:
         return self.config.checkpoint
-
-    @property
-    def key(self) -> Array:
-        """The root of all randomness in training; every step folds its number in."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), 1)
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""

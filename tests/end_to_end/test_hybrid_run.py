@@ -55,7 +55,7 @@ def test_every_function_compiles_once_for_each_prompt_length_and_every_update_co
             assert all(leaf.is_deleted() for leaf in leaves)
         if built.scheduler.choose(state.schedule) == "ppo":
             cursor = state.cursors.get("ppo", 0)
-            lengths.add(built.phases["ppo"]._prompts.batch(cursor, 8).tokens.shape[1])
+            lengths.add(built.phases["ppo"].prompts.batch(cursor, 8).tokens.shape[1])
         before = state
     compiled = {
         (name, attribute): function._cache_size()

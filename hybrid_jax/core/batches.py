@@ -16,13 +16,36 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 
+Message = Mapping[str, Any]  # {"role": …, "content": …}, and what else a chat template reads
+
+
 @dataclass(frozen=True)
 class Example:
-    """One row of a data source: a prompt, its response if there is one, and every other column as it came."""
+    """One row of a data source: a prompt, its response if there is one, and every other column as it came.
+
+    A conversation is its messages: they are what a model reads and learns. Its prompt is then the text of the
+    message that the last answer replies to, its response the text of that answer.
+    """
 
     prompt: str
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the last answer."""
+        end = len(self.messages)
+        while end and self.messages[end - 1]["role"] == "assistant":
+            end -= 1
+        return self.messages[:end]
+
+    @property
+    def texts(self) -> list[str]:
+        """All that is written in it."""
+        if self.messages:
+            return [message["content"] for message in self.messages]
+        return [text for text in (self.prompt, self.response) if text]
 
 
 @struct.dataclass

@@ -9,6 +9,7 @@ from typing import Any
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.conversations import conversation
 from hybrid_jax.data.sources import Rows, Split, choose
 
 
@@ -26,10 +27,7 @@ class Listed:
 
     @staticmethod
     def of(rows: Sequence[Example | Mapping[str, Any]]) -> Listed:
-        examples = [
-            row if isinstance(row, Example) else Rows().example(row, f"data[{index}]")
-            for index, row in enumerate(rows)
-        ]
+        examples = [_example(row, f"data[{index}]") for index, row in enumerate(rows)]
         listed = Listed(hashlib.sha256(repr(examples).encode("utf-8", "replace")).hexdigest()[:16])
         object.__setattr__(listed, "_examples", examples)  # no field: a config file could not hold them
         return listed
@@ -41,3 +39,9 @@ class Listed:
                 "the run's data was given from Python as a list: go on with HybridTrainer(..., data=...) there"
             )
         return choose(examples, split, False, self.held_out_fraction, "data")
+
+
+def _example(row: Example | Mapping[str, Any], where: str) -> Example:
+    if isinstance(row, Example):
+        return row
+    return conversation(row, where) if "messages" in row else Rows().example(row, where)

@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.packing import Encoded, encode_examples, pack, pad, token_batch
+from hybrid_jax.data.packing import Encoded, encode_examples, encode_prompt, pack, pad, token_batch
 from hybrid_jax.data.tokenizer import Tokenizer
 
 ORDER, OFFSET = 0, 1  # what an epoch draws: the order of its rows, where its windows start
@@ -78,6 +78,7 @@ class PromptStream:
 
     Args:
         examples: rows of a source; responses, if there are any, stay with the examples for the rewards.
+            Of a conversation, what precedes its last answer is read, with the header of that answer.
         tokenizer: encodes the prompts, once, here.
         max_prompt_length: P, tokens a prompt at most; None has no bound.
         seed: of the order of rows, at least 0.
@@ -99,7 +100,7 @@ class PromptStream:
     ):
         _check(examples, seed)
         self._examples = tuple(examples)
-        self._prompts = [np.asarray(tokenizer.encode(example.prompt), np.int32) for example in examples]
+        self._prompts = [_prompt(example, tokenizer, row) for row, example in enumerate(examples, start=1)]
         for row, prompt in enumerate(self._prompts, start=1):
             if len(prompt) == 0:
                 raise UserError(
@@ -142,6 +143,13 @@ class PromptStream:
             tokens[i, length - len(prompt) :] = prompt
             mask[i, length - len(prompt) :] = True
         return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self._examples[row] for row in rows))
+
+
+def _prompt(example: Example, tokenizer: Tokenizer, row: int) -> np.ndarray:
+    try:
+        return np.asarray(encode_prompt(example, tokenizer), np.int32)
+    except UserError as error:
+        raise UserError(f"row {row}: {error}") from error
 
 
 def length_buckets(longest: int, limit: int | None = None, smallest: int = 32) -> tuple[int, ...]:
@@ -254,7 +262,7 @@ def _arrange(
     seed: int,
     buckets: Sequence[int] | None,
 ) -> _Rows:
-    if all(example.prompt == "" and example.response is not None for example in examples):
+    if all(e.prompt == "" and e.response is not None and not e.messages for e in examples):
         documents = encode_examples(examples, tokenizer, None)
         if max(len(document.tokens) for document in documents) > max_length:
             return _Windows(documents, max_length, seed)

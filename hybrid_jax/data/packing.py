@@ -10,6 +10,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.chat import encode_conversation, encode_question
 from hybrid_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -27,34 +28,66 @@ class Encoded(NamedTuple):
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None) -> list[Encoded]:
-    """Tokens and loss mask of every example: prompt, response, end token.
+    """Tokens and loss mask of every example: prompt, response, end token; or a whole conversation.
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
-    learned from its second token on, for nothing precedes the first. A response that reaches beyond
-    ``max_length`` is cut, and then has no end token, since it did not end there; a line in the log counts them.
+    learned from its second token on, for nothing precedes the first. Of a conversation, all turns of the
+    assistant are learned, see `hybrid_jax.data.chat`. What reaches beyond ``max_length`` is cut, and then has
+    no end token, since it did not end there; a line in the log counts them.
 
     Raises:
-        UserError: for an example without a response, or whose prompt leaves no room for one token of it.
+        UserError: for an example without a response, or whose prompt leaves no room for one token of it, or
+            a conversation that cannot be encoded; it names the row.
     """
-    encoded, cuts = [], 0
+    encoded, cuts, straddled = [], 0, 0
     for row, example in enumerate(examples, start=1):
-        if example.response is None:
+        try:
+            if example.messages:
+                *sequence, here = encode_conversation(example.messages, tokenizer)
+                straddled += here > 0
+                sequence = Encoded(*sequence)
+            else:
+                sequence = _encode_pair(example, tokenizer, max_length)
+        except UserError as error:
+            raise UserError(f"row {row}: {error}") from error
+        cuts += max_length is not None and len(sequence.tokens) > max_length
+        sequence = Encoded(sequence.tokens[:max_length], sequence.loss_mask[:max_length])
+        if example.messages and not sequence.loss_mask.any():
             raise UserError(
-                f"row {row} has no response to learn from; set response_field, or use it for prompts only"
+                f"row {row}: no answer begins within max_length {max_length} tokens; raise max_length or "
+                "shorten the question"
             )
-        prompt = tokenizer.encode(example.prompt)
-        if max_length is not None and len(prompt) >= max_length:
-            raise UserError(
-                f"row {row}: the prompt must have fewer than max_length {max_length} tokens, "
-                f"got {len(prompt)}; raise max_length or shorten the prompt"
-            )
-        tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
-        cuts += max_length is not None and len(tokens) > max_length
-        tokens = np.asarray(tokens[:max_length], np.int32)
-        encoded.append(Encoded(tokens, np.arange(len(tokens)) >= max(len(prompt), 1)))
+        encoded.append(sequence)
     if cuts:
         log.warning("%d of %d responses were cut to fit %d tokens", cuts, len(examples), max_length)
+    if straddled:
+        log.warning(
+            "%d of %d conversations have an answer that begins inside a token of its header; that token is "
+            "not learned",
+            straddled,
+            len(examples),
+        )
     return encoded
+
+
+def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
+    """The tokens to answer: the prompt as it is, or a conversation up to the header of its last answer."""
+    return (
+        encode_question(example.question, tokenizer) if example.messages else tokenizer.encode(example.prompt)
+    )
+
+
+def _encode_pair(example: Example, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
+    if example.response is None:
+        raise UserError("no response to learn from; set response_field, or use it for prompts only")
+    prompt = tokenizer.encode(example.prompt)
+    if max_length is not None and len(prompt) >= max_length:
+        raise UserError(
+            f"the prompt must have fewer than max_length {max_length} tokens, got {len(prompt)}; "
+            "raise max_length or shorten the prompt"
+        )
+    tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
+    return Encoded(np.asarray(tokens, np.int32), np.arange(len(tokens)) >= max(len(prompt), 1))
 
 
 def pack(sequences: Sequence[Encoded], length: int) -> TokenBatch:

@@ -113,11 +113,11 @@ class Jsonl(Rows):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_held_out(self.held_out_fraction, held_out=self.held_out)
+        check_held_out(self.held_out_fraction, held_out=self.held_out)
 
     def load(self, split: Split) -> Sequence[Example]:
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
-        examples = [self.example(row, where) for where, row in _json_rows(Path(path))]
+        examples = [self.example(row, where) for where, row in json_rows(Path(path))]
         return choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
 
 
@@ -141,7 +141,7 @@ class Text:
     lines: bool = False
 
     def __post_init__(self):
-        _check_held_out(self.held_out_fraction, held_out=self.held_out, split_at=self.split_at)
+        check_held_out(self.held_out_fraction, held_out=self.held_out, split_at=self.split_at)
         if self.split_at is not None and self.split_at < 1:
             raise ValueError(f"split_at must be at least 1, got {self.split_at}")
 
@@ -190,7 +190,7 @@ class HuggingFaceDataset(Rows):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
+        check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
         own = self.held_out_split is not None
@@ -198,11 +198,12 @@ class HuggingFaceDataset(Rows):
             self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
         )
         examples = [
-            self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self._rows(name), start=1)
+            self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self.rows(name), start=1)
         ]
         return choose(examples, split, own, self.held_out_fraction, self.path)
 
-    def _rows(self, split: str) -> Iterable[Any]:
+    def rows(self, split: str) -> Iterable[Any]:
+        """The rows of a split as the library gives them."""
         import datasets
         from datasets.exceptions import DatasetsError
 
@@ -239,7 +240,7 @@ class TensorFlowDataset(Rows):
 
     def __post_init__(self):
         super().__post_init__()
-        _check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
+        check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
         own = self.held_out_split is not None
@@ -281,7 +282,7 @@ def _read(path: Path) -> str:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
-def _json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
+def json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """Each row with ``file:line`` for messages."""
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
@@ -324,7 +325,8 @@ def _check_template(name: str, template: str | None) -> None:
         raise ValueError(f"{name} must name plain fields such as {{question}}, got {template!r}")
 
 
-def _check_held_out(fraction: float | None, **others: Any) -> None:
+def check_held_out(fraction: float | None, **others: Any) -> None:
+    """Held-out data is named in one way only; raises `ValueError`."""
     if fraction is not None and not 0 < fraction < 1:
         raise ValueError(f"held_out_fraction must be in (0, 1), got {fraction}")
     given = [name for name, value in {**others, "held_out_fraction": fraction}.items() if value is not None]
@@ -351,6 +353,9 @@ def _held_out_texts(examples: Sequence[Example], fraction: float) -> set[str]:
 
 
 def _identity(example: Example) -> str:
+    """What must not stand on both sides of a split: the question, with the turns before it."""
+    if example.messages:
+        return json.dumps([[m["role"], m["content"]] for m in example.question])
     return example.prompt or example.response or ""
 
 

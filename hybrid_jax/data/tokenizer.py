@@ -7,16 +7,24 @@ Bytes and BPE never import ``transformers``, which takes seconds.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
 
 EOS_TOKEN = "<|endoftext|>"
 KIND_KEY = "hybrid_jax_kind"  # in tokenizer_config.json; transformers ignores it
 BYTES = 256
+
+
+class Tokens(NamedTuple):
+    """Ids, and the characters ``[start, end)`` of the text that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer(Protocol):
@@ -30,8 +38,27 @@ class Tokenizer(Protocol):
     @property
     def eos_id(self) -> int: ...
 
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja source that renders a conversation, if there is one."""
+        ...
+
+    @property
+    def template_variables(self) -> Mapping[str, Any]:
+        """What a chat template may name beside the messages, ``eos_token`` for one."""
+        ...
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """The special tokens and their ids."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; no special token is added."""
+        ...
+
+    def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
+        """The ids of a rendered chat: written special tokens become those tokens, unless ``plain``."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -39,7 +66,7 @@ class Tokenizer(Protocol):
         ...
 
     def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_tokenizer` and ``transformers.AutoTokenizer`` load."""
+        """Writes a folder that `load_tokenizer` and ``transformers.AutoTokenizer`` load, chat template too."""
         ...
 
 
@@ -55,10 +82,14 @@ TOKENIZERS: Registry[TokenizerBuilder] = Registry("tokenizer")
 class FastTokenizer:
     """A ``tokenizers.Tokenizer`` with an end token. In a text, special tokens are ordinary letters."""
 
-    def __init__(self, backend: Any, kind: str):
+    def __init__(self, backend: Any, kind: str, chat_template: str | None = None):
         backend.encode_special_tokens = True
         self._backend = backend
         self._kind = kind
+        self.chat_template = chat_template
+        self.template_variables = {"eos_token": EOS_TOKEN}
+        added = backend.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: id for id, token in added if token.special}
 
     @property
     def vocab_size(self) -> int:
@@ -70,6 +101,14 @@ class FastTokenizer:
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+
+    def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
+        self._backend.encode_special_tokens = plain
+        try:
+            encoded = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        return Tokens(encoded.ids, encoded.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -84,14 +123,38 @@ class FastTokenizer:
             "clean_up_tokenization_spaces": False,
             KIND_KEY: self._kind,
         }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 class HuggingFaceTokenizer:
-    """Any tokenizer of ``transformers`` that has an end token; its pad token may be the same one."""
+    """Any tokenizer of ``transformers`` that has an end token; its pad token may be the same one.
+
+    Special tokens that are written in a text are those tokens, as in ``transformers``.
+    """
 
     def __init__(self, backend: Any):
         self._backend = backend
+        added = backend.added_tokens_decoder.items()
+        special = {token.content: id for id, token in added if token.special}
+        self.special_tokens = special | dict(
+            zip(backend.all_special_tokens, backend.all_special_ids, strict=True)
+        )
+
+    @property
+    def chat_template(self) -> str | None:
+        templates = self._backend.chat_template
+        if isinstance(templates, dict) and "default" not in templates:
+            raise UserError(
+                f"the tokenizer has chat templates called {', '.join(sorted(templates))} and none called "
+                "default; set tokenizer.chat_template to a file with the one to use"
+            )
+        return templates["default"] if isinstance(templates, dict) else templates
+
+    @property
+    def template_variables(self) -> Mapping[str, Any]:
+        return self._backend.special_tokens_map
 
     @property
     def vocab_size(self) -> int:
@@ -104,6 +167,17 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_encodable(text), add_special_tokens=False)
 
+    def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
+        if not self._backend.is_fast:
+            raise UserError(
+                f"chat needs a fast tokenizer, which knows where its tokens stand in a text; "
+                f"{type(self._backend).__name__} is a slow one: convert it into a tokenizer.json"
+            )
+        encoded = self._backend(
+            text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=plain
+        )
+        return Tokens(encoded["input_ids"], encoded["offset_mapping"])
+
     def decode(self, ids: Sequence[int]) -> str:
         known = [int(i) for i in ids if i < self.vocab_size]
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -115,15 +189,24 @@ class HuggingFaceTokenizer:
 @TOKENIZERS.register("bytes")
 @dataclass(frozen=True)
 class Bytes:
-    """The 256 bytes of UTF-8 as ids 0 to 255, and the end token 256."""
+    """The 256 bytes of UTF-8 as ids 0 to 255, and the end token 256.
+
+    Attributes:
+        chat_template: the name of a template ("chatml", "plain") or a jinja file; its special tokens follow
+            the end token.
+    """
+
+    chat_template: str | None = None
 
     def build(self, texts: Iterable[str] = ()) -> Tokenizer:
         from tokenizers import AddedToken, models
 
         letters = _byte_letters()
         backend = _byte_level(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-        backend.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
-        return FastTokenizer(backend, "bytes")
+        template = _named_template(self.chat_template)
+        special = (EOS_TOKEN, *template.special_tokens)
+        backend.add_special_tokens([AddedToken(token, special=True) for token in special])
+        return FastTokenizer(backend, "bytes", template.source or None)
 
 
 @TOKENIZERS.register("bpe")
@@ -134,9 +217,11 @@ class Bpe:
     Attributes:
         vocab_size: ids in all, at least 257: the bytes, the end token, and merges for the rest (fewer where
             the data has no more pairs to merge).
+        chat_template: as in `Bytes`; its special tokens are part of ``vocab_size``.
     """
 
     vocab_size: int = 512
+    chat_template: str | None = None
 
     def __post_init__(self):
         if self.vocab_size <= BYTES:
@@ -148,45 +233,54 @@ class Bpe:
         from tokenizers import models, pre_tokenizers, trainers
 
         backend = _byte_level(models.BPE())
+        template = _named_template(self.chat_template)
         trainer = trainers.BpeTrainer(
             vocab_size=self.vocab_size,
-            special_tokens=[EOS_TOKEN],
+            special_tokens=[EOS_TOKEN, *template.special_tokens],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
         backend.train_from_iterator((_encodable(text) for text in texts), trainer)
-        return FastTokenizer(backend, "bpe")
+        return FastTokenizer(backend, "bpe", template.source or None)
 
 
 @TOKENIZERS.register("huggingface")
 @dataclass(frozen=True)
 class HuggingFace:
-    """The tokenizer of a Hugging Face folder (or of a cached model name). Code in the folder is never run."""
+    """The tokenizer of a Hugging Face folder (or of a cached model name). Code in the folder is never run.
+
+    Attributes:
+        path: the folder or the name.
+        chat_template: instead of the folder's own template, as in `Bytes`, but no token is added: the
+            vocabulary must have those that the template writes.
+    """
 
     path: str
+    chat_template: str | None = None
 
     def build(self, texts: Iterable[str] = ()) -> Tokenizer:
-        return _load_huggingface(self.path)
+        return _load_huggingface(self.path, self.chat_template)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder."""
     folder = Path(folder)
-    config = folder / "tokenizer_config.json"
+    path = folder / "tokenizer_config.json"
     try:
-        kind = json.loads(config.read_text()).get(KIND_KEY) if config.is_file() else None
-        if kind is None:
+        config = json.loads(path.read_text()) if path.is_file() else {}
+        if KIND_KEY not in config:
             return _load_huggingface(str(folder))
         from tokenizers import Tokenizer as Backend
 
-        return FastTokenizer(Backend.from_file(str(folder / "tokenizer.json")), kind)
+        backend = Backend.from_file(str(folder / "tokenizer.json"))
+        return FastTokenizer(backend, config[KIND_KEY], config.get("chat_template"))
     except UserError:
         raise
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
 
 
-def _load_huggingface(path: str) -> Tokenizer:
+def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
@@ -196,7 +290,19 @@ def _load_huggingface(path: str) -> Tokenizer:
         raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if backend.eos_token_id is None:
         raise UserError(f"the tokenizer of {path!r} has no end token; set eos_token in tokenizer_config.json")
+    if chat_template is not None:
+        template = _named_template(chat_template)
+        if missing := [token for token in template.special_tokens if token not in backend.get_vocab()]:
+            raise UserError(
+                f"chat_template {chat_template!r} needs the token {missing[0]!r}, which the tokenizer of "
+                f"{path!r} has not; take 'plain', or a template of its own tokens"
+            )
+        backend.chat_template = template.source
     return HuggingFaceTokenizer(backend)
+
+
+def _named_template(name: str | None) -> ChatTemplate:
+    return ChatTemplate("") if name is None else read_chat_template(name)
 
 
 def _byte_level(model: Any) -> Any:

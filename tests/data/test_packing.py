@@ -58,7 +58,7 @@ def test_a_prompt_that_leaves_no_room_is_an_error_that_names_the_row(tokenizer):
 
 
 def test_an_example_without_response_is_an_error_that_names_the_row(tokenizer):
-    with pytest.raises(UserError, match="row 2 has no response to learn from"):
+    with pytest.raises(UserError, match="row 2: no response to learn from"):
         encode_examples([Example("a", "b"), Example("a")], tokenizer, 8)
 
 

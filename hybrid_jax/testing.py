@@ -45,6 +45,13 @@ class PrefixTable:
             prefixes.append(prefix)
         return jax.nn.one_hot(jnp.stack(prefixes, axis=1), NUM_PREFIXES)
 
+    @property
+    def loss_coefs(self):
+        return {}
+
+    def hidden_and_losses(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        return self.hidden(params, tokens), {}
+
     def logits(self, params, hidden):
         return hidden @ params["table"]
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.registry import Registry
 
 Params = dict[str, Any]  # a nested dict of arrays
@@ -54,6 +55,22 @@ class LanguageModel(Protocol):
         dropout_key: Array | None = None,
     ) -> Float[Array, "B T D"]:
         """Final hidden states (after the last norm). Dropout acts only where a key is given."""
+        ...
+
+    @property
+    def loss_coefs(self) -> dict[str, float]:
+        """Weights of the model's own losses in training, such as a router's; empty for most models."""
+        ...
+
+    def hidden_and_losses(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
+        *,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Sum]]:
+        """`hidden`, with the losses that `loss_coefs` names, as sums over the real tokens."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

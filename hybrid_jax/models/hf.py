@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.families.table import Family, Tensors, dump_weights, load_weights
+from hybrid_jax.models.families.family import Family, dump_weights, load_weights
 
 _WEIGHTS, _INDEX, _TORCH = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -36,8 +37,15 @@ def load_pretrained(
     """
     folder = Path(folder)
     family, model = _read_model(folder, dtype)
-    params = load_weights(family, model, _read_tensors(folder))
-    return model, jax.tree.map(jnp.asarray, params)
+    tensors = {name: partial(_itself, array) for name, array in _read_tensors(folder).items()}
+    params = load_weights(
+        family, model, tensors, lambda path, array: jnp.asarray(np.ascontiguousarray(array, np.float32))
+    )
+    return model, params
+
+
+def _itself(array):
+    return array
 
 
 def save_pretrained(
@@ -57,7 +65,7 @@ def save_pretrained(
     header = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": "float32"}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dump_weights(family, model, params), folder / _WEIGHTS, metadata={"format": "pt"})
+    save_file(dict(dump_weights(family, model, params)), folder / _WEIGHTS, metadata={"format": "pt"})
     _write_json(folder / "config.json", {**header, **config, **ids})
     _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
 
@@ -117,7 +125,7 @@ def _read_model(folder: Path, dtype: str) -> tuple[Family, Decoder]:
     return family, Decoder(decoder)
 
 
-def _read_tensors(folder: Path) -> Tensors:
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     if (folder / _INDEX).is_file():
         return _read_shards(folder)
     if (folder / _WEIGHTS).is_file():
@@ -127,11 +135,11 @@ def _read_tensors(folder: Path) -> Tensors:
     raise UserError(f"{folder} holds no weights: expected {_WEIGHTS}, {_INDEX} or {_TORCH}")
 
 
-def _read_shards(folder: Path) -> Tensors:
+def _read_shards(folder: Path) -> dict[str, np.ndarray]:
     placed = _read_json(folder / _INDEX).get("weight_map")
     if not isinstance(placed, dict):
         raise UserError(f"{folder / _INDEX}: 'weight_map' is missing")
-    tensors: Tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for shard in sorted(set(placed.values())):
         held = _read_safetensors(folder / shard)
         if twice := tensors.keys() & held.keys():
@@ -142,7 +150,7 @@ def _read_shards(folder: Path) -> Tensors:
     return tensors
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -154,7 +162,7 @@ def _read_safetensors(path: Path) -> Tensors:
         raise UserError(f"{path}: not a whole safetensors file: {error}") from error
 
 
-def _read_torch(path: Path) -> Tensors:
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as error:

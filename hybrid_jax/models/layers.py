@@ -1,4 +1,4 @@
-"""Linear maps, norms, activations and rotary positions as pure functions.
+"""Linear maps, norms and activations as pure functions.
 
 On a CPU, linear maps, norms and `gelu_tanh` carry hand-written gradients over 2-D arrays [rows, width]:
 XLA's CPU compiler otherwise recomputes elementwise gradients into strided copies around every weight
@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 def on_cpu() -> bool:
@@ -165,19 +165,3 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
-
-
-# ------------------------------------------------------------------------------------------------ positions
-
-
-def rotary_angles(positions: Int[Array, "B T"], head_width: int, theta: float) -> Float[Array, "B T C/2"]:
-    """``position · θ^(-2i/C)`` for the channel pairs ``i`` (Su et al. 2021, eq. 15)."""
-    frequencies = theta ** (-jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width)
-    return positions[..., None].astype(jnp.float32) * frequencies
-
-
-def rotate(x: Float[Array, "B T H C"], angles: Float[Array, "B T C/2"]) -> Float[Array, "B T H C"]:
-    """Turns the channel pairs ``(i, i + C/2)`` by ``angles``: the pairing of Hugging Face checkpoints."""
-    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], -1).astype(x.dtype)

@@ -95,17 +95,19 @@ def test_a_plain_torch_file_loads_and_one_with_code_does_not(folder):
 
 
 DAMAGE = {
-    "tensor 'wpe.weight' is missing from the gpt2 weights": lambda t: t.pop("transformer.wpe.weight"),
-    "tensor 'h.1.ln_1.weight' has no place in a gpt2 model": lambda t: t.update(
+    "tensor 'transformer.wpe.weight' is missing from the gpt2 weights": lambda t: t.pop(
+        "transformer.wpe.weight"
+    ),
+    "tensor 'transformer.h.1.ln_1.weight' has no place in a gpt2 model": lambda t: t.update(
         {"transformer.h.1.ln_1.weight": np.ones(8, np.float32)}
     ),
     "tensor 'wte.weight' is there twice, with and without 'transformer.'": lambda t: t.update(
         {"wte.weight": t["transformer.wte.weight"].copy()}
     ),
-    "tensor 'ln_f.bias' [7] gives final_norm/bias the shape [7], the config says [8]": lambda t: t.update(
-        {"transformer.ln_f.bias": np.ones(7, np.float32)}
+    "tensor 'transformer.ln_f.bias' [7] gives final_norm/bias the shape [7], the config says [8]": lambda t: (
+        t.update({"transformer.ln_f.bias": np.ones(7, np.float32)})
     ),
-    "tensor 'h.0.attn.c_attn.bias' of shape (23,)": lambda t: t.update(
+    "tensor 'transformer.h.0.attn.c_attn.bias' [23]: expected 24 outputs, got 23": lambda t: t.update(
         {"transformer.h.0.attn.c_attn.bias": np.ones(23, np.float32)}
     ),
     "tensor 'lm_head.weight' differs from 'wte.weight', but the config ties them": lambda t: t.update(
@@ -126,7 +128,7 @@ def test_a_damaged_weight_file_names_the_tensor(folder, message):
     ("changes", "message"),
     [
         ({"model_type": "gpt3"}, "unknown model_type 'gpt3'; did you mean 'gpt2'?"),
-        ({"n_embd": "drop"}, "'n_embd' is missing"),
+        ({"n_embd": "drop"}, "gives token_embedding/embedding the shape [11, 8], the config says [11, 768]"),
         ({"n_head": 3}, "width must be a multiple of num_heads=3, got 8"),
         ({"activation_function": "mish"}, "activation_function must be one of"),
         ({"add_cross_attention": True}, "add_cross_attention must be False, got True"),

@@ -88,21 +88,3 @@ def test_gelu_is_finite_far_out():
     y, slope = jax.jit(jax.vmap(jax.value_and_grad(layers.gelu_tanh)))(x)
     np.testing.assert_array_equal(y, [0.0, 0.0, 0.0, 100.0, 1e4])
     np.testing.assert_array_equal(slope, [0.0, 0.0, 0.5, 1.0, 1.0])
-
-
-def test_rotary_scores_depend_only_on_the_distance():
-    q, k = _random((1, 1, 1, 8), (1, 1, 1, 8))
-
-    @jax.jit
-    def score(i, j):
-        at = lambda p: layers.rotary_angles(jnp.array([[p]]), 8, 10_000.0)  # noqa: E731
-        return jnp.sum(layers.rotate(q, at(i)) * layers.rotate(k, at(j)))
-
-    assert score(7, 3) == pytest.approx(float(score(104, 100)), abs=1e-5)
-    assert abs(score(7, 3) - score(7, 4)) > 1e-2
-
-
-def test_rotary_turns_the_first_pair_by_one_radian_a_position():
-    x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
-    turned = jax.jit(lambda x: layers.rotate(x, layers.rotary_angles(jnp.array([[1]]), 4, 10_000.0)))(x)
-    np.testing.assert_allclose(turned[0, 0, 0], [np.cos(1.0), 0.0, np.sin(1.0), 0.0], atol=1e-6)

@@ -9,7 +9,7 @@ import transformers
 
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.families.table import dump_weights
+from hybrid_jax.models.families.family import dump_weights
 from hybrid_jax.models.hf import load_pretrained, save_pretrained
 from hybrid_jax.sampling.decode import generate
 
@@ -56,7 +56,7 @@ def test_logits_loss_and_all_gradients_equal_those_of_transformers(transformer):
     loss, gradients = jax.jit(jax.value_and_grad(_our_loss(model, tokens, mask)))(params)
     assert float(loss) == pytest.approx(their_loss.item(), rel=1e-5)
     # The weight table maps gradients as it maps weights: every row is linear.
-    named = dump_weights(FAMILIES[theirs.config.model_type], model, gradients)
+    named = dict(dump_weights(FAMILIES[theirs.config.model_type], model, gradients))
     their_gradients = {name: p.grad.numpy() for name, p in theirs.named_parameters()}
     assert named.keys() == their_gradients.keys()
     for name, gradient in their_gradients.items():

@@ -1,0 +1,282 @@
+"""The modules of the decoder: embedding, layers of attention and MLP (or experts), norms.
+
+A layer, ``f`` being attention and then the MLP:   x = x + f(norm(x))            norm_placement "before"
+                                                   x = x + norm(f(x))                           "after"
+                                                   x = x + norm(f(norm(x)))                     "around"
+                                                   x = norm(x + f(x))                           "residual"
+In a parallel block both read the layer's input: x = x + attention(norm(x)) + mlp(norm'(x)).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.models.attention import AttentionRule
+from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
+from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
+from hybrid_jax.models.rope import rotary_table, rotate
+
+# (q, k, v, rule, sinks) -> mixed values, what to keep of the layer
+Attend = Callable[[Array, Array, Array, AttentionRule, Array | None], tuple[Array, Any]]
+LOSSES = "losses"  # the collection that routers write to
+
+
+@struct.dataclass
+class Context:
+    """What every layer knows of the tokens."""
+
+    real: Bool[Array, "B T"]  # False is padding
+    rotary: tuple[Array, Array] | None
+    local_rotary: tuple[Array, Array] | None  # of the windowed layers
+
+
+class Network(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"], positions, real: Bool[Array, "B T"], attends: list[Attend]):
+        c = self.config
+        drop = nn.Dropout(c.dropout, deterministic=c.dropout == 0.0 or not self.has_rng("dropout"))
+        x = Embedding(c.vocab_size, c.embedding_width or c.width, c, name="token_embedding")(tokens)
+        if c.embedding_scale != 1.0:
+            x = x * jnp.asarray(c.embedding_scale, x.dtype)
+        if c.embedding_width is not None:
+            x = Linear(c.width, False, c.init_std, c.dtype, name="embedding_in")(x)
+        if c.position == "learned":
+            rows = c.max_length + c.position_offset
+            x = x + Embedding(rows, c.width, c, name="position_embedding")(positions + c.position_offset)
+        if c.embedding_norm:
+            x = Norm(c, name="embedding_norm")(x)
+        x, kept = drop(x), []
+        context = _context(c, positions, real)
+        for i, attend in enumerate(attends):
+            x, keep = Layer(c, i, name=f"layer_{i}")(x, context, attend, drop)
+            kept.append(keep)
+        if self.is_initializing():
+            self._init_head(x)
+        return Norm(c, name="final_norm")(x) if c.final_norm else x, kept
+
+    def _init_head(self, x) -> None:
+        """`Decoder.logits` reads these."""
+        c = self.config
+        if c.embedding_width is not None:
+            Linear(c.embedding_width, False, c.init_std, c.dtype, name="embedding_out")(x)
+        if not c.tie_embeddings:
+            Linear(c.vocab_size, c.head_bias, c.init_std, c.dtype, name="lm_head")(x)
+        elif c.head_bias:
+            self.param("lm_head", lambda key: {"bias": jnp.zeros(c.vocab_size or 0)})
+
+
+def _context(c: DecoderConfig, positions, real) -> Context:
+    if c.position != "rotary":
+        return Context(real, None, None)
+    table = rotary_table(positions, c.rotary_channels, c.rope_theta, c.rope_scaling)
+    if c.local_rope_theta is None:
+        return Context(real, table, table)
+    return Context(real, table, rotary_table(positions, c.rotary_channels, c.local_rope_theta))
+
+
+class Layer(nn.Module):
+    config: DecoderConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x, context: Context, attend: Attend, drop: nn.Dropout):
+        c = self.config
+        attention = Attention(c, self.index, name="attention")
+        mlp = Mixture(c, name="mlp") if c.has_experts(self.index) else Mlp(c, c.inner_width, name="mlp")
+        before = c.norm_placement in ("before", "around")
+        after = c.norm_placement in ("after", "around")
+
+        def read(x, name):
+            return Norm(c, name=f"{name}_norm")(x) if before else x
+
+        def add(x, branch, name):
+            if after:
+                branch = Norm(c, name=f"{name}_output_norm")(branch)
+            x = x + drop(branch if c.residual_scale == 1.0 else branch * c.residual_scale)
+            return Norm(c, name=f"{name}_norm")(x) if c.norm_placement == "residual" else x
+
+        seen = read(x, "attention")
+        mixed, kept = attention(seen, context, attend)
+        if c.block == "sequential":
+            x = add(x, mixed, "attention")
+            return add(x, mlp(read(x, "mlp"), context), "mlp"), kept
+        thought = mlp(seen if c.block == "parallel_shared" else read(x, "mlp"), context)
+        return add(add(x, mixed, "attention"), thought, "mlp"), kept
+
+
+class Attention(nn.Module):
+    config: DecoderConfig
+    index: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context, attend: Attend):
+        c = self.config
+        q, k, v = (self._project(x, name, n) for name, n in self._heads().items())
+        if c.query_key_norm is not None:
+            q, k = (HeadNorm(c, name=name)(y) for name, y in (("query_norm", q), ("key_norm", k)))
+        if c.is_rotary(self.index):
+            table = context.local_rotary if c.is_windowed(self.index) else context.rotary
+            assert table is not None
+            q, k = (rotate(y, table, interleaved=c.rotary_interleaved) for y in (q, k))
+        sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,)) if c.attention_sinks else None
+        mixed, kept = attend(q, k, v, c.attention_rule(self.index), sinks)
+        bias = c.attention_bias if c.output_bias is None else c.output_bias
+        out = Linear(c.width, bias, residual_std(c), c.dtype, name="output")
+        return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), kept
+
+    def _heads(self) -> dict[str, int]:
+        c = self.config
+        return {"query": c.num_heads, "key": c.kv_heads, "value": c.kv_heads}
+
+    def _project(self, x, name: str, heads: int) -> Float[Array, "B T H C"]:
+        c = self.config
+        y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, name=name)(x)
+        if c.clip_qkv is not None:
+            y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
+        return y.reshape(*x.shape[:2], heads, c.channels)
+
+
+class Mlp(nn.Module):
+    config: DecoderConfig
+    inner_width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
+        c = self.config
+        inner = partial(Linear, self.inner_width, c.mlp_bias, c.init_std, c.dtype)
+        activate, up = ACTIVATIONS[c.activation], inner(name="up")(x)
+        x = activate(inner(name="gate")(x)) * up if c.mlp == "gated" else activate(up)
+        return Linear(c.width, c.mlp_bias, residual_std(c), c.dtype, name="down")(x)
+
+
+class Mixture(nn.Module):
+    """Gated MLPs of which a router chooses some for every token."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: Context):
+        c, e = self.config, self.config.experts
+        assert e is not None
+        flat = x.reshape(-1, c.width)
+        router = Linear(e.count, e.router_bias, c.init_std, c.dtype, jnp.float32, name="router")
+        scores = router(flat)
+        weights, chosen = choose_experts(scores, e.per_token, e.normalize)
+        if not self.is_initializing():
+            by_row = x.shape[:2]
+            losses = router_losses(scores.reshape(*by_row, -1), chosen.reshape(*by_row, -1), context.real)
+            self.sow(LOSSES, "router", losses)
+        y = self._experts(flat, weights, chosen).astype(x.dtype).reshape(x.shape)
+        if e.shared_width is not None:
+            shared = Mlp(c, e.shared_width, name="shared")(x, context)
+            if e.shared_gate:
+                shared = shared * nn.sigmoid(Linear(1, False, c.init_std, c.dtype, name="shared_gate")(x))
+            y = y + shared
+        return y
+
+    def _experts(self, x, weights, chosen) -> Float[Array, "N D"]:
+        c, e = self.config, self.config.experts
+        assert e is not None
+        dispatch = Dispatch.of(chosen, e.count)
+
+        def product(name: str, x, width: int, std: float):
+            kernel, bias = Stack((e.count, x.shape[1], width), e.bias, std, name=name)()
+            return dispatch.product(x, kernel.astype(x.dtype), bias)
+
+        copies = dispatch.scatter(x)
+        gate, up = (product(f"expert_{name}", copies, e.width, c.init_std) for name in ("gate", "up"))
+        inner = clamped_swiglu(gate, up) if e.clamped else ACTIVATIONS[c.activation](gate) * up
+        return dispatch.gather(product("expert_down", inner, c.width, residual_std(c)), weights)
+
+
+def residual_std(config: DecoderConfig) -> float:
+    """GPT-2 shrinks what writes into the residual stream by √(number of residual branches)."""
+    return config.init_std / math.sqrt(2 * config.num_layers)
+
+
+class Linear(nn.Module):
+    features: int | None
+    use_bias: bool
+    init_std: float
+    dtype: str
+    out_dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        return linear(x, kernel.astype(self.dtype), bias, self.out_dtype)
+
+
+class Stack(nn.Module):
+    """The kernels and biases of a stack of linear maps."""
+
+    shape: tuple[int, int, int]
+    use_bias: bool
+    init_std: float
+
+    @nn.compact
+    def __call__(self):
+        count, _, features = self.shape
+        kernel = self.param("kernel", nn.initializers.normal(self.init_std), self.shape)
+        return kernel, self.param("bias", nn.initializers.zeros, (count, features)) if self.use_bias else None
+
+
+class Norm(nn.Module):
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x):
+        return normalize(self, self.config, x, (x.shape[-1],), self.config.norm_bias)
+
+
+class HeadNorm(nn.Module):
+    """The norm of queries or keys, over the channels of each head or over all of them."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T H C"]):
+        c = self.config
+        if c.query_key_norm == "all_heads":
+            flat = x.reshape(*x.shape[:2], -1)
+            return normalize(self, c, flat, flat.shape[2:], False).reshape(x.shape)
+        return normalize(self, c, x, x.shape[3:] if c.query_key_norm == "head" else x.shape[2:], False)
+
+
+def normalize(module: nn.Module, c: DecoderConfig, x, shape: tuple[int, ...], use_bias: bool):
+    """Layer or RMS norm over the last axis with the scale, and the bias, that the module keeps."""
+    one = nn.initializers.zeros if c.norm_unit_offset else nn.initializers.ones
+    scale = module.param("scale", one, shape) if c.norm_scale else jnp.ones(shape)
+    scale = 1.0 + scale if c.norm_unit_offset else scale
+    flat = scale if len(shape) == 1 else jnp.ones(shape[-1:])
+    if c.norm == "rms":
+        y = rms_norm(x, flat, c.norm_epsilon)
+    else:
+        has_bias = use_bias and c.norm_scale
+        bias = module.param("bias", nn.initializers.zeros, shape) if has_bias else jnp.zeros(shape[-1:])
+        y = layer_norm(x, flat, bias, c.norm_epsilon)
+    return y if len(shape) == 1 else (y * scale).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    rows: int | None
+    width: int
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, indices):
+        c = self.config
+        table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
+        return jnp.take(table, indices, axis=0).astype(c.dtype)

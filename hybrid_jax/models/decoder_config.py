@@ -1,0 +1,188 @@
+"""Every switch of the configurable decoder: a family of models is a choice of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.attention import AttentionRule, alibi_slopes
+from hybrid_jax.models.base import BACKBONES
+from hybrid_jax.models.experts import Experts
+from hybrid_jax.models.rope import ROPE_SCALINGS
+
+if TYPE_CHECKING:
+    from hybrid_jax.models.decoder import Decoder
+
+Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
+_SIZES = (
+    *("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "mlp_width", "max_length"),
+    *("vocab_size", "rotary_width", "window", "embedding_width"),
+)
+_PER_LAYER = ("window_layers", "rotary_layers")
+
+
+@BACKBONES.register("decoder")
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Every switch of the decoder. ``None`` means the usual choice, named behind it."""
+
+    num_layers: int = 4
+    width: int = 256
+    num_heads: int = 8
+    num_kv_heads: int | None = None  # num_heads
+    head_width: int | None = None  # width // num_heads
+    mlp_width: int | None = None  # 4 * width
+    max_length: int = 1024
+    vocab_size: int | None = None  # the tokenizer's
+
+    position: Literal["learned", "rotary", "alibi"] = "learned"
+    position_offset: int = 0  # rows of the learned table before the one of position 0
+    rope_theta: float = 10_000.0
+    rope_scaling: Annotated[Any, ROPE_SCALINGS] | None = None
+    local_rope_theta: float | None = None  # base of the windowed layers, never scaled; rope_theta
+    rotary_width: int | None = None  # channels of a head that turn; all
+    rotary_interleaved: bool = False  # channel pairs (2i, 2i + 1) instead of (i, i + C/2)
+    rotary_layers: tuple[bool, ...] | None = None  # layers that know positions; all
+    alibi_exponent: float = 8.0  # the smallest slope is 2^-8
+    alibi_scaled: bool = False  # the bias is scaled like the scores
+
+    attention_scale: float | None = None  # 1 / √head_width
+    attention_softcap: float | None = None  # none
+    attention_sinks: bool = False  # a learned score a head that no value answers
+    window: int | None = None  # tokens that a windowed layer sees, itself included; all
+    window_layers: tuple[bool, ...] | None = None  # which layers have the window; all
+    query_key_norm: Literal["head", "each_head", "all_heads"] | None = None  # scale [C], [H C], or one over H·C
+    clip_qkv: float | None = None  # queries, keys and values are clipped to ±
+
+    norm: Literal["layer", "rms"] = "layer"
+    norm_epsilon: float = 1e-5
+    norm_scale: bool = True  # learned scales
+    norm_bias: bool = True  # learned biases, of layer norms
+    norm_unit_offset: bool = False  # the scale is 1 + the parameter
+    norm_placement: Literal["before", "after", "around", "residual"] = "before"  # of branches; "after" the sum
+    embedding_norm: bool = False
+    final_norm: bool = True
+    block: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # shared: one norm for both
+
+    mlp: Literal["plain", "gated"] = "plain"
+    activation: Activation = "gelu_tanh"
+    experts: Experts | None = None
+    attention_bias: bool = True  # of queries, keys and values
+    output_bias: bool | None = None  # of the attention's output; attention_bias
+    mlp_bias: bool = True
+    head_bias: bool = False
+
+    embedding_width: int | None = None  # of the token embedding, mapped to width and back; width
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what a branch adds
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None  # none
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
+    family: str | None = None  # Hugging Face model_type to export as; the first that can express the decoder
+
+    def __post_init__(self):
+        for name in _SIZES:
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        for name in _PER_LAYER:
+            if (layers := getattr(self, name)) is not None and len(layers) != self.num_layers:
+                raise ValueError(f"{name} must name {self.num_layers} layers, got {len(layers)}")
+        if self.experts and self.experts.layers and len(self.experts.layers) != self.num_layers:
+            raise ValueError(
+                f"experts.layers must name {self.num_layers} layers, got {len(self.experts.layers)}"
+            )
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(f"width must be a multiple of num_heads={self.num_heads}, got {self.width}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
+        if self.position == "rotary" and (self.rotary_channels % 2 or self.rotary_channels > self.channels):
+            name = "head_width" if self.rotary_width is None else "rotary_width"
+            raise ValueError(f"{name} must be even for rotary positions, got {self.rotary_channels}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.embedding_width is not None and not self.tie_embeddings:
+            raise ValueError("embedding_width needs tie_embeddings")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def channels(self) -> int:
+        return self.width // self.num_heads if self.head_width is None else self.head_width
+
+    @property
+    def rotary_channels(self) -> int:
+        return self.channels if self.rotary_width is None else self.rotary_width
+
+    @property
+    def inner_width(self) -> int:
+        return 4 * self.width if self.mlp_width is None else self.mlp_width
+
+    def attention_rule(self, layer: int) -> AttentionRule:
+        slopes = None
+        if self.position == "alibi":
+            slopes = alibi_slopes(self.num_heads, self.alibi_exponent)
+            if self.alibi_scaled:
+                slopes = tuple(slope / math.sqrt(self.channels) for slope in slopes)
+        window = self.window if self.is_windowed(layer) else None
+        return AttentionRule(self.attention_scale, window, self.attention_softcap, slopes)
+
+    def is_windowed(self, layer: int) -> bool:
+        return self.window is not None and (self.window_layers is None or self.window_layers[layer])
+
+    def is_rotary(self, layer: int) -> bool:
+        return self.position == "rotary" and (self.rotary_layers is None or self.rotary_layers[layer])
+
+    def has_experts(self, layer: int) -> bool:
+        return self.experts is not None and (self.experts.layers is None or self.experts.layers[layer])
+
+    def resolved(self) -> DecoderConfig:
+        """The same decoder with every choice spelled out, so that equal decoders compare equal."""
+        layers = range(self.num_layers)
+        windowed, rotary = tuple(map(self.is_windowed, layers)), tuple(map(self.is_rotary, layers))
+        experts = self.experts and replace(self.experts, layers=tuple(map(self.has_experts, layers)))
+        local = self.local_rope_theta if any(windowed) and self.local_rope_theta != self.rope_theta else None
+        unused: dict[str, Any] = {}
+        if self.position != "rotary":
+            plain = ("rope_theta", "rope_scaling", "rotary_width", "rotary_interleaved", "rotary_layers")
+            unused |= {name: getattr(_PLAIN, name) for name in (*plain, "local_rope_theta")}
+        if self.position != "alibi":
+            unused |= {"alibi_exponent": _PLAIN.alibi_exponent, "alibi_scaled": _PLAIN.alibi_scaled}
+        if experts and all(experts.layers or ()):
+            unused |= {"mlp_width": None, "mlp_bias": False}
+        spelled = {
+            "num_kv_heads": self.kv_heads,
+            "head_width": self.channels,
+            "mlp_width": self.inner_width,
+            "rotary_width": self.rotary_channels,
+            "rotary_layers": None if all(rotary) else rotary,
+            "local_rope_theta": local,
+            "attention_scale": self.attention_rule(0).score_scale(self.channels),
+            "window": self.window if any(windowed) else None,
+            "window_layers": None if all(windowed) or not any(windowed) else windowed,
+            "norm_bias": self.norm_bias and self.norm == "layer" and self.norm_scale,
+            "output_bias": self.attention_bias if self.output_bias is None else self.output_bias,
+            "embedding_width": None if self.embedding_width == self.width else self.embedding_width,
+            "experts": experts,
+        }
+        return replace(self, **{**spelled, **unused})
+
+    def build(self, vocab_size: int | None = None) -> Decoder:
+        """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
+        from hybrid_jax.models.decoder import Decoder
+
+        size = self.vocab_size or vocab_size
+        if size is None:
+            raise UserError("vocab_size is missing: the decoder names none and there is no tokenizer")
+        if vocab_size is not None and size < vocab_size:
+            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
+        return Decoder(replace(self, vocab_size=size))
+
+
+_PLAIN = DecoderConfig()

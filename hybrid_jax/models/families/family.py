@@ -1,0 +1,192 @@
+"""One family of Hugging Face models: its config both ways and its weight table both ways."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import numpy as np
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.families.settings import Part, Settings
+from hybrid_jax.models.families.weights import Row, Table, expand
+
+Tensors = dict[str, Callable[[], np.ndarray]]  # what reads a tensor, by its name
+Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
+_FREE = ("dropout", "init_std", "dtype", "family")  # of training only, so every family expresses them
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type`` of Hugging Face.
+
+    Attributes:
+        model_type: the name in config.json.
+        architecture: the class of `transformers` with a language-model head.
+        settings: the parts of the config, both ways.
+        table: of the weights, or a function of our config that gives it. Names leave the prefix out.
+        prefix: of every name but those of heads; files of the bare model leave it out.
+        heads: first parts of the names that never have the prefix.
+        ignored: names (without prefix) that hold no weights, as a regular expression.
+        transposed: their linear maps are [out, in].
+        embedding: whose copy a file may also hold as ``head``, where they are tied.
+        config: the class of our settings.
+    """
+
+    model_type: str
+    architecture: str
+    settings: tuple[Part, ...]
+    table: Table | Callable[[Any], Table]
+    prefix: str = "model."
+    heads: tuple[str, ...] = ("lm_head", "score")
+    ignored: str = r".*\.rotary_emb\.inv_freq"
+    transposed: bool = True
+    embedding: str = "embed_tokens.weight"
+    head: str = "lm_head.weight"
+    config: type = DecoderConfig
+
+    def read_config(self, content: Mapping[str, Any]) -> Any:
+        """Our settings, out of a config.json."""
+        return self._read(_their_config(self.model_type, content))
+
+    def write_config(self, config: Any, content: Mapping[str, Any] | None = None) -> Settings:
+        """A config.json; ``content`` has what it shall hold beside our settings.
+
+        Raises:
+            UserError: the family cannot express the model: reading back would give another one.
+        """
+        settings: Settings = {}
+        for part in self.settings:
+            settings |= part.write(config)
+        theirs = _their_config(self.model_type, {**(content or {}), **settings})
+        if differences := self.differences(config, theirs):
+            name, wanted, got = differences[0]
+            raise UserError(f"{name} must be {got!r} for a {self.model_type} export, got {wanted!r}")
+        return {**theirs.to_dict(), "model_type": self.model_type}
+
+    def differences(self, config: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
+        """(setting, ours, what the family makes of it) wherever the two differ."""
+        wanted, got = config.resolved(), self._read(theirs).resolved()
+        names = [field.name for field in fields(wanted) if field.name not in _FREE]
+        pairs = ((name, getattr(wanted, name), getattr(got, name)) for name in names)
+        return [(name, ours, other) for name, ours, other in pairs if ours != other]
+
+    def _read(self, theirs: Any) -> Any:
+        settings: Settings = {}
+        for part in self.settings:
+            settings |= part.read(theirs)
+        return self.config(**settings, family=self.model_type)
+
+    def rows(self, model: Any, shapes: Mapping[str, Any]) -> list[Row]:
+        """The table for a model with these parameters; every parameter is in exactly one row."""
+        table = self.table(model.config) if callable(self.table) else self.table
+        sizes = {path: tuple(shape.shape) for path, shape in shapes.items()}
+        rows = expand(table, sizes, model.config, lambda name: self.transposed or self._is_head(name))
+        covered = sorted(path for row in rows for path in row.ours)
+        assert covered == sorted(shapes), (
+            f"the {self.model_type} table misses {sorted(set(shapes) - set(covered))[:3]}"
+        )
+        return rows
+
+    def full_name(self, name: str) -> str:
+        """With the prefix, if it is no head's."""
+        return name if self._is_head(name) else self.prefix + name
+
+    def _is_head(self, name: str) -> bool:
+        return name.split(".")[0] in self.heads
+
+
+def load_weights(family: Family, model: Any, tensors: Tensors, place: Place) -> Params:
+    """Their tensors as our parameters, row by row: each tensor used once, each parameter filled."""
+    tensors = _canonical(family, model, tensors)
+    shapes = parameter_shapes(model)
+    params: dict[str, Any] = {}
+    for row in family.rows(model, shapes):
+        if missing := [name for name in row.theirs if name not in tensors]:
+            raise UserError(
+                f"tensor {family.full_name(missing[0])!r} is missing from the {family.model_type} weights"
+            )
+        theirs = [tensors.pop(name)() for name in row.theirs]
+        what = f"tensor {family.full_name(row.theirs[0])!r} {list(theirs[0].shape)}"
+        try:
+            ours = row.load(theirs)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from error
+        for path, array in zip(row.ours, ours, strict=True):
+            if array.shape != shapes[path].shape:
+                shape, wanted = list(array.shape), list(shapes[path].shape)
+                raise UserError(f"{what} gives {path} the shape {shape}, the config says {wanted}")
+            params[path] = place(path, array)
+    if tensors:
+        raise UserError(
+            f"tensor {family.full_name(min(tensors))!r} has no place in a {family.model_type} model"
+        )
+    return unflatten(params)
+
+
+def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """(their name, tensor) for all our parameters, row by row."""
+    flat, shapes = flatten(params), parameter_shapes(model)
+    if wrong := sorted(flat.keys() ^ shapes.keys()):
+        raise UserError(f"parameter {wrong[0]!r} is {'missing' if wrong[0] in shapes else 'not of this model'}")
+    for row in family.rows(model, shapes):
+        theirs = row.save([np.asarray(flat[path]) for path in row.ours])
+        for name, array in zip(row.theirs, theirs, strict=True):
+            yield family.full_name(name), np.ascontiguousarray(array)
+
+
+def _canonical(family: Family, model: Any, tensors: Tensors) -> Tensors:
+    """Names without prefix, without buffers, and without the copy of a tied embedding."""
+    canonical: Tensors = {}
+    for full_name, read in tensors.items():
+        name = full_name.removeprefix(family.prefix)
+        if re.fullmatch(family.ignored, name):
+            continue
+        if name in canonical:
+            raise UserError(f"tensor {name!r} is there twice, with and without {family.prefix!r}")
+        canonical[name] = read
+    tied = getattr(model.config, "tie_embeddings", False)
+    if tied and {family.head, family.embedding} <= canonical.keys():
+        head = canonical.pop(family.head)
+        if not np.array_equal(head(), canonical[family.embedding]()):
+            raise UserError(
+                f"tensor {family.head!r} differs from {family.embedding!r}, but the config ties them"
+            )
+    return canonical
+
+
+def _their_config(model_type: str, content: Mapping[str, Any]) -> Any:
+    """`transformers`' config object: old names and missing keys as it understands them."""
+    from transformers import CONFIG_MAPPING
+
+    content = {name: value for name, value in content.items() if name != "model_type"}
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(content)
+    except Exception as error:  # its validation raises errors of many kinds, over several lines
+        raise UserError(" ".join(str(error).split())) from error
+
+
+def parameter_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of a model by path, without making them."""
+    return flatten(jax.eval_shape(model.init, jax.random.key(0)))
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
+
+
+def unflatten(flat: Mapping[str, Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in flat.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = leaf
+    return tree

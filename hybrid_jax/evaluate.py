@@ -66,7 +66,7 @@ def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[s
     measure = SUITES[suite]
     config = load_run_config(run_dir, overrides)
     policy = load_policy(run_dir)
-    evaluator = make_evaluator(config, policy.model, policy.tokenizer)
+    evaluator = make_evaluator(config, policy.model, policy.tokenizer, policy.eos_ids)
     numbers = measure(evaluator, policy.params)
     if not numbers:
         raise UserError(f"suite {suite!r} has nothing to measure: the held-out data or the sampler is missing")

@@ -20,7 +20,8 @@ from jax import Array
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data import e2e  # noqa: F401  registers its source
+from hybrid_jax.data import conversations, e2e  # noqa: F401  these register their sources
+from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
@@ -29,6 +30,7 @@ from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, default_sampler, run_settings
+from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
 from hybrid_jax.training.phase import PHASES, Phase, Resources
@@ -106,8 +108,9 @@ def build(config: ExperimentConfig) -> Experiment:
     if has_checkpoint(config.run_dir) and saved_tokenizer.is_dir():
         tokenizer = load_tokenizer(saved_tokenizer)
     else:
-        tokenizer = config.tokenizer.build(text for e in examples for text in (e.prompt, e.response) if text)
+        tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
     model = config.model.build(tokenizer.vocab_size)
+    eos_ids = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
     horizons = planned_steps(config.scheduler, config.steps)
     phases = {
         name: phase.build(
@@ -120,16 +123,28 @@ def build(config: ExperimentConfig) -> Experiment:
                 horizon=max(horizons[name], 1),
                 mesh=config.mesh,
                 optimizer_key="shared" if config.share_optimizer_state else name,
+                eos_ids=eos_ids,
             )
         )
         for name, phase in config.phases.items()
         if name in horizons
     }
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return Experiment(config, model, tokenizer, phases, make_evaluator(config, model, tokenizer), key)
+    evaluator = make_evaluator(config, model, tokenizer, eos_ids)
+    return Experiment(config, model, tokenizer, phases, evaluator, key, eos_ids)
 
 
-def make_evaluator(config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer) -> Evaluator:
+def end_tokens(model: LanguageModel, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """Every token that ends a response: those of the model's folder if it has one, those that SFT teaches."""
+    folder = getattr(model, "folder", None)
+    of_folder = read_eos_ids(folder) if folder is not None and Path(folder).is_dir() else ()
+    of_chat = end_of_turn(tokenizer) if chat else None
+    return tuple(dict.fromkeys((*of_folder, tokenizer.eos_id, *([] if of_chat is None else [of_chat]))))
+
+
+def make_evaluator(
+    config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer, eos_ids: tuple[int, ...]
+) -> Evaluator:
     """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
     trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
     return Evaluator(
@@ -140,6 +155,7 @@ def make_evaluator(config: ExperimentConfig, model: LanguageModel, tokenizer: To
         sampler=getattr(trained_by, "sampler", None),
         reward=getattr(trained_by, "reward", None),
         seed=config.seed,
+        eos_ids=eos_ids,
     )
 
 
@@ -153,6 +169,7 @@ class Experiment:
     phases: Mapping[str, Phase]
     evaluator: Evaluator
     key: Array  # the root of all randomness in training; every step folds its number in
+    eos_ids: tuple[int, ...]  # every token that ends a response
 
     @property
     def steps(self) -> int:
@@ -204,7 +221,7 @@ class Experiment:
         settings = to_dict(self.config)
         write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
-        write_folder(folder / "tokenizer", self.tokenizer.save)  # a resumed run trusts it once it is there
+        write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
         try:
             logger = open_loggers(self.config.loggers, folder, settings, saved and saved.step)
         except OSError as error:
@@ -232,8 +249,13 @@ class Experiment:
     def policy(self, state: RunState) -> Policy:
         """The policy of a state, ready to answer."""
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
-        eos_ids = (self.tokenizer.eos_id,)
-        return Policy(self.model, state.train.params["model"], self.tokenizer, sampler, eos_ids, state.step)
+        params = state.train.params["model"]
+        return Policy(self.model, params, self.tokenizer, sampler, self.eos_ids, state.step)
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        """With the end tokens, which a policy of the run needs too."""
+        self.tokenizer.save(folder)
+        write_generation_config(folder, None, self.eos_ids)
 
     def finish(self) -> None:
         """Writes the report of a finished run."""

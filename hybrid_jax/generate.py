@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
@@ -14,6 +15,7 @@ from hybrid_jax.core.registry import UserError
 EXAMPLES = """\
   python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"
   python -m hybrid_jax.generate --model gpt2_folder --prompt "Once" sampler.temperature=0.7
+  python -m hybrid_jax.generate --model chat_folder --chat --prompt "What is a comet?"
   head -3 prompts.txt | python -m hybrid_jax.generate --run runs/quickstart --num-samples 4 --json
 """
 
@@ -33,6 +35,11 @@ def main(arguments: list[str]) -> None:
     asked.add_argument(
         "--prompts", metavar="FILE", help='prompts, one a line; .jsonl: objects with a field "prompt"'
     )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="by the chat template: a prompt is a user's message, .jsonl conversations",
+    )
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers to each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a response")
@@ -51,7 +58,9 @@ def main(arguments: list[str]) -> None:
         policy = load_policy(options.run, options.overrides)
     else:
         policy = load_pretrained_policy(options.model, options.overrides)
-    prompts = options.prompt or _read_prompts(options.prompts)
+    prompts = options.prompt or _read_prompts(options.prompts, options.chat)
+    if options.chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
     for answer in answers:
         print(_json(answer) if options.json else _readable(answer))
@@ -66,12 +75,16 @@ def _readable(answer) -> str:
     return f"prompt:   {answer.prompt}\nresponse: {answer.response}{end}\n"
 
 
-def _read_prompts(file: str | None) -> Sequence[str]:
-    """Prompts of a file, or of standard input."""
+def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
+    """Prompts of a file, or of standard input; conversations of a file of them."""
     if file is None:
         if sys.stdin.isatty():
             print("prompts, one a line; Ctrl-D ends:", file=sys.stderr)
         prompts = _lines(sys.stdin)
+    elif file.endswith(".jsonl") and chat:
+        from hybrid_jax.data.conversations import Chat
+
+        prompts = [example.question for example in Chat(train=Path(file)).load("train")]
     elif file.endswith(".jsonl"):
         from hybrid_jax.data.sources import Jsonl
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +15,19 @@ import numpy as np
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import hf
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.generation_config import (
+    read_eos_ids,
+    read_generation_config,
+    write_generation_config,
+)
 from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.checkpoint import newest_policy
 
@@ -48,18 +55,24 @@ class Policy:
     eos_ids: tuple[int, ...]
     step: int | None = None  # of the run that it comes from
 
-    def generate(self, prompts: Sequence[str], *, seed: int = 0, num_samples: int = 1) -> list[Answer]:
+    def generate(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, seed: int = 0, num_samples: int = 1
+    ) -> list[Answer]:
         """``num_samples`` answers to every prompt, those to one prompt one after the other.
+
+        A prompt is a text, or a conversation: a list of ``{"role": …, "content": …}`` that the tokenizer's
+        chat template renders, with the header of an answer behind it.
 
         Raises:
             UserError: a prompt is empty, or leaves no room for ``sampler.max_new_tokens`` in the context.
         """
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, got {num_samples}")
-        examples = [Example(prompt) for prompt in prompts for _ in range(num_samples)]
+        asked = [_example(prompt, row) for row, prompt in enumerate(prompts, start=1)]
+        examples = [example for example in asked for _ in range(num_samples)]
         if not examples:
             return []
-        stream = PromptStream(examples, self.tokenizer, self._longest_prompt(prompts))
+        stream = PromptStream(examples, self.tokenizer, self._longest_prompt(asked))
         answers = []
         for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
             key = jax.random.fold_in(jax.random.key(seed), index)
@@ -89,13 +102,13 @@ class Policy:
             (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
             hf.save_pretrained(folder, self.model, self.params, eos_ids=self.eos_ids, pad_id=self.eos_ids[0])
             self.tokenizer.save(folder)
-            _write_generation_settings(folder / "generation_config.json", self.sampler)
+            write_generation_config(folder, self.sampler, self.eos_ids)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         return folder
 
-    def _longest_prompt(self, prompts: Sequence[str]) -> int:
-        lengths = [len(self.tokenizer.encode(prompt)) for prompt in prompts]
+    def _longest_prompt(self, prompts: Sequence[Example]) -> int:
+        lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
         context, new = self.model.max_length, self.sampler.max_new_tokens
         room = 2**30 if context is None else context - new
         if room < 1:
@@ -130,7 +143,8 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
         raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
-    return Policy(model, params, tokenizer, sampler, (tokenizer.eos_id,), step)
+    eos_ids = read_eos_ids(folder / "tokenizer") or (tokenizer.eos_id,)
+    return Policy(model, params, tokenizer, sampler, eos_ids, step)
 
 
 def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
@@ -140,11 +154,7 @@ def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) ->
         raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
     model, params = hf.load_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    path = folder / "generation_config.json"
-    try:
-        sampler, eos_ids = _read_generation_settings(path, model.max_length)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: {error}") from error
+    sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
 
 
@@ -194,37 +204,15 @@ def default_sampler(context: int | None) -> Sampler:
     return Sampler(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
 
 
-def _read_generation_settings(path: Path, context: int | None) -> tuple[Sampler, tuple[int, ...]]:
-    """Sampler and end tokens as ``transformers`` would take them: greedy unless ``do_sample``."""
-    settings = json.loads(path.read_text()) if path.is_file() else {}
-    sampler = default_sampler(context)
-    if settings.get("max_new_tokens"):
-        sampler = replace(sampler, max_new_tokens=settings["max_new_tokens"])
-    if settings.get("do_sample"):
-        sampler = replace(
-            sampler,
-            temperature=float(settings.get("temperature") or 1.0),
-            top_k=settings.get("top_k") or None,  # there, 0 cuts nothing off
-            top_p=None if (settings.get("top_p") or 1.0) >= 1 else settings["top_p"],
+def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
+    if isinstance(prompt, str):
+        return Example(prompt)
+    messages = check_messages(prompt, f"prompt {row}")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"prompt {row} ends with a message of the assistant; end it with what is to be answered"
         )
-    elif settings:
-        sampler = replace(sampler, temperature=0.0)
-    ends = settings.get("eos_token_id")
-    return sampler, () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-
-
-def _write_generation_settings(path: Path, sampler: Sampler) -> None:
-    """Adds to generation_config.json how the policy samples; greedy is what ``transformers`` does by itself."""
-    chosen = {"do_sample": False}
-    if sampler.temperature > 0:
-        chosen = {
-            "do_sample": True,
-            "temperature": sampler.temperature,
-            "top_k": sampler.top_k or 0,
-            "top_p": 1.0 if sampler.top_p is None else sampler.top_p,
-        }
-    ids = {key: value for key, value in json.loads(path.read_text()).items() if key != "_from_model_config"}
-    path.write_text(json.dumps({**ids, "max_new_tokens": sampler.max_new_tokens, **chosen}, indent=2) + "\n")
+    return chat_example(messages, f"prompt {row}")
 
 
 def _check_export_folder(folder: Path) -> None:

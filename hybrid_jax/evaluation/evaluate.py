@@ -66,9 +66,10 @@ class Evaluator:
         sampler: Sampler | None,
         reward: CompositeReward | None,
         seed: int,
+        eos_ids: tuple[int, ...],
     ):
         self.config = config
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
         self.sampler, self._reward = config.sampler or sampler, config.reward or reward
         if self._reward is not None:
             self._reward = self._reward.without_normalisers()
@@ -79,7 +80,7 @@ class Evaluator:
         self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
-            self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=(tokenizer.eos_id,)))
+            self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=eos_ids))
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """All measurements as ``evaluation/<metric>``, and samples to show."""
@@ -105,10 +106,10 @@ class Evaluator:
             key = jax.random.fold_in(self._key, index)
             asked, asked_mask = jax.device_put((prompts.tokens, prompts.mask))
             drawn = self._sample(params, asked, asked_mask, key)
-            complete = ended(drawn.tokens, drawn.response_mask, (self._tokenizer.eos_id,))
+            complete = ended(drawn.tokens, drawn.response_mask, self._eos_ids)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.response_mask)[:count]
             examples += prompts.examples[:count]
-            responses += decode_responses(self._tokenizer, tokens, mask, (self._tokenizer.eos_id,))
+            responses += decode_responses(self._tokenizer, tokens, mask, self._eos_ids)
             rows.append((np.asarray(complete)[:count], mask.sum(axis=1)))
             if self._reward is not None and self._reward.on_device:
                 joined = join(asked, asked_mask, drawn)

@@ -156,9 +156,7 @@ class PPOPhase:
         self.config = config
         self.name = resources.name
         self.optimizer_key = resources.optimizer_key
-        self.functions = PPOFunctions(
-            config, resources.model, (resources.tokenizer.eos_id,), self.name, self.optimizer_key
-        )
+        self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
         self._tokenizer = resources.tokenizer
         self._horizon = resources.horizon
         self._mesh = resources.mesh

@@ -55,6 +55,7 @@ class Resources:
     horizon: int  # how many steps the scheduler plans for this phase
     mesh: MeshConfig
     optimizer_key: str
+    eos_ids: tuple[int, ...]  # every token that ends a response
 
 
 class PhaseConfig(Protocol):

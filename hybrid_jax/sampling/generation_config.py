@@ -1,0 +1,137 @@
+"""How the model of a Hugging Face folder samples: generation_config.json, both ways."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hybrid_jax.core.config import parse
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.sampling.decode import Sampler
+
+log = logging.getLogger(__name__)
+
+FILE = "generation_config.json"
+TOP_K = 50  # of transformers where a folder that samples does not say
+
+# Settings that would change the distribution and that `Sampler` has not, with the values that change nothing.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "bad_words_ids": ([],),
+    "begin_suppress_tokens": ([],),
+    "diversity_penalty": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "repetition_penalty": (1,),
+    "sequence_bias": ({}, []),
+    "stop_strings": ([],),
+    "suppress_tokens": ([],),
+    "top_h": (),
+    "typical_p": (1,),
+}
+
+
+def read_generation_config(folder: str | Path, max_new_tokens: int) -> tuple[Sampler, tuple[int, ...]]:
+    """Sampler and end tokens as `transformers` takes them: greedy unless ``do_sample``.
+
+    They stand in generation_config.json; in older folders, in config.json.
+
+    Args:
+        folder: A Hugging Face folder.
+        max_new_tokens: Where the folder does not say.
+
+    Returns:
+        The sampler, and the ids of all end tokens, in the folder's order; none if it names none.
+
+    Raises:
+        UserError: a file is not JSON, or a setting has a wrong type or value.
+    """
+    path, settings = _settings(Path(folder))
+    if ignored := [name for name, nothing in UNSUPPORTED.items() if settings.get(name) not in (None, *nothing)]:
+        log.warning("%s: settings that are not supported are left out: %s", path, ", ".join(ignored))
+    chosen: dict[str, Any] = {"max_new_tokens": settings.get("max_new_tokens") or max_new_tokens}
+    if settings.get("do_sample"):
+        top_k = settings.get("top_k")
+        chosen["temperature"] = _or(settings.get("temperature"), 1.0)
+        chosen["top_k"] = TOP_K if top_k is None else top_k or None  # there, 0 cuts nothing off
+        chosen["top_p"] = None if settings.get("top_p") == 1 else settings.get("top_p")
+    else:
+        chosen["temperature"] = 0.0
+    try:
+        return parse(Sampler, chosen), _ids(settings.get("eos_token_id"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def read_eos_ids(folder: str | Path) -> tuple[int, ...]:
+    """The ids of all end tokens that the folder names; none if it names none."""
+    path, settings = _settings(Path(folder))
+    try:
+        return _ids(settings.get("eos_token_id"))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids: Sequence[int]) -> None:
+    """Adds to generation_config.json the end tokens and how to sample, or nothing about the latter."""
+    path = Path(folder) / FILE
+    settings = {**(_read(path) if path.is_file() else {}), "eos_token_id": _one_or_all(eos_ids)}
+    settings.pop("_from_model_config", None)
+    if sampler is not None:
+        settings |= {"max_new_tokens": sampler.max_new_tokens, "do_sample": sampler.temperature > 0}
+        if sampler.temperature > 0:
+            settings["temperature"] = sampler.temperature
+            settings["top_k"] = sampler.top_k or 0
+            settings["top_p"] = 1.0 if sampler.top_p is None else sampler.top_p
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = folder / FILE
+    if path.is_file():
+        settings = _read(path)
+        if settings.get("eos_token_id") is None and (folder / "config.json").is_file():
+            settings["eos_token_id"] = _read(folder / "config.json").get("eos_token_id")
+        return path, settings
+    path = folder / "config.json"
+    return path, _read(path) if path.is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: expected an object, got {type(settings).__name__}")
+    return settings
+
+
+def _ids(value: Any) -> tuple[int, ...]:
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    for item in values:
+        if not isinstance(item, int) or isinstance(item, bool) or item < 0:
+            raise UserError(f"eos_token_id must be a token id or a list of them, got {value!r}")
+    return tuple(dict.fromkeys(values))
+
+
+def _one_or_all(ids: Sequence[int]) -> int | list[int] | None:
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value

@@ -18,7 +18,8 @@ from hybrid_jax.models.families.weights import Row, Table, expand
 
 Tensors = dict[str, Callable[[], np.ndarray]]  # what reads a tensor, by its name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
-_FREE = ("dropout", "init_std", "dtype", "family")  # of training only, so every family expresses them
+# Of training only, so every family expresses them.
+_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,13 +57,14 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> Co
         raise UserError("no message of the assistant to learn from; use the data for prompts only")
     chat = _Chat(messages, tokenizer)
     text, marks = chat.render(chat.messages)
-    tokens = _covering(chat.encode(text))
+    tokens = chat.encode(text)
     ends = _content_ends(chat, text, answers)
     special = chat.special_spans(tokens)
     spans = _turns(chat, text, answers, ends, special) if marks is None else _marked(marks, answers, ends)
     unended = not text[ends[-1] :].strip() and not any(start >= ends[-1] for start, _ in special)
     if unended:
         spans[-1] = (spans[-1][0], len(text))
+    tokens = _covering(tokens, set(tokenizer.special_tokens.values()))
     mask, straddled = _inside(tokens.offsets, spans)
     _check_identity(chat, tokens, mask, text)
     end = [tokenizer.eos_id] if unended else []  # as behind a plain response
@@ -78,9 +79,18 @@ def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[i
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token that an answer is taught to end with; None, and a warning, if there is none."""
-    messages = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "2"})
+    """The special token that an answer is taught to end with; None, and a warning, if there is none.
+
+    Also warns where the same question has other tokens with an answer behind it than alone.
+    """
+    messages = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "Hello"})
     conversation = encode_conversation(messages, tokenizer)
+    question = encode_question(messages[:1], tokenizer)
+    if conversation.tokens[: len(question)].tolist() != question:
+        log.warning(
+            "the tokenizer reads the header of an answer in another way when the answer follows it: the policy "
+            "learns from other tokens than it is asked with; end it with a special token or a line break"
+        )
     last = int(conversation.tokens[conversation.loss_mask][-1])
     if last in tokenizer.special_tokens.values():
         return last
@@ -267,11 +277,11 @@ def _marked(marks: Sequence[Span], answers: Sequence[int], ends: Sequence[int]) 
     return sorted(span for span in marks if span[0] < span[1])
 
 
-def _covering(tokens: Tokens) -> Tokens:
-    """Offsets without gaps: a character that no token claims (a space, trimmed off) goes to the next one."""
+def _covering(tokens: Tokens, special: Container[int]) -> Tokens:
+    """Offsets without gaps: a character that no token claims (a trimmed space) is the next text token's."""
     offsets, done = [], 0
-    for start, end in tokens.offsets:
-        offsets.append((min(start, done), max(end, start)))
+    for token, (start, end) in zip(*tokens, strict=True):
+        offsets.append((start if token in special else min(start, done), end))
         done = max(done, end)
     return Tokens(tokens.ids, offsets)
 

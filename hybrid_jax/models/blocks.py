@@ -176,7 +176,7 @@ class Mixture(nn.Module):
         if not self.is_initializing():
             by_row = x.shape[:2]
             losses = router_losses(scores.reshape(*by_row, -1), chosen.reshape(*by_row, -1), context.real)
-            self.sow(LOSSES, "router", losses)
+            self.sow(LOSSES, "router_losses", losses)
         y = self._experts(flat, weights, chosen).astype(x.dtype).reshape(x.shape)
         if e.shared_width is not None:
             shared = Mlp(c, e.shared_width, name="shared")(x, context)

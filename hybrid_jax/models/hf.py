@@ -102,10 +102,10 @@ class PretrainedDecoder(Decoder):
 
 def _family_of(config: DecoderConfig) -> tuple[Family, dict[str, Any]]:
     problems = []
-    for family in FAMILIES.values():
+    for family in [FAMILIES[config.family]] if config.family else FAMILIES.values():
         try:
             return family, family.write_config(config)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             problems.append(str(error))
     raise UserError(f"no Hugging Face family can express this decoder: {'; '.join(problems)}")
 

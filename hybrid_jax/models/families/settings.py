@@ -7,12 +7,14 @@ what was written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.decoder_config import Activation, DecoderConfig
+from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.rope import Dynamic, Linear, Llama3, LongRope, Yarn, yarn_amplification
 
 Settings = dict[str, Any]
@@ -138,6 +140,53 @@ WINDOW = Part(
 )
 
 
+# ------------------------------------------------------------------------------------------------ experts
+
+
+def experts(count: str, width: str, *, normalize: str | bool, shared: str | None = None, **fixed: Any) -> Part:
+    """Experts by the names of their count, of their width and of the other settings that vary."""
+
+    def read(theirs: Any) -> Settings:
+        return {
+            "experts": Experts(
+                count=getattr(theirs, count),
+                per_token=theirs.num_experts_per_tok,
+                width=getattr(theirs, width),
+                normalize=normalize if isinstance(normalize, bool) else getattr(theirs, normalize),
+                shared_width=getattr(theirs, shared) if shared else None,
+                balance_coef=theirs.router_aux_loss_coef,
+                **fixed,
+            )
+        }
+
+    def write(config: DecoderConfig) -> Settings:
+        e = config.experts
+        if e is None:
+            raise UserError("experts must be set for a family of experts")
+        settings: Settings = {count: e.count, width: e.width, "num_experts_per_tok": e.per_token}
+        settings["router_aux_loss_coef"] = e.balance_coef
+        settings |= {} if isinstance(normalize, bool) else {normalize: e.normalize}
+        return settings if shared is None else {**settings, shared: e.shared_width}
+
+    return Part(read, write)
+
+
+def sparse_layers(part: Part) -> Part:
+    """`experts`, with the settings that leave some layers without any."""
+
+    def read(theirs: Any) -> Settings:
+        step, dense = theirs.decoder_sparse_step, theirs.mlp_only_layers or ()
+        layers = tuple(i not in dense and (i + 1) % step == 0 for i in range(theirs.num_hidden_layers))
+        settings = part.read(theirs)
+        return {"experts": replace(settings["experts"], layers=None if all(layers) else layers)}
+
+    def write(config: DecoderConfig) -> Settings:
+        dense = [i for i in range(config.num_layers) if not config.has_experts(i)]
+        return {**part.write(config), "decoder_sparse_step": 1, "mlp_only_layers": dense}
+
+    return Part(read, write)
+
+
 # ------------------------------------------------------------------------------------------------ rotary
 
 
@@ -190,8 +239,6 @@ def _yarn_attention_factor(rope: Mapping[str, Any], factor: float) -> float | No
 
 
 def _longrope_amplification(factor: float, original: int) -> float:
-    import math
-
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 

@@ -57,6 +57,12 @@ Entry = str | Fused | Stacked | Tensor
 Table = Mapping[str | tuple[str, ...], Entry]
 
 
+def with_fused(table: Table, fused: Mapping[tuple[str, ...], Entry]) -> Table:
+    """``table`` with some of its rows fused, each of them named once."""
+    taken = {name for names in fused for name in names}
+    return {**{ours: theirs for ours, theirs in table.items() if ours not in taken}, **fused}
+
+
 @dataclass(frozen=True)
 class Row:
     """One line of an expanded table, with both ways of its transform."""

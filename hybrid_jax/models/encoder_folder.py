@@ -1,0 +1,178 @@
+"""Encoders out of Hugging Face folders and back: plain, with a head, and of sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.encoder import Encoder
+from hybrid_jax.models.families.encoders import ENCODERS
+from hybrid_jax.models.families.family import Family, Tensors, dump_weights, load_weights
+from hybrid_jax.models.hf import _WEIGHTS, _read_json, _read_tensors, _write_json
+from hybrid_jax.models.pooling import Mode, Pooling
+
+_MODULES, _SENTENCES = "modules.json", "sentence_bert_config.json"
+_POOLING = "1_Pooling"
+_TYPES = "sentence_transformers.models."
+_MODES: dict[str, Mode] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_max_tokens": "max",
+}
+
+
+def load_encoder(
+    folder: str | Path, dtype: Literal["float32", "bfloat16"] = "float32"
+) -> tuple[Encoder, Params]:
+    """Reads an encoder; its ``config.json`` decides the family and the head.
+
+    Args:
+        folder: of a ``*Model``, ``*ForSequenceClassification``, ``*ForTokenClassification`` or
+            ``*ForQuestionAnswering`` of BERT, RoBERTa, XLM-RoBERTa or DistilBERT, or of sentence-transformers
+            (``modules.json`` says how to pool). Of a ``*ForMaskedLM`` or ``*ForPreTraining`` the encoder is
+            read and the head left.
+        dtype: of the computation; parameters are float32 always.
+
+    Raises:
+        UserError: the family or the pooling is unknown, a file is missing or damaged, a tensor is missing, left
+            over or of the wrong shape.
+    """
+    folder = Path(folder)
+    body, pooling = _read_modules(folder) if (folder / _MODULES).is_file() else (folder, None)
+    family, config = read_config(body, ENCODERS)
+    tensors = {_new_name(name): read for name, read in read_tensors(body).items()}
+    has_pooler = bool({"pooler.dense.weight", family.prefix + "pooler.dense.weight"} & tensors.keys())
+    needs_pooler = config.head == "sequence" and config.head_reads == "pooler"
+    model = Encoder(replace(config, dtype=dtype, pooler=has_pooler or needs_pooler), pooling)
+    return model, load_weights(family, model, tensors, as_float32)
+
+
+def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
+    """Writes a folder that `transformers`, or sentence-transformers where the model has a pooling, loads.
+
+    The tokenizer's files are not written: they are the caller's.
+
+    Raises:
+        UserError: no family can express the encoder, or the parameters are not those of the model.
+    """
+    family, config = family_of(model.config, ENCODERS)
+    prefix = "" if model.config.head is None else family.prefix
+    write_folder(Path(folder), config, replace(family, prefix=prefix), model, params)
+    if model.pooling is not None:
+        _write_modules(Path(folder), model, model.pooling)
+
+
+def _new_name(name: str) -> str:
+    """Norms of the first BERT files have the names of TensorFlow."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+# ------------------------------------------------------------------------------------- any kind of model
+
+
+def read_config(folder: Path, families: dict[str, Family]) -> tuple[Family, Any]:
+    """The family that a folder's config.json names, and the settings that it gives."""
+    content = _read_json(folder / "config.json")
+    model_type = str(content.get("model_type"))
+    if model_type not in families:
+        raise UserError(f"{folder}: unknown model_type {model_type!r}; {suggest(model_type, families)}")
+    try:
+        return families[model_type], families[model_type].read_config(content)
+    except (ValueError, TypeError, UserError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """What reads each tensor of a folder."""
+    return {name: (lambda array=array: array) for name, array in _read_tensors(folder).items()}
+
+
+def as_float32(path: str, array: np.ndarray) -> Any:
+    return jnp.asarray(np.ascontiguousarray(array, np.float32))
+
+
+def family_of(config: Any, families: dict[str, Family]) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is exported as, the first that can express it, and its config.json."""
+    if config.family is not None:
+        if config.family not in families:
+            raise UserError(f"unknown family {config.family!r}; {suggest(config.family, families)}")
+        return families[config.family], families[config.family].write_config(config)
+    problems = []
+    for family in families.values():
+        try:
+            return family, family.write_config(config)
+        except (UserError, ValueError) as error:
+            problems.append(str(error))
+    raise UserError(f"no Hugging Face family can express this model: {'; '.join(problems)}")
+
+
+def write_folder(folder: Path, config: dict[str, Any], family: Family, model: Any, params: Params) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = dict(dump_weights(family, model, params))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / "config.json", {**config, "dtype": "float32"})
+
+
+# ------------------------------------------------------------------------------------ sentence-transformers
+
+
+def _read_modules(folder: Path) -> tuple[Path, Pooling]:
+    """(folder of the encoder, how its hidden states become sentences)"""
+    try:
+        modules = {module["type"].rpartition(".")[2]: module for module in _read_list(folder / _MODULES)}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder / _MODULES}: every module must have a type") from error
+    if extra := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
+        raise UserError(f"{folder / _MODULES}: module {min(extra)!r} is not supported")
+    if missing := {"Transformer", "Pooling"} - modules.keys():
+        raise UserError(f"{folder / _MODULES}: module {min(missing)!r} is missing")
+    body = folder / modules["Transformer"].get("path", "")
+    mode = _read_mode(folder / modules["Pooling"].get("path", _POOLING) / "config.json")
+    length = _read_json(body / _SENTENCES).get("max_seq_length") if (body / _SENTENCES).is_file() else None
+    return body, Pooling(mode, "Normalize" in modules, length)
+
+
+def _read_mode(path: Path) -> Mode:
+    content = _read_json(path)
+    # newer files name the mode, older ones have a switch for each
+    chosen = [key for key, on in content.items() if key.startswith("pooling_mode_") and on is True]
+    named = chosen or [f"pooling_mode_{content.get('pooling_mode')}_tokens".replace("cls_tokens", "cls_token")]
+    if len(named) != 1 or named[0] not in _MODES:
+        raise UserError(f"{path}: the pooling must be one of {', '.join(_MODES.values())}, got {named}")
+    return _MODES[named[0]]
+
+
+def _read_list(path: Path) -> list[Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a list, got {type(content).__name__}")
+    return content
+
+
+def _write_modules(folder: Path, model: Encoder, pooling: Pooling) -> None:
+    paths = {"Transformer": "", "Pooling": _POOLING} | (
+        {"Normalize": "2_Normalize"} if pooling.normalize else {}
+    )
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": _TYPES + kind}
+        for i, (kind, path) in enumerate(paths.items())
+    ]
+    (folder / _MODULES).write_text(json.dumps(modules, indent=2) + "\n")
+    _write_json(folder / _SENTENCES, {"max_seq_length": model.max_length, "do_lower_case": False})
+    for path in list(paths.values())[1:]:
+        (folder / path).mkdir(exist_ok=True)
+    modes = {key: mode == pooling.mode for key, mode in _MODES.items()}
+    content = {"word_embedding_dimension": model.width, **modes, "pooling_mode_mean_sqrt_len_tokens": False}
+    _write_json(folder / _POOLING / "config.json", content)

@@ -45,8 +45,12 @@ class Conversation(NamedTuple):
     straddled: int
 
 
-def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> Conversation:
-    """All messages, and the mask of every turn of the assistant.
+def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Conversation]:
+    """All messages once, with the mask of every turn of the assistant.
+
+    Where the template writes an answer in another way once something follows it (without its thinking, or with
+    another end), the conversation is given once for each answer: up to it, and only that answer is learned. So
+    every answer is taught as the policy will be asked for it.
 
     Raises:
         UserError: there is no answer, the template refuses the messages, or it writes them so that what the
@@ -56,20 +60,11 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> Co
     if not answers:
         raise UserError("no message of the assistant to learn from; use the data for prompts only")
     chat = _Chat(messages, tokenizer)
-    text, marks = chat.render(chat.messages)
-    tokens = chat.encode(text)
-    ends = _content_ends(chat, text, answers)
-    special = chat.special_spans(tokens)
-    spans = _turns(chat, text, answers, ends, special) if marks is None else _marked(marks, answers, ends)
-    unended = not text[ends[-1] :].strip() and not any(start >= ends[-1] for start, _ in special)
-    if unended:
-        spans[-1] = (spans[-1][0], len(text))
-    tokens = _covering(tokens, set(tokenizer.special_tokens.values()))
-    mask, straddled = _inside(tokens.offsets, spans)
-    _check_identity(chat, tokens, mask, text)
-    end = [tokenizer.eos_id] if unended else []  # as behind a plain response
-    loss_mask = np.append(mask, [True] * len(end)).astype(bool)
-    return Conversation(np.asarray(tokens.ids + end, np.int32), loss_mask, straddled)
+    whole, marks = chat.render(chat.messages)
+    earlier = [chat.render(chat.messages[: index + 1])[0] for index in answers[:-1] if marks is None]
+    if all(whole.startswith(text) for text in earlier):
+        return [_encode(chat, chat.messages, answers)]
+    return [_encode(chat, chat.messages[: index + 1], [index]) for index in answers]
 
 
 def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
@@ -84,7 +79,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
     Also warns where the same question has other tokens with an answer behind it than alone.
     """
     messages = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "Hello"})
-    conversation = encode_conversation(messages, tokenizer)
+    (conversation,) = encode_conversation(messages, tokenizer)
     question = encode_question(messages[:1], tokenizer)
     if conversation.tokens[: len(question)].tolist() != question:
         log.warning(
@@ -206,9 +201,30 @@ class _Chat:
         return value
 
 
-def _content_ends(chat: _Chat, text: str, answers: Sequence[int]) -> list[int]:
+def _encode(chat: _Chat, messages: Sequence[Message], answers: Sequence[int]) -> Conversation:
+    """The messages, and the mask of the ``answers`` among them, the last of which ends them."""
+    text, marks = chat.render(messages)
+    tokens = chat.encode(text)
+    ends = _content_ends(chat, messages, text, answers)
+    special = chat.special_spans(tokens)
+    if marks is None:
+        spans = _turns(chat, messages, text, answers, ends, special)
+    else:
+        spans = _marked(marks, answers[-1], ends[-1])
+    unended = not text[ends[-1] :].strip() and not any(start >= ends[-1] for start, _ in special)
+    if unended:
+        spans[-1] = (spans[-1][0], len(text))
+    tokens = _covering(tokens, set(chat.tokenizer.special_tokens.values()))
+    mask, straddled = _inside(tokens.offsets, spans)
+    _check_identity(chat, tokens, mask, text)
+    end = [chat.tokenizer.eos_id] if unended else []  # as behind a plain response
+    loss_mask = np.append(mask, [True] * len(end)).astype(bool)
+    return Conversation(np.asarray(tokens.ids + end, np.int32), loss_mask, straddled)
+
+
+def _content_ends(chat: _Chat, messages: Sequence[Message], text: str, answers: Sequence[int]) -> list[int]:
     """Where the text of each answer ends in the rendered conversation: found by a sign put behind it."""
-    signed = list(chat.messages)
+    signed = list(messages)
     for index in answers:
         content = signed[index]["content"]
         core = content.rstrip()
@@ -223,33 +239,38 @@ def _content_ends(chat: _Chat, text: str, answers: Sequence[int]) -> list[int]:
 
 
 def _turns(
-    chat: _Chat, text: str, answers: Sequence[int], ends: Sequence[int], special: Sequence[Span]
+    chat: _Chat,
+    messages: Sequence[Message],
+    text: str,
+    answers: Sequence[int],
+    ends: Sequence[int],
+    special: Sequence[Span],
 ) -> list[Span]:
     """The turns by comparing renderings, each with the special token that ends it."""
-    starts = [_start(chat, text, index) for index in answers]
+    starts = [_start(chat, messages[:index], text) for index in answers]
     spans = []
     for number, (index, start, end) in enumerate(zip(answers, starts, ends, strict=True)):
-        message = chat.messages[index]
+        message = messages[index]
         said = [message["content"], *(message[key] for key in REASONING if isinstance(message.get(key), str))]
         if not all(_squashed(words) in _squashed(text[start:end]) for words in said):
             raise UserError(
-                f"messages[{index}]: the chat template does not write the whole answer (it drops earlier "
-                "thinking, perhaps), so it would teach another one; end the row with this answer"
+                f"messages[{index}]: the chat template does not write the whole answer (it drops its "
+                "thinking, perhaps), so it would teach another one; change the answer or the template"
             )
         following = starts[number + 1] if number + 1 < len(starts) else len(text)
         spans.append((start, _end_of_turn(text, index, end, following, special, "tool_calls" in message)))
     return spans
 
 
-def _start(chat: _Chat, text: str, index: int) -> int:
-    asked = chat.render(chat.messages[:index], ask=True)[0]
-    if not text.startswith(asked):
+def _start(chat: _Chat, asked: Sequence[Message], text: str) -> int:
+    question = chat.render(asked, ask=True)[0]
+    if not text.startswith(question):
         raise UserError(
-            f"messages[{index}]: the chat template writes what stands before this answer in another way when "
-            "it asks for the answer than in the whole conversation, so it would teach an answer to another "
-            "prompt; end the row before it, or mark the assistant by {% generation %} in the template"
+            f"messages[{len(asked)}]: the chat template writes what stands before this answer in another way "
+            "when it asks for the answer than when the answer follows, so it would teach an answer to another "
+            "prompt; mark the assistant by {% generation %} in the template"
         )
-    return len(asked)
+    return len(question)
 
 
 def _end_of_turn(text: str, index: int, end: int, following: int, special: Sequence[Span], calls: bool) -> int:
@@ -267,13 +288,10 @@ def _end_of_turn(text: str, index: int, end: int, following: int, special: Seque
     )
 
 
-def _marked(marks: Sequence[Span], answers: Sequence[int], ends: Sequence[int]) -> list[Span]:
-    """The marks of the template, which must hold every answer."""
-    for index, end in zip(answers, ends, strict=True):
-        if not any(start <= end <= stop and start < stop for start, stop in marks):
-            raise UserError(
-                f"messages[{index}]: the generation marks of the chat template leave out this answer"
-            )
+def _marked(marks: Sequence[Span], index: int, end: int) -> list[Span]:
+    """The marks of the template, which must hold the last answer; it may leave out earlier ones."""
+    if not any(start <= end <= stop and start < stop for start, stop in marks):
+        raise UserError(f"messages[{index}]: the generation marks of the chat template leave out this answer")
     return sorted(span for span in marks if span[0] < span[1])
 
 

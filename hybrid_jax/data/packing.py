@@ -10,7 +10,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.chat import encode_conversation, encode_question
+from hybrid_jax.data.chat import Conversation, encode_conversation, encode_question
 from hybrid_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -32,42 +32,32 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_lengt
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
     learned from its second token on, for nothing precedes the first. Of a conversation, all turns of the
-    assistant are learned, see `hybrid_jax.data.chat`. What reaches beyond ``max_length`` is cut, and then has
-    no end token, since it did not end there; a line in the log counts them.
+    assistant are learned; it may become several sequences (see `hybrid_jax.data.chat`). What reaches beyond
+    ``max_length`` is cut, and then has no end token, since it did not end there; a line in the log counts them.
 
     Raises:
         UserError: for an example without a response, or whose prompt leaves no room for one token of it, or
             a conversation that cannot be encoded; it names the row.
     """
-    encoded, cuts, straddled = [], 0, 0
+    encoded: list[Encoded] = []
+    straddled = 0
     for row, example in enumerate(examples, start=1):
         try:
             if example.messages:
-                *sequence, here = encode_conversation(example.messages, tokenizer)
-                straddled += here > 0
-                sequence = Encoded(*sequence)
+                conversations = _encode_messages(example, tokenizer, max_length)
+                encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
+                straddled += sum(conversation.straddled for conversation in conversations)
             else:
-                sequence = _encode_pair(example, tokenizer, max_length)
+                encoded.append(_encode_pair(example, tokenizer, max_length))
         except UserError as error:
             raise UserError(f"row {row}: {error}") from error
-        cuts += max_length is not None and len(sequence.tokens) > max_length
-        sequence = Encoded(sequence.tokens[:max_length], sequence.loss_mask[:max_length])
-        if example.messages and not sequence.loss_mask.any():
-            raise UserError(
-                f"row {row}: no answer begins within max_length {max_length} tokens; raise max_length or "
-                "shorten the question"
-            )
-        encoded.append(sequence)
-    if cuts:
-        log.warning("%d of %d responses were cut to fit %d tokens", cuts, len(examples), max_length)
     if straddled:
-        log.warning(
-            "%d of %d conversations have an answer that begins inside a token of its header; that token is "
-            "not learned",
-            straddled,
-            len(examples),
-        )
-    return encoded
+        log.warning("%d answers begin inside a token of their header, which is not learned", straddled)
+    if max_length is None:
+        return encoded
+    if cuts := sum(len(sequence.tokens) > max_length for sequence in encoded):
+        log.warning("%d of %d responses were cut to fit %d tokens", cuts, len(encoded), max_length)
+    return [Encoded(tokens[:max_length], mask[:max_length]) for tokens, mask in encoded]
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
@@ -75,6 +65,16 @@ def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     return (
         encode_question(example.question, tokenizer) if example.messages else tokenizer.encode(example.prompt)
     )
+
+
+def _encode_messages(example: Example, tokenizer: Tokenizer, max_length: int | None) -> list[Conversation]:
+    conversations = encode_conversation(example.messages, tokenizer)
+    for conversation in conversations:
+        if not conversation.loss_mask[:max_length].any():
+            raise UserError(
+                f"no answer begins within max_length {max_length} tokens; raise it or shorten the question"
+            )
+    return conversations
 
 
 def _encode_pair(example: Example, tokenizer: Tokenizer, max_length: int | None) -> Encoded:

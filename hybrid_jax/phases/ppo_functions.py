@@ -28,8 +28,15 @@ from hybrid_jax.core.arrays import Sum, masked_mean
 from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.heads import init_value_head, value
-from hybrid_jax.phases.sft import sft_loss, sft_weights
-from hybrid_jax.sampling.responses import ended, join, response_log_probs, response_logits, states_before
+from hybrid_jax.phases.sft import num_targets, sft_losses
+from hybrid_jax.sampling.responses import (
+    ended,
+    join,
+    response_log_probs,
+    response_logits,
+    shift_states,
+    states_before,
+)
 from hybrid_jax.training.state import TrainState
 from hybrid_jax.training.update import Objective, apply_gradients, gradients
 
@@ -223,7 +230,8 @@ class PPOFunctions:
         def weights(batch) -> dict[str, Any]:
             rollout, examples = batch
             weights = dict.fromkeys(coefs, rollout.response_mask.sum())
-            return weights if examples is None else {**weights, "sft_loss": sft_weights(examples)["loss"]}
+            weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
+            return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}
 
         return Objective(loss, weights, coefs)
 
@@ -234,6 +242,7 @@ class PPOFunctions:
             coefs["exact_entropy"] = -config.entropy_coef
         if config.sft_mix:
             coefs["sft_loss"] = config.sft_mix.coef
+        coefs |= self.model.loss_coefs
         return {n: c if n == "value_loss" else 0.0 for n, c in coefs.items()} if value_only else coefs
 
     def losses(
@@ -242,7 +251,8 @@ class PPOFunctions:
         """The terms of the loss on some rows of a rollout (and of examples), as Sums."""
         config, model, mask = self.config, self.model, rollout.response_mask
         length = mask.shape[1]
-        states = states_before(model, params["model"], rollout.tokens, rollout.attention_mask, length)
+        hidden, model_losses = model.hidden_and_losses(params["model"], rollout.tokens, rollout.attention_mask)
+        states = shift_states(hidden, length)
         logits = response_logits(model, params["model"], states, config.sampler.temperature)
         log_probs = token_log_probs(logits, rollout.tokens[:, -length:])
         if "model" in params["value"]:
@@ -255,11 +265,11 @@ class PPOFunctions:
         value_loss, value_metrics = clipped_value_loss(
             values, rollout.values, rollout.returns, mask, clip_range=config.value_clip_range
         )
-        terms = {"policy_loss": policy_loss, "value_loss": value_loss}
+        terms = {"policy_loss": policy_loss, "value_loss": value_loss, **model_losses}
         if config.entropy_coef:
             terms["exact_entropy"] = Sum.of(entropy(logits), mask)
         if examples is not None:
-            terms["sft_loss"] = sft_loss(model, params["model"], examples)
+            terms["sft_loss"] = sft_losses(model, params["model"], examples)["loss"]
         return terms, {**policy_metrics, **value_metrics}
 
     def iteration(

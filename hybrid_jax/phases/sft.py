@@ -97,22 +97,28 @@ def sft_stream(config: SFT, resources: Resources) -> SFTStream:
     return SFTStream(examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing)
 
 
-def sft_loss(model: LanguageModel, params: Params, batch: TokenBatch, dropout_key: Array | None = None) -> Sum:
-    """Σ −log π(token | before) over the targets of a batch."""
-    hidden = model.hidden(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
+def sft_losses(
+    model: LanguageModel, params: Params, batch: TokenBatch, dropout_key: Array | None = None
+) -> dict[str, Sum]:
+    """``loss``: Σ −log π(token | before) over the targets of a batch; and the model's own losses."""
+    hidden, losses = model.hidden_and_losses(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    return token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask)
+    return {"loss": token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask), **losses}
 
 
 def sft_objective(model: LanguageModel, *, dropout: bool = False) -> Objective:
     def loss(params, batch, key):
-        return {"loss": sft_loss(model, params["model"], batch, key if dropout else None)}, {}
+        return sft_losses(model, params["model"], batch, key if dropout else None), {}
 
-    return Objective(loss, weights=sft_weights, coefs={"loss": 1.0})
+    def weights(batch: TokenBatch) -> dict[str, Array]:
+        real = (batch.segment_ids > 0).sum()
+        return {"loss": num_targets(batch), **dict.fromkeys(model.loss_coefs, real)}
+
+    return Objective(loss, weights, coefs={"loss": 1.0, **model.loss_coefs})
 
 
-def sft_weights(batch: TokenBatch) -> dict[str, Array]:
-    return {"loss": batch.loss_mask[:, 1:].sum()}
+def num_targets(batch: TokenBatch) -> Array:
+    return batch.loss_mask[:, 1:].sum()
 
 
 def sft_update(

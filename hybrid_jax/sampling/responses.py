@@ -34,7 +34,11 @@ def states_before(
     response_length: int,
 ) -> Float[Array, "B R D"]:
     """The hidden state before each response token: what predicts it and what its value is read from."""
-    hidden = model.hidden(params, tokens, attention_mask)
+    return shift_states(model.hidden(params, tokens, attention_mask), response_length)
+
+
+def shift_states(hidden: Float[Array, "B T D"], response_length: int) -> Float[Array, "B R D"]:
+    """Of all hidden states, those before the response tokens."""
     return hidden[:, -response_length - 1 : -1]
 
 

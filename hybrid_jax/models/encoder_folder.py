@@ -7,15 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
-
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.families.encoders import ENCODERS
-from hybrid_jax.models.families.family import Family, Tensors, dump_weights, load_weights
-from hybrid_jax.models.hf import _WEIGHTS, _read_json, _read_tensors, _write_json
+from hybrid_jax.models.families.family import load_weights
+from hybrid_jax.models.hf_files import CONFIG, open_weights, read_json, write_json
+from hybrid_jax.models.hf_folder import family_of, placement, read_config, write_folder
 from hybrid_jax.models.pooling import Mode, Pooling
 
 _MODULES, _SENTENCES = "modules.json", "sentence_bert_config.json"
@@ -46,12 +44,13 @@ def load_encoder(
     """
     folder = Path(folder)
     body, pooling = _read_modules(folder) if (folder / _MODULES).is_file() else (folder, None)
-    family, config = read_config(body, ENCODERS)
-    tensors = {_new_name(name): read for name, read in read_tensors(body).items()}
+    family, config, _ = read_config(body, ENCODERS)
+    file, stored = open_weights(body)
+    tensors = {_new_name(name): read for name, read in stored.items()}
     has_pooler = bool({"pooler.dense.weight", family.prefix + "pooler.dense.weight"} & tensors.keys())
     needs_pooler = config.head == "sequence" and config.head_reads == "pooler"
     model = Encoder(replace(config, dtype=dtype, pooler=has_pooler or needs_pooler), pooling)
-    return model, load_weights(family, model, tensors, as_float32)
+    return model, load_weights(family, model, tensors, placement("float32"), str(file))
 
 
 def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
@@ -64,7 +63,8 @@ def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
     """
     family, config = family_of(model.config, ENCODERS)
     prefix = "" if model.config.head is None else family.prefix
-    write_folder(Path(folder), config, replace(family, prefix=prefix), model, params)
+    contents = {CONFIG: {**config, "dtype": "float32"}}
+    write_folder(Path(folder), replace(family, prefix=prefix), model, params, contents)
     if model.pooling is not None:
         _write_modules(Path(folder), model, model.pooling)
 
@@ -72,54 +72,6 @@ def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
 def _new_name(name: str) -> str:
     """Norms of the first BERT files have the names of TensorFlow."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-
-
-# ------------------------------------------------------------------------------------- any kind of model
-
-
-def read_config(folder: Path, families: dict[str, Family]) -> tuple[Family, Any]:
-    """The family that a folder's config.json names, and the settings that it gives."""
-    content = _read_json(folder / "config.json")
-    model_type = str(content.get("model_type"))
-    if model_type not in families:
-        raise UserError(f"{folder}: unknown model_type {model_type!r}; {suggest(model_type, families)}")
-    try:
-        return families[model_type], families[model_type].read_config(content)
-    except (ValueError, TypeError, UserError) as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from error
-
-
-def read_tensors(folder: Path) -> Tensors:
-    """What reads each tensor of a folder."""
-    return {name: (lambda array=array: array) for name, array in _read_tensors(folder).items()}
-
-
-def as_float32(path: str, array: np.ndarray) -> Any:
-    return jnp.asarray(np.ascontiguousarray(array, np.float32))
-
-
-def family_of(config: Any, families: dict[str, Family]) -> tuple[Family, dict[str, Any]]:
-    """The family that a model is exported as, the first that can express it, and its config.json."""
-    if config.family is not None:
-        if config.family not in families:
-            raise UserError(f"unknown family {config.family!r}; {suggest(config.family, families)}")
-        return families[config.family], families[config.family].write_config(config)
-    problems = []
-    for family in families.values():
-        try:
-            return family, family.write_config(config)
-        except (UserError, ValueError) as error:
-            problems.append(str(error))
-    raise UserError(f"no Hugging Face family can express this model: {'; '.join(problems)}")
-
-
-def write_folder(folder: Path, config: dict[str, Any], family: Family, model: Any, params: Params) -> None:
-    from safetensors.numpy import save_file
-
-    tensors = dict(dump_weights(family, model, params))
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / "config.json", {**config, "dtype": "float32"})
 
 
 # ------------------------------------------------------------------------------------ sentence-transformers
@@ -137,12 +89,12 @@ def _read_modules(folder: Path) -> tuple[Path, Pooling]:
         raise UserError(f"{folder / _MODULES}: module {min(missing)!r} is missing")
     body = folder / modules["Transformer"].get("path", "")
     mode = _read_mode(folder / modules["Pooling"].get("path", _POOLING) / "config.json")
-    length = _read_json(body / _SENTENCES).get("max_seq_length") if (body / _SENTENCES).is_file() else None
+    length = read_json(body / _SENTENCES).get("max_seq_length") if (body / _SENTENCES).is_file() else None
     return body, Pooling(mode, "Normalize" in modules, length)
 
 
 def _read_mode(path: Path) -> Mode:
-    content = _read_json(path)
+    content = read_json(path)
     # newer files name the mode, older ones have a switch for each
     chosen = [key for key, on in content.items() if key.startswith("pooling_mode_") and on is True]
     named = chosen or [f"pooling_mode_{content.get('pooling_mode')}_tokens".replace("cls_tokens", "cls_token")]
@@ -170,9 +122,9 @@ def _write_modules(folder: Path, model: Encoder, pooling: Pooling) -> None:
         for i, (kind, path) in enumerate(paths.items())
     ]
     (folder / _MODULES).write_text(json.dumps(modules, indent=2) + "\n")
-    _write_json(folder / _SENTENCES, {"max_seq_length": model.max_length, "do_lower_case": False})
+    write_json(folder / _SENTENCES, {"max_seq_length": model.max_length, "do_lower_case": False})
     for path in list(paths.values())[1:]:
         (folder / path).mkdir(exist_ok=True)
     modes = {key: mode == pooling.mode for key, mode in _MODES.items()}
     content = {"word_embedding_dimension": model.width, **modes, "pooling_mode_mean_sqrt_len_tokens": False}
-    _write_json(folder / _POOLING / "config.json", content)
+    write_json(folder / _POOLING / "config.json", content)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.registry import UserError
@@ -17,10 +18,13 @@ from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.families.settings import Part, Settings
 from hybrid_jax.models.families.weights import Row, Table, expand
+from hybrid_jax.models.host_copy import packed
 
-Tensors = dict[str, Callable[[], np.ndarray]]  # what reads a tensor, by its name
+Reader = Callable[[], np.ndarray]  # of one tensor; its ``file``, if it has one, is named in messages
+Tensors = dict[str, Reader]  # by name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
 # Of training only, so every family expresses them.
+_NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family")
 
 
@@ -63,14 +67,19 @@ class Family:
         Raises:
             UserError: the family cannot express the model: reading back would give another one.
         """
-        settings: Settings = {}
-        for part in self.settings:
-            settings |= part.write(config)
-        theirs = _their_config(self.model_type, {**(content or {}), **settings})
+        theirs = self.their_config(config, content)
         if differences := self.differences(config, theirs):
             name, wanted, got = differences[0]
             raise UserError(f"{name} must be {got!r} for a {self.model_type} export, got {wanted!r}")
         return {**theirs.to_dict(), "model_type": self.model_type}
+
+    def their_config(self, config: Any, content: Mapping[str, Any] | None = None) -> Any:
+        """`transformers`' config object of a model, as far as the family can express it."""
+        settings: Settings = {}
+        for part in self.settings:
+            settings |= part.write(config)
+        known = _their_config(self.model_type, content).to_dict() if content else _NO_TOKENS  # in newest names
+        return _their_config(self.model_type, {**known, **settings})
 
     def differences(self, config: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
         """(setting, ours, what the family makes of it) wherever the two differ."""
@@ -108,32 +117,49 @@ def _same_setting(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
-def load_weights(family: Family, model: Any, tensors: Tensors, place: Place) -> Params:
-    """Their tensors as our parameters, row by row: each tensor used once, each parameter filled."""
+def load_weights(family: Family, model: Any, tensors: Tensors, place: Place, source: str = "") -> Params:
+    """Their tensors as our parameters, row by row: each tensor used once, each parameter filled.
+
+    The largest go first, so that what a row needs beside its parameters is small by the time that most of
+    them are in memory. ``source`` is where the tensors should be, for messages.
+    """
     tensors = _canonical(family, model, tensors)
     shapes = parameter_shapes(model)
     params: dict[str, Any] = {}
-    for row in family.rows(model, shapes):
+    rows = family.rows(model, shapes)
+    for row in sorted(rows, key=lambda row: -sum(math.prod(shapes[path].shape) for path in row.ours)):
         if missing := [name for name in row.theirs if name not in tensors]:
-            raise UserError(
-                f"tensor {family.full_name(missing[0])!r} is missing from the {family.model_type} weights"
-            )
-        theirs = [tensors.pop(name)() for name in row.theirs]
-        what = f"tensor {family.full_name(row.theirs[0])!r} {list(theirs[0].shape)}"
-        try:
-            ours = row.load(theirs)
-        except ValueError as error:
-            raise UserError(f"{what}: {error}") from error
-        for path, array in zip(row.ours, ours, strict=True):
-            if array.shape != shapes[path].shape:
-                shape, wanted = list(array.shape), list(shapes[path].shape)
-                raise UserError(f"{what} gives {path} the shape {shape}, the config says {wanted}")
-            params[path] = place(path, array)
+            name = family.full_name(missing[0])
+            where = f": it is not in {source}" if source else ""
+            raise UserError(f"tensor {name!r} is missing from the {family.model_type} weights{where}")
+        params |= _load_row(family, row, [tensors.pop(name) for name in row.theirs], shapes, place)
     if tensors:
-        raise UserError(
-            f"tensor {family.full_name(min(tensors))!r} has no place in a {family.model_type} model"
-        )
+        name = min(tensors)
+        what = _name(family.full_name(name), tensors[name])
+        raise UserError(f"{what} has no place in a {family.model_type} model")
     return unflatten(params)
+
+
+def _load_row(family: Family, row: Row, readers: list[Reader], shapes, place: Place) -> dict[str, Any]:
+    theirs = [read() for read in readers]
+    what = f"{_name(family.full_name(row.theirs[0]), readers[0])} {list(theirs[0].shape)}"
+    try:
+        ours = row.load(theirs)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}") from error
+    for path, array in zip(row.ours, ours, strict=True):
+        if array.shape != shapes[path].shape:
+            shape, wanted = list(array.shape), list(shapes[path].shape)
+            raise UserError(f"{what} gives {path} the shape {shape}, the config says {wanted}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise UserError(f"{what} must hold floating-point numbers, got {array.dtype}")
+    return {path: place(path, array) for path, array in zip(row.ours, ours, strict=True)}
+
+
+def _name(name: str, read: Reader) -> str:
+    """With the file that it is in, where the reader says so."""
+    file = getattr(read, "file", None)
+    return f"tensor {name!r}" if file is None else f"{file}: tensor {name!r}"
 
 
 def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[str, np.ndarray]]:
@@ -144,7 +170,7 @@ def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[s
     for row in family.rows(model, shapes):
         theirs = row.save([np.asarray(flat[path]) for path in row.ours])
         for name, array in zip(row.theirs, theirs, strict=True):
-            yield family.full_name(name), np.ascontiguousarray(array)
+            yield family.full_name(name), array if array.flags.c_contiguous else packed(array, array.dtype)
 
 
 def _canonical(family: Family, model: Any, tensors: Tensors) -> Tensors:
@@ -155,14 +181,15 @@ def _canonical(family: Family, model: Any, tensors: Tensors) -> Tensors:
         if re.fullmatch(family.ignored, name):
             continue
         if name in canonical:
-            raise UserError(f"tensor {name!r} is there twice, with and without {family.prefix!r}")
+            what = _name(name, read)
+            raise UserError(f"{what} is there twice, with and without {family.prefix!r}")
         canonical[name] = read
     tied = getattr(model.config, "tie_embeddings", False)
     if tied and {family.head, family.embedding} <= canonical.keys():
         head = canonical.pop(family.head)
         if not np.array_equal(head(), canonical[family.embedding]()):
             raise UserError(
-                f"tensor {family.head!r} differs from {family.embedding!r}, but the config ties them"
+                f"{_name(family.head, head)} differs from {family.embedding!r}, but the config ties them"
             )
     return canonical
 

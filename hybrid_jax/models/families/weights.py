@@ -129,7 +129,7 @@ def _same(flip: bool) -> Both:
 
 def _stacked(flip: bool) -> Both:
     turn = _flip if flip else (lambda a: a)
-    return lambda arrays: [np.stack([turn(a) for a in arrays])], lambda arrays: [turn(a) for a in arrays[0]]
+    return lambda arrays: [turn(np.stack(arrays))], lambda arrays: [turn(a) for a in arrays[0]]
 
 
 def _fused(widths: Sequence[int], groups: int, flip: bool) -> Both:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -194,7 +194,7 @@ class _Chat:
             raise UserError(
                 f"a message holds the private character {max(value)!r} of the last plane; remove it"
             )
-        for token in sorted(self.tokenizer.special_tokens, key=len, reverse=True):
+        for token in self.tokenizer.special_tokens:
             if token in value:
                 sign = chr(STAND_INS + len(self._stand_ins))
                 value = value.replace(token, self._stand_ins.setdefault(token, sign * len(token)))
@@ -214,7 +214,7 @@ def _encode(chat: _Chat, messages: Sequence[Message], answers: Sequence[int]) ->
     unended = not text[ends[-1] :].strip() and not any(start >= ends[-1] for start, _ in special)
     if unended:
         spans[-1] = (spans[-1][0], len(text))
-    tokens = _covering(tokens, set(chat.tokenizer.special_tokens.values()))
+    tokens = _covering(tokens)
     mask, straddled = _inside(tokens.offsets, spans)
     _check_identity(chat, tokens, mask, text)
     end = [chat.tokenizer.eos_id] if unended else []  # as behind a plain response
@@ -295,11 +295,11 @@ def _marked(marks: Sequence[Span], index: int, end: int) -> list[Span]:
     return sorted(span for span in marks if span[0] < span[1])
 
 
-def _covering(tokens: Tokens, special: Container[int]) -> Tokens:
-    """Offsets without gaps: a character that no token claims (a trimmed space) is the next text token's."""
+def _covering(tokens: Tokens) -> Tokens:
+    """Offsets without gaps: a character that no token claims (a trimmed space) is the next token's."""
     offsets, done = [], 0
-    for token, (start, end) in zip(*tokens, strict=True):
-        offsets.append((start if token in special else min(start, done), end))
+    for start, end in tokens.offsets:
+        offsets.append((min(start, done), end))
         done = max(done, end)
     return Tokens(tokens.ids, offsets)
 

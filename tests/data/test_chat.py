@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from hybrid_jax.core.batches import Example
@@ -16,7 +16,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.chat import encode_conversation, encode_question, end_of_turn
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.packing import encode_examples
-from hybrid_jax.data.tokenizer import Bpe, Bytes, HuggingFace, load_tokenizer
+from hybrid_jax.data.tokenizer import Bpe, Bytes, HuggingFace, Tokens, load_tokenizer
 
 U1, A1 = "What is a comet?", "A ball of ice,\nand naïve dust ☄."
 U2, A2 = "And a café?", "A place with coffee."
@@ -287,6 +287,39 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_within_a_chat_say
         encode_question([{"role": "user", "content": "a </s> b"}], ours)
 
 
+def test_a_tokenizer_that_changes_letters_is_no_mistake_but_one_that_misplaces_them_is(make, monkeypatch):
+    def lower_case(backend):
+        backend.normalizer = normalizers.Lowercase()
+
+    template, special, _ = FAMILIES["chatml"]
+    _, ours, theirs = make("lower", template(False), special, lower_case)
+    encoded = encode(TWO_TURNS, ours)
+    said = theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False)
+    assert said == f"{A1}<|im_end|>{A2}<|im_end|>".lower()
+
+    right = type(ours).encode_rendered
+
+    def shifted(self, text, *, plain=False):
+        ids, offsets = right(self, text, plain=plain)
+        special = self.special_tokens.values()
+        return Tokens(ids, [(a if i in special else max(a - 3, 0), b if i in special else max(b - 3, 0))
+                            for i, (a, b) in zip(ids, offsets, strict=True)])  # fmt: skip
+
+    monkeypatch.setattr(type(ours), "encode_rendered", shifted)
+    with pytest.raises(UserError, match="this tokenizer does not say exactly where its tokens stand"):
+        encode(TWO_TURNS, ours)
+
+
+def test_the_very_first_token_is_never_learned(make):
+    template = (
+        "{% for m in messages if m.role == 'assistant' %}"
+        + answer("{{ m.content }}</s>", True)
+        + "{% endfor %}"
+    )
+    _, ours, _ = make("answers-only", template, ("<s>", "</s>"))
+    assert encode(TWO_TURNS, ours).loss_mask.tolist()[:2] == [False, True]
+
+
 def test_a_private_character_of_the_last_plane_is_refused(make):
     _, ours, _, _ = family(make, "chatml")
     with pytest.raises(UserError, match="private character"):
@@ -410,6 +443,7 @@ BROKEN = {
         BASE.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"),
         "does not write every answer once",
     ),
+    "measures": ("{{ messages[1].content | length }}" + BASE, "does not write every answer once"),
     "drops": (BASE.replace("{{ m.content }}", ""), "does not write every answer once"),
     "no-end": (
         BASE.replace("</s>", "<end>"),
@@ -477,6 +511,7 @@ def test_bytes_with_chatml_are_literal():
     assert encoded.loss_mask.tolist() == [False] * len(question) + [True] * 4 + [False]
     assert encode_question(messages[:1], tokenizer) == question
     assert end_of_turn(tokenizer) == end
+    assert tokenizer.encode("<|im_end|>") == list(b"<|im_end|>")  # in other texts, letters as ever
 
 
 def test_the_plain_template_needs_no_token_but_the_end():
@@ -557,6 +592,9 @@ def test_streams_read_conversations_packed_to_learn_from_and_left_padded_to_answ
         here = rows.segment_ids[0] == number
         assert rows.tokens[0][here].tolist() == encoded.tokens.tolist()
         assert rows.loss_mask[0][here].tolist() == encoded.loss_mask.tolist()
+    long = [Example("", "x" * 99, messages=examples[0].messages)]  # no document, whatever its prompt
+    (cut,) = SFTStream(long, tokenizer, 64).sequential(1)
+    assert tokenizer.decode(cut.tokens[0][cut.segment_ids[0] == 1].tolist()) == "User: Hi\nAssistant: Yo\n"
     ((prompts, count),) = PromptStream(examples, tokenizer, None).sequential(2)
     texts = [tokenizer.decode(tokens[mask]) for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)]
     assert texts == ["User: Hi\nAssistant:", "User: Why?\nAssistant: So\nUser: Really?\nAssistant:"]

@@ -11,9 +11,10 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.families.encoders import ENCODERS
-from hybrid_jax.models.families.family import load_weights
+from hybrid_jax.models.families.family import Tensors, load_weights
 from hybrid_jax.models.hf_files import CONFIG, open_weights, read_json, write_json
-from hybrid_jax.models.hf_folder import family_of, placement, read_config, write_folder
+from hybrid_jax.models.hf_folder import Dtype, Shardings, family_of, placement, read_config, write_folder
+from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.pooling import Mode, Pooling
 
 _MODULES, _SENTENCES = "modules.json", "sentence_bert_config.json"
@@ -27,7 +28,12 @@ _MODES: dict[str, Mode] = {
 
 
 def load_encoder(
-    folder: str | Path, dtype: Literal["float32", "bfloat16"] = "float32"
+    folder: str | Path,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    *,
+    param_dtype: Dtype = "float32",
+    sharding: Shardings | None = None,
+    check_finite: bool = False,
 ) -> tuple[Encoder, Params]:
     """Reads an encoder; its ``config.json`` decides the family and the head.
 
@@ -35,25 +41,33 @@ def load_encoder(
         folder: of a ``*Model``, ``*ForSequenceClassification``, ``*ForTokenClassification`` or
             ``*ForQuestionAnswering`` of BERT, RoBERTa, XLM-RoBERTa or DistilBERT, or of sentence-transformers
             (``modules.json`` says how to pool). Of a ``*ForMaskedLM`` or ``*ForPreTraining`` the encoder is
-            read and the head left.
-        dtype: of the computation; parameters are float32 always.
+            read and the head left. Or the id of such a model on the hub.
+        dtype: of the computation.
+        param_dtype, sharding, check_finite: as in `hf.load_pretrained`.
 
     Raises:
         UserError: the family or the pooling is unknown, a file is missing or damaged, a tensor is missing, left
             over or of the wrong shape.
     """
-    folder = Path(folder)
+    folder = find_folder(folder)
     body, pooling = _read_modules(folder) if (folder / _MODULES).is_file() else (folder, None)
     family, config, _ = read_config(body, ENCODERS)
-    file, stored = open_weights(body)
-    tensors = {_new_name(name): read for name, read in stored.items()}
+    file, stored = open_weights(body, check_finite)
+    tensors: Tensors = {_new_name(name): read for name, read in stored.items()}
     has_pooler = bool({"pooler.dense.weight", family.prefix + "pooler.dense.weight"} & tensors.keys())
     needs_pooler = config.head == "sequence" and config.head_reads == "pooler"
     model = Encoder(replace(config, dtype=dtype, pooler=has_pooler or needs_pooler), pooling)
-    return model, load_weights(family, model, tensors, placement("float32"), str(file))
+    return model, load_weights(family, model, tensors, placement(param_dtype, sharding), str(file))
 
 
-def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
+def save_encoder(
+    folder: str | Path,
+    model: Encoder,
+    params: Params,
+    *,
+    dtype: Dtype = "float32",
+    max_shard_bytes: float = 5e9,
+) -> None:
     """Writes a folder that `transformers`, or sentence-transformers where the model has a pooling, loads.
 
     The tokenizer's files are not written: they are the caller's.
@@ -61,12 +75,14 @@ def save_encoder(folder: str | Path, model: Encoder, params: Params) -> None:
     Raises:
         UserError: no family can express the encoder, or the parameters are not those of the model.
     """
+    folder = Path(folder)
     family, config = family_of(model.config, ENCODERS)
-    prefix = "" if model.config.head is None else family.prefix
-    contents = {CONFIG: {**config, "dtype": "float32"}}
-    write_folder(Path(folder), replace(family, prefix=prefix), model, params, contents)
+    named = replace(family, prefix="") if model.config.head is None else family
+    contents = {CONFIG: {**config, "dtype": dtype}}
+    write_folder(folder, named, model, params, contents, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    (folder / _MODULES).unlink(missing_ok=True)
     if model.pooling is not None:
-        _write_modules(Path(folder), model, model.pooling)
+        _write_modules(folder, model, model.pooling)
 
 
 def _new_name(name: str) -> str:

@@ -32,11 +32,12 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     if model_type not in families:
         known = suggest(model_type, list(families))
         raise UserError(f"{folder}: unknown model_type {model_type!r}; {known}")
-    if quantization := content.get("quantization_config"):
+    if quantization := content.pop("quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UserError(
-            f"{folder / CONFIG}: weights quantised by {method!r} are not supported; take the original weights"
-        )
+        if method != families[model_type].quantization:
+            raise UserError(
+                f"{folder / CONFIG}: weights quantised by {method!r} are not supported; take the original weights"
+            )
     try:
         return families[model_type], families[model_type].read_config(content), content
     except KeyError as error:

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.models.attention import blocked_attention, cached_attention, causal_attention, plain_attention
+from hybrid_jax.models.attention import (
+    AttentionRule,
+    alibi_slopes,
+    blocked_attention,
+    cached_attention,
+    causal_attention,
+    plain_attention,
+)
 
 
 def _qkv(batch=2, length=70, heads=4, kv_heads=2, channels=8, dtype=jnp.float32):
@@ -26,14 +33,22 @@ def _segments(batch, length):
     return jnp.asarray(ids)
 
 
-def _loop(q, k, v, segment_ids):
+def _loop(q, k, v, segment_ids, rule=None, sinks=None):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out, group = np.zeros_like(q), q.shape[2] // k.shape[2]
+    rule = rule or AttentionRule()
     for b, t, h in np.ndindex(q.shape[:3]):
         seen = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t]]
-        scores = np.array([q[b, t, h] @ k[b, s, h // group] for s in seen]) / np.sqrt(q.shape[3])
-        weights = np.exp(scores - scores.max())
-        out[b, t, h] = sum(w * v[b, s, h // group] for w, s in zip(weights / weights.sum(), seen, strict=True))
+        seen = [s for s in seen if rule.window is None or t - s < rule.window]
+        scores = np.array([q[b, t, h] @ k[b, s, h // group] for s in seen])
+        scores *= rule.scale or 1 / np.sqrt(q.shape[3])
+        if rule.softcap:
+            scores = rule.softcap * np.tanh(scores / rule.softcap)
+        if rule.slopes:
+            scores -= rule.slopes[h] * (t - np.array(seen))
+        weights = np.exp(scores)
+        weights /= weights.sum() + (0.0 if sinks is None else np.exp(np.float64(sinks[h])))
+        out[b, t, h] = sum(w * v[b, s, h // group] for w, s in zip(weights, seen, strict=True))
     return out
 
 
@@ -43,6 +58,48 @@ def test_attention_equals_a_loop_over_single_tokens():
         expected = _loop(q, k, v, np.asarray(segment_ids))
         for attention in (blocked_attention, plain_attention):
             np.testing.assert_allclose(jax.jit(attention)(q, k, v, segment_ids), expected, atol=2e-6)
+
+
+RULES = {
+    "scale": (AttentionRule(scale=1.3), None),
+    "window": (AttentionRule(window=4), None),
+    "softcap": (AttentionRule(scale=1.0, softcap=1.5), None),
+    "alibi": (AttentionRule(slopes=(0.5, 0.25, 0.125, 0.0625)), None),
+    "sinks": (AttentionRule(), np.array([0.5, -1.0, 2.0, 0.0], np.float32)),
+    "all": (AttentionRule(0.7, 5, 2.0, (0.5, 0.25, 0.1, 0.0)), np.array([0.5, -1.0, 2.0, 0.0], np.float32)),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_changes_the_weights_as_a_loop_over_single_tokens_does(name):
+    rule, sinks = RULES[name]
+    q, k, v = _qkv(length=13)
+    segment_ids = _segments(2, 13)
+    expected = _loop(q, k, v, np.asarray(segment_ids), rule, sinks)
+    attend = jax.jit(lambda *qkv: causal_attention(*qkv, segment_ids, rule, sinks))
+    np.testing.assert_allclose(attend(q, k, v), expected, atol=2e-6)
+    mask = segment_ids == segment_ids[:, -1:]
+    cached = jax.jit(lambda q, k, v: cached_attention(q, k, v, mask, 12, rule, sinks))
+    last = cached(q[:, -1], k.swapaxes(1, 2), v.swapaxes(1, 2))
+    np.testing.assert_allclose(last, expected[:, -1], atol=2e-6)
+
+
+def test_a_windowed_block_has_the_gradient_of_the_plain_path():
+    qkv, rule = _qkv(length=150), AttentionRule(scale=0.9, window=70)
+    segment_ids = _segments(2, 150)
+    weights = jax.random.normal(jax.random.key(5), qkv[0].shape)
+    both = [
+        jax.jit(jax.grad(lambda a, f=f: jnp.sum(f(*a, segment_ids, rule) * weights)))(qkv)
+        for f in (blocked_attention, plain_attention)
+    ]
+    for fast, plain in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(fast, plain, atol=5e-5)
+
+
+def test_alibi_slopes_are_those_of_the_paper():
+    assert alibi_slopes(8) == tuple(2.0**-i for i in range(1, 9))  # Press et al. 2022, section 3
+    half = [2.0**-0.5 * 2.0**-i for i in range(8)]  # those between, for heads beyond a power of 2
+    np.testing.assert_allclose(alibi_slopes(12), [2.0**-i for i in range(1, 9)] + half[:4:1], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from jax import lax
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.hf import load_pretrained, save_pretrained
 
-VOCAB, PROMPT, NEW = 61, 24, 32
+VOCAB, PROMPT, NEW, PADS = 61, 24, 32, 7
 # Parity is about numbers, not speed: the compiler may skip its expensive passes.
 FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -23,11 +23,15 @@ def ours(transformer):
 
 @pytest.fixture(scope="module")
 def continued(transformer):
-    """Prompts of three lengths, left-padded, as their model continues them: (tokens, mask) [3 56]."""
+    """Prompts of three lengths, left-padded, as their model continues them: (tokens, mask) [3 56].
+
+    The second one is the start of the first, behind padding.
+    """
     theirs, _ = transformer
     random = np.random.default_rng(0)
     tokens = random.integers(0, VOCAB, (3, PROMPT))
-    mask = np.arange(PROMPT)[None] >= np.array([[0], [7], [15]])
+    tokens[1, PADS:] = tokens[0, :-PADS]
+    mask = np.arange(PROMPT)[None] >= np.array([[0], [PADS], [15]])
     inputs = {"input_ids": torch.as_tensor(tokens), "attention_mask": torch.as_tensor(mask.astype(np.int64))}
     whole = theirs.generate(**inputs, do_sample=False, max_new_tokens=NEW, pad_token_id=0)
     return whole.numpy(), np.concatenate([mask, np.ones((3, NEW), bool)], 1)
@@ -67,6 +71,9 @@ def test_logits_loss_all_gradients_and_decoding_equal_those_of_transformers(
     targets = torch.as_tensor(np.where(mask[:, :-1], tokens[:, 1:], -100))
     their_loss = torch.nn.functional.cross_entropy(their_logits[:, :-1].reshape(-1, VOCAB), targets.reshape(-1))
     assert float(loss) == pytest.approx(their_loss.item(), rel=1e-5)
+
+    padded, plain = np.asarray(logits)[1, PADS:PROMPT], np.asarray(logits)[0, : PROMPT - PADS]
+    assert _relative_error(padded, plain) < 1e-5
 
     theirs.zero_grad()
     their_loss.backward()

@@ -25,7 +25,7 @@ Tensors = dict[str, Reader]  # by name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family")
+_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ class Family:
         heads: first parts of the names that never have the prefix.
         ignored: names (without prefix) that hold no weights, as a regular expression.
         transposed: their linear maps are [out, in].
+        quantization: the format that the family is published in, if `unpack` reads it.
+        unpack: makes tensors of floats out of that format's.
         embedding: whose copy a file may also hold as ``head``, where they are tied.
         config: the class of our settings.
     """
@@ -53,6 +55,8 @@ class Family:
     heads: tuple[str, ...] = ("lm_head", "score")
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
+    quantization: str | None = None
+    unpack: Callable[[Tensors], Tensors] = lambda tensors: tensors
     embedding: str = "embed_tokens.weight"
     head: str = "lm_head.weight"
     config: type = DecoderConfig
@@ -71,7 +75,9 @@ class Family:
         if differences := self.differences(config, theirs):
             name, wanted, got = differences[0]
             raise UserError(f"{name} must be {got!r} for a {self.model_type} export, got {wanted!r}")
-        return {**theirs.to_dict(), "model_type": self.model_type}
+        written = {**theirs.to_dict(), "model_type": self.model_type}
+        written.pop("quantization_config", None)  # what is written is unpacked
+        return written
 
     def their_config(self, config: Any, content: Mapping[str, Any] | None = None) -> Any:
         """`transformers`' config object of a model, as far as the family can express it."""
@@ -123,7 +129,7 @@ def load_weights(family: Family, model: Any, tensors: Tensors, place: Place, sou
     The largest go first, so that what a row needs beside its parameters is small by the time that most of
     them are in memory. ``source`` is where the tensors should be, for messages.
     """
-    tensors = _canonical(family, model, tensors)
+    tensors = _canonical(family, model, family.unpack(tensors))
     shapes = parameter_shapes(model)
     params: dict[str, Any] = {}
     rows = family.rows(model, shapes)

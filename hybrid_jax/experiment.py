@@ -20,16 +20,18 @@ from jax import Array
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data import conversations, e2e  # noqa: F401  these register their sources
+from hybrid_jax.data import e2e  # noqa: F401  registers its source
 from hybrid_jax.data.chat import end_of_turn
+from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.models import decoder, hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
+from hybrid_jax.models.lora import split
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import Policy, default_sampler, run_settings
+from hybrid_jax.policy import Policy, default_sampler, init_key, run_settings
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
@@ -110,7 +112,9 @@ def build(config: ExperimentConfig) -> Experiment:
     else:
         tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
     model = config.model.build(tokenizer.vocab_size)
-    eos_ids = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
+    sources = [getattr(phase, "source", None) for phase in config.phases.values()]
+    chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
+    eos_ids = end_tokens(model, tokenizer, chat=chat)
     horizons = planned_steps(config.scheduler, config.steps)
     phases = {
         name: phase.build(
@@ -185,8 +189,9 @@ class Experiment:
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
-        key = jax.random.fold_in(jax.random.key(self.config.seed), 0)
-        params = {"model": self.model.init(key)}
+        key = init_key(self.config.seed)
+        trained, base = split(self.model.init(key))
+        params = {"model": trained}
         opt_state: dict[str, dict[str, Any]] = {}
         extra: dict[str, Any] = {}
         host: dict[str, Any] = {}
@@ -201,7 +206,8 @@ class Experiment:
         train = TrainState(params=params, opt_state=opt_state, extra=extra)
         # Copies, since a constant that JAX shares between two leaves could not be donated twice.
         train = self.config.mesh.replicate(jax.tree.map(jnp.copy, train))
-        return RunState(step=0, train=train, references=self.config.mesh.replicate(references), host=host)
+        references, base = self.config.mesh.replicate((references, base))
+        return RunState(step=0, train=train, references=references, host=host, base=base)
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
@@ -237,7 +243,7 @@ class Experiment:
 
     def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Numbers and samples on the held-out split."""
-        numbers, samples = self.evaluator.run(state.train.params["model"])
+        numbers, samples = self.evaluator.run(state.policy)
         where = {"step": state.step, "phase": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples]
 
@@ -249,8 +255,7 @@ class Experiment:
     def policy(self, state: RunState) -> Policy:
         """The policy of a state, ready to answer."""
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
-        params = state.train.params["model"]
-        return Policy(self.model, params, self.tokenizer, sampler, self.eos_ids, state.step)
+        return Policy(self.model, state.policy, self.tokenizer, sampler, self.eos_ids, state.step)
 
     def _save_tokenizer(self, folder: Path) -> None:
         """With the end tokens, which a policy of the run needs too."""

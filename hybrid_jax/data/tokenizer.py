@@ -32,7 +32,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
+        """One more than the largest id, special ones included."""
         ...
 
     @property
@@ -141,6 +141,7 @@ class HuggingFaceTokenizer:
         self.special_tokens = special | dict(
             zip(backend.all_special_tokens, backend.all_special_ids, strict=True)
         )
+        self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have gaps
 
     @property
     def chat_template(self) -> str | None:
@@ -155,10 +156,6 @@ class HuggingFaceTokenizer:
     @property
     def template_variables(self) -> Mapping[str, Any]:
         return self._backend.special_tokens_map
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self._backend)
 
     @property
     def eos_id(self) -> int:

@@ -593,8 +593,9 @@ def test_streams_read_conversations_packed_to_learn_from_and_left_padded_to_answ
         assert rows.tokens[0][here].tolist() == encoded.tokens.tolist()
         assert rows.loss_mask[0][here].tolist() == encoded.loss_mask.tolist()
     long = [Example("", "x" * 99, messages=examples[0].messages)]  # no document, whatever its prompt
-    (cut,) = SFTStream(long, tokenizer, 64).sequential(1)
-    assert tokenizer.decode(cut.tokens[0][cut.segment_ids[0] == 1].tolist()) == "User: Hi\nAssistant: Yo\n"
+    (cut,) = SFTStream(long, tokenizer, 21).sequential(1)
+    assert tokenizer.decode(cut.tokens[0].tolist()) == "User: Hi\nAssistant: Y"
+    assert cut.loss_mask[0].sum() == 2
     ((prompts, count),) = PromptStream(examples, tokenizer, None).sequential(2)
     texts = [tokenizer.decode(tokens[mask]) for tokens, mask in zip(prompts.tokens, prompts.mask, strict=True)]
     assert texts == ["User: Hi\nAssistant:", "User: Why?\nAssistant: So\nUser: Really?\nAssistant:"]

@@ -6,6 +6,7 @@ import pytest
 
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.chat import encode_question
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.tokenizer import EOS_TOKEN, TOKENIZERS, Bpe, Bytes, HuggingFace, load_tokenizer
 
@@ -155,3 +156,28 @@ def test_a_folder_that_was_damaged_is_one_clear_line(tmp_path):
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
     with pytest.raises(UserError, match="vocab_size must be at least 257"):
         parse(Bpe, {"vocab_size": 256})
+
+
+def test_a_slow_tokenizer_encodes_and_says_that_chat_needs_a_fast_one(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path)
+    tokenizer = HuggingFace(str(tmp_path), chat_template="plain").build()
+    ids = tokenizer.encode("naïve ☄")
+    assert ids == [byte + 3 for byte in "naïve ☄".encode()]
+    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "naïve ☄"
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (259, 1)
+    with pytest.raises(UserError, match=r"chat needs a fast tokenizer, .* ByT5Tokenizer is a slow one"):
+        encode_question([{"role": "user", "content": "Hi"}], tokenizer)
+
+
+def test_ids_with_gaps_are_all_in_the_vocabulary(foreign_folder):
+    path = foreign_folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    vocab = settings["model"]["vocab"]
+    last = max(vocab, key=lambda token: vocab[token])
+    vocab[last] += 100
+    path.write_text(json.dumps(settings))
+    tokenizer = HuggingFace(str(foreign_folder)).build()
+    assert tokenizer.vocab_size == 400
+    assert tokenizer.decode([399]) != ""

@@ -1,9 +1,10 @@
 """A run on conversations: what it learns to stop at, what it exports, and how its policy is asked."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
-import yaml
 
 from hybrid_jax import generate
 from hybrid_jax.core.registry import UserError
@@ -12,6 +13,7 @@ from hybrid_jax.experiment import build, load_config
 from hybrid_jax.policy import load_policy, load_pretrained_policy
 from hybrid_jax.training.loop import train
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
 END, END_OF_TURN = 256, 258  # of bytes with ChatML
 ASK = {"role": "user", "content": "say 1"}
 
@@ -23,59 +25,41 @@ def prefers_vowels(prompts, responses, messages):
 
 
 @pytest.fixture(scope="module")
-def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    rows = [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}!"}]}
-        for i in range(12)
+def run(tmp_path_factory):
+    """The arguments of `load_config`, for one step of SFT; the evaluation samples and rewards."""
+    overrides = [
+        f"run_dir={tmp_path_factory.mktemp('chat') / 'run'}",
+        "steps=1",
+        f"data.train={CONFIGS / 'chat.jsonl'}",
+        f"phases.ppo.reward.parts.vowels.reward.name={__name__}:prefers_vowels",
     ]
-    (folder / "chat.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    settings = {
-        "run_dir": str(folder / "run"),
-        "steps": 1,  # of SFT; the evaluation samples and rewards
-        "model": {"name": "decoder", "num_layers": 1, "width": 16, "num_heads": 2, "max_length": 96},
-        "tokenizer": {"name": "bytes", "chat_template": "chatml"},
-        "data": {"name": "chat", "train": str(folder / "chat.jsonl"), "held_out_fraction": 0.2},
-        "phases": {
-            "sft": {"batch_size": 2, "length": 80},
-            "ppo": {
-                "prompts_per_step": 4,
-                "epochs": 1,
-                "sampler": {"max_new_tokens": 6},
-                "reward": {"parts": {"vowels": {"reward": {"name": f"{__name__}:prefers_vowels"}}}},
-            },
-        },
-        "scheduler": {"name": "alternation", "cycle": {"sft": 1, "ppo": 1}},
-        "evaluation": {"num_prompts": 2, "num_examples": 2, "batch_size": 2, "length": 80},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    return folder / "config.yaml"
+    return CONFIGS / "chat.yaml", overrides
 
 
 @pytest.fixture(scope="module")
-def trained(config_file):
-    experiment = build(load_config(config_file))
+def trained(run):
+    experiment = build(load_config(*run))
     return experiment, train(experiment)
 
 
-def test_a_run_on_conversations_stops_at_the_end_of_a_turn_everywhere(trained, config_file):
+def test_a_run_on_conversations_stops_at_the_end_of_a_turn_everywhere(trained, run):
     experiment, state = trained
     both = (END, END_OF_TURN)
     assert experiment.eos_ids == experiment.phases["ppo"].functions.eos_ids == both
     assert experiment.policy(state).eos_ids == both
-    assert load_policy(config_file.parent / "run").eos_ids == both
-    assert build(load_config(config_file)).eos_ids == both  # resumed
+    assert load_policy(experiment.config.run_dir).eos_ids == both
+    assert build(load_config(*run)).eos_ids == both  # resumed
 
 
 def test_sft_learns_answers_and_ppo_reads_questions(trained):
     experiment, _ = trained
     batch = experiment.phases["sft"]._stream.batch(0, 1)
-    learned = bytes(token for token in batch.tokens[batch.loss_mask].tolist() if token < 256).decode()
-    assert learned.replace("!", "").isdigit()
-    assert (batch.tokens[batch.loss_mask] == END_OF_TURN).sum() == learned.count("!")
+    learned = batch.tokens[batch.loss_mask].tolist()
+    answers = "".join("|" if token == END_OF_TURN else chr(token) for token in learned)
+    assert re.fullmatch(r"(\d+!\|)+", answers)
     prompts = experiment.phases["ppo"].prompts.batch(0, 2)
     for tokens, mask, example in zip(prompts.tokens, prompts.mask, prompts.examples, strict=True):
-        assert tokens[mask].tolist() == encode_question([{"role": "user", "content": example.prompt}], experiment.tokenizer)  # fmt: skip # noqa: E501
+        assert tokens[mask].tolist() == encode_question(example.question, experiment.tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +78,7 @@ def test_an_export_renders_the_same_chat_and_stops_at_the_same_tokens_in_transfo
     assert load_pretrained_policy(exported).eos_ids == (END, END_OF_TURN)
 
 
-def test_a_run_from_a_folder_stops_at_every_end_token_of_the_folder_and_exports_them(
-    config_file, exported, tmp_path
-):
+def test_a_run_from_a_folder_stops_at_every_end_token_of_the_folder_and_exports_them(run, exported, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     for file in exported.iterdir():
@@ -107,7 +89,7 @@ def test_a_run_from_a_folder_stops_at_every_end_token_of_the_folder_and_exports_
         f"model={{name: pretrained, path: {folder}}}",
         f"tokenizer={{name: huggingface, path: {folder}}}",
     ]
-    experiment = build(load_config(config_file, overrides))
+    experiment = build(load_config(run[0], [*run[1], *overrides]))
     assert experiment.eos_ids == (65, END_OF_TURN, END)  # the tokenizer's too, since responses are taught it
     assert experiment.phases["ppo"].functions.eos_ids == experiment.eos_ids
     state = experiment.init()

@@ -22,6 +22,7 @@ from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import hf
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.lora import split, whole
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
@@ -138,10 +139,13 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
     settings = run_settings(folder)
     tokenizer = run_tokenizer(folder)
     model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
-    found = newest_policy(folder / "checkpoints", jax.eval_shape(model.init, jax.random.key(0)))
+    trained, base = split(hf.abstract_params(model))
+    found = newest_policy(folder / "checkpoints", trained)
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
+    if base:
+        params = whole(split(model.init(init_key(settings.get("seed", 0))))[1], params)
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
     eos_ids = read_eos_ids(folder / "tokenizer") or (tokenizer.eos_id,)
     return Policy(model, params, tokenizer, sampler, eos_ids, step)
@@ -156,6 +160,11 @@ def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) ->
     tokenizer = load_tokenizer(folder)
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
+
+
+def init_key(seed: int) -> jax.Array:
+    """What a run's model is initialised with."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from jaxtyping import Array, Bool, Float, Int
 from hybrid_jax.models.attention import AttentionRule
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
-from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
+from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, rms_norm
+from hybrid_jax.models.lora import ADAPTER, Lora, adapted_linear
 from hybrid_jax.models.rope import rotary_table, rotate
 
 # (q, k, v, rule, sinks) -> mixed values, what to keep of the layer
@@ -50,7 +51,7 @@ class Network(nn.Module):
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
         if c.embedding_width is not None:
-            x = Linear(c.width, False, c.init_std, c.dtype, name="embedding_in")(x)
+            x = Linear(c.width, False, c.init_std, c.dtype, lora=c.lora, name="embedding_in")(x)
         if c.position == "learned":
             rows = c.max_length + c.position_offset
             x = x + Embedding(rows, c.width, c, name="position_embedding")(positions + c.position_offset)
@@ -132,7 +133,7 @@ class Attention(nn.Module):
         sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,)) if c.attention_sinks else None
         mixed, kept = attend(q, k, v, c.attention_rule(self.index), sinks)
         bias = c.attention_bias if c.output_bias is None else c.output_bias
-        out = Linear(c.width, bias, residual_std(c), c.dtype, name="output")
+        out = Linear(c.width, bias, residual_std(c), c.dtype, lora=c.lora, name="output")
         return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), kept
 
     def _heads(self) -> dict[str, int]:
@@ -141,7 +142,7 @@ class Attention(nn.Module):
 
     def _project(self, x, name: str, heads: int) -> Float[Array, "B T H C"]:
         c = self.config
-        y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, name=name)(x)
+        y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, lora=c.lora, name=name)(x)
         if c.clip_qkv is not None:
             y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
         return y.reshape(*x.shape[:2], heads, c.channels)
@@ -154,10 +155,10 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context):
         c = self.config
-        inner = partial(Linear, self.inner_width, c.mlp_bias, c.init_std, c.dtype)
+        inner = partial(Linear, self.inner_width, c.mlp_bias, c.init_std, c.dtype, lora=c.lora)
         activate, up = ACTIVATIONS[c.activation], inner(name="up")(x)
         x = activate(inner(name="gate")(x)) * up if c.mlp == "gated" else activate(up)
-        return Linear(c.width, c.mlp_bias, residual_std(c), c.dtype, name="down")(x)
+        return Linear(c.width, c.mlp_bias, residual_std(c), c.dtype, lora=c.lora, name="down")(x)
 
 
 class Mixture(nn.Module):
@@ -170,7 +171,7 @@ class Mixture(nn.Module):
         c, e = self.config, self.config.experts
         assert e is not None
         flat = x.reshape(-1, c.width)
-        router = Linear(e.count, e.router_bias, c.init_std, c.dtype, jnp.float32, name="router")
+        router = Linear(e.count, e.router_bias, c.init_std, c.dtype, jnp.float32, c.lora, name="router")
         scores = router(flat)
         weights, chosen = choose_experts(scores, e.per_token, e.normalize)
         if not self.is_initializing():
@@ -181,7 +182,8 @@ class Mixture(nn.Module):
         if e.shared_width is not None:
             shared = Mlp(c, e.shared_width, name="shared")(x, context)
             if e.shared_gate:
-                shared = shared * nn.sigmoid(Linear(1, False, c.init_std, c.dtype, name="shared_gate")(x))
+                gate = Linear(1, False, c.init_std, c.dtype, lora=c.lora, name="shared_gate")
+                shared = shared * nn.sigmoid(gate(x))
             y = y + shared
         return y
 
@@ -211,12 +213,18 @@ class Linear(nn.Module):
     init_std: float
     dtype: str
     out_dtype: Any = None
+    lora: Lora | None = None
 
     @nn.compact
     def __call__(self, x):
         kernel = self.param("kernel", nn.initializers.normal(self.init_std), (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        return linear(x, kernel.astype(self.dtype), bias, self.out_dtype)
+        types = {"dtype": self.dtype, "out_dtype": self.out_dtype}
+        if self.lora is None or not self.has_variable(ADAPTER, "a"):
+            return adapted_linear(None, None, x, kernel, bias, **types)
+        rate = self.lora.dropout
+        drop = nn.Dropout(rate, deterministic=rate == 0.0 or not self.has_rng("dropout"))
+        return adapted_linear(self.lora, self.variables[ADAPTER], x, kernel, bias, **types, drop=drop)
 
 
 class Stack(nn.Module):

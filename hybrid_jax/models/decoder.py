@@ -23,7 +23,7 @@ from hybrid_jax.models.attention import cached_attention, causal_attention
 from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_config import DecoderConfig
-from hybrid_jax.models.layers import linear
+from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
 
 __all__ = ["Decoder", "DecoderCache", "DecoderConfig"]
 
@@ -59,7 +59,7 @@ class Decoder:
         return self.config.max_length
 
     def init(self, key: Array) -> Params:
-        return _init(self, key)
+        return add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, 1))
 
     @property
     def loss_coefs(self) -> dict[str, float]:
@@ -88,12 +88,13 @@ class Decoder:
         return hidden, {name: losses[name] for name in self.loss_coefs}
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        c = self.config
+        c, adapters = self.config, params.get(ADAPTER, {})
+        mapped = partial(adapted_linear, c.lora, dtype=hidden.dtype)
         if c.embedding_width is not None:
-            hidden = linear(hidden, params["embedding_out"]["kernel"].astype(hidden.dtype))
+            hidden = mapped(adapters.get("embedding_out"), hidden, params["embedding_out"]["kernel"])
         kernel = params["token_embedding"]["embedding"].T if c.tie_embeddings else params["lm_head"]["kernel"]
         bias = params["lm_head"]["bias"] if c.head_bias else None
-        logits = linear(hidden, kernel.astype(hidden.dtype), bias, out_dtype=jnp.float32)
+        logits = mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32)
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -156,8 +157,9 @@ class Decoder:
         """Hidden states, what the layers kept, and the losses of the routers, averaged over the layers."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         network = Network(self.config)
+        adapter, base = split(params) if ADAPTER in params else ({}, params)
         (hidden, kept), written = network.apply(
-            {"params": params}, tokens, positions, real, attends, rngs=rngs, mutable=[LOSSES]
+            {"params": base, **adapter}, tokens, positions, real, attends, rngs=rngs, mutable=[LOSSES]
         )
         routers: list[dict[str, Sum]] = jax.tree.leaves(written, is_leaf=lambda node: "router_z" in node)
         losses = {}

@@ -10,6 +10,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.attention import AttentionRule, alibi_slopes
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.experts import Experts
+from hybrid_jax.models.lora import Lora
 from hybrid_jax.models.rope import ROPE_SCALINGS
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ class DecoderConfig:
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
     family: str | None = None  # Hugging Face model_type to export as; the first that can express the decoder
+    lora: Lora | None = None  # adapters that train in place of the parameters; none
 
     def __post_init__(self):
         for name in _SIZES:
@@ -182,6 +184,8 @@ class DecoderConfig:
             raise UserError("vocab_size is missing: the decoder names none and there is no tokenizer")
         if vocab_size is not None and size < vocab_size:
             raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
+        if self.lora is not None and self.lora.path is not None:
+            raise UserError("lora.path needs the model that it was trained on: model.name pretrained")
         return Decoder(replace(self, vocab_size=size))
 
 

@@ -25,6 +25,8 @@ from hybrid_jax.models.hf_folder import (
     write_folder,
 )
 from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
+from hybrid_jax.models.peft_folder import read_adapter, read_settings
 
 CLASSIFIER = "ForSequenceClassification"  # how the architectures with such a head end
 
@@ -73,7 +75,7 @@ def save_pretrained(
     Args:
         folder: An earlier model in it is replaced.
         model: Written as the family that ``config.family`` names, else as the first that can express it.
-        params: Of the model, all finite.
+        params: Of the model, all finite; adapters are merged into the maps that they change.
         eos_ids: Tokens that end a response; none keeps those of ``like``.
         pad_id: Token of padding; None keeps that of ``like``.
         dtype: Of the weights in the file.
@@ -85,7 +87,10 @@ def save_pretrained(
         UserError: No family can express the decoder, or a parameter is not finite.
     """
     like = getattr(model, "folder", None) if like is None else like
-    model = Decoder(model.config)  # whose parameters have shapes without a folder being read
+    params = merge(model.config.lora, params)
+    model = Decoder(
+        replace(model.config, lora=None)
+    )  # whose parameters have shapes without a folder being read
     content = _content(like, CONFIG, model.config.family)
     family, config = family_of(model.config, FAMILIES, content)
     ids = _token_ids(content, eos_ids, pad_id)
@@ -97,8 +102,10 @@ def save_pretrained(
 
 def abstract_params(model: LanguageModel) -> Params:
     """Shapes and dtypes of a model's parameters; nothing is read or made."""
-    model = Decoder(model.config) if isinstance(model, PretrainedDecoder) else model
-    return jax.eval_shape(model.init, jax.random.key(0))
+    if not isinstance(model, PretrainedDecoder):
+        return jax.eval_shape(model.init, jax.random.key(0))
+    base = jax.eval_shape(Decoder(replace(model.config, lora=None)).init, jax.random.key(0))
+    return jax.eval_shape(model.with_adapter, base, jax.random.key(0))
 
 
 @BACKBONES.register("pretrained")
@@ -111,12 +118,14 @@ class Pretrained:
         dtype: Of the computation; parameters are float32.
         dropout: None keeps the folder's.
         check_finite: Refuse weights with NaN or infinity.
+        lora: Adapters that train in place of the parameters; ``{path: ...}`` starts from those of a folder.
     """
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: float | None = None
     check_finite: bool = False
+    lora: Lora | None = None
 
     def build(self, vocab_size: int | None = None) -> PretrainedDecoder:
         folder = find_folder(self.path)
@@ -127,18 +136,27 @@ class Pretrained:
             raise UserError(
                 f"the tokenizer has {vocab_size} tokens, more than the {config.vocab_size} of {self.path!r}"
             )
-        return PretrainedDecoder(config, str(folder), self.check_finite)
+        lora = read_settings(self.lora, Decoder(config))
+        return PretrainedDecoder(replace(config, lora=lora), str(folder), self.check_finite)
 
 
 @dataclass(frozen=True)
 class PretrainedDecoder(Decoder):
-    """A decoder whose `init` reads its folder: the key is not used. Call it outside `jax.jit`."""
+    """A decoder whose `init` reads its folder; the key is for new adapters. Call it outside `jax.jit`."""
 
     folder: str
     check_finite: bool = False
 
     def init(self, key) -> Params:
-        return load_pretrained(self.folder, check_finite=self.check_finite)[1]
+        params = load_pretrained(self.folder, check_finite=self.check_finite)[1]
+        return self.with_adapter(params, key)
+
+    def with_adapter(self, params: Params, key: jax.Array) -> Params:
+        """The base's ``params`` and the adapters to start from: those of a folder, or fresh ones."""
+        lora = self.config.lora
+        if lora is None or lora.path is None:
+            return add_adapter(lora, params, key)
+        return {**params, ADAPTER: read_adapter(lora, Decoder(self.config))}
 
 
 def _read_model(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Family, Decoder]:

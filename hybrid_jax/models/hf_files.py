@@ -68,7 +68,7 @@ def open_weights(folder: Path, check_finite: bool = False) -> tuple[Path, dict[s
     for name in (INDEX, WEIGHTS, TORCH_INDEX, TORCH):
         file = folder / name
         if file.is_file():
-            read = partial(_safetensors if name in (INDEX, WEIGHTS) else _torch, check_finite=check_finite)
+            read = partial(open_safetensors if name in (INDEX, WEIGHTS) else _torch, check_finite=check_finite)
             return file, _open_shards(file, read) if name in (INDEX, TORCH_INDEX) else read(file)
     raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {INDEX} or {TORCH}")
 
@@ -93,7 +93,12 @@ def _open_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -
     return tensors
 
 
-def _safetensors(path: Path, check_finite: bool) -> dict[str, StoredTensor]:
+def open_safetensors(path: Path, check_finite: bool = False) -> dict[str, StoredTensor]:
+    """What reads each tensor of one safetensors file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     header, start, size = _read_header(path)
     tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -20,7 +20,7 @@ Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.0859
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
@@ -163,9 +163,9 @@ class PPOPhase:
         self.prompts = prompt_stream(config, resources)
         self._examples = sft_stream(config.sft_mix.as_sft(), resources) if config.sft_mix else None
         self._rate = jax.jit(config.optimizer.rate)
-        self._sample = jax.jit(self.functions.sample)
-        self._score = jax.jit(self.functions.score)
-        self._learn = jax.jit(self.functions.learn, donate_argnums=0, static_argnames="groups")
+        self._sample = jax.jit(self._above_base("sample"))
+        self._score = jax.jit(self._above_base("score"))
+        self._learn = jax.jit(self._above_base("learn"), donate_argnums=1, static_argnames="groups")
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         start = {n: r for n, r in self.config.references.items() if r.frozen_at == "start"}
@@ -188,14 +188,16 @@ class PPOPhase:
         )
         sample_key, learn_key = jax.random.split(key)
         tokens, mask = self._mesh.split((prompts.tokens, prompts.mask))
-        samples = self._sample(state.train.params["model"], tokens, mask, sample_key)
-        scored = self._score(state.train.params, dict(state.references), tokens, mask, samples)
+        samples = self._sample(state.base, state.train.params["model"], tokens, mask, sample_key)
+        scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
         scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored)
         groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
         examples = self._example_batch(state.cursors.get(f"{self.name}/examples", 0))
-        train, metrics = self._learn(state.train, scored, scores, examples, learn_key, rate, groups=groups)
+        train, metrics = self._learn(
+            state.base, state.train, scored, scores, examples, learn_key, rate, groups=groups
+        )
         state = replace(
             state,
             train=train,
@@ -205,6 +207,14 @@ class PPOPhase:
         metrics = {**metrics, **host_metrics, "learning_rate": rate}
         metrics["dispatch_seconds"] = time.perf_counter() - started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
+
+    def _above_base(self, name: str) -> Callable[..., Any]:
+        """One of the functions, with the base as its first argument."""
+
+        def function(base: Params, *inputs, **settings):
+            return getattr(replace(self.functions, base=base), name)(*inputs, **settings)
+
+        return function
 
     def _enter(self, state: RunState) -> RunState:
         """Freezes the references that are due; gives a separate value network the policy to start from."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +28,7 @@ from hybrid_jax.core.arrays import Sum, masked_mean
 from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.heads import init_value_head, value
+from hybrid_jax.models.lora import whole
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.sampling.responses import (
     ended,
@@ -58,13 +59,21 @@ class Scored:
 
 @dataclass(frozen=True)
 class PPOFunctions:
-    """The pure functions of PPO for one model and one setting."""
+    """The pure functions of PPO for one model and one setting.
+
+    Policy, references and the trunk of a value network are given as what trains of them; ``base`` are the
+    parameters that they share, below adapters.
+    """
 
     config: PPO
     model: LanguageModel
     eos_ids: tuple[int, ...]
     name: str  # of the phase
     optimizer_key: str
+    base: Params = field(default_factory=dict)
+
+    def _whole(self, trained: Params) -> Params:
+        return whole(self.base, trained)
 
     @property
     def kl_key(self) -> str:
@@ -81,6 +90,7 @@ class PPOFunctions:
         )
 
     def sample(self, policy: Params, prompt_tokens: Array, prompt_mask: Array, key: Array) -> Samples:
+        policy = self._whole(policy)
         return self.config.sampler(self.model, policy, prompt_tokens, prompt_mask, key, eos_ids=self.eos_ids)
 
     def score(
@@ -94,10 +104,12 @@ class PPOFunctions:
         """Values of the states and the references' log-probabilities of the tokens."""
         tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
         length, temperature = samples.tokens.shape[1], self.config.sampler.temperature
-        trunk = params["value"].get("model", params["model"])
+        trunk = self._whole(params["value"].get("model", params["model"]))
         states = states_before(self.model, trunk, tokens, attention_mask, length)
         reference_log_probs = {
-            name: response_log_probs(self.model, references[name], tokens, attention_mask, length, temperature)
+            name: response_log_probs(
+                self.model, self._whole(references[name]), tokens, attention_mask, length, temperature
+            )
             for name in self.config.references
         }
         return Scored(
@@ -250,13 +262,13 @@ class PPOFunctions:
     ) -> tuple[dict[str, Sum], dict[str, Sum]]:
         """The terms of the loss on some rows of a rollout (and of examples), as Sums."""
         config, model, mask = self.config, self.model, rollout.response_mask
-        length = mask.shape[1]
-        hidden, model_losses = model.hidden_and_losses(params["model"], rollout.tokens, rollout.attention_mask)
+        length, policy = mask.shape[1], self._whole(params["model"])
+        hidden, model_losses = model.hidden_and_losses(policy, rollout.tokens, rollout.attention_mask)
         states = shift_states(hidden, length)
-        logits = response_logits(model, params["model"], states, config.sampler.temperature)
+        logits = response_logits(model, policy, states, config.sampler.temperature)
         log_probs = token_log_probs(logits, rollout.tokens[:, -length:])
         if "model" in params["value"]:
-            trunk = params["value"]["model"]
+            trunk = self._whole(params["value"]["model"])
             states = states_before(model, trunk, rollout.tokens, rollout.attention_mask, length)
         values = value(params["value"]["head"], states)
         policy_loss, policy_metrics = clipped_policy_loss(
@@ -269,7 +281,7 @@ class PPOFunctions:
         if config.entropy_coef:
             terms["exact_entropy"] = Sum.of(entropy(logits), mask)
         if examples is not None:
-            terms["sft_loss"] = sft_losses(model, params["model"], examples)["loss"]
+            terms["sft_loss"] = sft_losses(model, policy, examples)["loss"]
         return terms, {**policy_metrics, **value_metrics}
 
     def iteration(

@@ -17,6 +17,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.lora import whole
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
 from hybrid_jax.training.state import RunState, TrainState
@@ -60,10 +61,7 @@ class SFTPhase:
         self._mesh = resources.mesh
         self._stream = sft_stream(config, resources)
         self._rate = jax.jit(config.optimizer.rate)
-        objective = sft_objective(resources.model, dropout=config.dropout)
-        self._update = jax.jit(
-            functools.partial(sft_update, config, objective, resources.optimizer_key), donate_argnums=0
-        )
+        self._update = jax.jit(functools.partial(_update, config, resources), donate_argnums=1)
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         return PhaseInit(opt_state={"model": self.config.optimizer.transform().init(params["model"])})
@@ -73,7 +71,7 @@ class SFTPhase:
         batch = self._stream.batch(cursor, self.config.batch_size)
         steps = state.schedule.steps.get(self.name, 0)
         rate = self._rate(*jax.device_put((steps, self._horizon)))
-        train, metrics = self._update(state.train, self._mesh.split(batch), key, rate)
+        train, metrics = self._update(state.base, state.train, self._mesh.split(batch), key, rate)
         metrics = {**metrics, "learning_rate": rate, "tokens": batch.tokens.size}
         state = replace(
             state, train=train, cursors={**state.cursors, self.name: cursor + self.config.batch_size}
@@ -106,15 +104,23 @@ def sft_losses(
     return {"loss": token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask), **losses}
 
 
-def sft_objective(model: LanguageModel, *, dropout: bool = False) -> Objective:
+def sft_objective(model: LanguageModel, base: Params | None = None, *, dropout: bool = False) -> Objective:
+    """The loss of the group "model", which is all parameters, or what trains above a ``base``."""
+
     def loss(params, batch, key):
-        return sft_losses(model, params["model"], batch, key if dropout else None), {}
+        policy = whole(base or {}, params["model"])
+        return sft_losses(model, policy, batch, key if dropout else None), {}
 
     def weights(batch: TokenBatch) -> dict[str, Array]:
         real = (batch.segment_ids > 0).sum()
         return {"loss": num_targets(batch), **dict.fromkeys(model.loss_coefs, real)}
 
     return Objective(loss, weights, coefs={"loss": 1.0, **model.loss_coefs})
+
+
+def _update(config: SFT, resources: Resources, base: Params, state: TrainState, *inputs):
+    objective = sft_objective(resources.model, base, dropout=config.dropout)
+    return sft_update(config, objective, resources.optimizer_key, state, *inputs)
 
 
 def num_targets(batch: TokenBatch) -> Array:

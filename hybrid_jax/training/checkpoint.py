@@ -214,6 +214,7 @@ def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
         schedule=ScheduleState(**progress["schedule"]),
         cursors=progress["cursors"],
         host=arrays["host"],
+        base=fresh.base,
     )
 
 

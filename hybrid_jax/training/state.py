@@ -9,13 +9,14 @@ from typing import Any
 from flax import struct
 
 from hybrid_jax.models.base import Params
+from hybrid_jax.models.lora import whole
 
 
 @struct.dataclass
 class TrainState:
     """Everything that an update changes: donated to it and returned by it."""
 
-    params: dict[str, Params]  # by group: "model", and "value" once PPO is among the phases
+    params: dict[str, Params]  # what trains, by group: "model", and "value" once PPO is among the phases
     opt_state: dict[str, dict[str, Any]]  # by optimizer, then by the group that it trains
     extra: dict[str, Any]  # named sub-states that live on the device, such as the KL coefficient
 
@@ -44,7 +45,11 @@ class ScheduleState:
 
 @dataclass(frozen=True)
 class RunState:
-    """A run between two steps. One checkpoint holds all of it; with the config it decides every later bit."""
+    """A run between two steps. With the config it decides every later bit.
+
+    One checkpoint holds all of it but ``base``, the parameters below an adapter: they are what
+    `LanguageModel.init` gives, on every start the same.
+    """
 
     step: int  # steps taken
     train: TrainState
@@ -52,3 +57,9 @@ class RunState:
     schedule: ScheduleState = ScheduleState()
     cursors: Mapping[str, int] = field(default_factory=dict)  # rows read so far from each data stream
     host: Mapping[str, Any] = field(default_factory=dict)  # named sub-states that live on the host (numpy)
+    base: Params = field(default_factory=dict)  # below adapters: shared by policy, value and references
+
+    @property
+    def policy(self) -> Params:
+        """The whole parameters of the policy."""
+        return whole(self.base, self.train.params["model"])

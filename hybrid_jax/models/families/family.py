@@ -104,7 +104,7 @@ class Family:
         """The table for a model with these parameters; every parameter is in exactly one row."""
         table = self.table(model.config) if callable(self.table) else self.table
         sizes = {path: tuple(shape.shape) for path, shape in shapes.items()}
-        rows = expand(table, sizes, model.config, lambda name: self.transposed or self._is_head(name))
+        rows = expand(table, sizes, model.config, self.is_transposed)
         covered = sorted(path for row in rows for path in row.ours)
         assert covered == sorted(shapes), f"{self.model_type}: the table has {covered}, not {sorted(shapes)}"
         return rows
@@ -112,6 +112,10 @@ class Family:
     def full_name(self, name: str) -> str:
         """With the prefix, if it is no head's."""
         return name if self._is_head(name) else self.prefix + name
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether a linear map of theirs is [out, in]."""
+        return self.transposed or self._is_head(name)
 
     def _is_head(self, name: str) -> bool:
         return name.split(".")[0] in self.heads

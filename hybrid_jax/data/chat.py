@@ -150,28 +150,34 @@ class _Chat:
         whole = self.tokenizer.encode_rendered(text)
         if not self._stand_ins:
             return whole
-        if self._in_pieces(text, text, whole).ids != whole.ids:
+        tokens = self._in_pieces(text, self.restored(text), whole)
+        special = [self.tokenizer.special_tokens[token] for token in self._stand_ins]
+        kept = all(tokens.ids.count(token) == whole.ids.count(token) for token in special)
+        if not kept or self._in_pieces(text, text, whole).ids != whole.ids:
             raise UserError(
                 f"a message holds the special token {next(iter(self._stand_ins))!r}, which this tokenizer "
                 "cannot encode as plain text within a chat; remove it from the message"
             )
-        return self._in_pieces(text, self.restored(text), whole)
+        return tokens
 
     def restored(self, text: str) -> str:
         for token, stand_in in self._stand_ins.items():
             text = text.replace(stand_in, token)
         return text
 
-    def special_spans(self, tokens: Tokens) -> list[Span]:
-        special = set(self.tokenizer.special_tokens.values())
-        return [span for token, span in zip(*tokens, strict=True) if token in special and span[0] < span[1]]
+    def special_spans(self, tokens: Tokens, text: str) -> list[tuple[int, Span]]:
+        """The special tokens that are written in ``text``, with their places; no <unk> for other letters."""
+        written = {token: name for name, token in self.tokenizer.special_tokens.items()}
+        return [
+            (token, (start, end))
+            for token, (start, end) in zip(*tokens, strict=True)
+            if token in written and text[start:end].strip() == written[token].strip()
+        ]
 
     def _in_pieces(self, rendered: str, text: str, whole: Tokens) -> Tokens:
         """The special tokens of ``whole``, and between them ``text`` piece by piece as plain text."""
-        special = set(self.tokenizer.special_tokens.values())
         ids, offsets, done = [], [], 0
-        between = [(token, span) for token, span in zip(*whole, strict=True) if token in special]
-        for token, (start, end) in [*between, (None, (len(rendered), len(rendered)))]:
+        for token, (start, end) in [*self.special_spans(whole, rendered), (None, (len(text), len(text)))]:
             if done < start:
                 piece = self.tokenizer.encode_rendered(text[done:start], plain=True)
                 ids += piece.ids
@@ -206,7 +212,7 @@ def _encode(chat: _Chat, messages: Sequence[Message], answers: Sequence[int]) ->
     text, marks = chat.render(messages)
     tokens = chat.encode(text)
     ends = _content_ends(chat, messages, text, answers)
-    special = chat.special_spans(tokens)
+    special = [span for _, span in chat.special_spans(tokens, text)]
     if marks is None:
         spans = _turns(chat, messages, text, answers, ends, special)
     else:

@@ -1,4 +1,8 @@
-"""How the model of a Hugging Face folder samples: generation_config.json, both ways."""
+"""How the model of a Hugging Face folder samples: generation_config.json, both ways.
+
+A policy that answers takes all of it. Training takes the end tokens alone: how PPO samples is its own setting,
+since it must neither truncate nor be greedy, and a temperature changes what it optimises.
+"""
 
 from __future__ import annotations
 

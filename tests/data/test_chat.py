@@ -287,6 +287,46 @@ def test_a_tokenizer_that_cannot_write_a_special_token_as_text_within_a_chat_say
         encode_question([{"role": "user", "content": "a </s> b"}], ours)
 
 
+def test_a_tokenizer_that_knows_the_letters_of_a_special_token_as_a_word_says_so(make):
+    def word(backend):  # as some SentencePiece models do
+        vocab = [
+            ("<s>", 0.0),
+            ("</s>", -1.0),
+            *((chr(letter), -9.0) for letter in range(32, 127)),
+            ("\n", -9.0),
+        ]
+        backend.model = models.Unigram(vocab, unk_id=0, byte_fallback=False)
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Split("\n", "isolated"), decoders.Fuse()
+
+    template, special, _ = FAMILIES["zephyr"]
+    _, ours, _ = make("word", template(False), special, word)
+    with pytest.raises(UserError, match=r"'</s>', which this tokenizer cannot encode as plain text"):
+        encode_question([{"role": "user", "content": "a </s> b"}], ours)
+
+
+def test_sentencepiece_with_byte_fallback_is_masked_and_guarded(marks, make):
+    def sentencepiece(backend):  # as in Llama 2 and Mistral: every piece gets a space in front
+        letters = ["▁", "\n", *(chr(letter) for letter in range(33, 127) if chr(letter) not in "</>")]
+        tokens = [*FAMILIES["mistral"][1], *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+        vocab = {token: number for number, token in enumerate(tokens)}
+        backend.model = models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<s>")
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.pre_tokenizer = None
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+
+    template, special, _ = FAMILIES["mistral"]
+    _, ours, theirs = make(f"sentencepiece-{marks}", template(marks), special, sentencepiece)
+    encoded = encode([{"role": "user", "content": "a"}, {"role": "assistant", "content": "é</s>"}], ours)
+    pieces = theirs.convert_ids_to_tokens(encoded.tokens.tolist())
+    question = ["<s>", "[INST]", "▁", "▁", "a", "[/INST]"]
+    said = ["▁", "▁", "<0xC3>", "<0xA9>", "<0x3C>", "<0x2F>", "s", "<0x3E>", "</s>"]
+    assert pieces == [*question, *said]
+    assert encoded.loss_mask.tolist() == [False] * len(question) + [True] * len(said)
+    assert encode(TWO_TURNS, ours).tokens.tolist() == ids_of(theirs, TWO_TURNS)
+
+
 def test_a_tokenizer_that_changes_letters_is_no_mistake_but_one_that_misplaces_them_is(make, monkeypatch):
     def lower_case(backend):
         backend.normalizer = normalizers.Lowercase()

@@ -149,8 +149,10 @@ CONFIG = EncoderConfig(vocab_size=VOCAB, num_layers=2, width=16, num_heads=2, ma
 
 @pytest.fixture(scope="module")
 def small():
-    model = Encoder(CONFIG)
-    return model, model.init(jax.random.key(0)), jax.jit(model.hidden)
+    model, random = Encoder(CONFIG), np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
+    return model, params, jax.jit(model.hidden)
 
 
 def test_padding_on_either_side_and_packing_change_nothing(small):

@@ -308,13 +308,21 @@ def _check_run_dir(config: ExperimentConfig) -> None:
     path = config.run_dir / "config.yaml"
     if not has_checkpoint(config.run_dir) or not path.is_file():
         return
-    there, here = _fixed(load_yaml(path)), _fixed(to_dict(config))
+    there, here = _fixed(_spelled_out(load_yaml(path))), _fixed(to_dict(config))
     if difference := next(iter(_differences(there, here)), None):
         name, before, now = difference
         raise UserError(
             f"run_dir {config.run_dir} holds a run of another config: {name} is {before!r} there and {now!r} "
             "here; give another run_dir, or undo the change to resume"
         )
+
+
+def _spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that came up after a run was written have their defaults there."""
+    try:
+        return to_dict(parse(ExperimentConfig, settings))
+    except UserError:  # of settings that are gone, or of objects that only a notebook has
+        return settings
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hybrid_jax import HybridTrainer, evaluate, export, generate, train
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.experiment import build, load_config
 from hybrid_jax.policy import load_policy
 
 
@@ -134,6 +136,15 @@ def test_the_run_directory_of_another_config_is_refused_and_left_as_it_is(run_di
         in message
     )
     assert contents(run_dir) == before
+
+
+def test_a_setting_that_came_up_after_a_run_has_its_default_there(run_dir, tiny, tmp_path):
+    settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del settings["model"]["rotary_width"], settings["checkpoint"]["keep"], settings["phases"]["ppo"]["trace"]
+    (tmp_path / "checkpoints").symlink_to(run_dir / "checkpoints")
+    (tmp_path / "tokenizer").symlink_to(run_dir / "tokenizer")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert build(load_config(tiny / "config.yaml", [f"run_dir={tmp_path}"])).config.run_dir == tmp_path
 
 
 def test_a_corrupt_config_in_the_run_directory_is_refused_and_left_as_it_is(run_dir, tiny, mistake, tmp_path):

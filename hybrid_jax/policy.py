@@ -23,6 +23,7 @@ from hybrid_jax.models import hf
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.lora import split, whole
+from hybrid_jax.models.peft_folder import save_adapter
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
@@ -88,8 +89,12 @@ class Policy:
             ]
         return answers
 
-    def save_pretrained(self, folder: str | Path) -> Path:
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> Path:
         """Writes a Hugging Face folder with tokenizer and generation settings; returns it.
+
+        Args:
+            folder: a new or an empty one, or an earlier export.
+            adapter: writes the adapter alone, as `peft` keeps it, in place of the whole model.
 
         Raises:
             UserError: the folder holds something that we did not export, or cannot be written.
@@ -101,12 +106,18 @@ class Policy:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
-            hf.save_pretrained(folder, self.model, self.params, eos_ids=self.eos_ids, pad_id=self.eos_ids[0])
+            self._save_weights(folder, adapter)
             self.tokenizer.save(folder)
             write_generation_config(folder, self.sampler, self.eos_ids)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         return folder
+
+    def _save_weights(self, folder: Path, adapter: bool) -> None:
+        if adapter:
+            return save_adapter(folder, self.model, self.params)
+        ids: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0]}
+        hf.save_pretrained(folder, self.model, self.params, **ids)
 
     def _longest_prompt(self, prompts: Sequence[Example]) -> int:
         lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]

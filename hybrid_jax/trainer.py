@@ -106,9 +106,9 @@ class HybridTrainer:
         """Numbers of the newest policy on the held-out data: ``evaluation/<metric>``."""
         return self.experiment.evaluator.run(self.policy.params)[0]
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Writes the newest policy as a Hugging Face folder."""
-        return self.policy.save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> Path:
+        """Writes the newest policy as a Hugging Face folder, or its ``adapter`` alone as one of `peft`."""
+        return self.policy.save_pretrained(folder, adapter=adapter)
 
     def report(self) -> Path:
         """Writes ``report.html`` into the run directory and returns its path."""

@@ -88,9 +88,7 @@ def save_pretrained(
     """
     like = getattr(model, "folder", None) if like is None else like
     params = merge(model.config.lora, params)
-    model = Decoder(
-        replace(model.config, lora=None)
-    )  # whose parameters have shapes without a folder being read
+    model = Decoder(replace(model.config, lora=None))  # whose shapes are known without reading a folder
     content = _content(like, CONFIG, model.config.family)
     family, config = family_of(model.config, FAMILIES, content)
     ids = _token_ids(content, eos_ids, pad_id)
@@ -156,7 +154,7 @@ class PretrainedDecoder(Decoder):
         lora = self.config.lora
         if lora is None or lora.path is None:
             return add_adapter(lora, params, key)
-        return {**params, ADAPTER: read_adapter(lora, Decoder(self.config))}
+        return {**params, ADAPTER: read_adapter(lora, Decoder(self.config), params)}
 
 
 def _read_model(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Family, Decoder]:

@@ -23,9 +23,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.base import Params
+from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family, parameter_shapes
@@ -35,7 +36,7 @@ from hybrid_jax.models.lora import Lora, adapters_of, column_norms, nested, para
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_NAME = re.compile(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(\.weight)?")
+_NAME = re.compile(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|base_layer)(\.weight)?")
 # What the tensors and our own reading of them already say, or what is only about how training began.
 _KNOWN = (
     *(
@@ -81,16 +82,18 @@ def read_settings(lora: Lora | None, model: Decoder) -> Lora | None:
         raise UserError(f"{Path(lora.path) / SETTINGS}: {error}") from error
 
 
-def read_adapter(lora: Lora, model: Decoder) -> Params:
-    """The adapter in the folder ``lora.path``, as `read_settings` has understood it, for the maps of ``model``.
+def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
+    """The adapter in the folder ``lora.path``, as `read_settings` has understood it, for the maps of ``base``.
 
     Raises:
-        UserError: a tensor is missing, left over or of the wrong shape.
+        UserError: a tensor is missing, left over or of the wrong shape, or the folder's copy of a map (`peft` keeps
+            one of ``lm_head``) is not that of the base.
     """
     folder = Path(lora.path or "")
     patterns = read_json(folder / SETTINGS).get("alpha_pattern") or {}
     adapters: dict[str, Params] = {}
     for module in _Folder(folder, model).modules():
+        module.check_copy(base)
         a, b = module.factors()
         matching = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module.name))
         scale = scale_of(a.shape[1], next(matching, lora.alpha), lora.rank_stabilized)
@@ -103,17 +106,19 @@ def read_adapter(lora: Lora, model: Decoder) -> Params:
     return nested(adapters)
 
 
-def save_adapter(folder: str | Path, model: Decoder, params: Params, base: str) -> None:
-    """Writes the adapter alone, as a folder that `peft` loads upon the model ``base``.
+def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> None:
+    """Writes the adapter of a `Pretrained` model alone, as a folder that `peft` loads upon that model.
 
     Raises:
         UserError: the model has no adapter, or one that `peft` cannot put where ours is.
     """
     from safetensors.numpy import save_file
 
-    lora, folder = model.config.lora, Path(folder)
-    if lora is None:
+    folder = Path(folder)
+    if not isinstance(model, Decoder) or (lora := model.config.lora) is None:
         raise UserError("the model has no adapter to export: its config has no lora")
+    if (base := getattr(model, "folder", None)) is None:
+        raise UserError("an adapter needs its base, and this one came from no folder: export the merged model")
     family, bare = _bare(model)
     tensors, ranks, known = {}, {}, []
     adapters = {path: jax.tree.map(np.asarray, adapter) for path, adapter in adapters_of(params).items()}
@@ -200,8 +205,7 @@ def _linear_rows(family: Family, bare: Decoder) -> Iterator[tuple[str, Row]]:
 
 
 def _bare(model: Decoder) -> tuple[Family, Decoder]:
-    if model.config.family is None:
-        raise UserError("adapters of peft belong to a pretrained model: this one comes from no folder")
+    assert model.config.family is not None, "read from a folder"
     return FAMILIES[model.config.family], Decoder(replace(model.config, lora=None))
 
 
@@ -251,6 +255,18 @@ class _Module:
         flat = np.asarray(self._tensor("lora_magnitude_vector", 1), np.float32)
         parts = self._parts(flat[:, None] if self.flip else flat[None], "lora_magnitude_vector")
         return [part.reshape(-1) for part in parts]
+
+    def check_copy(self, base: Params) -> None:
+        if "base_layer" not in self.tensors:
+            return
+        copies = self.row.load([np.asarray(self.tensors["base_layer"], np.float32)])
+        for path, copy in zip(self.paths, copies, strict=True):
+            kernel = params_at(base, path)["kernel"]
+            same = copy.shape == kernel.shape
+            if same and not isinstance(kernel, Tracer):  # one of bfloat16 is rounded
+                same = np.allclose(copy, np.asarray(kernel, np.float32), rtol=2**-7, atol=1e-6)
+            if not same:
+                raise self._wrong("its copy of the base differs from the model's: not the adapter's base")
 
     def _parts(self, matrix: np.ndarray, name: str) -> list[np.ndarray]:
         """Its columns, in our layout, as those of our maps."""

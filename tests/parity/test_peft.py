@@ -1,0 +1,158 @@
+"""Adapters against `peft` on models of `transformers`: logits, gradients, and folders both ways."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.hf import Pretrained, abstract_params, load_pretrained, save_pretrained
+from hybrid_jax.models.lora import ADAPTER, Lora
+from hybrid_jax.models.peft_folder import save_adapter
+
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    # peft asks transformers 5 for a property by its old name,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # and says that it saves a copy of the base's head with the head's adapter.
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+# Parity is about numbers, not speed: the compiler may skip its expensive passes.
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+VOCAB = 61
+_SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": VOCAB}
+_SIZES |= {"max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": None}
+CONFIGS = {
+    "llama": {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2},
+    "gpt2": {**_SIZES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": {**_SIZES, "intermediate_size": 48},
+    "falcon": {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
+}
+# their settings, by family
+ADAPTERS = {
+    "llama rslora, ranks, head": (
+        "llama",
+        {
+            "target_modules": ["q_proj", "o_proj", "lm_head"],
+            "use_rslora": True,
+            "rank_pattern": {"o_proj": 5},
+            "alpha_pattern": {"1.self_attn.o_proj": 3},
+        },
+    ),
+    "llama dora": ("llama", {"target_modules": "all-linear", "use_dora": True}),
+    "gpt2": ("gpt2", {"target_modules": ["c_attn", "mlp.c_proj"], "fan_in_fan_out": True}),
+    "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
+    "falcon": ("falcon", {"target_modules": ["query_key_value"], "use_dora": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """A folder with a tiny model of each family."""
+    folders = {}
+    for family, settings in CONFIGS.items():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        folders[family] = tmp_path_factory.mktemp(family)
+        model.save_pretrained(folders[family])
+    return folders
+
+
+def their_model(base, **settings):
+    """A model of `peft` whose adapter does something."""
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def tokens():
+    return np.random.default_rng(0).integers(0, VOCAB, (2, 11))
+
+
+def relative_error(ours, theirs):
+    return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_logits_and_every_gradient_equal_those_of_peft_and_its_folders_load_both_ways(case, bases, tmp_path):
+    family, settings = ADAPTERS[case]
+    theirs = their_model(bases[family], **settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = Pretrained(str(bases[family]), lora=Lora(path=str(tmp_path / "theirs"))).build()
+    params = model.init(jax.random.key(0))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(model))
+
+    def loss(adapter):
+        logits = model.apply({**params, ADAPTER: adapter}, jnp.asarray(tokens())).logits
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens()[:, 1:, None], 2)
+        return -chosen.mean(), logits
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True), compiler_options=FAST_COMPILE)(params[ADAPTER])
+    batch = torch.as_tensor(tokens())
+    output = theirs(input_ids=batch, labels=batch, use_cache=False)
+    assert relative_error(logits, output.logits.detach().numpy()) < 1e-4
+
+    output.loss.backward()
+    if family in ("llama", "gpt2"):
+        check_gradients(gradients, theirs, factor_of(settings))
+
+    save_adapter(tmp_path / "ours", model, params)
+    base = AutoModelForCausalLM.from_pretrained(bases[family])
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "ours").eval()
+    with torch.no_grad():
+        assert relative_error(again(input_ids=batch).logits.numpy(), np.asarray(logits)) < 1e-5
+
+    save_pretrained(tmp_path / "merged", model, params)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert relative_error(merged(input_ids=batch).logits.numpy(), np.asarray(logits)) < 1e-5
+
+
+def factor_of(settings):
+    """Ours have one scale: where theirs differs, our B is theirs times a factor."""
+    if "alpha_pattern" not in settings:
+        return lambda name: 1.0
+    scales = {"": 8 / 3**0.5, "o_proj": 8 / 5**0.5, "1.self_attn.o_proj": 3 / 5**0.5}
+    return lambda name: next(scale for key, scale in reversed(scales.items()) if key in name) / scales[""]
+
+
+OUR_NAMES = {  # of the maps in a module of theirs, in the order of its outputs
+    "self_attn.q_proj": ["attention/query"], "self_attn.k_proj": ["attention/key"],
+    "self_attn.v_proj": ["attention/value"], "self_attn.o_proj": ["attention/output"],
+    "mlp.gate_proj": ["mlp/gate"], "mlp.up_proj": ["mlp/up"], "mlp.down_proj": ["mlp/down"],
+    "attn.c_attn": ["attention/query", "attention/key", "attention/value"], "attn.c_proj": ["attention/output"],
+    "mlp.c_fc": ["mlp/up"], "mlp.c_proj": ["mlp/down"],
+}  # fmt: skip
+
+
+def check_gradients(ours, theirs, factor_of):
+    """Every gradient of theirs is found in ours; where they share an A, theirs is the sum."""
+    left = {
+        "/".join(entry.key for entry in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(ours)
+    }
+    for name, parameter in theirs.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        module, kind = name.removesuffix(".default.weight").removeprefix("base_model.model.").rsplit(".", 1)
+        layer, _, rest = module.partition(".h." if ".h." in module else ".layers.")[2].partition(".")
+        paths = [f"layer_{layer}/{path}" for path in OUR_NAMES[rest]] if rest else [module]
+        leaf = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "magnitude"}[kind]
+        found = [np.asarray(left.pop(f"{path}/{leaf}")) for path in paths]
+        mine = sum(found).T if leaf == "a" else np.concatenate(found, axis=-1).T
+        mine = mine * factor_of(name) if leaf == "b" else mine
+        assert relative_error(mine, parameter.grad.numpy()) < 1e-4, name
+    assert not left

@@ -22,6 +22,10 @@ from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import hf
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.encoder_decoder_folder import load_encoder_decoder, save_encoder_decoder
+from hybrid_jax.models.families.t5 import ENCODER_DECODERS
+from hybrid_jax.models.hf_files import read_json
 from hybrid_jax.models.lora import split, whole
 from hybrid_jax.models.peft_folder import save_adapter
 from hybrid_jax.sampling.decode import Sampler
@@ -100,8 +104,8 @@ class Policy:
             UserError: the folder holds something that we did not export, or cannot be written.
         """
         folder = Path(folder)
-        if not isinstance(self.model, Decoder):
-            raise UserError(f"only a decoder has a Hugging Face format, got {type(self.model).__name__}")
+        if not isinstance(self.model, Decoder | EncoderDecoder):
+            raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
         _check_export_folder(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,10 @@ class Policy:
         if adapter:
             return save_adapter(folder, self.model, self.params)
         ids: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0]}
-        hf.save_pretrained(folder, self.model, self.params, **ids)
+        if isinstance(self.model, EncoderDecoder):
+            save_encoder_decoder(folder, self.model, self.params, **ids)
+        elif isinstance(self.model, Decoder):
+            hf.save_pretrained(folder, self.model, self.params, **ids)
 
     def _longest_prompt(self, prompts: Sequence[Example]) -> int:
         lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
@@ -167,7 +174,8 @@ def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) ->
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
-    model, params = hf.load_pretrained(folder)
+    paired = read_json(folder / "config.json").get("model_type") in ENCODER_DECODERS
+    model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))

@@ -53,7 +53,7 @@ class TokenBatch:
     """Tokens to learn from. A row holds one sequence, or several packed ones told apart by `segment_ids`."""
 
     tokens: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]  # 0 is padding; 1, 2, … number the sequences of a row
+    segment_ids: Int[Array, "B T"]  # 0 is padding; 1, 2, … number the sequences of a row (see `number_pairs`)
     loss_mask: Bool[Array, "B T"]  # item t: token t is a target (never the first token of a segment)
 
 

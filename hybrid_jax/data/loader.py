@@ -16,7 +16,15 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.packing import Encoded, encode_examples, encode_prompt, pack, pad, token_batch
+from hybrid_jax.data.packing import (
+    Encoded,
+    encode_examples,
+    encode_prompt,
+    number_pairs,
+    pack,
+    pad,
+    token_batch,
+)
 from hybrid_jax.data.tokenizer import Tokenizer
 
 ORDER, OFFSET = 0, 1  # what an epoch draws: the order of its rows, where its windows start
@@ -37,9 +45,11 @@ class SFTStream:
         packing: several sequences a row; without it a row is one sequence.
         seed: of the order of rows, at least 0.
         buckets: lengths to pad to without packing; `length_buckets` of the data if None.
+        pairs: number prompts and responses apart, for an encoder-decoder; see `number_pairs`.
 
     Raises:
-        UserError: no examples, an example without a response, a prompt longer than ``max_length``.
+        UserError: no examples, an example without a response, a prompt longer than ``max_length``; among pairs
+            one without a prompt.
     """
 
     def __init__(
@@ -51,10 +61,15 @@ class SFTStream:
         packing: bool = True,
         seed: int = 0,
         buckets: Sequence[int] | None = None,
+        pairs: bool = False,
     ):
         _check(examples, seed)
         if max_length < 2:
             raise UserError(f"max_length must be at least 2 tokens, got {max_length}")
+        for row, example in enumerate(examples if pairs else (), start=1):
+            if not example.prompt and not example.messages:
+                raise UserError(f"row {row}: an encoder-decoder needs a prompt to encode, got none")
+        self._pairs = pairs
         self._rows = _arrange(examples, tokenizer, max_length, packing, seed, buckets)
         self._seed = seed
 
@@ -65,12 +80,15 @@ class SFTStream:
 
     def batch(self, cursor: int, size: int) -> TokenBatch:
         """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size T]."""
-        return self._rows.take(*_visits(self.num_rows, self._seed, cursor, size))
+        return self._numbered(self._rows.take(*_visits(self.num_rows, self._seed, cursor, size)))
 
     def sequential(self, size: int) -> Iterator[TokenBatch]:
         """All data once, in order, for evaluation; rows of padding alone fill up the last batch."""
         for batch in self._rows.in_order(size):
-            yield _fill(batch, size)
+            yield self._numbered(_fill(batch, size))
+
+    def _numbered(self, batch: TokenBatch) -> TokenBatch:
+        return number_pairs(batch) if self._pairs else batch
 
 
 class PromptStream:

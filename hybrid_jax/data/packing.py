@@ -116,6 +116,17 @@ def pad(sequences: Sequence[Encoded], length: int) -> TokenBatch:
     return _to_batch([[sequence] for sequence in sequences], length)
 
 
+def number_pairs(batch: TokenBatch) -> TokenBatch:
+    """A batch of host arrays as an encoder-decoder reads it: of sequence k, what precedes its first target is
+    segment 2k − 1, the source, and the rest is segment 2k, the target."""
+    ids, learned = np.asarray(batch.segment_ids), np.asarray(batch.loss_mask)
+    starts = np.diff(ids, axis=1, prepend=0) != 0
+    latest = np.maximum.accumulate(np.where(starts | learned, np.arange(ids.shape[1]), 0), axis=1)
+    is_target = np.take_along_axis(learned, latest, axis=1)  # a start is never learned
+    numbers = np.where(ids > 0, 2 * ids - 1 + is_target, 0).astype(np.int32)
+    return token_batch(np.asarray(batch.tokens), numbers, learned)
+
+
 def token_batch(tokens: np.ndarray, segment_ids: np.ndarray, loss_mask: np.ndarray) -> TokenBatch:
     """A batch of host arrays; they become device arrays where a step is called."""
     arrays: Any = {"tokens": tokens, "segment_ids": segment_ids, "loss_mask": loss_mask}

@@ -18,6 +18,7 @@ from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.rewards.base import columns_of
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.sampling.decode import Sampler
@@ -76,7 +77,8 @@ class Evaluator:
         self._key = jax.random.key(seed)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
-        self._rows = SFTStream(answered, tokenizer, self._row_length()) if answered else None
+        pairs = isinstance(model, EncoderDecoder)
+        self._rows = SFTStream(answered, tokenizer, self._row_length(), pairs=pairs) if answered else None
         self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:

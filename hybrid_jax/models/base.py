@@ -30,7 +30,8 @@ class LanguageModel(Protocol):
 
     ``attention_mask`` is bool (True is a token) or int: then it numbers the packed sequences of a row and 0
     is padding. A token sees the tokens of its own segment up to itself, and positions count from the start
-    of the segment, so left padding changes nothing. ``None`` means that every token is real.
+    of the segment, so left padding changes nothing. ``None`` means that every token is real. Only an
+    `EncoderDecoder` reads the numbers differently: it takes pairs of them as a source and its target.
     """
 
     @property

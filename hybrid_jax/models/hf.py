@@ -12,6 +12,8 @@ import jax
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.encoder_decoder_folder import LoadedEncoderDecoder
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.hf_files import CONFIG, read_json
@@ -100,6 +102,8 @@ def save_pretrained(
 
 def abstract_params(model: LanguageModel) -> Params:
     """Shapes and dtypes of a model's parameters; nothing is read or made."""
+    if isinstance(model, LoadedEncoderDecoder):
+        model = EncoderDecoder(model.config)
     if not isinstance(model, PretrainedDecoder):
         return jax.eval_shape(model.init, jax.random.key(0))
     base = jax.eval_shape(Decoder(replace(model.config, lora=None)).init, jax.random.key(0))

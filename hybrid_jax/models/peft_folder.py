@@ -86,8 +86,8 @@ def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
     """The adapter in the folder ``lora.path``, as `read_settings` has understood it, for the maps of ``base``.
 
     Raises:
-        UserError: a tensor is missing, left over or of the wrong shape, or the folder's copy of a map (`peft` keeps
-            one of ``lm_head``) is not that of the base.
+        UserError: a tensor is missing, left over or of the wrong shape, or the folder's copy of a map is not
+            that of the base (`peft` keeps one of ``lm_head``).
     """
     folder = Path(lora.path or "")
     patterns = read_json(folder / SETTINGS).get("alpha_pattern") or {}

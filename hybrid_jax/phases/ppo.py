@@ -35,6 +35,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import Params
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.sft import SFT, sft_stream
 from hybrid_jax.rewards.base import columns_of
@@ -276,6 +277,8 @@ class PPOPhase:
 
 def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
     """The prompts that the policy answers; they leave room for a whole response in the model's context."""
+    if isinstance(resources.model, EncoderDecoder):
+        raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
     examples = config.source.load("train") if config.source is not None else resources.examples
     context = resources.model.max_length
     room = None if context is None else context - config.sampler.max_new_tokens

@@ -17,6 +17,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.lora import whole
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
@@ -92,7 +93,9 @@ def sft_stream(config: SFT, resources: Resources) -> SFTStream:
             f"got {config.length}"
         )
     examples = config.source.load("train") if config.source is not None else resources.examples
-    return SFTStream(examples, resources.tokenizer, config.length, seed=resources.seed, packing=config.packing)
+    pairs = isinstance(resources.model, EncoderDecoder)
+    seed, packing = resources.seed, config.packing
+    return SFTStream(examples, resources.tokenizer, config.length, seed=seed, packing=packing, pairs=pairs)
 
 
 def sft_losses(

@@ -2,7 +2,8 @@
 
 One checkpoint holds parameters, optimizer states, references, host states, data cursors and the scheduler, or
 it does not exist: Orbax writes into a temporary folder and renames it. Checksums of every array and of every
-file tell a damaged checkpoint from a good one when it is read.
+file tell a damaged checkpoint from a good one when it is read. Parameters below adapters are not in it: a sum
+of their bits tells whether they are still the same.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ class Checkpoints:
         _seal(self._folder / str(step))
 
 
-def newest_policy(folder: Path, policy: Params) -> tuple[int, Params] | None:
+def newest_policy(folder: Path, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
     """The step and the policy's parameters alone of the newest undamaged checkpoint; None where there is none.
 
     It only reads, so a run that is still training is not disturbed.
@@ -160,9 +161,10 @@ def newest_policy(folder: Path, policy: Params) -> tuple[int, Params] | None:
     Args:
         folder: the checkpoints of a run.
         policy: shapes and dtypes of the parameters, as `jax.eval_shape` gives them.
+        base: the parameters below, if those are an adapter's.
 
     Raises:
-        UserError: checkpoints exist, but none of them can be read.
+        UserError: checkpoints exist, but none of them can be read; or the base is not theirs.
     """
     if not folder.is_dir():
         return None
@@ -172,7 +174,9 @@ def newest_policy(folder: Path, policy: Params) -> tuple[int, Params] | None:
     policy = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device), policy)
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=options), _checkpointer(folder.absolute()) as reader:
-        return _newest(folder, functools.partial(_load_policy, reader=reader, policy=policy))[0]
+        return _newest(folder, functools.partial(_load_policy, reader=reader, policy=policy, base=base or {}))[
+            0
+        ]
 
 
 def _checkpointer(folder: Path, **settings: Any) -> Any:
@@ -190,6 +194,8 @@ def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]
         try:
             _check_seal(folder / str(step))
             return load(step), steps[:tried]
+        except UserError:
+            raise
         except Exception as error:  # whatever a torn file makes of itself
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             log.warning("checkpoint %d is damaged (%s); falling back to the one before", step, reason)
@@ -207,6 +213,7 @@ def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
     wanted = _arrays(dataclasses.replace(fresh, references=references))
     arrays = reader.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
     _check(arrays, progress["checksums"])
+    _check_base(fresh.base, progress)
     return RunState(
         step=progress["step"],
         train=arrays["train"],
@@ -218,12 +225,13 @@ def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
     )
 
 
-def _load_policy(step: int, *, reader: Any, policy: Params) -> tuple[int, Params]:
+def _load_policy(step: int, *, reader: Any, policy: Params, base: Params) -> tuple[int, Params]:
     progress = _read_progress(reader, step)
     wanted = {"state": {"train": {"params": {"model": policy}}}}
     params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
     train: Any = TrainState  # pyright does not see the fields of a flax.struct.dataclass
     _check({"train": train(params=params, opt_state={}, extra={})}, progress["checksums"])
+    _check_base(base, progress)
     return progress["step"], params["model"]
 
 
@@ -279,7 +287,30 @@ def _progress(state: RunState, checksums: dict[str, int]) -> dict[str, Any]:
         "cursors": dict(state.cursors),
         "references": list(state.references),
         "checksums": checksums,
+        **({"base": _sum_of_bits(state.base)} if state.base else {}),
     }
+
+
+def _sum_of_bits(tree: Params) -> int:
+    """A checksum that is taken where the arrays are: a base may be large, and is never copied."""
+    return zlib.crc32(b"".join(np.asarray(total).tobytes() for total in jax.tree.leaves(_sums(tree))))
+
+
+@jax.jit
+def _sums(tree: Params) -> Params:
+    def total(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        return jnp.sum(bits.astype(jnp.uint32))
+
+    return jax.tree.map(total, tree)
+
+
+def _check_base(base: Params, progress: dict[str, Any]) -> None:
+    if base and _sum_of_bits(base) != progress.get("base"):
+        raise UserError(
+            "the model below the adapter is no longer the one that the run was trained on; "
+            "restore model.path as it was, or choose another run_dir"
+        )
 
 
 def _checksums(arrays: Any) -> dict[str, int]:

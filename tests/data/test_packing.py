@@ -3,7 +3,7 @@ import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.packing import Encoded, encode_examples, pack, pad
+from hybrid_jax.data.packing import Encoded, encode_examples, number_pairs, pack, pad, token_batch
 from hybrid_jax.data.tokenizer import Bytes
 
 END = 256
@@ -114,6 +114,14 @@ def test_packed_and_padded_rows_hold_the_same_sequences():
         starts = np.diff(batch.segment_ids, axis=1, prepend=0) > 0
         assert not batch.loss_mask[starts].any()
         assert not batch.loss_mask[batch.segment_ids == 0].any()
+
+
+def test_pairs_have_odd_numbers_for_what_is_read_and_even_ones_from_the_first_target_on():
+    batch = number_pairs(pack([sequence(1, 2, 3, learned_from=2), sequence(4, 5), sequence(6, 7, 8)], 6))
+    assert batch.segment_ids.tolist() == [[1, 1, 2, 3, 4, 0], [1, 2, 2, 0, 0, 0]]
+    learned = np.array([[False, False, True, False, True, False, False]])  # a question between two answers
+    several = token_batch(np.arange(7)[None], np.array([[1, 1, 1, 1, 1, 2, 0]]), learned)
+    assert number_pairs(several).segment_ids.tolist() == [[1, 1, 2, 2, 2, 3, 0]]
 
 
 def test_first_fit_looks_back_over_a_bounded_number_of_rows(monkeypatch):

@@ -164,8 +164,8 @@ def test_a_decoder_of_no_known_family_says_why(tmp_path):
     with pytest.raises(UserError) as caught:
         save_pretrained(tmp_path, model, params)
     assert (
-        "no Hugging Face family can express this model; the nearest is gpt2, which has norm 'layer' instead of 'rms'"
-        in str(caught.value)
+        "no Hugging Face family can express this model; the nearest is gpt2, "
+        "which has norm 'layer' instead of 'rms'" in str(caught.value)
     )
     assert not list(tmp_path.iterdir())
 

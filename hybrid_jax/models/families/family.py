@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +27,7 @@ Tensors = dict[str, Reader]  # by name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_THREADS = 4  # that load weights, each with a row of its own in memory
 _FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora")
 
 
@@ -135,19 +138,29 @@ def load_weights(family: Family, model: Any, tensors: Tensors, place: Place, sou
     """
     tensors = _canonical(family, model, family.unpack(tensors))
     shapes = parameter_shapes(model)
-    params: dict[str, Any] = {}
     rows = family.rows(model, shapes)
-    for row in sorted(rows, key=lambda row: -sum(math.prod(shapes[path].shape) for path in row.ours)):
-        if missing := [name for name in row.theirs if name not in tensors]:
-            name = family.full_name(missing[0])
-            where = f": it is not in {source}" if source else ""
-            raise UserError(f"tensor {name!r} is missing from the {family.model_type} weights{where}")
-        params |= _load_row(family, row, [tensors.pop(name) for name in row.theirs], shapes, place)
-    if tensors:
-        name = min(tensors)
-        what = _name(family.full_name(name), tensors[name])
+    rows.sort(key=lambda row: -sum(math.prod(shapes[path].shape) for path in row.ours))
+    _check_complete(family, rows, tensors, source)
+
+    def load(row: Row) -> dict[str, Any]:
+        return _load_row(family, row, [tensors[name] for name in row.theirs], shapes, place)
+
+    pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))  # copying in numpy leaves Python to others
+    try:
+        return unflatten({path: leaf for row in pool.map(load, rows) for path, leaf in row.items()})
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_complete(family: Family, rows: list[Row], tensors: Tensors, source: str) -> None:
+    wanted = [name for row in rows for name in row.theirs]
+    if missing := [name for name in wanted if name not in tensors]:
+        where = f": it is not in {source}" if source else ""
+        name = family.full_name(missing[0])
+        raise UserError(f"tensor {name!r} is missing from the {family.model_type} weights{where}")
+    if left := tensors.keys() - set(wanted):
+        what = _name(family.full_name(min(left)), tensors[min(left)])
         raise UserError(f"{what} has no place in a {family.model_type} model")
-    return unflatten(params)
 
 
 def _load_row(family: Family, row: Row, readers: list[Reader], shapes, place: Place) -> dict[str, Any]:

@@ -158,15 +158,15 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
     tokenizer = run_tokenizer(folder)
     model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
     trained, base = split(hf.abstract_params(model))
-    found = newest_policy(folder / "checkpoints", trained)
+    if base:
+        base = split(model.init(init_key(settings.get("seed", 0))))[1]
+    found = newest_policy(folder / "checkpoints", trained, base)
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
-    if base:
-        params = whole(split(model.init(init_key(settings.get("seed", 0))))[1], params)
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
     eos_ids = read_eos_ids(folder / "tokenizer") or (tokenizer.eos_id,)
-    return Policy(model, params, tokenizer, sampler, eos_ids, step)
+    return Policy(model, whole(base, params), tokenizer, sampler, eos_ids, step)
 
 
 def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:

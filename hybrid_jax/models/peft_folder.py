@@ -147,9 +147,11 @@ def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> No
 def _settings(
     lora: Lora, ranks: Mapping[str, int], known: list[str], *, fan_in_fan_out: bool
 ) -> dict[str, Any]:
-    others = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+    others: dict[str, int] = {}
+    for rank in set(ranks.values()) - {lora.rank}:
+        alike = [name for name in ranks if ranks[name] == rank]
+        others |= dict.fromkeys(_short_names(alike, known), rank)
     alphas = {n: lora.scale * (math.sqrt(r) if lora.rank_stabilized else r) for n, r in others.items()}
-    short = _short_names(list(ranks), known)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -158,20 +160,20 @@ def _settings(
         "lora_dropout": lora.dropout,
         "use_rslora": lora.rank_stabilized,
         "use_dora": lora.dora,
-        "target_modules": sorted(set(short.values())),
-        "rank_pattern": {short[name]: rank for name, rank in others.items()},
-        "alpha_pattern": {short[name]: alpha for name, alpha in alphas.items()},
+        "target_modules": _short_names(list(ranks), known),
+        "rank_pattern": others,
+        "alpha_pattern": alphas,
         "fan_in_fan_out": fan_in_fan_out,
         "bias": "none",
         "inference_mode": True,
     }
 
 
-def _short_names(targeted: list[str], known: list[str]) -> dict[str, str]:
-    """What `peft` shall call each module: its name within a layer, where all layers have it targeted."""
+def _short_names(chosen: list[str], known: list[str]) -> list[str]:
+    """What names these modules and no others: names within a layer, where those of all layers are chosen."""
     within = {name: re.sub(r".*\.\d+\.", "", name) for name in known}
-    partly = {within[name] for name in set(known) - set(targeted)}
-    return {name: name if within[name] in partly else within[name] for name in targeted}
+    partly = {within[name] for name in set(known) - set(chosen)}
+    return sorted({name if within[name] in partly else within[name] for name in chosen})
 
 
 def _fuse(row: Row, adapters: Mapping[str, Params], params: Params):

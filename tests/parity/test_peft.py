@@ -1,12 +1,14 @@
 """Adapters against `peft` on models of `transformers`: logits, gradients, and folders both ways."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hybrid_jax.core.registry import UserError
@@ -156,3 +158,105 @@ def check_gradients(ours, theirs, factor_of):
         mine = mine * factor_of(name) if leaf == "b" else mine
         assert relative_error(mine, parameter.grad.numpy()) < 1e-4, name
     assert not left
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_a_part_of_a_fused_map_is_one_that_peft_and_we_read_alike(dora, bases, tmp_path):
+    targets = r"layer_0/attention/(query|value)|layer_1/(attention/key|mlp/up)|layer_\d/mlp/down"
+    lora = Lora(rank=2, alpha=3.0, targets=targets, rank_stabilized=True, dora=dora, dropout=0.1)
+    model = Pretrained(str(bases["gpt2"]), lora=lora).build()
+    params, draw = model.init(jax.random.key(0)), np.random.default_rng(0).normal
+    adapter = jax.tree.map(lambda x: x + jnp.asarray(draw(0.0, 0.2, x.shape), jnp.float32), params[ADAPTER])
+    params = {**params, ADAPTER: adapter}
+    save_adapter(tmp_path, model, params)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["target_modules"] == ["attn.c_attn", "mlp.c_proj", "transformer.h.1.mlp.c_fc"]
+    assert settings["rank_pattern"] == {"transformer.h.0.attn.c_attn": 4}  # query and value
+    assert settings["base_model_name_or_path"] == str(bases["gpt2"])
+
+    expected = jax.jit(lambda p: model.apply(p, jnp.asarray(tokens())).logits)(params)
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(bases["gpt2"]), tmp_path
+    ).eval()
+    with torch.no_grad():
+        assert relative_error(expected, theirs(input_ids=torch.as_tensor(tokens())).logits.numpy()) < 1e-5
+    again = Pretrained(str(bases["gpt2"]), lora=Lora(path=str(tmp_path))).build()
+    assert replace(again.config.lora, path=None, targets=targets) == lora
+    reread = again.init(jax.random.key(1))
+    logits = jax.jit(lambda p: again.apply(p, jnp.asarray(tokens())).logits)(reread)
+    assert relative_error(logits, np.asarray(expected)) < 1e-5
+
+
+@pytest.fixture
+def adapter(bases, tmp_path):
+    model = Pretrained(str(bases["llama"]), lora=Lora(rank=2, targets=".*/query|lm_head")).build()
+    save_adapter(tmp_path, model, model.init(jax.random.key(0)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"of_tomorrow": 1}, "of_tomorrow = 1 is not supported"),
+        ({"r": 0}, "rank must be at least 1, got 0"),
+    ],
+)
+def test_what_we_would_read_differently_from_peft_is_refused(settings, message, adapter, bases):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    with pytest.raises(UserError, match=r"adapter_config\.json: " + message):
+        Pretrained(str(bases["llama"]), lora=Lora(path=str(adapter))).build()
+
+
+def change(tensors, name, value):
+    full_name = f"base_model.model.{name}"
+    return (
+        {**tensors, full_name: value}
+        if value is not None
+        else {k: v for k, v in tensors.items() if k != full_name}
+    )
+
+
+_QUERY = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (f"{_QUERY}.lora_B.weight", None, f"{_QUERY}: lora_B is missing"),
+        (f"{_QUERY}.lora_A.weight", np.zeros((2, 9)), r"lora_A \[2, 9\] must have 32 columns"),
+        (
+            f"{_QUERY}.lora_A.weight",
+            np.zeros((3, 32)),
+            r"lora_A \[3, 32\] and lora_B \[32, 2\] have no common rank",
+        ),
+        (f"{_QUERY}.lora_B.weight", np.zeros((16, 2)), "lora_B has 16 outputs, the model 32"),
+        ("model.norm.lora_A.weight", np.zeros((2, 32)), "norm.lora_A.weight' has no place in a llama model"),
+        ("model.layers.7.mlp.up_proj.lora_A.weight", np.zeros((2, 32)), "has no place in a llama model"),
+        ("lm_head.base_layer.weight", np.zeros((VOCAB, 32)), "lm_head: its copy of the base differs"),
+    ],
+)
+def test_a_folder_whose_tensors_do_not_fit_is_refused(name, value, message, adapter, bases):
+    file = adapter / "adapter_model.safetensors"
+    value = None if value is None else value.astype(np.float32)
+    save_file(change(load_file(file), name, value), file)
+    with pytest.raises(UserError, match=message):
+        Pretrained(str(bases["llama"]), lora=Lora(path=str(adapter))).build().init(jax.random.key(0))
+
+
+def test_a_folder_brings_all_its_settings(adapter, bases):
+    with pytest.raises(UserError, match=r"lora\.path brings rank, alpha, targets and all else"):
+        Pretrained(str(bases["llama"]), lora=Lora(path=str(adapter), rank=4)).build()
+
+
+def test_without_an_adapter_or_a_folder_below_it_there_is_no_adapter_to_write(bases, tmp_path):
+    model, params = load_pretrained(bases["llama"])
+    with pytest.raises(UserError, match="the model has no adapter to export"):
+        save_adapter(tmp_path, model, params)
+    model = replace(model, config=replace(model.config, lora=Lora()))
+    with pytest.raises(UserError, match="an adapter needs its base, and this one came from no folder"):
+        save_adapter(tmp_path, model, params)

@@ -125,7 +125,7 @@ def measure(reader: str, folder: Path) -> dict[str, float]:
     elif reader == "load_file":
         result = [load_file(shard) for shard in shards]
     else:
-        result = load_pretrained(folder, param_dtype=reader)[1]
+        result = load_pretrained(folder, param_dtype="float32" if reader == "float32" else "bfloat16")[1]
     seconds = time.perf_counter() - started
     peak = _memory("VmHWM") - before
     return {"seconds": seconds, "peak": peak / sum(leaf.nbytes for leaf in jax.tree.leaves(result))}

@@ -172,8 +172,11 @@ def _content(like: str | Path | None, name: str, family: str | None) -> dict[str
     """A JSON file of the folder that an export shall be like, if it is there and of the same family."""
     if like is None or not (Path(like) / name).is_file():
         return {}
-    same_family = read_json(Path(like) / CONFIG).get("model_type") == family
-    return read_json(Path(like) / name) if same_family else {}
+    if read_json(Path(like) / CONFIG).get("model_type") != family:
+        return {}
+    content = read_json(Path(like) / name)
+    content.pop("quantization_config", None)  # what we write is not quantised
+    return content
 
 
 def _token_ids(content: dict[str, Any], eos_ids: Sequence[int], pad_id: int | None) -> dict[str, Any]:

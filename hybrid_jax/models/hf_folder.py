@@ -34,9 +34,9 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         raise UserError(f"{folder}: unknown model_type {model_type!r}; {known}")
     if quantization := content.pop("quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method != families[model_type].quantization:
+        if method is None or method != families[model_type].quantization:
             raise UserError(
-                f"{folder / CONFIG}: weights quantised by {method!r} are not supported; take the original weights"
+                f"{folder / CONFIG}: weights quantised by {method!r} are not supported: take the original"
             )
     try:
         return families[model_type], families[model_type].read_config(content), content
@@ -138,7 +138,9 @@ def write_folder(
 
     def tensors():
         for name, array in dump_weights(family, model, params):
-            yield name, _finite(name, array, array.astype(written, copy=False))
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+                cast = array.astype(written, copy=False)
+            yield name, _finite(name, array, cast)
 
     write_model(folder, tensors(), contents, max_shard_bytes)
 

@@ -16,13 +16,13 @@ def find_folder(path: str | Path) -> Path:
     """The folder of a model: ``path`` if that is one, else where the hub's model of that id is kept.
 
     Args:
-        path: of a folder, or an id such as ``org/name``, ``name``, ``org/name@revision``. The hub's own
-            settings hold: its cache (``HF_HOME``), ``HF_HUB_OFFLINE``, and the token of your login.
+        path: of a folder (any `Path` is), or an id such as ``org/name``, ``name``, ``org/name@revision``. The
+            hub's own settings hold: its cache (``HF_HOME``), ``HF_HUB_OFFLINE``, and the token of your login.
 
     Raises:
         UserError: there is neither such a folder nor such a model, it may not be read, or there is no network.
     """
-    match = _ID.fullmatch(str(path))
+    match = None if isinstance(path, Path) else _ID.fullmatch(path)
     if Path(path).exists() or match is None:
         return Path(path)
     repo, revision = match["repo"], match["revision"]

@@ -16,7 +16,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
 from hybrid_jax.models.encoder_folder import load_encoder, save_encoder
 from hybrid_jax.models.families.encoders import ENCODERS
-from hybrid_jax.models.families.family import dump_weights
+from hybrid_jax.models.families.family import dump_weights, parameter_shapes
 from hybrid_jax.models.pooling import Mode, Pooling
 
 VOCAB, LABELS = 61, 3
@@ -153,6 +153,19 @@ def small():
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
     return model, params, jax.jit(model.hidden)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "content", "size"),
+    [
+        ("bert", {}, 109_482_240),  # bert-base-uncased
+        ("roberta", {"max_position_embeddings": 514, "type_vocab_size": 1}, 124_645_632),  # roberta-base
+        ("distilbert", {}, 66_362_880),  # distilbert-base-uncased
+    ],
+)
+def test_real_models_have_as_many_parameters_as_published(model_type, content, size):
+    model = Encoder(ENCODERS[model_type].read_config(content))
+    assert sum(leaf.size for leaf in parameter_shapes(model).values()) == size
 
 
 def test_padding_on_either_side_and_packing_change_nothing(small):

@@ -20,7 +20,7 @@ from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from hybrid_jax.models.encoder_decoder_blocks import relative_buckets
 from hybrid_jax.models.encoder_decoder_folder import load_encoder_decoder, save_encoder_decoder
-from hybrid_jax.models.families.family import dump_weights
+from hybrid_jax.models.families.family import dump_weights, parameter_shapes
 from hybrid_jax.models.families.t5 import T5
 from hybrid_jax.phases.sft import sft_losses
 from hybrid_jax.sampling.decode import generate
@@ -59,7 +59,7 @@ def case(request, tmp_path_factory):
         theirs.lm_head.weight = torch.nn.Parameter(0.1 * torch.randn(VOCAB, 32))
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
+            parameter += 0.2 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("t5")
     theirs.save_pretrained(folder)
     model, params = load_encoder_decoder(folder)
@@ -199,6 +199,28 @@ def test_the_two_versions_differ_as_published(case):
 # ----------------------------------------------------------------------------------------- without transformers
 
 CONFIG = EncoderDecoderConfig(num_layers=1, width=16, num_heads=2, num_buckets=8, max_distance=20)
+
+
+@pytest.mark.parametrize(
+    ("content", "tied", "size"),
+    [
+        ({}, True, 60_506_624),  # t5-small
+        (
+            {
+                "d_model": 768,
+                "d_ff": 2048,
+                "num_layers": 12,
+                "num_heads": 12,
+                "feed_forward_proj": "gated-gelu",
+            },
+            False,
+            247_577_856,  # flan-t5-base
+        ),
+    ],
+)
+def test_real_models_have_as_many_parameters_as_published(content, tied, size):
+    config = replace(T5.read_config(content), tie_embeddings=tied)
+    assert sum(leaf.size for leaf in parameter_shapes(EncoderDecoder(config)).values()) == size
 
 
 @pytest.fixture(scope="module")

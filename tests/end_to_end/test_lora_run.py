@@ -171,3 +171,16 @@ def test_another_base_below_the_adapter_is_noticed(built, run, tmp_path):
                 attempt()
     finally:
         save_base(base, seed=0)
+
+
+def test_a_base_from_scratch_is_made_again_from_the_seed(tiny, tmp_path):
+    model = f"model={{name: decoder, num_layers: 1, width: {WIDTH}, num_heads: 2, max_length: 48, lora: {{}}}}"
+    built = build(load_config(tiny / "config.yaml", [f"run_dir={tmp_path}", "seed=5", model]))
+    state, checkpoints, recorder = built.open()
+    checkpoints.save(state)
+    checkpoints.close()
+    recorder.close()
+    policy = load_policy(tmp_path)
+    assert bits(policy.params) == bits(state.policy)
+    with pytest.raises(UserError, match="an adapter needs its base, and this one came from no folder"):
+        policy.save_pretrained(tmp_path / "adapter", adapter=True)

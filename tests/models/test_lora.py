@@ -130,6 +130,16 @@ def test_targets_are_whole_paths_of_linear_maps():
     assert sorted(targeted(some, params)) == ["layer_1/attention/query", "layer_1/attention/value", "lm_head"]
 
 
+def test_the_adapters_of_llama_8b_have_the_published_number_of_parameters():
+    sizes = {"width": 4096, "num_heads": 32, "num_kv_heads": 8, "mlp_width": 14336, "max_length": 8}
+    llama = replace(LLAMA, num_layers=1, **sizes)
+    counts = {}
+    for name, lora in {"r8": Lora(rank=8), "r16": Lora(rank=16, targets=".*/(query|value)")}.items():
+        params = jax.eval_shape(replace(llama, lora=lora).build(VOCAB).init, jax.random.key(0))
+        counts[name] = 32 * sum(leaf.size for leaf in jax.tree.leaves(split(params)[0]))
+    assert counts == {"r8": 20_971_520, "r16": 6_815_744}  # as `peft` counts them for Llama-3-8B
+
+
 @pytest.mark.parametrize(
     ("config", "targets", "message"),
     [

@@ -7,6 +7,7 @@ from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 EXAMPLES = """\
   python -m hybrid_jax.export --run runs/quickstart --output my_model
   python -m hybrid_jax.export --run runs/lora --output my_adapter --adapter
+  python -m hybrid_jax.export --run runs/quickstart --output my_model --dtype bfloat16 --value
 """
 
 
@@ -24,13 +25,27 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="of a run with LoRA, write the adapter alone, as a folder that peft loads; else it is merged",
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights in the files (default float32)",
+    )
+    parser.add_argument(
+        "--value",
+        action="store_true",
+        help="also write the value function, as a classifier with one label in the folder value",
+    )
     options = parser.parse_args(arguments)
     set_up_logging()
 
-    from hybrid_jax.policy import load_policy
+    from hybrid_jax.policy import load_policy, save_value
 
     policy = load_policy(options.run)
-    print(f"{policy.save_pretrained(options.output, adapter=options.adapter)}  (step {policy.step})")
+    folder = policy.save_pretrained(options.output, adapter=options.adapter, dtype=options.dtype)
+    print(f"{folder}  (step {policy.step})")
+    if options.value:
+        print(save_value(options.run, folder, options.dtype))
 
 
 if __name__ == "__main__":

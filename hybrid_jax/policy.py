@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,12 +22,16 @@ from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import hf
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
+from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.encoder_decoder_folder import load_encoder_decoder, save_encoder_decoder
 from hybrid_jax.models.families.t5 import ENCODER_DECODERS
-from hybrid_jax.models.hf_files import read_json
-from hybrid_jax.models.lora import split, whole
+from hybrid_jax.models.heads import init_value_head
+from hybrid_jax.models.hf_files import CONFIG, read_json
+from hybrid_jax.models.hf_folder import Dtype
+from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.lora import merge, split, whole
 from hybrid_jax.models.peft_folder import save_adapter
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
@@ -35,9 +40,10 @@ from hybrid_jax.sampling.generation_config import (
     write_generation_config,
 )
 from hybrid_jax.sampling.responses import decode_responses, ended
-from hybrid_jax.training.checkpoint import newest_policy
+from hybrid_jax.training.checkpoint import newest_params, newest_policy
 
 EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
+VALUE = "value"  # folder in an export that holds the value function
 BATCH_SIZE = 64  # responses sampled at a time
 
 
@@ -93,12 +99,13 @@ class Policy:
             ]
         return answers
 
-    def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> Path:
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False, dtype: Dtype = "float32") -> Path:
         """Writes a Hugging Face folder with tokenizer and generation settings; returns it.
 
         Args:
             folder: a new or an empty one, or an earlier export.
             adapter: writes the adapter alone, as `peft` keeps it, in place of the whole model.
+            dtype: of the weights in the file; an adapter's are float32.
 
         Raises:
             UserError: the folder holds something that we did not export, or cannot be written.
@@ -110,21 +117,23 @@ class Policy:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
-            self._save_weights(folder, adapter)
+            (folder / CONFIG).unlink(missing_ok=True)  # until all is there again, nothing can be loaded
+            shutil.rmtree(folder / VALUE, ignore_errors=True)  # the policy's that was here
             self.tokenizer.save(folder)
+            self._save_weights(folder, adapter, dtype)
             write_generation_config(folder, self.sampler, self.eos_ids)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         return folder
 
-    def _save_weights(self, folder: Path, adapter: bool) -> None:
+    def _save_weights(self, folder: Path, adapter: bool, dtype: Dtype) -> None:
         if adapter:
             return save_adapter(folder, self.model, self.params)
-        ids: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0]}
+        settings: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0], "dtype": dtype}
         if isinstance(self.model, EncoderDecoder):
-            save_encoder_decoder(folder, self.model, self.params, **ids)
+            save_encoder_decoder(folder, self.model, self.params, **settings)
         elif isinstance(self.model, Decoder):
-            hf.save_pretrained(folder, self.model, self.params, **ids)
+            hf.save_pretrained(folder, self.model, self.params, **settings)
 
     def _longest_prompt(self, prompts: Sequence[Example]) -> int:
         lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
@@ -154,12 +163,8 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
         overrides: ``sampler.a=value`` over the settings that the run samples with.
     """
     folder = Path(run_dir)
-    settings = run_settings(folder)
-    tokenizer = run_tokenizer(folder)
-    model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
-    trained, base = split(hf.abstract_params(model))
-    if base:
-        base = split(model.init(init_key(settings.get("seed", 0))))[1]
+    settings, tokenizer = run_settings(folder), run_tokenizer(folder)
+    model, trained, base = _run_model(settings, tokenizer)
     found = newest_policy(folder / "checkpoints", trained, base)
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
@@ -169,12 +174,48 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
     return Policy(model, whole(base, params), tokenizer, sampler, eos_ids, step)
 
 
+def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32") -> Path:
+    """Writes the newest value function of a run beside its exported policy; returns the folder ``value``.
+
+    It is a classifier with one label (`classifier.load_classifier`): the network that the value reads, the
+    policy's own or a separate one, and its head as ``score``. Its logit at the last token of a text is V there.
+
+    Raises:
+        UserError: the run trains no value, or the model is no decoder that can be a classifier.
+    """
+    run, beside = Path(run_dir), Path(folder) / VALUE
+    settings, tokenizer = run_settings(run), run_tokenizer(run)
+    model, trained, base = _run_model(settings, tokenizer)
+    kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
+    if not kinds:
+        raise UserError(f"{run} has no value: none of its phases {', '.join(settings['phases'])} trains one")
+    if not isinstance(model, Decoder) or model.config.embedding_width is not None:
+        raise UserError(
+            "this model's value has no Hugging Face format: its head does not read what theirs would"
+        )
+    value: dict[str, Any] = {"head": jax.eval_shape(lambda: init_value_head(model.width))}
+    separate = kinds[-1] == "separate"  # phases share one value, the last one makes it
+    groups = {"value": {**value, "model": trained}} if separate else {"value": value, "model": trained}
+    found = newest_params(run / "checkpoints", groups, base)
+    if found is None:
+        raise UserError(f"{run} holds no checkpoint yet: train it up to its first checkpoint")
+    params = found[1]
+    backbone = whole(base, params["value"]["model"] if separate else params["model"])
+    backbone = merge(model.config.lora, backbone)
+    weights = {name: leaf for name, leaf in backbone.items() if name != "lm_head"}
+    classifier = Classifier(replace(model.config, lora=None), labels=("value",), has_bias=True)
+    weights["score"] = params["value"]["head"]
+    like = getattr(model, "folder", None)
+    save_classifier(beside, classifier, weights, pad_id=tokenizer.eos_id, dtype=dtype, like=like)
+    return beside
+
+
 def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
-    """The model of a Hugging Face folder; its generation_config.json gives the defaults."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
+    """The model of a Hugging Face folder or of an id on the hub; generation_config.json has the defaults."""
+    folder = find_folder(folder)
+    if not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
-    paired = read_json(folder / "config.json").get("model_type") in ENCODER_DECODERS
+    paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
     model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
@@ -215,6 +256,15 @@ class _ModelSettings:
 @dataclass(frozen=True)
 class _SamplerSettings:
     sampler: Sampler
+
+
+def _run_model(settings: dict[str, Any], tokenizer: Tokenizer) -> tuple[LanguageModel, Params, Params]:
+    """The model of a run, the shapes of what trains, and the parameters below adapters."""
+    model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
+    trained, base = split(hf.abstract_params(model))
+    if base:
+        base = split(model.init(init_key(settings.get("seed", 0))))[1]
+    return model, trained, base
 
 
 def _run_sampler(settings: dict[str, Any], context: int | None) -> Sampler:

@@ -144,6 +144,7 @@ def save_classifier(
         UserError: there is no such class, no family can express the decoder, or a parameter is not finite.
     """
     content = read_json(Path(like) / CONFIG) if like is not None else {}
+    content.pop("quantization_config", None)  # what we write is not quantised
     family, config = family_of(classifier.config, FAMILIES, content)
     header: dict[str, Any] = {
         "architectures": [architecture_of(family.model_type)],

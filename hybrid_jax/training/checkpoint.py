@@ -154,13 +154,21 @@ class Checkpoints:
 
 
 def newest_policy(folder: Path, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
-    """The step and the policy's parameters alone of the newest undamaged checkpoint; None where there is none.
+    """`newest_params` of the policy alone."""
+    found = newest_params(folder, {"model": policy}, base)
+    return None if found is None else (found[0], found[1]["model"])
+
+
+def newest_params(
+    folder: Path, groups: dict[str, Params], base: Params | None = None
+) -> tuple[int, dict[str, Params]] | None:
+    """The step and some parameters alone of the newest undamaged checkpoint; None where there is none.
 
     It only reads, so a run that is still training is not disturbed.
 
     Args:
         folder: the checkpoints of a run.
-        policy: shapes and dtypes of the parameters, as `jax.eval_shape` gives them.
+        groups: by the names in `TrainState`: shapes and dtypes, as `jax.eval_shape` gives them.
         base: the parameters below, if those are an adapter's.
 
     Raises:
@@ -171,12 +179,11 @@ def newest_policy(folder: Path, policy: Params, base: Params | None = None) -> t
     from orbax.checkpoint import v1 as ocp
 
     on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    policy = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device), policy)
+    groups = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device), groups)
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=options), _checkpointer(folder.absolute()) as reader:
-        return _newest(folder, functools.partial(_load_policy, reader=reader, policy=policy, base=base or {}))[
-            0
-        ]
+        load = functools.partial(_load_params, reader=reader, groups=groups, base=base or {})
+        return _newest(folder, load)[0]
 
 
 def _checkpointer(folder: Path, **settings: Any) -> Any:
@@ -225,14 +232,16 @@ def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
     )
 
 
-def _load_policy(step: int, *, reader: Any, policy: Params, base: Params) -> tuple[int, Params]:
+def _load_params(
+    step: int, *, reader: Any, groups: dict[str, Params], base: Params
+) -> tuple[int, dict[str, Params]]:
     progress = _read_progress(reader, step)
-    wanted = {"state": {"train": {"params": {"model": policy}}}}
+    wanted = {"state": {"train": {"params": groups}}}
     params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
     train: Any = TrainState  # pyright does not see the fields of a flax.struct.dataclass
     _check({"train": train(params=params, opt_state={}, extra={})}, progress["checksums"])
     _check_base(base, progress)
-    return progress["step"], params["model"]
+    return progress["step"], params
 
 
 def _read_progress(reader: Any, step: int) -> dict[str, Any]:

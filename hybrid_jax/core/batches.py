@@ -15,7 +15,6 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-
 Message = Mapping[str, Any]  # {"role": …, "content": …}, and what else a chat template reads
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from hybrid_jax.models.hf_folder import (
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
 from hybrid_jax.models.peft_folder import read_adapter, read_settings
+
+log = logging.getLogger(__name__)
 
 CLASSIFIER = "ForSequenceClassification"  # how the architectures with such a head end
 
@@ -134,10 +137,7 @@ class Pretrained:
         config = _read_model(folder, self.dtype)[1].config
         if self.dropout is not None:
             config = replace(config, dropout=self.dropout)
-        if vocab_size is not None and config.vocab_size is not None and config.vocab_size < vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocab_size} tokens, more than the {config.vocab_size} of {self.path!r}"
-            )
+        _check_vocabulary(config.vocab_size, vocab_size, self.path)
         lora = read_settings(self.lora, Decoder(config))
         return PretrainedDecoder(replace(config, lora=lora), str(folder), self.check_finite)
 
@@ -159,6 +159,16 @@ class PretrainedDecoder(Decoder):
         if lora is None or lora.path is None:
             return add_adapter(lora, params, key)
         return {**params, ADAPTER: read_adapter(lora, Decoder(self.config), params)}
+
+
+def _check_vocabulary(model: int | None, tokenizer: int | None, path: str) -> None:
+    """A published tokenizer may have a few tokens that its model never reads (Gemma 3's mark of an image)."""
+    if model is None or tokenizer is None or tokenizer <= model:
+        return
+    message = f"the tokenizer has {tokenizer} tokens, more than the {model} of {path!r}"
+    if tokenizer > 1.001 * model:
+        raise UserError(message)
+    log.warning("%s: a text that holds one of the last %d cannot be learned from", message, tokenizer - model)
 
 
 def _read_model(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Family, Decoder]:

@@ -446,3 +446,12 @@ def test_packed_copies_are_row_major_equal_and_aligned(shape, turned):
         assert copy.ctypes.data % 64 == 0 or copy.size == 0
         np.testing.assert_array_equal(copy, array.astype(dtype))
         assert not np.shares_memory(copy, array)
+
+
+def test_a_tokenizer_may_have_a_few_tokens_that_its_model_never_reads(tmp_path, caplog):
+    model = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=16).build(3000)
+    save_pretrained(tmp_path, model, model.init(jax.random.key(0)))
+    assert BACKBONES["pretrained"](path=str(tmp_path)).build(3001).vocab_size == 3000
+    assert "a text that holds one of the last 1 cannot be learned from" in caplog.text
+    with pytest.raises(UserError, match="the tokenizer has 3010 tokens, more than the 3000 of"):
+        BACKBONES["pretrained"](path=str(tmp_path)).build(3010)

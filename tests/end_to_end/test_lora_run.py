@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax import export
+from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment import build, load_config
@@ -103,6 +104,16 @@ def logits(model, params):
     return jax.jit(lambda params: model.apply(params, read).logits)(params)
 
 
+def test_the_first_loss_is_that_of_the_bare_base(built, run):
+    _, metrics = run
+    batch = built.phases["sft"]._stream.batch(0, 4)
+    read = jax.jit(lambda params: built.model.apply(params, batch.tokens, batch.segment_ids).logits)
+    scores = np.asarray(read(load_pretrained(built.model.folder)[1]), np.float64)[:, :-1]
+    log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_probs, batch.tokens[:, 1:, None], 2)[..., 0]
+    assert float(metrics[0]["sft/loss"]) == pytest.approx(-chosen[batch.loss_mask[:, 1:]].mean(), rel=1e-5)
+
+
 def digest(tree):
     return b"".join(bits(tree).values())
 
@@ -117,8 +128,28 @@ def test_the_first_ratio_is_one_the_kl_to_the_own_reference_zero_and_the_start_i
     assert not any(
         np.any(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(start) if path[-1].key == "b"
     )
-    value = states[2].train.params["value"]["model"]
-    assert list(value) == [ADAPTER]  # the value network is another adapter, by now
+
+
+def test_the_value_network_is_another_adapter_above_the_same_base(built, run):
+    state = run[0][3]  # a step of sft has moved the policy since
+    value = state.train.params["value"]
+    assert list(value["model"]) == [ADAPTER]
+    ppo = replace(built.phases["ppo"].functions, base=state.base)
+    prompt, response = jnp.arange(40, 52).reshape(2, 6), jnp.arange(60, 66).reshape(2, 3)
+    mask = jnp.ones((2, 3), bool)
+
+    def both(params, references, base):
+        samples = Samples(tokens=response, log_probs=jnp.zeros((2, 3)), response_mask=mask)
+        scored = ppo.score(params, references, prompt, jnp.ones((2, 6), bool), samples)
+        read = jnp.concatenate([prompt, response], 1)
+        return scored.values, built.model.hidden({**base, **params["value"]["model"]}, read)
+
+    values, hidden = jax.jit(both)(state.train.params, dict(state.references), state.base)
+    head = jax.tree.map(np.asarray, value["head"])
+    assert np.abs(values).max() > 1e-6
+    np.testing.assert_allclose(
+        values, (hidden @ head["kernel"] + head["bias"])[:, 5:8, 0], rtol=1e-4, atol=1e-9
+    )
 
 
 def test_a_checkpoint_holds_no_base_and_resumes_to_the_same_bits(built, run):

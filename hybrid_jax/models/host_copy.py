@@ -26,8 +26,9 @@ def packed(array: np.ndarray, dtype: Any) -> np.ndarray:
 
 def _aligned(size: int) -> np.ndarray:
     if size >= _PAGES:
-        # Plain pages. numpy asks for huge ones, which took 3 times as long to get in a virtual machine.
-        return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+        # Plain pages, all at once. numpy asks for huge ones, which took 3 times as long in a virtual machine.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+        return np.frombuffer(mmap.mmap(-1, size, flags), np.uint8)
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
     return buffer[start : start + size]

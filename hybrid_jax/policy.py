@@ -32,7 +32,7 @@ from hybrid_jax.models.hf_files import CONFIG, read_json
 from hybrid_jax.models.hf_folder import Dtype
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.lora import merge, split, whole
-from hybrid_jax.models.peft_folder import save_adapter
+from hybrid_jax.models.peft_folder import ADAPTER_CONFIG, save_adapter
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
@@ -117,7 +117,8 @@ class Policy:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
-            (folder / CONFIG).unlink(missing_ok=True)  # until all is there again, nothing can be loaded
+            for name in (CONFIG, ADAPTER_CONFIG):  # until all is there again, nothing can be loaded
+                (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / VALUE, ignore_errors=True)  # the policy's that was here
             self.tokenizer.save(folder)
             self._save_weights(folder, adapter, dtype)
@@ -211,12 +212,19 @@ def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32"
 
 
 def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
-    """The model of a Hugging Face folder or of an id on the hub; generation_config.json has the defaults."""
+    """The model of a Hugging Face folder or of an id on the hub; generation_config.json has the defaults.
+
+    The folder may be an adapter of `peft` that says where its base is.
+    """
     folder = find_folder(folder)
-    if not (folder / CONFIG).is_file():
+    if (folder / CONFIG).is_file():
+        paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
+        model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        model, params = hf.load_adapted(folder)
+        folder = folder if (folder / "tokenizer_config.json").is_file() else Path(model.folder)
+    else:
         raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
-    paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
-    model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
     tokenizer = load_tokenizer(folder)
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))

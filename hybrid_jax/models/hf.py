@@ -29,7 +29,7 @@ from hybrid_jax.models.hf_folder import (
 )
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
-from hybrid_jax.models.peft_folder import read_adapter, read_settings
+from hybrid_jax.models.peft_folder import ADAPTER_CONFIG, read_adapter, read_settings
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +101,19 @@ def save_pretrained(
     generation = {"_from_model_config": True, **_content(like, GENERATION, model.config.family), **ids}
     contents = {CONFIG: {**config, **header, **ids}, GENERATION: generation}
     write_folder(Path(folder), family, model, params, contents, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def load_adapted(folder: str | Path) -> tuple[PretrainedDecoder, Params]:
+    """Reads an adapter of `peft` and the base that its adapter_config.json names.
+
+    Raises:
+        UserError: it names none, or one of the two cannot be read.
+    """
+    file = Path(folder) / ADAPTER_CONFIG
+    if not (base := read_json(file).get("base_model_name_or_path")):
+        raise UserError(f"{file}: base_model_name_or_path must name the adapter's base, got {base!r}")
+    model = Pretrained(str(base), lora=Lora(path=str(folder))).build()
+    return model, model.init(jax.random.key(0))
 
 
 def abstract_params(model: LanguageModel) -> Params:

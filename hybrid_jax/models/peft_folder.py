@@ -5,7 +5,8 @@ Their names are those of the modules of `transformers`, so they follow from the 
     base_model.model.<module>.lora_A.weight [r I]    .lora_B.weight [O r]    .lora_magnitude_vector [O]
 
 Where a module of theirs holds several of our maps side by side (``c_attn``), one adapter of theirs is one of
-ours for each, with the same A; and ours together are one of theirs, whose rank is the sum of their ranks:
+ours for each, with the same A, less what other maps alone use; and ours together are one of theirs, whose rank
+is the sum of their ranks:
 
     A = [A_q A_k A_v]        B = [[B_q 0 0] [0 B_k 0] [0 0 B_v]]
 """
@@ -34,7 +35,7 @@ from hybrid_jax.models.families.weights import Row
 from hybrid_jax.models.hf_files import open_safetensors, read_json, write_json
 from hybrid_jax.models.lora import Lora, adapters_of, column_norms, nested, params_at, scale_of
 
-SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _NAME = re.compile(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|base_layer)(\.weight)?")
 # What the tensors and our own reading of them already say, or what is only about how training began.
@@ -79,7 +80,7 @@ def read_settings(lora: Lora | None, model: Decoder) -> Lora | None:
             path=lora.path,
         )
     except (ValueError, TypeError) as error:
-        raise UserError(f"{Path(lora.path) / SETTINGS}: {error}") from error
+        raise UserError(f"{Path(lora.path) / ADAPTER_CONFIG}: {error}") from error
 
 
 def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
@@ -90,7 +91,7 @@ def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
             that of the base (`peft` keeps one of ``lm_head``).
     """
     folder = Path(lora.path or "")
-    patterns = read_json(folder / SETTINGS).get("alpha_pattern") or {}
+    patterns = read_json(folder / ADAPTER_CONFIG).get("alpha_pattern") or {}
     adapters: dict[str, Params] = {}
     for module in _Folder(folder, model).modules():
         module.check_copy(base)
@@ -98,12 +99,20 @@ def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
         matching = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module.name))
         scale = scale_of(a.shape[1], next(matching, lora.alpha), lora.rank_stabilized)
         factor = 1.0 if math.isclose(scale, lora.scale, rel_tol=1e-12) else scale / lora.scale
-        for path, part in zip(module.paths, b, strict=True):
-            adapters[path] = {"a": jnp.array(a), "b": jnp.array(part * np.float32(factor))}
+        for path, part, used in zip(module.paths, b, _used(b), strict=True):
+            if used.any():
+                adapters[path] = {"a": jnp.array(a[:, used]), "b": jnp.array(part[used] * np.float32(factor))}
         if lora.dora:
             for path, part in zip(module.paths, module.magnitudes(), strict=True):
-                adapters[path]["magnitude"] = jnp.array(part)
+                unmoved = {"a": jnp.array(a), "b": jnp.zeros((a.shape[1], part.size))}
+                adapters[path] = {**adapters.get(path, unmoved), "magnitude": jnp.array(part)}
     return nested(adapters)
+
+
+def _used(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """Which columns of a common A each map needs: not those that serve other maps alone, as fused ones do."""
+    used = np.stack([part.any(axis=1) for part in parts])
+    return list(used | ~used.any(axis=0))
 
 
 def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> None:
@@ -141,7 +150,7 @@ def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> No
     unfinished = folder / f"{WEIGHTS}.unfinished"
     save_file(tensors, unfinished, metadata={"format": "pt"})
     os.replace(unfinished, folder / WEIGHTS)
-    write_json(folder / SETTINGS, {**content, "base_model_name_or_path": base})
+    write_json(folder / ADAPTER_CONFIG, {**content, "base_model_name_or_path": base})
 
 
 def _settings(
@@ -213,7 +222,7 @@ def _bare(model: Decoder) -> tuple[Family, Decoder]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """A checked adapter_config.json: what we would read differently from `peft` is refused."""
-    content, file = read_json(folder / SETTINGS), folder / SETTINGS
+    content, file = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG
     if content.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type must be LORA, got {content.get('peft_type')!r}")
     for name, value in content.items():

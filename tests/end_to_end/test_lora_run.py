@@ -15,7 +15,7 @@ from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.hf import Pretrained, load_pretrained, save_pretrained
 from hybrid_jax.models.lora import ADAPTER, Lora
-from hybrid_jax.policy import load_policy
+from hybrid_jax.policy import load_policy, load_pretrained_policy
 from hybrid_jax.training.loop import take_step
 
 RANK, WIDTH = 2, 16
@@ -178,6 +178,8 @@ def test_the_policy_is_exported_merged_or_as_an_adapter_and_both_go_on(built, ru
     policy = load_policy(run_dir)
     assert bits(policy.params) == bits(run[0][-1].policy)
     expected = logits(policy.model, policy.params)
+    for name, flags in {"adapter": (), "merged": ("--adapter",)}.items():  # written over, nothing of them stays
+        policy.save_pretrained(tmp_path / name, adapter=bool(flags))
     for name, flags in {"merged": (), "adapter": ("--adapter",)}.items():
         code, out, err = command(export.main, "--run", run_dir, "--output", tmp_path / name, *flags)
         assert (code, out, err) == (0, f"{tmp_path / name}  (step 4)\n", "")
@@ -185,6 +187,10 @@ def test_the_policy_is_exported_merged_or_as_an_adapter_and_both_go_on(built, ru
     assert ADAPTER not in params
     np.testing.assert_allclose(logits(model, params), expected, rtol=1e-5, atol=1e-5)
     assert not (tmp_path / "adapter" / "config.json").exists()
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()  # transformers would load it
+    again = load_pretrained_policy(tmp_path / "adapter")
+    assert (again.eos_ids, again.sampler) == (policy.eos_ids, policy.sampler)
+    assert bits(again.params) == bits(policy.params)
     model = Pretrained(built.model.folder, lora=Lora(path=str(tmp_path / "adapter"))).build()
     assert (model.config.lora.alpha, model.config.lora.dropout) == (16, 0.2)
     params = model.init(jax.random.key(0))

@@ -183,6 +183,8 @@ def test_an_adapter_on_a_part_of_a_fused_map_is_one_that_peft_and_we_read_alike(
     again = Pretrained(str(bases["gpt2"]), lora=Lora(path=str(tmp_path))).build()
     assert replace(again.config.lora, path=None, targets=targets) == lora
     reread = again.init(jax.random.key(1))
+    if not dora:  # DoRA keeps the magnitudes of the other maps in a fused one
+        assert jax.tree.all(jax.tree.map(np.array_equal, reread[ADAPTER], adapter))
     logits = jax.jit(lambda p: again.apply(p, jnp.asarray(tokens())).logits)(reread)
     assert relative_error(logits, np.asarray(expected)) < 1e-5
 
@@ -260,3 +262,22 @@ def test_without_an_adapter_or_a_folder_below_it_there_is_no_adapter_to_write(ba
     model = replace(model, config=replace(model.config, lora=Lora()))
     with pytest.raises(UserError, match="an adapter needs its base, and this one came from no folder"):
         save_adapter(tmp_path, model, params)
+
+
+@pytest.mark.slow
+def test_an_adapter_on_every_map_of_any_family_is_one_that_peft_reads_alike(transformer, tmp_path):
+    base = transformer[1]
+    model = Pretrained(str(base), lora=Lora(rank=2)).build()
+    params, draw = model.init(jax.random.key(0)), np.random.default_rng(0).normal
+    adapter = jax.tree.map(lambda x: x + jnp.asarray(draw(0.0, 0.2, x.shape), jnp.float32), params[ADAPTER])
+    params = {**params, ADAPTER: adapter}
+    save_adapter(tmp_path, model, params)
+    attention = transformer[0].config._attn_implementation
+    theirs = AutoModelForCausalLM.from_pretrained(base, attn_implementation=attention)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+    logits = jax.jit(lambda p: model.apply(p, jnp.asarray(tokens())).logits, compiler_options=FAST_COMPILE)(
+        params
+    )
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.as_tensor(tokens()), use_cache=False).logits.numpy()
+    assert relative_error(logits, expected) < 1e-4

@@ -325,6 +325,7 @@ def _header(**changes):
         (lambda data: data[:-4], "it ends before tensor 'transformer."),
         (lambda data: data + b"1234", "4 bytes belong to no tensor"),
         (_header(shape=[9]), "tensor 'transformer.ln_f.bias' is not where it should be"),
+        (_header(data_offsets=[0, 32]), "is not where it should be"),  # where another tensor is
         (_header(shape=[-8]), "its header is damaged: "),
         (_header(data_offsets=[0]), "its header is damaged: "),
         (_header(dtype="F4"), "tensor 'transformer.ln_f.bias' has the dtype F4, which is not supported"),

@@ -77,7 +77,7 @@ def test_an_id_loads_like_the_folder_that_the_hub_gives(stored, hub):
     assert all(_is_asked_for(name, hub.calls[0][1]) for name in (*wanted, "tokenizer.model"))
     other = (
         "pytorch_model.bin",
-        "original/model.safetensors",
+        "original/params.json",
         "consolidated.safetensors",
         "flax_model.msgpack",
     )

@@ -189,6 +189,19 @@ class Experiment:
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
+        train, host, frozen = self._fresh()
+        leaves, structure = jax.tree.flatten(train)
+        del train
+        for i in range(len(leaves)):
+            # A copy, since a constant that JAX shares between two leaves could not be donated twice; one by
+            # one, so that a model is never twice in memory.
+            leaves[i] = jnp.copy(leaves[i])
+        train = self.config.mesh.replicate(jax.tree.unflatten(structure, leaves))
+        references, base = self.config.mesh.replicate(frozen)
+        return RunState(step=0, train=train, references=references, host=host, base=base)
+
+    def _fresh(self) -> tuple[TrainState, dict[str, Any], tuple[Any, Any]]:
+        """What model and phases start with: trained, on the host, and frozen (references, base)."""
         key = init_key(self.config.seed)
         trained, base = split(self.model.init(key))
         params = {"model": trained}
@@ -204,10 +217,7 @@ class Experiment:
             host |= added.host
             references |= added.references
         train = TrainState(params=params, opt_state=opt_state, extra=extra)
-        # Copies, since a constant that JAX shares between two leaves could not be donated twice.
-        train = self.config.mesh.replicate(jax.tree.map(jnp.copy, train))
-        references, base = self.config.mesh.replicate((references, base))
-        return RunState(step=0, train=train, references=references, host=host, base=base)
+        return train, host, (references, base)
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""

@@ -5,4 +5,4 @@ cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 pyright
-[ "${1:-}" = fast ] || pytest
+[ "${1:-}" = fast ] || pytest -n 2 --dist worksteal

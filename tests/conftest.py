@@ -1,6 +1,7 @@
 """Eight fake devices on the CPU, so that sharded = single is tested everywhere; set before JAX starts."""
 
 import os
+import signal
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,3 +24,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data folder")
     return folder
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own answer to Ctrl-C: a process started in the background has none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -18,7 +18,7 @@ def test_the_first_signal_is_only_noted_and_handlers_are_put_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
-def test_a_second_ctrl_c_interrupts_at_once():
+def test_a_second_ctrl_c_interrupts_at_once(ctrl_c):
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -293,7 +293,7 @@ def test_a_signal_before_the_first_step_has_nothing_to_save(unbroken, tmp_path):
     assert_goes_on_to(unbroken, tmp_path)
 
 
-def test_a_second_ctrl_c_aborts_at_once(unbroken, tmp_path):
+def test_a_second_ctrl_c_aborts_at_once(unbroken, tmp_path, ctrl_c):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)

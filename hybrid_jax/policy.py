@@ -114,6 +114,7 @@ class Policy:
         if not isinstance(self.model, Decoder | EncoderDecoder):
             raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
         _check_export_folder(folder)
+        is_new = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
@@ -123,6 +124,10 @@ class Policy:
             self.tokenizer.save(folder)
             self._save_weights(folder, adapter, dtype)
             write_generation_config(folder, self.sampler, self.eos_ids)
+        except UserError:  # of a model that has no such format
+            if is_new:
+                shutil.rmtree(folder)
+            raise
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
         return folder

@@ -162,10 +162,7 @@ class Decoder:
             {"params": base, **adapter}, tokens, positions, real, attends, rngs=rngs, mutable=[LOSSES]
         )
         routers: list[dict[str, Sum]] = jax.tree.leaves(written, is_leaf=lambda node: "router_z" in node)
-        losses = {}
-        if routers:
-            total = jax.tree.map(lambda *layers: sum(layers) / len(layers), *routers)
-            losses = dict(total)
+        losses = jax.tree.map(lambda *layers: sum(layers) / len(layers), *routers) if routers else {}
         return hidden, kept, losses
 
 

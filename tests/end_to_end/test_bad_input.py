@@ -225,6 +225,12 @@ def test_what_is_no_run_is_refused_by_every_command(tmp_path, tiny, mistake):
     )
 
 
+def test_an_export_that_is_refused_leaves_no_folder(run_dir, tmp_path, mistake):
+    message = mistake(export.main, "--run", run_dir, "--output", tmp_path / "new" / "out", "--adapter")
+    assert message == "the model has no adapter to export: its config has no lora"
+    assert not (tmp_path / "new" / "out").exists()
+
+
 def test_an_export_never_overwrites_what_is_not_ours(run_dir, tmp_path, mistake):
     (tmp_path / "thesis.txt").write_text("precious")
     message = mistake(export.main, "--run", run_dir, "--output", tmp_path)

@@ -8,7 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "hybrid_jax"
 LAYERS = {
     **dict.fromkeys(["core"], 0),
-    **dict.fromkeys(["models", "data", "metrics", "algorithms", "parallel"], 1),
+    **dict.fromkeys(["parallel"], 0.5),  # a lower layer, so that models can say how activations lie
+    **dict.fromkeys(["models", "data", "metrics", "algorithms"], 1),
     **dict.fromkeys(["sampling", "rewards"], 2),
     **dict.fromkeys(["training"], 3),
     **dict.fromkeys(["phases", "evaluation"], 4),

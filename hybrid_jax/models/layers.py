@@ -17,10 +17,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from hybrid_jax.parallel.rules import target_platform
+
 
 def on_cpu() -> bool:
     """Whether the hand-written CPU formulations are used; decided while tracing."""
-    return jax.default_backend() == "cpu"
+    return target_platform() == "cpu"
 
 
 # ------------------------------------------------------------------------------------------------ linear

@@ -52,8 +52,8 @@ class ShardingRules:
 TRAINING = ShardingRules()
 NAMES = tuple(field.name for field in fields(ShardingRules))
 
-# How the weights of a rollout lie, by the name that a config gives: as in training; split over "tensor" alone, so
-# that no token waits for an all-gather of weights; or a whole copy on every device, each answering its own rows.
+# How the weights of a rollout lie, by the name that a config gives: as in training; split over "tensor" alone,
+# so that no token waits for an all-gather of weights; or whole on every device, each answering its own rows.
 ROLLOUTS = {
     "fsdp": TRAINING,
     "tensor": replace(TRAINING, embed=()),

@@ -65,3 +65,15 @@ class PhaseConfig(Protocol):
 
 
 PHASES: Registry[Any] = Registry("phase")
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled function of a step with the shapes that it is called with: what `hybrid_jax.plan` reads."""
+
+    name: str  # "<phase>/<function>"
+    function: Any  # of `jax.jit`
+    arguments: tuple[Any, ...]  # trees of `jax.ShapeDtypeStruct` with shardings
+    settings: Mapping[str, Any] = field(default_factory=dict)  # static keyword arguments
+    loop_steps: int = 1  # the most turns of a loop that may stop early, as decoding does
+    tokens: int = 0  # learned, scored or sampled in one call

@@ -47,6 +47,13 @@ class LanguageModel(Protocol):
 
     def init(self, key: Array) -> Params: ...
 
+    def cast(self, params: Params) -> Params:
+        """The parameters as the computation reads them: for a frozen or a short-lived copy in less memory.
+
+        A computation from it gives the same bits; only optimizers need the float32 of ``params``.
+        """
+        ...
+
     def hidden(
         self,
         params: Params,

@@ -11,24 +11,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.attention import AttentionRule
+from hybrid_jax.models.decoder_cache import LayerCache
 from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
 from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, rms_norm
 from hybrid_jax.models.lora import ADAPTER, Lora, adapted_linear
 from hybrid_jax.models.rope import rotary_table, rotate
+from hybrid_jax.models.stacking import STACK
+from hybrid_jax.parallel.rules import shard
 
-# (q, k, v, rule, sinks) -> mixed values, what to keep of the layer
-Attend = Callable[[Array, Array, Array, AttentionRule, Array | None], tuple[Array, Any]]
+# (q, k, v, rule, sinks, cache of the layer) -> mixed values, the cache after
+Attend = Callable[
+    [Array, Array, Array, AttentionRule, Array | None, LayerCache | None], tuple[Array, LayerCache | None]
+]
 LOSSES = "losses"  # the collection that routers write to
+MIXED = "mixed"  # what attention hands to its output map, by the name that ``remat: named`` saves it under
 
 
 @struct.dataclass
@@ -42,11 +52,17 @@ class Context:
 
 class Network(nn.Module):
     config: DecoderConfig
+    attend: Attend
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"], positions, real: Bool[Array, "B T"], attends: list[Attend]):
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        real: Bool[Array, "B T"],
+        caches: list[LayerCache] | None = None,
+    ):
         c = self.config
-        drop = nn.Dropout(c.dropout, deterministic=c.dropout == 0.0 or not self.has_rng("dropout"))
         x = Embedding(c.vocab_size, c.embedding_width or c.width, c, name="token_embedding")(tokens)
         if c.embedding_scale != 1.0:
             x = x * jnp.asarray(c.embedding_scale, x.dtype)
@@ -57,14 +73,27 @@ class Network(nn.Module):
             x = x + Embedding(rows, c.width, c, name="position_embedding")(positions + c.position_offset)
         if c.embedding_norm:
             x = Norm(c, name="embedding_norm")(x)
-        x, kept = drop(x), []
-        context = _context(c, positions, real)
-        for i, attend in enumerate(attends):
-            x, keep = Layer(c, i, name=f"layer_{i}")(x, context, attend, drop)
-            kept.append(keep)
+        x = shard(_dropout(self, c)(x), "batch", "length", "width")
+        run = self._scan if c.execution.scan_layers else self._run
+        x, caches = run(x, _context(c, positions, real), caches)
         if self.is_initializing():
             self._init_head(x)
-        return Norm(c, name="final_norm")(x) if c.final_norm else x, kept
+        return Norm(c, name="final_norm")(x) if c.final_norm else x, caches
+
+    def _run(self, x, context: Context, caches: list[LayerCache] | None):
+        return _layers(self.config, self.attend, self.config.num_layers, x, context, caches)
+
+    def _scan(self, x, context: Context, caches: list[LayerCache] | None):
+        """The caches are carried, not scanned over: so each is written in place."""
+        stack = nn.scan(
+            Turn,
+            variable_axes={"params": 0, ADAPTER: 0, LOSSES: 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_layers // self.config.period,
+        )(self.config, self.attend, name=STACK)
+        (x, caches, _), _ = stack((x, caches, jnp.int32(0)), context)
+        return x, caches
 
     def _init_head(self, x) -> None:
         """`Decoder.logits` reads these."""
@@ -86,14 +115,59 @@ def _context(c: DecoderConfig, positions, real) -> Context:
     return Context(real, table, rotary_table(positions, c.rotary_channels, c.local_rope_theta))
 
 
+class Turn(nn.Module):
+    """The layers of one turn of the scan."""
+
+    config: DecoderConfig
+    attend: Attend
+
+    @nn.compact
+    def __call__(self, carry, context: Context):
+        c = self.config
+        x, stacks, turn = carry
+        caches = None if stacks is None else [replace(stack, turn=turn) for stack in stacks]
+        x, caches = _layers(c, self.attend, c.period, x, context, caches)
+        stacks = None if caches is None else [replace(cache, turn=None) for cache in caches]
+        return (x, stacks, turn + 1), None
+
+
+def _layers(c: DecoderConfig, attend: Attend, count: int, x, context: Context, caches: list[LayerCache] | None):
+    """``count`` layers, one after the other, within the module that calls."""
+    layer, written = _checkpointed(c.execution), []
+    for i in range(count):
+        x, cache = layer(c, i, attend, name=f"layer_{i}")(x, context, None if caches is None else caches[i])
+        x = shard(x, "batch", "length", "width")
+        written.append(cache)
+    return x, None if caches is None else written
+
+
+def _checkpointed(execution: Execution) -> Any:
+    """The layer module; its backward pass recomputes what ``remat`` does not save."""
+    policies = jax.checkpoint_policies
+    policy = {
+        "full": None,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "named": policies.save_only_these_names(MIXED),
+    }
+    if execution.remat == "none":
+        return Layer
+    # Within a scan nothing could be merged with the forward pass, so no barrier against that is needed.
+    return nn.remat(Layer, policy=policy[execution.remat], prevent_cse=not execution.scan_layers)
+
+
+def _dropout(module: nn.Module, c: DecoderConfig) -> nn.Dropout:
+    return nn.Dropout(c.dropout, deterministic=c.dropout == 0.0 or not module.has_rng("dropout"))
+
+
 class Layer(nn.Module):
     config: DecoderConfig
     index: int
+    attend: Attend
 
     @nn.compact
-    def __call__(self, x, context: Context, attend: Attend, drop: nn.Dropout):
-        c = self.config
-        attention = Attention(c, self.index, name="attention")
+    def __call__(self, x, context: Context, cache: LayerCache | None):
+        c, drop = self.config, _dropout(self, self.config)
+        attention = Attention(c, self.index, self.attend, name="attention")
         mlp = Mixture(c, name="mlp") if c.has_experts(self.index) else Mlp(c, c.inner_width, name="mlp")
         before = c.norm_placement in ("before", "around")
         after = c.norm_placement in ("after", "around")
@@ -108,20 +182,21 @@ class Layer(nn.Module):
             return Norm(c, name=f"{name}_norm")(x) if c.norm_placement == "residual" else x
 
         seen = read(x, "attention")
-        mixed, kept = attention(seen, context, attend)
+        mixed, cache = attention(seen, context, cache)
         if c.block == "sequential":
             x = add(x, mixed, "attention")
-            return add(x, mlp(read(x, "mlp"), context), "mlp"), kept
+            return add(x, mlp(read(x, "mlp"), context), "mlp"), cache
         thought = mlp(seen if c.block == "parallel_shared" else read(x, "mlp"), context)
-        return add(add(x, mixed, "attention"), thought, "mlp"), kept
+        return add(add(x, mixed, "attention"), thought, "mlp"), cache
 
 
 class Attention(nn.Module):
     config: DecoderConfig
     index: int
+    attend: Attend
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], context: Context, attend: Attend):
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: LayerCache | None):
         c = self.config
         q, k, v = (self._project(x, name, n) for name, n in self._heads().items())
         if c.query_key_norm is not None:
@@ -131,10 +206,11 @@ class Attention(nn.Module):
             assert table is not None
             q, k = (rotate(y, table, interleaved=c.rotary_interleaved) for y in (q, k))
         sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,)) if c.attention_sinks else None
-        mixed, kept = attend(q, k, v, c.attention_rule(self.index), sinks)
+        mixed, cache = self.attend(q, k, v, c.attention_rule(self.index), sinks, cache)
+        mixed = checkpoint_name(shard(mixed, "batch", "length", "heads", None), MIXED)
         bias = c.attention_bias if c.output_bias is None else c.output_bias
         out = Linear(c.width, bias, residual_std(c), c.dtype, lora=c.lora, name="output")
-        return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), kept
+        return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), cache
 
     def _heads(self) -> dict[str, int]:
         c = self.config
@@ -145,7 +221,8 @@ class Attention(nn.Module):
         y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, lora=c.lora, name=name)(x)
         if c.clip_qkv is not None:
             y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
-        return y.reshape(*x.shape[:2], heads, c.channels)
+        names = ("batch", "length", "heads" if name == "query" else "kv_heads", None)
+        return shard(y.reshape(*x.shape[:2], heads, c.channels), *names)
 
 
 class Mlp(nn.Module):
@@ -158,6 +235,7 @@ class Mlp(nn.Module):
         inner = partial(Linear, self.inner_width, c.mlp_bias, c.init_std, c.dtype, lora=c.lora)
         activate, up = ACTIVATIONS[c.activation], inner(name="up")(x)
         x = activate(inner(name="gate")(x)) * up if c.mlp == "gated" else activate(up)
+        x = shard(x, "batch", "length", "mlp")
         return Linear(c.width, c.mlp_bias, residual_std(c), c.dtype, lora=c.lora, name="down")(x)
 
 

@@ -11,32 +11,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.arrays import Sum, segment_positions
 from hybrid_jax.models.attention import cached_attention, causal_attention
 from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
+from hybrid_jax.models.decoder_cache import DecoderCache
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
+from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
+from hybrid_jax.parallel.rules import shard
 
 __all__ = ["Decoder", "DecoderCache", "DecoderConfig"]
-
-
-@struct.dataclass
-class DecoderCache:
-    """Keys and values of the tokens read so far; rows are left-padded, so all of them write the same slot."""
-
-    keys: tuple[Float[Array, "B K S C"], ...]  # one a layer
-    values: tuple[Float[Array, "B K S C"], ...]
-    key_mask: Bool[Array, "B S"]
-    positions: Int[Array, "B"]  # of the next token, padding not counted
-    slot: Int[Array, ""]
 
 
 @dataclass(frozen=True)
@@ -59,7 +51,29 @@ class Decoder:
         return self.config.max_length
 
     def init(self, key: Array) -> Params:
-        return add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, 1))
+        params = add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, 1))
+        return self.arranged(params)
+
+    def arranged(self, params: Params) -> Params:
+        """Parameters whose layers are a list, as this decoder computes with them (`stacking`)."""
+        c = self.config
+        return stack_layers(params, c.period) if c.execution.scan_layers else params
+
+    def as_list(self) -> Decoder:
+        """The same decoder over layers in a list."""
+        c = self.config
+        return replace(self, config=replace(c, execution=replace(c.execution, scan_layers=False)))
+
+    def listed(self, params: Params) -> Params:
+        """The parameters of `as_list`."""
+        c = self.config
+        return unstack_layers(params, c.period) if c.execution.scan_layers else params
+
+    def cast(self, params: Params) -> Params:
+        c = self.config
+        if c.lora is not None and c.lora.dora:  # whose gains read the base in float32
+            return params
+        return cast_kernels(params, c.dtype)
 
     @property
     def loss_coefs(self) -> dict[str, float]:
@@ -80,11 +94,10 @@ class Decoder:
             segment_ids = attention_mask.astype(jnp.int32)
             positions, real = segment_positions(segment_ids), segment_ids > 0
 
-        def attend(q, k, v, rule, sinks):
-            return causal_attention(q, k, v, segment_ids, rule, sinks), None
+        def attend(q, k, v, rule, sinks, cache):
+            return self._attention(q, k, v, segment_ids, rule, sinks), cache
 
-        attends: list[Attend] = [attend] * self.config.num_layers
-        hidden, _, losses = self._run(params, tokens, positions, real, attends, dropout_key)
+        hidden, _, losses = self._run(params, tokens, positions, real, attend, None, dropout_key)
         return hidden, {name: losses[name] for name in self.loss_coefs}
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -95,6 +108,8 @@ class Decoder:
         kernel = params["token_embedding"]["embedding"].T if c.tie_embeddings else params["lm_head"]["kernel"]
         bias = params["lm_head"]["bias"] if c.head_bias else None
         logits = mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32)
+        if logits.ndim == 3:
+            logits = shard(logits, "batch", "length", "vocab")
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -105,12 +120,16 @@ class Decoder:
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
         c = self.config
-        empty = jnp.zeros((batch, c.kv_heads, length, c.channels), c.dtype)
+        scanned = c.execution.scan_layers
+        turns = (c.num_layers // c.period,) if scanned else ()
+        empty = jnp.zeros((*turns, batch, c.kv_heads, length, c.channels), c.dtype)
+        empty = shard(empty, *(None for _ in turns), "batch", "kv_heads", None, None)
+        arrays = c.period if scanned else c.num_layers
         return DecoderCache(
-            keys=(empty,) * c.num_layers,
-            values=(empty,) * c.num_layers,
-            key_mask=jnp.zeros((batch, length), bool),
-            positions=jnp.zeros(batch, jnp.int32),
+            keys=(empty,) * arrays,
+            values=(empty,) * arrays,
+            key_mask=shard(jnp.zeros((batch, length), bool), "batch", None),
+            positions=shard(jnp.zeros(batch, jnp.int32), "batch"),
             slot=jnp.int32(0),
         )
 
@@ -119,8 +138,8 @@ class Decoder:
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
         segment_ids = attention_mask.astype(jnp.int32)
 
-        def attend(q, k, v, rule, sinks, keys, values):
-            return causal_attention(q, k, v, segment_ids, rule, sinks), _write(keys, values, k, v, 0)
+        def attend(q, k, v, rule, sinks, layer):
+            return self._attention(q, k, v, segment_ids, rule, sinks), layer.write(k, v, 0)
 
         cache = replace(
             cache,
@@ -137,44 +156,46 @@ class Decoder:
             cache.key_mask, jnp.ones((token.shape[0], 1), bool), (0, cache.slot)
         )
 
-        def attend(q, k, v, rule, sinks, keys, values):
-            keys, values = _write(keys, values, k, v, cache.slot)
-            mixed = cached_attention(q[:, 0], keys, values, key_mask, cache.slot, rule, sinks)
-            return mixed[:, None], (keys, values)
+        def attend(q, k, v, rule, sinks, layer):
+            layer = layer.write(k, v, cache.slot)
+            mixed = cached_attention(q[:, 0], *layer.read(), key_mask, cache.slot, rule, sinks)
+            return mixed[:, None], layer
 
         after = replace(cache, key_mask=key_mask, positions=cache.positions + 1, slot=cache.slot + 1)
         return self._read(params, token[:, None], cache.positions[:, None], attend, after)
 
-    def _read(self, params, tokens, positions, attend, cache: DecoderCache):
-        """Reads tokens into the keys and values of the cache; returns the scores after the last one."""
-        layers = zip(cache.keys, cache.values, strict=True)
-        attends = [partial(attend, keys=keys, values=values) for keys, values in layers]
-        hidden, kept, _ = self._run(params, tokens, positions, jnp.ones(tokens.shape, bool), attends)
-        keys, values = zip(*kept, strict=True)
-        return self.logits(params, hidden[:, -1]), replace(cache, keys=keys, values=values)
+    def _attention(self, q, k, v, segment_ids, rule, sinks) -> Float[Array, "B T H C"]:
+        return causal_attention(q, k, v, segment_ids, rule, sinks)
 
-    def _run(self, params, tokens, positions, real, attends: list[Attend], dropout_key=None):
-        """Hidden states, what the layers kept, and the losses of the routers, averaged over the layers."""
+    def _read(self, params, tokens, positions, attend: Attend, cache: DecoderCache):
+        """Reads tokens into the keys and values of the cache; returns the scores after the last one."""
+        real = jnp.ones(tokens.shape, bool)
+        hidden, layers, _ = self._run(params, tokens, positions, real, attend, cache.layers())
+        cache = replace(cache, keys=tuple(x.keys for x in layers), values=tuple(x.values for x in layers))
+        return self.logits(params, hidden[:, -1]), cache
+
+    def _run(self, params, tokens, positions, real, attend: Attend, caches, dropout_key=None):
+        """Hidden states, the caches after, and the losses of the routers, averaged over the layers."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        network = Network(self.config)
         adapter, base = split(params) if ADAPTER in params else ({}, params)
-        (hidden, kept), written = network.apply(
-            {"params": base, **adapter}, tokens, positions, real, attends, rngs=rngs, mutable=[LOSSES]
+        (hidden, caches), written = Network(self.config, attend).apply(
+            {"params": base, **adapter}, tokens, positions, real, caches, rngs=rngs, mutable=[LOSSES]
         )
-        routers: list[dict[str, Sum]] = jax.tree.leaves(written, is_leaf=lambda node: "router_z" in node)
-        losses = jax.tree.map(lambda *layers: sum(layers) / len(layers), *routers) if routers else {}
-        return hidden, kept, losses
+        return hidden, caches, _mean_losses(written)
+
+
+def _mean_losses(written: Any) -> dict[str, Sum]:
+    """The losses of every router, [] or, out of a scan, [n] each, averaged."""
+    routers = jax.tree.leaves(written, is_leaf=lambda node: "router_z" in node)
+    count = sum(router["router_z"].total.size for router in routers)
+    mean = lambda *layers: sum(jnp.sum(layer) for layer in layers) / count  # noqa: E731
+    return jax.tree.map(mean, *routers) if routers else {}
 
 
 @partial(jax.jit, static_argnames="model")
 def _init(model: Decoder, key: Array) -> Params:
-    attend = lambda q, k, v, rule, sinks: (q, None)  # noqa: E731
+    """As a list: the same numbers, however the layers are arranged then."""
+    attend: Attend = lambda q, k, v, rule, sinks, cache: (q, cache)  # noqa: E731
     tokens = jnp.zeros((1, 1), jnp.int32)
-    attends: list[Attend] = [attend] * model.config.num_layers
-    variables = Network(model.config).init(key, tokens, tokens, tokens == 0, attends)
+    variables = Network(model.as_list().config, attend).init(key, tokens, tokens, tokens == 0)
     return dict(variables["params"])
-
-
-def _write(keys, values, k: Float[Array, "B T K C"], v, slot) -> tuple[Array, Array]:
-    write = lambda cache, new: lax.dynamic_update_slice(cache, new.swapaxes(1, 2), (0, 0, slot, 0))  # noqa: E731
-    return write(keys, k), write(values, v)

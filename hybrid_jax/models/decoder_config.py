@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.attention import AttentionRule, alibi_slopes
 from hybrid_jax.models.base import BACKBONES
+from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.lora import Lora
 from hybrid_jax.models.rope import ROPE_SCALINGS
@@ -16,6 +17,7 @@ from hybrid_jax.models.rope import ROPE_SCALINGS
 if TYPE_CHECKING:
     from hybrid_jax.models.decoder import Decoder
 
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
 _SIZES = (
     *("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "mlp_width", "max_length"),
@@ -83,9 +85,10 @@ class DecoderConfig:
     tie_embeddings: bool = True
     dropout: float = 0.0
     init_std: float = 0.02
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
+    dtype: ComputeDtype = "float32"  # of the computation; parameters and logits are float32
     family: str | None = None  # Hugging Face model_type to export as; the first that can express the decoder
     lora: Lora | None = None  # adapters that train in place of the parameters; none
+    execution: Execution = Execution()
 
     def __post_init__(self):
         for name in _SIZES:
@@ -143,6 +146,13 @@ class DecoderConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and (self.experts.layers is None or self.experts.layers[layer])
+
+    @property
+    def period(self) -> int:
+        """After how many layers their kinds repeat: what a scan computes in one turn."""
+        kinds = [(self.is_windowed(i), self.is_rotary(i), self.has_experts(i)) for i in range(self.num_layers)]
+        periods = (p for p in range(1, self.num_layers) if self.num_layers % p == 0)
+        return next((p for p in periods if kinds == kinds[:p] * (self.num_layers // p)), self.num_layers)
 
     def resolved(self) -> DecoderConfig:
         """The same decoder with every choice spelled out, so that equal decoders compare equal."""

@@ -128,6 +128,9 @@ class EncoderDecoder:
         hidden = self._read_pairs(params, source, sources, inputs, targets, dropout_key)
         return ModelOutput(logits=self.logits(params, hidden), hidden=hidden)
 
+    def cast(self, params: Params) -> Params:
+        return params
+
     def init_cache(self, batch: int, length: int) -> EncoderDecoderCache:
         c = self.config
         empty = jnp.zeros((batch, length, c.num_heads, c.channels), c.dtype)

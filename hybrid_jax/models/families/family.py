@@ -28,7 +28,7 @@ Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, 
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _THREADS = 4  # that load weights, each with a row of its own in memory
-_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora")
+_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora", "execution")
 
 
 @dataclass(frozen=True)

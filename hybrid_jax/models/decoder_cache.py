@@ -1,0 +1,51 @@
+"""Keys and values of the tokens that a decoder has read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@struct.dataclass
+class DecoderCache:
+    """Keys and values of the tokens read so far; rows are left-padded, so all of them write the same slot.
+
+    There is one array a layer, [B K S C]; or, where layers are scanned, one a layer of a turn, [n B K S C].
+    """
+
+    keys: tuple[Float[Array, "*n B K S C"], ...]
+    values: tuple[Float[Array, "*n B K S C"], ...]
+    key_mask: Bool[Array, "B S"]
+    positions: Int[Array, "B"]  # of the next token, padding not counted
+    slot: Int[Array, ""]
+
+    def layers(self) -> list[LayerCache]:
+        return [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+
+
+@struct.dataclass
+class LayerCache:
+    """What one layer reads and writes; ``turn`` says where it is in a stack."""
+
+    keys: Float[Array, "*n B K S C"]
+    values: Float[Array, "*n B K S C"]
+    turn: Int[Array, ""] | None = None
+
+    def write(self, k: Float[Array, "B T K C"], v: Float[Array, "B T K C"], slot: Any) -> LayerCache:
+        """With keys and values in the slots from ``slot`` on."""
+        return self.replace(keys=self._written(self.keys, k, slot), values=self._written(self.values, v, slot))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def read(self) -> tuple[Float[Array, "B K S C"], Float[Array, "B K S C"]]:
+        if self.turn is None:
+            return self.keys, self.values
+        keys, values = (lax.dynamic_index_in_dim(x, self.turn, 0, False) for x in (self.keys, self.values))
+        return keys, values
+
+    def _written(self, cache: Array, new: Array, slot: Any) -> Array:
+        new = new.swapaxes(1, 2)
+        if self.turn is None:
+            return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+        return lax.dynamic_update_slice(cache, new[None], (self.turn, 0, 0, slot, 0))

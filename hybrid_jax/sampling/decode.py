@@ -9,11 +9,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.parallel.rules import shard
 from hybrid_jax.sampling.logits import sample_token
 
 SAMPLERS: Registry = Registry("sampler")
@@ -96,11 +97,12 @@ def _generate(
 ) -> Samples:
     batch, prompt_length = prompt_tokens.shape
     num_tokens = sampler.max_new_tokens
+    noise = response_noise(key, batch, num_tokens)
 
     def record(samples: Samples, t, logits, ended):
         """Draws response token t and writes it down where the row has not ended."""
-        step_key = jax.random.fold_in(key, t)
-        token, log_prob = sample_token(logits, step_key, sampler.temperature, sampler.top_k, sampler.top_p)
+        drawn = lax.dynamic_index_in_dim(noise, t, axis=1, keepdims=False)
+        token, log_prob = sample_token(logits, drawn, sampler.temperature, sampler.top_k, sampler.top_p)
         token, log_prob = jnp.where(ended, 0, token), jnp.where(ended, 0.0, log_prob)
         samples = Samples(
             tokens=lax.dynamic_update_slice(samples.tokens, token[:, None], (0, t)),
@@ -130,3 +132,9 @@ def _generate(
     samples, token, ended = record(samples, 0, logits, jnp.zeros(batch, bool))
     state = lax.while_loop(unfinished, next_token, (jnp.int32(1), samples, cache, token, ended))
     return state[1]
+
+
+def response_noise(key: Array, rows: int, num_tokens: int) -> Float[Array, "B R 2"]:
+    """The uniform numbers of every response token: a function of the key, the row and the position alone."""
+    of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (num_tokens, 2))  # noqa: E731
+    return shard(jax.vmap(of_row)(jnp.arange(rows)), "batch", None, None)

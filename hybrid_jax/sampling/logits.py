@@ -3,16 +3,22 @@
 The order is temperature, then top-k, then top-p (Holtzman et al. 2020; the same as Hugging Face's). All of
 it works on float32 logits [... V]; a token that is cut off gets -inf. Equal logits are ranked by their
 index.
+
+A CPU sorts. Accelerators sort a vocabulary slowly; they find the smallest logit that is kept by bisecting its
+bits, one sum over the vocabulary for each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.parallel.rules import target_platform
 
 _BLOCK = 128  # tokens a block of the two-level draw; the second level reads only one block a row
 
@@ -24,14 +30,28 @@ def scale_by_temperature(logits: Float[Array, "... V"], temperature: float) -> F
 
 def keep_top_k(logits: Float[Array, "... V"], top_k: int) -> Float[Array, "... V"]:
     """Keeps exactly the ``top_k`` largest."""
-    return jnp.where(_ranks(logits) < top_k, logits, -jnp.inf)
+    if _sorts():
+        return jnp.where(_ranks(logits) < top_k, logits, -jnp.inf)
+    count = min(top_k, logits.shape[-1])
+    kept = _fewest_largest(logits, lambda kept: jnp.sum(kept, -1, keepdims=True) >= count)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def keep_top_p(logits: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
     """Keeps the fewest most likely tokens whose probability reaches ``top_p``: the crossing token stays."""
-    ranks = _ranks(logits)
-    descending = -jnp.sort(-logits, axis=-1)
-    return jnp.where(jnp.take_along_axis(_inside(descending, top_p), ranks, -1), logits, -jnp.inf)
+    if top_p == 1:
+        return logits
+    if _sorts():
+        ranks = _ranks(logits)
+        descending = -jnp.sort(-logits, axis=-1)
+        return jnp.where(jnp.take_along_axis(_inside(descending, top_p), ranks, -1), logits, -jnp.inf)
+    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+
+    def mass(kept):
+        return jnp.sum(jnp.where(kept, weights, 0.0), -1, keepdims=True)
+
+    target = top_p * mass(jnp.ones(logits.shape, bool))
+    return jnp.where(_fewest_largest(logits, lambda kept: mass(kept) >= target), logits, -jnp.inf)
 
 
 def sampling_logits(
@@ -49,7 +69,7 @@ def sampling_logits(
 
 def sample_token(
     logits: Float[Array, "B V"],
-    key: Array,
+    noise: Float[Array, "B 2"],
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -57,21 +77,26 @@ def sample_token(
     """Draws a token a row; returns it and its log-probability under the distribution drawn from.
 
     ``temperature=0`` takes the most likely token, with log-probability 0: that distribution has one token.
+
+    Args:
+        logits: of the model.
+        noise: uniform numbers in [0, 1); they alone decide which token is drawn.
+        temperature, top_k, top_p: as in `Sampler`.
     """
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[0])
-    logits = scale_by_temperature(logits, temperature)
-    if top_k is None and top_p is None:
-        return draw(logits, key)
+    if not _sorts() or (top_k is None and top_p in (None, 1)):
+        return draw(sampling_logits(logits, temperature, top_k, top_p), noise)
     # Sorted candidates instead of a masked vocabulary: everything after the sort works on k numbers.
+    logits = scale_by_temperature(logits, temperature)
     candidates, tokens = lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
-    if top_p is not None:
+    if top_p not in (None, 1):
         candidates = jnp.where(_inside(candidates, top_p), candidates, -jnp.inf)
-    choice, log_prob = draw(candidates, key)
+    choice, log_prob = draw(candidates, noise)
     return jnp.take_along_axis(tokens, choice[:, None], 1)[:, 0], log_prob
 
 
-def draw(logits: Float[Array, "B V"], key: Array) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+def draw(logits: Float[Array, "B V"], noise: Float[Array, "B 2"]) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draws a token a row from ``softmax(logits)`` by inverting its cumulative distribution in two levels.
 
     First a block of 128 tokens is drawn, then a token of that block, each with its own uniform number: two
@@ -84,10 +109,9 @@ def draw(logits: Float[Array, "B V"], key: Array) -> tuple[Int[Array, "B"], Floa
     weights = jnp.exp(logits - top)
     padded = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - vocab))).reshape(batch, blocks, _BLOCK)
     totals = jnp.sum(padded, -1)
-    uniform = jax.random.uniform(key, (2, batch))
-    block = _invert(totals, uniform[0])
+    block = _invert(totals, noise[:, 0])
     inside = jnp.take_along_axis(padded, block[:, None, None], 1)[:, 0]
-    token = block * _BLOCK + _invert(inside, uniform[1])
+    token = block * _BLOCK + _invert(inside, noise[:, 1])
     chosen = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
     return token, chosen - top[:, 0] - jnp.log(jnp.sum(totals, -1))
 
@@ -98,6 +122,53 @@ def _invert(weights: Float[Array, "B X"], uniform: Float[Array, "B"]) -> Int[Arr
     total = cumulative[:, -1]
     target = jnp.minimum(uniform * total, jnp.nextafter(total, jnp.zeros_like(total)))
     return jnp.sum(cumulative <= target[:, None], -1, dtype=jnp.int32)
+
+
+def _sorts() -> bool:
+    """Whether the function being traced sorts; measured faster on a CPU."""
+    return target_platform() == "cpu"
+
+
+def _fewest_largest(
+    logits: Float[Array, "... V"], enough: Callable[[Bool[Array, "... V"]], Bool[Array, "... 1"]]
+) -> Bool[Array, "... V"]:
+    """Which are the fewest of the largest logits that are ``enough`` together, equal ones by their index.
+
+    32 calls of ``enough`` find the bits of the smallest one; only if it is not alone with its value do
+    ⌈log₂ V⌉ more find the last index. ``enough`` must hold of all, and of more where it holds of fewer.
+    """
+    order, vocab = _order(logits), logits.shape[-1]
+    index = lax.broadcasted_iota(jnp.uint32, logits.shape, logits.ndim - 1)
+    rows = (*logits.shape[:-1], 1)
+    least = _largest_number(32, rows, lambda number: enough(order >= number))
+    above, equal = order > least, order == least
+
+    def last_index():
+        bits = (vocab - 1).bit_length()
+        return _largest_number(bits, rows, lambda number: ~enough(above | equal & (index < number)))
+
+    tied = jnp.any(jnp.sum(equal, -1) > 1)
+    last = lax.cond(tied, last_index, lambda: jnp.full_like(least, vocab))
+    return above | equal & (index <= last)
+
+
+def _largest_number(
+    bits: int, shape: tuple[int, ...], holds: Callable[[Int[Array, "... 1"]], Bool[Array, "... 1"]]
+) -> Int[Array, "... 1"]:
+    """The largest number of so many bits that ``holds``, as it does of 0 and of every smaller one."""
+
+    def next_bit(i, number):
+        larger = number | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(holds(larger), larger, number)
+
+    return lax.fori_loop(0, bits, next_bit, jnp.zeros(shape, jnp.uint32))
+
+
+def _order(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
+    """Unsigned integers in the order of the logits, -0 like 0: the sign bit flipped, or all of a negative."""
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
 def _ranks(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:

@@ -43,7 +43,7 @@ def _sample(model_and_params, seed=0, batch=8, **settings):
 def test_log_probs_are_those_of_reading_the_whole_sequence_again(model_and_params, settings):
     model, params = model_and_params
     tokens, mask = _prompts()
-    samples = _sample(model_and_params, eos_ids=(3, 4), **settings)
+    samples = _sample(model_and_params, eos_ids=(3, 4, 5, 6), **settings)
     everything = jnp.concatenate([tokens, samples.tokens], 1)
     attention_mask = jnp.concatenate([mask, samples.response_mask], 1)
     logits = jax.jit(model.apply)(params, everything, attention_mask).logits[:, P - 1 : -1]
@@ -111,6 +111,16 @@ def test_rows_and_steps_never_share_noise(model_and_params):
     assert counts.min() >= 8  # 768 draws, 26 expected each
     other = np.asarray(generate(model, flat, tokens, mask, jax.random.key(1), max_new_tokens=R).tokens)
     assert np.mean(other == samples) < 0.1
+
+
+def test_a_response_depends_neither_on_the_rows_beside_it_nor_on_the_length_allowed(model_and_params):
+    samples = _sample(model_and_params)
+    few = generate(
+        *model_and_params, *(x[:3] for x in _prompts()), jax.random.key(0), max_new_tokens=R, eos_ids=()
+    )
+    np.testing.assert_array_equal(few.tokens, samples.tokens[:3])
+    short = _sample(model_and_params, max_new_tokens=5)
+    np.testing.assert_array_equal(short.tokens, samples.tokens[:, :5])
 
 
 def test_eight_devices_draw_the_samples_of_one(model_and_params):

@@ -14,7 +14,7 @@ P = np.array([0.5, 0.25, 0.15, 0.07, 0.03])
 
 @pytest.fixture(params=["cpu", "gpu"])
 def platform(request, monkeypatch):
-    """Traces for this platform; what it gives does not depend on where it runs."""
+    """What is traced is for this platform; a function that was traced before must not be jitted again."""
     monkeypatch.setattr(logits_module, "target_platform", lambda: request.param)
     return request.param
 
@@ -125,7 +125,7 @@ def _ranking(row):
 @pytest.mark.parametrize("top_k", [1, 3, 50, 299, 300, 1000])
 def test_top_k_keeps_the_first_k_of_a_stable_sort(platform, top_k):
     rows = _rows()
-    kept = np.asarray(jax.jit(keep_top_k, static_argnums=1)(jnp.asarray(rows), top_k))
+    kept = np.asarray(jax.jit(lambda x: keep_top_k(x, top_k))(jnp.asarray(rows)))
     for row, cut in zip(rows, kept, strict=True):
         first = _ranking(row)[:top_k]
         expected = np.full(len(row), -np.inf, np.float32)
@@ -137,7 +137,7 @@ def test_top_k_keeps_the_first_k_of_a_stable_sort(platform, top_k):
 def test_top_p_keeps_the_fewest_of_a_stable_sort(platform, top_p):
     """Sums in float32 leave open whether p is reached only where they come within 1e-5 of it."""
     rows = _rows()
-    kept = np.asarray(jax.jit(keep_top_p, static_argnums=1)(jnp.asarray(rows), top_p))
+    kept = np.asarray(jax.jit(lambda x: keep_top_p(x, top_p))(jnp.asarray(rows)))
     for row, cut in zip(rows, kept, strict=True):
         ranking = _ranking(row)
         weights = np.exp(row[ranking].astype(np.float64) - float(row.max()))

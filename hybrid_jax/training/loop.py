@@ -14,6 +14,7 @@ from jax import Array
 
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.interrupts import Interrupted, Interrupts
+from hybrid_jax.training.nonfinite import NonFiniteError
 from hybrid_jax.training.phase import Phase
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Scheduler
@@ -63,6 +64,7 @@ def train(run: Run) -> RunState:
     A step that fails leaves the state before it saved, so that a rerun repeats that step and none before.
 
     Raises:
+        NonFiniteError: a loss, gradient or parameter is not finite. The newest checkpoint is from before.
         Interrupted: SIGINT or SIGTERM came; the state was saved first.
         KeyboardInterrupt: a second Ctrl-C came; nothing more was saved.
     """
@@ -83,6 +85,7 @@ def train(run: Run) -> RunState:
                     raise Interrupted(interrupts.number)
                 _export_if_due(run, state)
                 if run.evaluation_is_due(state, phase.name):
+                    recorder.flush()  # a step's seconds end with the step
                     recorder.evaluation(state.step, *run.evaluate(state))
                     if interrupts.number is not None:
                         continue
@@ -93,6 +96,8 @@ def train(run: Run) -> RunState:
                 state = take_step(run, phase, state, recorder)
         except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
             aborted = True
+            raise
+        except NonFiniteError:  # the step has left no state worth saving: a rerun repeats it
             raise
         except Exception:
             if state.step > saved:
@@ -114,7 +119,7 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
     new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
     if recorder is not None:
-        recorder.add(state.step, phase.name, metrics)
+        recorder.add(state.step, phase.name, metrics, new.train.params)
     return dataclasses.replace(new, step=state.step + 1, schedule=schedule)
 
 

@@ -328,9 +328,19 @@ def _orthogonal(x: Float[Array, "I O"], num_iterations: int) -> Float[Array, "I 
     return x.T if tall else x
 
 
-def clip_by_global_norm(grads: Any, max_norm: float | Float[Array, ""] | None) -> tuple[Any, Float[Array, ""]]:
-    """Scales ``grads`` down to Euclidean norm ``max_norm`` if above; also returns the norm before."""
-    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(grads)))
+def sums_of_squares(grads: Any) -> Any:
+    """Σ g² of each leaf, in float32."""
+    return jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
+
+
+def clip_by_global_norm(
+    grads: Any, max_norm: float | Float[Array, ""] | None, squares: Any = None
+) -> tuple[Any, Float[Array, ""]]:
+    """Scales ``grads`` down to Euclidean norm ``max_norm`` if above; also returns the norm before.
+
+    ``squares`` are the `sums_of_squares`, where they are known already.
+    """
+    norm = jnp.sqrt(sum(jax.tree.leaves(sums_of_squares(grads) if squares is None else squares)))
     if max_norm is None:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / norm)  # 1 for a zero norm, too

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from hybrid_jax.training import nonfinite
 from hybrid_jax.training.loggers import Logger
 from hybrid_jax.training.phase import Metrics
 from hybrid_jax.training.progress import Progress
@@ -20,15 +22,22 @@ class Recorder:
         self._logger = logger
         self._progress = progress
         self._pending: tuple[int, str, Metrics] | None = None
+        self._params: Mapping[str, Any] = {}
         self._begin = time.monotonic() - elapsed  # so that the clock of a resumed run goes on
         self._stamp = time.monotonic()
 
-    def add(self, step: int, phase: str, metrics: Metrics) -> None:
+    def add(self, step: int, phase: str, metrics: Metrics, params: Mapping[str, Any] | None = None) -> None:
+        """Takes the metrics of a step that has been started, and the parameters that come out of it."""
+        self._params = params or {}
         self.flush()
         self._pending = (step, phase, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending metrics and logs them; they come to the host here and nowhere else."""
+        """Waits for the pending metrics and logs them; they come to the host here and nowhere else.
+
+        Raises:
+            NonFiniteError: the step met a loss, a gradient or a parameter that is not finite.
+        """
         if self._pending is None:
             return
         (step, phase, metrics), self._pending = self._pending, None
@@ -38,7 +47,9 @@ class Recorder:
         numbers[f"{phase}/seconds"] = seconds
         if tokens := numbers.pop(f"{phase}/tokens", None):
             numbers[f"{phase}/tokens_per_second"] = tokens / max(seconds, 1e-9)
+        bad = numbers.pop(f"{phase}/{nonfinite.METRIC}", nonfinite.FINE)
         self._write({"step": step, "phase": phase, "seconds": now - self._begin, **numbers})
+        nonfinite.check(step, phase, int(bad), numbers, self._params)
 
     def evaluation(self, step: int, numbers: dict[str, float], samples: list[dict[str, Any]]) -> None:
         self.flush()

@@ -6,8 +6,9 @@ So neither microbatches, nor padding, nor the number of devices changes the grad
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -16,7 +17,10 @@ from jax import Array
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.models.base import Params
-from hybrid_jax.training.optimizers import Optimizer, clip_by_global_norm
+from hybrid_jax.training import loss_scale, nonfinite
+from hybrid_jax.training.loss_scale import DynamicLossScale
+from hybrid_jax.training.optimizers import Optimizer, clip_by_global_norm, sums_of_squares
+from hybrid_jax.training.state import TrainState
 
 Groups = dict[str, Params]
 Terms = dict[str, Sum]
@@ -35,10 +39,77 @@ class Objective:
     coefs: Mapping[str, float]
 
 
+def update(
+    objective: Objective,
+    optimizer: Optimizer,
+    state: TrainState,
+    batch: Any,
+    key: Array,
+    rate: Array | float,
+    *,
+    optimizer_key: str,
+    groups: Sequence[str] = ("model",),
+    microbatches: int = 1,
+    scaling: DynamicLossScale | None = None,
+    accept: Callable[[Mapping[str, Array]], Array] | None = None,
+) -> tuple[TrainState, dict[str, Array], Array]:
+    """One optimizer step on some ``groups`` of parameters, left out where loss or gradient is not finite.
+
+    Args:
+        objective: the loss of those groups.
+        optimizer: turns the gradient into a direction, which is subtracted ``rate`` times.
+        state: its ``params`` and ``opt_state[optimizer_key]`` are replaced, with ``scaling`` its state too.
+        batch: leaves [B ...], read in equal ``microbatches``.
+        key: of the loss.
+        rate: the learning rate.
+        optimizer_key: which optimizer state to use.
+        groups: those that train.
+        microbatches: parts in which the batch is read; the gradient is the same.
+        scaling: of the loss, for a model that computes in float16.
+        accept: whether to take the step at all, from the means of terms and metrics before it.
+
+    Returns:
+        The new state; the means of terms and metrics with ``grad_norm`` before clipping, ``nonfinite`` (see
+        `first_nonfinite`; an overflow that a smaller loss scale may mend is none) and ``loss_scale``, if there
+        is one; and whether the step was taken.
+    """
+    scale_state = state.extra[loss_scale.STATE] if scaling else None
+    trained = {group: state.params[group] for group in groups}
+    scale = None if scale_state is None else scale_state.scale
+    grads, metrics = gradients(objective, trained, batch, key, microbatches, scale)
+    squares = sums_of_squares(grads)
+    losses = jnp.stack([metrics[name] for name in objective.coefs if name in metrics])
+    bad = nonfinite.first_nonfinite(state.params, squares, losses)
+    finite = bad == nonfinite.FINE
+    taken = finite if accept is None else finite & accept(metrics)
+
+    old = state.params, state.opt_state[optimizer_key]
+    params, opt_state, norm = apply_gradients(optimizer, *old, grads, rate, squares)
+    params, opt_state = jax.tree.map(functools.partial(jnp.where, taken), (params, opt_state), old)
+    metrics |= {"grad_norm": norm, nonfinite.METRIC: bad}
+    extra = state.extra
+    if scaling is not None and scale_state is not None:
+        overflow = jnp.isfinite(losses).all() & scaling.can_shrink(scale_state)
+        metrics |= {
+            nonfinite.METRIC: jnp.where(overflow, nonfinite.FINE, bad),
+            loss_scale.STATE: scale_state.scale,
+        }
+        extra = {**extra, loss_scale.STATE: scaling.update(scale_state, finite)}
+    opt_states = {**state.opt_state, optimizer_key: opt_state}
+    return replace(state, params=params, opt_state=opt_states, extra=extra), metrics, taken
+
+
 def gradients(
-    objective: Objective, params: Groups, batch: Any, key: Array, microbatches: int = 1
+    objective: Objective,
+    params: Groups,
+    batch: Any,
+    key: Array,
+    microbatches: int = 1,
+    scale: Array | None = None,
 ) -> tuple[Groups, dict[str, Array]]:
     """Gradient of the objective on ``batch`` (leaves [B ...]), read in equal ``microbatches``.
+
+    With a ``scale`` the loss is multiplied by it and the gradient divided by it, in float32.
 
     Returns the gradient and the mean of each term and metric over the whole batch.
     """
@@ -47,24 +118,32 @@ def gradients(
     def part(params: Groups, batch: Any, key: Array):
         terms, metrics = objective.loss(params, batch, key)
         loss = sum(objective.coefs[name] * term.total / weights[name] for name, term in terms.items())
-        return loss, {**terms, **metrics}
+        return loss if scale is None else loss * scale, {**terms, **metrics}
 
     grad = jax.grad(part, has_aux=True)
     if microbatches == 1:
         grads, sums = grad(params, batch, key)
     else:
         grads, sums = _accumulate(grad, params, batch, key, microbatches)
+    if scale is not None:
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
     return grads, {name: value.mean() for name, value in sums.items()}
 
 
 def apply_gradients(
-    optimizer: Optimizer, params: Groups, opt_state: dict[str, Any], grads: Groups, rate: Array | float
+    optimizer: Optimizer,
+    params: Groups,
+    opt_state: dict[str, Any],
+    grads: Groups,
+    rate: Array | float,
+    squares: Any = None,
 ) -> tuple[Groups, dict[str, Any], Array]:
     """One optimizer step on each group in ``grads``; other groups stay as they are.
 
-    The norm is taken and clipped over all groups together; it is returned as it was before clipping.
+    The norm is taken and clipped over all groups together, from the ``squares`` of `sums_of_squares` where they
+    are known already; it is returned as it was before clipping.
     """
-    grads, norm = clip_by_global_norm(grads, optimizer.max_grad_norm)
+    grads, norm = clip_by_global_norm(grads, optimizer.max_grad_norm, squares)
     params, opt_state = dict(params), dict(opt_state)
     transform = optimizer.transform()
     for group, grad in grads.items():

@@ -1,0 +1,78 @@
+"""Dynamic loss scaling: what training in float16 needs, whose smallest normal number is 6e-5."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+STATE = "loss_scale"  # where ``TrainState.extra`` keeps the state, one for all phases
+
+
+@struct.dataclass
+class LossScaleState:
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]  # finite gradients since the scale last changed
+
+
+@dataclass(frozen=True)
+class DynamicLossScale:
+    """The loss is multiplied by a scale before the gradient is taken, which is divided by it after, in float32.
+
+        gradient finite       s ← min(s · factor, maximum) after ``growth_interval`` finite ones in a row
+        gradient not finite   the update is left out;  s ← max(s / factor, minimum)
+
+    Powers of two change no significant digit of the loss. Source: Micikevicius et al. 2018, arXiv 1710.03740,
+    section 3.2.
+    """
+
+    initial: float = 2.0**15
+    growth_interval: int = 2000  # updates
+    factor: float = 2.0
+    minimum: float = 1.0
+    maximum: float = 2.0**24
+
+    def __post_init__(self):
+        if not 0 < self.minimum <= self.initial <= self.maximum:
+            raise ValueError(
+                f"initial must be in [minimum, maximum] = [{self.minimum}, {self.maximum}], minimum above 0, "
+                f"got {self.initial}"
+            )
+        if self.growth_interval < 1:
+            raise ValueError(f"growth_interval must be at least 1, got {self.growth_interval}")
+        if self.factor <= 1:
+            raise ValueError(f"factor must be greater than 1, got {self.factor}")
+
+    def init(self) -> LossScaleState:
+        return LossScaleState(  # pyright: ignore[reportCallIssue]
+            scale=jnp.asarray(self.initial, jnp.float32), good_steps=jnp.zeros((), jnp.int32)
+        )
+
+    def update(self, state: LossScaleState, finite: Bool[Array, ""]) -> LossScaleState:
+        """The state after a gradient that was finite or not."""
+        good_steps = jnp.where(finite, state.good_steps + 1, 0)
+        grows = good_steps >= self.growth_interval
+        grown = jnp.where(grows, jnp.minimum(state.scale * self.factor, self.maximum), state.scale)
+        shrunk = jnp.maximum(state.scale / self.factor, self.minimum)
+        return LossScaleState(  # pyright: ignore[reportCallIssue]
+            scale=jnp.where(finite, grown, shrunk), good_steps=jnp.where(grows, 0, good_steps)
+        )
+
+    def can_shrink(self, state: LossScaleState) -> Bool[Array, ""]:
+        """Whether an overflow may still be the scale's doing."""
+        return state.scale > self.minimum
+
+
+def loss_scale_of(model: Any) -> DynamicLossScale | None:
+    """The loss scale that a model needs: one exactly where it computes in float16."""
+    dtype = getattr(getattr(model, "config", None), "dtype", "float32")
+    return DynamicLossScale() if dtype == "float16" else None
+
+
+def initial_loss_scale(model: Any) -> dict[str, LossScaleState]:
+    """What a phase adds to ``TrainState.extra``."""
+    scaling = loss_scale_of(model)
+    return {} if scaling is None else {STATE: scaling.init()}

@@ -18,13 +18,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.models import attention_blocked
+from hybrid_jax.models import attention_blocked, attention_splash
 from hybrid_jax.models.attention_blocked import blocked_attention
 from hybrid_jax.models.attention_einsum import cached_attention, plain_attention
 from hybrid_jax.models.attention_rule import PLAIN, AttentionCall, AttentionRule, alibi_slopes
+from hybrid_jax.models.attention_splash import splash_attention
 from hybrid_jax.parallel.rules import current_placement, target_platform
 
 __all__ = [
@@ -50,12 +52,14 @@ class Implementation:
     Attributes:
         attend: q, k, v, segment_ids, rule, sinks -> what the queries read.
         reason: why it cannot serve a call, or None.
-        drawback: why it would serve a call more slowly than einsum, or None.
+        drawback: why einsum would serve a call better, or None.
+        is_kernel: whether it is one device's program, which XLA cannot split over a mesh.
     """
 
     attend: Callable[..., Array]
     reason: Callable[[AttentionCall], str | None] = lambda call: None
     drawback: Callable[[AttentionCall], str | None] = lambda call: None
+    is_kernel: bool = False
 
 
 IMPLEMENTATIONS = {
@@ -63,8 +67,11 @@ IMPLEMENTATIONS = {
     "blocked": Implementation(
         lambda q, k, v, ids, rule, sinks: blocked_attention(q, k, v, ids, rule), attention_blocked.reason
     ),
+    "splash": Implementation(
+        splash_attention, attention_splash.reason, attention_splash.drawback, is_kernel=True
+    ),
 }
-_PREFERRED = {"cpu": "blocked"}  # by platform
+_PREFERRED = {"cpu": "blocked", "tpu": "splash"}  # by platform
 
 
 def causal_attention(
@@ -88,7 +95,9 @@ def causal_attention(
     name, why = choose(call, implementation)
     by_default = call.platform == "cpu" and implementation is None  # nothing that a user would want to know
     _log_once(logging.DEBUG if by_default else logging.INFO, name, why)
-    return IMPLEMENTATIONS[name].attend(q, k, v, segment_ids, rule, sinks)
+    chosen = IMPLEMENTATIONS[name]
+    attend = on_each_device(chosen.attend) if chosen.is_kernel else chosen.attend
+    return attend(q, k, v, segment_ids, rule, sinks)
 
 
 def choose(call: AttentionCall, asked: str | None = None) -> tuple[str, str | None]:
@@ -107,8 +116,37 @@ def choose(call: AttentionCall, asked: str | None = None) -> tuple[str, str | No
     return (name, None) if why is None else ("einsum", why)
 
 
+def on_each_device(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """``attend`` on every device's own rows and heads, where the placement in force has several devices."""
+    placement = current_placement()
+    if placement is None or placement.mesh.size == 1:
+        return attend
+
+    def attend_shards(q, k, v, segment_ids, rule, sinks):
+        queries, keys = _head_specs(q, k)
+        return jax.shard_map(
+            lambda q, k, v, ids, sinks: attend(q, k, v, ids, rule, sinks),
+            mesh=placement.mesh,
+            in_specs=(queries, keys, keys, PartitionSpec(queries[0]), PartitionSpec(queries[2])),
+            out_specs=queries,
+            check_vma=False,  # a kernel does not say over which axes its outputs vary
+        )(q, k, v, segment_ids, sinks)
+
+    return attend_shards
+
+
+def _head_specs(q: Array, k: Array) -> tuple[PartitionSpec, PartitionSpec]:
+    """Where queries and keys lie under the placement in force: rows and heads split, whole sequences."""
+    placement = current_placement()
+    if placement is None:
+        return PartitionSpec(), PartitionSpec()
+    spec = functools.partial(placement.rules.spec, placement.mesh)
+    return spec(q.shape, ("batch", None, "heads", None)), spec(k.shape, ("batch", None, "kv_heads", None))
+
+
 def _describe(q, k, segment_ids, rule, sinks) -> AttentionCall:
     platform = target_platform()
+    queries, keys = _head_specs(q, k)
     return AttentionCall(
         platform=platform,
         dtype=q.dtype.name,
@@ -117,6 +155,7 @@ def _describe(q, k, segment_ids, rule, sinks) -> AttentionCall:
         rule=rule,
         segments=segment_ids is not None,
         sinks=sinks is not None,
+        heads_split_alike=queries == keys,
         capability=_capability() if platform == "gpu" else None,
     )
 

@@ -19,6 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import Registry
+from hybrid_jax.training.rounding import StateDtype, stored_in
 
 Step = int | Int[Array, ""] | Float[Array, ""]
 
@@ -154,9 +155,22 @@ class Optimizer(ABC):
         """Gradient to direction, to be *subtracted*; no learning rate, no clipping. Needs the parameters."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _WithMoments(Optimizer):
+    """An optimizer with as many moments as parameters, kept in float32 or, in half the memory, in bfloat16.
+
+    In bfloat16 every moment is rounded stochastically (see `rounding`), and computed with in float32.
+    """
+
+    state_dtype: StateDtype = "float32"
+
+    def _stored(self, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+        return stored_in(self.state_dtype, transform)
+
+
 @OPTIMIZERS.register("adam")
 @dataclass(frozen=True, kw_only=True)
-class Adam(Optimizer):
+class Adam(_WithMoments):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980). See `scale_by_adam` for the two placements of ε."""
 
     beta1: float = 0.9
@@ -165,7 +179,7 @@ class Adam(Optimizer):
     epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"
 
     def transform(self) -> optax.GradientTransformation:
-        return scale_by_adam(self.beta1, self.beta2, self.epsilon, self.epsilon_placement)
+        return self._stored(scale_by_adam(self.beta1, self.beta2, self.epsilon, self.epsilon_placement))
 
 
 @OPTIMIZERS.register("adamw")
@@ -209,7 +223,7 @@ class Adafactor(Optimizer):
 
 @OPTIMIZERS.register("lion")
 @dataclass(frozen=True, kw_only=True)
-class Lion(Optimizer):
+class Lion(_WithMoments):
     """Lion: the sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675).
 
     Every parameter moves by the whole learning rate, so it wants a 3–10 times smaller one than Adam.
@@ -221,26 +235,25 @@ class Lion(Optimizer):
     weight_decay: float = 0.0
 
     def transform(self) -> optax.GradientTransformation:
-        return optax.chain(optax.scale_by_lion(self.beta1, self.beta2), _decay(self.weight_decay))
+        return optax.chain(self._stored(optax.scale_by_lion(self.beta1, self.beta2)), _decay(self.weight_decay))
 
 
 @OPTIMIZERS.register("sgd")
 @dataclass(frozen=True, kw_only=True)
-class SGD(Optimizer):
+class SGD(_WithMoments):
     """Stochastic gradient descent with heavy-ball momentum m ← μ m + g (not damped), update m."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
 
     def transform(self) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.trace(self.momentum) if self.momentum else optax.identity(), _decay(self.weight_decay)
-        )
+        momentum = self._stored(optax.trace(self.momentum)) if self.momentum else optax.identity()
+        return optax.chain(momentum, _decay(self.weight_decay))
 
 
 @OPTIMIZERS.register("muon")
 @dataclass(frozen=True, kw_only=True)
-class Muon(Optimizer):
+class Muon(_WithMoments):
     """Muon for matrices, Adam for vectors, embeddings and heads (Jordan 2024; Liu et al., arXiv 2502.16982).
 
     A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (by 0.2 · sqrt(longer
@@ -263,7 +276,7 @@ class Muon(Optimizer):
         muon = scale_by_muon(self.beta, self.num_iterations)
         adam = scale_by_adam(self.adam_beta1, self.adam_beta2, self.epsilon)
         by_kind = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
-        return optax.chain(by_kind, _decay(self.weight_decay))
+        return optax.chain(self._stored(by_kind), _decay(self.weight_decay))
 
 
 def scale_by_adam(

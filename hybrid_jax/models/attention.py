@@ -6,8 +6,8 @@ K key/value heads: head ``h`` reads key head ``h // G`` (Ainslie et al. 2023). A
 else a model's family does to the scores.
 
 Whole sequences have several implementations: "blocked" on CPUs, "splash" on TPUs, "cudnn" on GPUs of compute
-capability 9.0, and "einsum" for what these cannot do. All compute the same numbers up to rounding; the choice
-and its reason are logged. Decoding over a cache is `cached_attention` everywhere.
+capability 9.0 for rows of one segment, and "einsum" for what these cannot do. All compute the same numbers up
+to rounding; the choice and its reason are logged. Decoding over a cache is `cached_attention` everywhere.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.models import attention_blocked, attention_splash
+from hybrid_jax.models import attention_blocked, attention_cudnn, attention_splash
 from hybrid_jax.models.attention_blocked import blocked_attention
+from hybrid_jax.models.attention_cudnn import cudnn_attention
 from hybrid_jax.models.attention_einsum import cached_attention, plain_attention
 from hybrid_jax.models.attention_rule import PLAIN, AttentionCall, AttentionRule, alibi_slopes
 from hybrid_jax.models.attention_splash import splash_attention
@@ -39,7 +40,10 @@ __all__ = [
     "cached_attention",
     "causal_attention",
     "choose",
+    "cudnn_attention",
+    "on_each_device",
     "plain_attention",
+    "splash_attention",
 ]
 
 log = logging.getLogger(__name__)
@@ -52,7 +56,7 @@ class Implementation:
     Attributes:
         attend: q, k, v, segment_ids, rule, sinks -> what the queries read.
         reason: why it cannot serve a call, or None.
-        drawback: why einsum would serve a call better, or None.
+        drawback: why it is not chosen for a call that it can serve, or None.
         is_kernel: whether it is one device's program, which XLA cannot split over a mesh.
     """
 
@@ -67,11 +71,12 @@ IMPLEMENTATIONS = {
     "blocked": Implementation(
         lambda q, k, v, ids, rule, sinks: blocked_attention(q, k, v, ids, rule), attention_blocked.reason
     ),
+    "cudnn": Implementation(cudnn_attention, attention_cudnn.reason, attention_cudnn.drawback, is_kernel=True),
     "splash": Implementation(
         splash_attention, attention_splash.reason, attention_splash.drawback, is_kernel=True
     ),
 }
-_PREFERRED = {"cpu": "blocked", "tpu": "splash"}  # by platform
+_PREFERRED = {"cpu": "blocked", "gpu": "cudnn", "tpu": "splash"}  # by platform
 
 
 def causal_attention(

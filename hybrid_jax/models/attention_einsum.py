@@ -38,11 +38,14 @@ def cached_attention(
     rule: AttentionRule = PLAIN,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B H C"]:
-    """Attention of one query a row, in ``slot``, over the cached positions where ``key_mask``."""
+    """Attention of one query a row, in ``slot``, over the cached positions where ``key_mask``.
+
+    The slots are a ring: those behind ``slot`` hold what was written before the first one.
+    """
     batch, heads, channels = q.shape
     grouped = q.reshape(batch, keys.shape[1], -1, channels)
     scores = jnp.einsum("bkgc,bksc->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    distance = (slot - jnp.arange(keys.shape[2]))[None]
+    distance = ((slot - jnp.arange(keys.shape[2])) % keys.shape[2])[None]
     weights = _weights(scores[..., None, :], key_mask[:, None, None, None], distance, rule, channels, sinks)[
         ..., 0, :
     ]

@@ -35,7 +35,7 @@ def reason(call: AttentionCall) -> str | None:
 
 
 def drawback(call: AttentionCall) -> str | None:
-    """Why einsum serves the call better."""
+    """Why einsum serves the call better, where nobody has asked for this one."""
     return (
         f"splash works on blocks of {_LANES} tokens, here are {call.length}" if call.length < _LANES else None
     )

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from jax.sharding import Mesh
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models import attention
-from hybrid_jax.models.attention import AttentionCall, AttentionRule, causal_attention, choose
+from hybrid_jax.models.attention import IMPLEMENTATIONS, AttentionCall, AttentionRule, causal_attention, choose
 from hybrid_jax.parallel.rules import AXES, Placement, under
 
 CPU = AttentionCall("cpu", "float32", length=512, channels=64)
 TPU = replace(CPU, platform="tpu", dtype="bfloat16")
+H100 = replace(TPU, platform="gpu", capability=(9, 0))
 SOFTCAP, ALIBI, WINDOW = AttentionRule(softcap=30.0), AttentionRule(slopes=(0.5, 0.25)), AttentionRule(window=9)
 
 
@@ -35,6 +37,16 @@ SOFTCAP, ALIBI, WINDOW = AttentionRule(softcap=30.0), AttentionRule(slopes=(0.5,
         (
             replace(TPU, heads_split_alike=False),
             ("einsum", "splash needs the K/V heads split over the mesh as the query heads are"),
+        ),
+        (H100, ("cudnn", None)),
+        (replace(H100, rule=WINDOW, dtype="float16", channels=256), ("cudnn", None)),
+        (
+            replace(H100, segments=True),
+            ("einsum", "cudnn would read segments as a mask, which has not been measured on a GPU"),
+        ),
+        (
+            replace(H100, capability=(8, 0)),
+            ("einsum", "cudnn is known to be faster on compute capability 9.0 only"),
         ),
     ],
 )
@@ -58,6 +70,49 @@ def test_an_implementation_that_is_asked_for_serves_or_says_why_it_cannot():
 def _call(dtype=jnp.float32, **options):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 2, 8), dtype)
     return causal_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [
+        (CPU, "cudnn needs an NVIDIA GPU of compute capability 8.0 or more"),
+        (replace(H100, capability=None), "cudnn needs an NVIDIA GPU of compute capability 8.0 or more"),
+        (replace(H100, capability=(7, 5)), "cudnn needs an NVIDIA GPU of compute capability 8.0 or more"),
+        (replace(H100, dtype="float32"), "cudnn computes in bfloat16 or float16, not in float32"),
+        (replace(H100, rule=SOFTCAP), "cudnn has no soft-cap"),
+        (replace(H100, rule=ALIBI), "cudnn has no ALiBi"),
+        (replace(H100, sinks=True), "cudnn has no sinks"),
+        (replace(H100, channels=100), "cudnn's heads have a multiple of 8 channels up to 256, these have 100"),
+        (replace(H100, channels=264), "cudnn's heads have a multiple of 8 channels up to 256, these have 264"),
+        (
+            replace(H100, channels=256, capability=(8, 9)),
+            "cudnn's heads have a multiple of 8 channels up to 128, these have 256",
+        ),
+        (
+            replace(H100, heads_split_alike=False),
+            "cudnn needs the K/V heads split over the mesh as the query heads are",
+        ),
+        (replace(H100, segments=True, rule=WINDOW), None),
+        (replace(H100, capability=(8, 0), channels=128), None),
+        (replace(H100, capability=(12, 0), channels=256), None),
+    ],
+)
+def test_cudnn_serves_what_it_documents_and_is_exact(call, why):
+    assert IMPLEMENTATIONS["cudnn"].reason(call) == why
+
+
+@pytest.mark.parametrize(
+    ("said", "capability"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)]
+)
+def test_the_compute_capability_is_that_of_the_devices_to_compile_for(said, capability, monkeypatch):
+    monkeypatch.setattr(
+        jax, "devices", lambda: [SimpleNamespace(**({"compute_capability": said} if said else {}))]
+    )
+    monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
+    calls = []
+    monkeypatch.setattr(attention, "choose", lambda call, asked: calls.append(call) or ("einsum", None))
+    jax.eval_shape(lambda *qkv: causal_attention(*qkv), *[jnp.zeros((2, 9, 2, 8), jnp.bfloat16)] * 3)
+    assert calls == [AttentionCall("gpu", "bfloat16", length=9, channels=8, capability=capability)]
 
 
 @pytest.mark.parametrize(("kv_heads", "alike"), [(4, True), (2, False), (1, False)])

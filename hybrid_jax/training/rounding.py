@@ -2,7 +2,7 @@
 
 bfloat16 has 8 significant bits, so a number can only move by steps of 2⁻⁸ to 2⁻⁷ of itself. A second moment
 with β2 = 0.999 falls by at most a thousandth of itself and, rounded to the nearest, does not fall at all.
-Rounded up or down at random, up the more often the nearer it lies to the upper neighbour, it is right on average.
+Rounded up or down at random, up the more often the nearer the upper neighbour, it is right on average.
 """
 
 from __future__ import annotations

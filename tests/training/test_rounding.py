@@ -29,8 +29,9 @@ def test_every_number_becomes_one_of_its_neighbours_and_the_mean_is_exact():
 
 
 def test_what_is_not_finite_stays_so():
-    rounded = round_stochastically(jnp.float32([np.inf, -np.inf, np.nan]), jnp.uint32(1))
-    np.testing.assert_array_equal(np.asarray(rounded, np.float32), [np.inf, -np.inf, np.nan])
+    all_ones = np.uint32(0x7FFFFFFF).view(np.float32)  # a NaN to which noise must not be added
+    rounded = round_stochastically(jnp.float32([np.inf, -np.inf, np.nan, all_ones]), jnp.uint32(1))
+    np.testing.assert_array_equal(np.asarray(rounded, np.float32), [np.inf, -np.inf, np.nan, np.nan])
 
 
 def test_two_updates_two_moments_and_two_elements_share_no_noise():

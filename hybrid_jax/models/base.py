@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -16,6 +16,27 @@ Cache = Any  # a pytree: keys and values, a hidden state, a memory, or the last 
 
 # Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the size named by itself.
 BACKBONES: Registry = Registry("backbone")
+
+
+CacheT = TypeVar("CacheT")
+
+
+@runtime_checkable
+class SlotCache(Protocol):
+    """A cache with a slot for every token, all rows writing the same one; behind the last comes the first."""
+
+    def grown(self: CacheT, length: int) -> CacheT:
+        """With empty slots behind the others, ``length`` in all; only before any slot is written twice."""
+        ...
+
+    def with_rows(self: CacheT, rows: Int[Array, "M"], fresh: CacheT) -> CacheT:
+        """With ``rows`` given over to new prompts; those that are no row of this cache are left out.
+
+        Args:
+            rows: where each row of ``fresh`` goes.
+            fresh: of M rows and as many slots as this cache, after `LanguageModel.prefill`.
+        """
+        ...
 
 
 @struct.dataclass

@@ -152,16 +152,17 @@ class Decoder:
     def step(
         self, params, token: Int[Array, "B"], cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        key_mask = lax.dynamic_update_slice(
-            cache.key_mask, jnp.ones((token.shape[0], 1), bool), (0, cache.slot)
-        )
+        slot = cache.slot % cache.key_mask.shape[1]
+        key_mask = lax.dynamic_update_slice(cache.key_mask, jnp.ones((token.shape[0], 1), bool), (0, slot))
 
         def attend(q, k, v, rule, sinks, layer):
-            layer = layer.write(k, v, cache.slot)
-            mixed = cached_attention(q[:, 0], *layer.read(), key_mask, cache.slot, rule, sinks)
+            layer = layer.write(k, v, slot)
+            mixed = cached_attention(q[:, 0], *layer.read(), key_mask, slot, rule, sinks)
             return mixed[:, None], layer
 
-        after = replace(cache, key_mask=key_mask, positions=cache.positions + 1, slot=cache.slot + 1)
+        # A row that has ended may wait for a new prompt, and reads on meanwhile.
+        positions = jnp.minimum(cache.positions + 1, self.config.max_length - 1)
+        after = replace(cache, key_mask=key_mask, positions=positions, slot=cache.slot + 1)
         return self._read(params, token[:, None], cache.positions[:, None], attend, after)
 
     def _attention(self, q, k, v, segment_ids, rule, sinks) -> Float[Array, "B T H C"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -13,14 +14,45 @@ from jaxtyping import Array, Bool, Float, Int
 class DecoderCache:
     """Keys and values of the tokens read so far; rows are left-padded, so all of them write the same slot.
 
-    There is one array a layer, [B K S C]; or, where layers are scanned, one a layer of a turn, [n B K S C].
+    Token ``slot`` is written into slot ``slot % S``: in a ring, a row can read a new prompt while the others go
+    on. There is one array a layer, [B K S C]; or, where layers are scanned, one a layer of a turn, [n B K S C].
     """
 
     keys: tuple[Float[Array, "*n B K S C"], ...]
     values: tuple[Float[Array, "*n B K S C"], ...]
     key_mask: Bool[Array, "B S"]
     positions: Int[Array, "B"]  # of the next token, padding not counted
-    slot: Int[Array, ""]
+    slot: Int[Array, ""]  # tokens read so far, padding counted
+
+    def grown(self, length: int) -> DecoderCache:
+        """`SlotCache.grown`."""
+        more = length - self.key_mask.shape[1]
+
+        def grow(x: Array) -> Array:
+            return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)])
+
+        return DecoderCache(
+            keys=tuple(map(grow, self.keys)),
+            values=tuple(map(grow, self.values)),
+            key_mask=jnp.pad(self.key_mask, ((0, 0), (0, more))),
+            positions=self.positions,
+            slot=self.slot,
+        )
+
+    def with_rows(self, rows: Int[Array, "M"], fresh: DecoderCache) -> DecoderCache:
+        """`SlotCache.with_rows`: each prompt ends right before the slot that is written next."""
+        shift = self.slot - fresh.slot
+
+        def put(cache: Array, new: Array) -> Array:
+            return cache.at[..., rows, :, :, :].set(jnp.roll(new, shift, axis=-2), mode="drop")
+
+        return DecoderCache(
+            keys=tuple(map(put, self.keys, fresh.keys)),
+            values=tuple(map(put, self.values, fresh.values)),
+            key_mask=self.key_mask.at[rows].set(jnp.roll(fresh.key_mask, shift, axis=1), mode="drop"),
+            positions=self.positions.at[rows].set(fresh.positions, mode="drop"),
+            slot=self.slot,
+        )
 
     def layers(self) -> list[LayerCache]:
         return [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]

@@ -13,11 +13,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry, UserError
-from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.parallel.rules import shard
+from hybrid_jax.models.base import LanguageModel, Params, SlotCache
+from hybrid_jax.parallel.rules import shard, target_platform
 from hybrid_jax.sampling.logits import sample_token
 
 SAMPLERS: Registry = Registry("sampler")
+
+_MOST_CHUNKS = 4  # each costs a compiled loop, and a copy of the cache between two of them
+_SMALLEST_CHUNK = 64  # tokens
 
 
 @SAMPLERS.register("ancestral")
@@ -58,7 +61,8 @@ class Sampler:
             )
         if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
             raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
-        return _generate(model, self, tuple(eos_ids), params, prompt_tokens, prompt_mask, key)
+        lengths = cache_lengths(model, prompt_tokens.shape[1], self.max_new_tokens)
+        return _generate(model, self, tuple(eos_ids), lengths, params, prompt_tokens, prompt_mask, key)
 
 
 def generate(
@@ -91,13 +95,14 @@ def generate(
     return sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=eos_ids)
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "eos_ids"))
+@partial(jax.jit, static_argnames=("model", "sampler", "eos_ids", "lengths"))
 def _generate(
-    model, sampler: Sampler, eos_ids: tuple[int, ...], params, prompt_tokens, prompt_mask, key
+    model, sampler: Sampler, eos_ids: tuple[int, ...], lengths, params, prompt_tokens, prompt_mask, key
 ) -> Samples:
     batch, prompt_length = prompt_tokens.shape
     num_tokens = sampler.max_new_tokens
     noise = response_noise(key, batch, num_tokens)
+    params = model.cast(params)  # once, not at every token
 
     def record(samples: Samples, t, logits, ended):
         """Draws response token t and writes it down where the row has not ended."""
@@ -109,11 +114,7 @@ def _generate(
             log_probs=lax.dynamic_update_slice(samples.log_probs, log_prob[:, None], (0, t)),
             response_mask=lax.dynamic_update_slice(samples.response_mask, ~ended[:, None], (0, t)),
         )
-        return samples, token, ended | jnp.isin(token, jnp.array(eos_ids, jnp.int32)) if eos_ids else ended
-
-    def unfinished(state):
-        t, _, _, _, ended = state
-        return (t < num_tokens) & ~jnp.all(ended) if eos_ids else t < num_tokens
+        return samples, token, ended | is_end(token, eos_ids)
 
     def next_token(state):
         t, samples, cache, token, ended = state
@@ -121,17 +122,48 @@ def _generate(
         samples, token, ended = record(samples, t, logits, ended)
         return t + 1, samples, cache, token, ended
 
-    samples = Samples(
-        tokens=jnp.zeros((batch, num_tokens), jnp.int32),
-        log_probs=jnp.zeros((batch, num_tokens)),
-        response_mask=jnp.zeros((batch, num_tokens), bool),
-    )
-    # The last token is written down and never read, so the cache needs no slot for it.
-    cache = model.init_cache(batch, prompt_length + num_tokens - 1)
+    samples = no_samples(batch, num_tokens)
+    cache = model.init_cache(batch, lengths[0])
     logits, cache = model.prefill(params, prompt_tokens, prompt_mask, cache)
     samples, token, ended = record(samples, 0, logits, jnp.zeros(batch, bool))
-    state = lax.while_loop(unfinished, next_token, (jnp.int32(1), samples, cache, token, ended))
-    return state[1]
+    t = jnp.int32(1)
+    for length in lengths:
+        stop = length - prompt_length + 1  # the last token is written down and never read: it needs no slot
+
+        def unfinished(state, stop=stop):
+            t, _, _, _, ended = state
+            return (t < stop) & ~jnp.all(ended) if eos_ids else t < stop
+
+        if length > lengths[0]:
+            cache = cache.grown(length)
+        state = (t, samples, cache, token, ended)
+        t, samples, cache, token, ended = lax.while_loop(unfinished, next_token, state)
+    return samples
+
+
+def cache_lengths(model: LanguageModel, prompt_length: int, num_tokens: int) -> tuple[int, ...]:
+    """How many slots the cache has, one after the other: a token reads all of them, in use or not.
+
+    On an accelerator the cache grows up to three times, since a step takes as long as reading it does; on a
+    CPU all slots from the start on measured faster.
+    """
+    chunks = 1
+    if target_platform() != "cpu" and isinstance(jax.eval_shape(lambda: model.init_cache(1, 1)), SlotCache):
+        chunks = min(_MOST_CHUNKS, max(1, num_tokens // _SMALLEST_CHUNK))
+    return tuple(prompt_length + num_tokens * i // chunks - 1 for i in range(1, chunks + 1))
+
+
+def no_samples(rows: int, num_tokens: int) -> Samples:
+    """Where responses are written down."""
+    return Samples(
+        tokens=jnp.zeros((rows, num_tokens), jnp.int32),
+        log_probs=jnp.zeros((rows, num_tokens)),
+        response_mask=jnp.zeros((rows, num_tokens), bool),
+    )
+
+
+def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
+    return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
 
 
 def response_noise(key: Array, rows: int, num_tokens: int) -> Float[Array, "B R 2"]:

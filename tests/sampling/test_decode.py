@@ -8,8 +8,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.sampling.decode import SAMPLERS, Sampler, generate
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
+from hybrid_jax.models.execution import Execution
+from hybrid_jax.sampling import decode
+from hybrid_jax.sampling.decode import SAMPLERS, Sampler, cache_lengths, generate
 from hybrid_jax.sampling.logits import sampling_logits
 
 VOCAB, P, R = 29, 8, 12
@@ -33,6 +35,13 @@ def _sample(model_and_params, seed=0, batch=8, **settings):
     return generate(
         *model_and_params, *_prompts(batch), jax.random.key(seed), **({"max_new_tokens": R} | settings)
     )
+
+
+def _assert_same(samples, others):
+    """The same tokens; log-probs as far as float32 sums in another order allow."""
+    np.testing.assert_array_equal(samples.tokens, others.tokens)
+    np.testing.assert_array_equal(samples.response_mask, others.response_mask)
+    np.testing.assert_allclose(samples.log_probs, others.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,57 @@ def test_greedy_takes_the_most_likely_token_at_every_step(model_and_params):
     logits = jax.jit(model.apply)(params, everything, attention_mask).logits[:, P - 1 : -1]
     np.testing.assert_array_equal(samples.tokens, np.argmax(logits, -1))
     assert not np.any(samples.log_probs)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_cache_that_grows_gives_the_samples_of_a_whole_one(scan_layers, monkeypatch):
+    """Windows, slopes and rotary positions all depend on where a token lies."""
+    config = DecoderConfig(
+        num_layers=2, width=16, num_heads=2, num_kv_heads=1, max_length=32, position="alibi", window=5,
+        execution=Execution(scan_layers=scan_layers),
+    )  # fmt: skip
+    model = config.build(VOCAB)
+    params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0)))
+    whole = _sample((model, params), eos_ids=(3,))
+    monkeypatch.setattr(decode, "cache_lengths", lambda *_: (P + 2, P + 5, P + R - 1))
+    _assert_same(_sample((model, params), eos_ids=(3,)), whole)
+
+
+def test_only_on_an_accelerator_does_a_long_cache_grow(model_and_params, monkeypatch):
+    model, _ = model_and_params
+    assert cache_lengths(model, 8, 1000) == (1007,)
+    monkeypatch.setattr(decode, "target_platform", lambda: "tpu")
+    assert cache_lengths(model, 8, 1000) == (257, 507, 757, 1007)
+    assert cache_lengths(model, 8, 130) == (72, 137)
+    assert cache_lengths(model, 8, 64) == (71,)
+    assert cache_lengths(model, 8, 1) == (8,)
+
+
+def test_weights_cast_once_give_the_samples_of_weights_cast_at_every_token():
+    class Uncast(Decoder):
+        def cast(self, params):
+            return params
+
+    model = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=32, dtype="bfloat16").build(VOCAB)
+    params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0)))
+    assert model.cast(params)["token_embedding"]["embedding"].dtype == jnp.bfloat16
+    _assert_same(_sample((model, params)), _sample((Uncast(model.config), params)))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_cache_is_written_in_place(scan_layers):
+    """Beside the cache itself there is less than a quarter of it: no copy is carried through the loop."""
+    config = DecoderConfig(
+        num_layers=8, width=32, num_heads=2, max_length=1024, execution=Execution(scan_layers=scan_layers)
+    )
+    model, rows, length = config.build(VOCAB), 64, 512
+    tokens = jax.ShapeDtypeStruct((rows, 4), jnp.int32)
+    sample = jax.jit(lambda *inputs: generate(model, *inputs, max_new_tokens=length - 3, eos_ids=(3,)))
+    compiled = sample.lower(
+        jax.eval_shape(model.init, jax.random.key(0)), tokens, tokens, jax.random.key(0)
+    ).compile()
+    cache = 2 * config.num_layers * rows * length * config.width * 4
+    assert cache <= compiled.memory_analysis().temp_size_in_bytes < 1.25 * cache
 
 
 def test_sampling_can_be_vmapped_over_keys(model_and_params):

@@ -13,10 +13,11 @@ LAYERS = {
     **dict.fromkeys(["sampling", "rewards"], 2),
     **dict.fromkeys(["training"], 3),
     **dict.fromkeys(["phases", "evaluation"], 4),
+    **dict.fromkeys(["planning"], 5),
 }
-TOP = {"testing": 5, "policy": 5, "experiment": 6, "trainer": 7, "__init__": 9}
+TOP = {"start": 5, "testing": 5, "policy": 5, "experiment": 6, "trainer": 7, "__init__": 9}
 REPORT = {"report", "report_charts", "report_metrics"}  # reads run directories, knows no model
-COMMANDS = {"train", "generate", "evaluate", "export"}
+COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {
     "flax.linen": "models/",
     "optax": "training/",

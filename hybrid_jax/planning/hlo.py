@@ -1,0 +1,177 @@
+"""Reads the text of a compiled program: optimised HLO, as XLA's CPU, GPU and TPU compilers print it.
+
+Only what costs are counted from is kept: opcodes, shapes, operands and the text of the attributes. The format
+is that of ``compiled.as_text()``; https://openxla.org/xla/operation_semantics says what the opcodes mean.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_COMMENT = re.compile(r"/\*.*?\*/")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One array: its element type, its sizes and the memory that it lies in (0 is the device's main memory)."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bits(self) -> int:
+        """Of an element; 0 for tokens."""
+        if self.dtype == "pred":
+            return 8
+        digits = re.search(r"\d+", self.dtype)
+        return int(digits.group()) if digits else 0
+
+    @property
+    def bytes(self) -> float:
+        return self.elements * self.bits / 8
+
+    @property
+    def is_integer_scalar(self) -> bool:
+        return not self.dims and (self.dtype == "pred" or self.dtype[0] in "su")
+
+    @property
+    def is_real(self) -> bool:
+        return self.dtype.startswith(("f", "bf"))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``name = shapes opcode(operands), attributes``; a tuple has the shapes of all its arrays."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    operands: tuple[str, ...]
+    literal: str  # what stands between the parentheses
+    attributes: str
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that ``attribute`` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
+        return found.group(1) if found else None
+
+    def integers(self, attribute: str) -> tuple[int, ...]:
+        """Of an attribute such as ``lhs_contracting_dims={1,2}``; none where it is missing."""
+        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(map(int, found.group(1).split(","))) if found and found.group(1) else ()
+
+    def text(self, attribute: str) -> str | None:
+        """Of an attribute in quotes."""
+        found = re.search(rf'\b{attribute}="([^"]*)"', self.attributes)
+        return found.group(1) if found else None
+
+
+@dataclass
+class Computation:
+    """Instructions in their order; the last or the one marked ROOT is the result."""
+
+    name: str
+    instructions: dict[str, Instruction] = field(default_factory=dict)
+    root_name: str = ""
+
+    @property
+    def root(self) -> Instruction:
+        return self.instructions[self.root_name]
+
+    @cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        return {int(i.literal): i for i in self.instructions.values() if i.opcode == "parameter"}
+
+    @cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        """Who reads each instruction."""
+        users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
+        for instruction in self.instructions.values():
+            for operand in dict.fromkeys(instruction.operands):
+                users[operand].append(instruction)
+        return users
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        return [self.instructions[name] for name in instruction.operands]
+
+    def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+        return [shape for operand in self.operands(instruction) for shape in operand.shapes]
+
+
+@dataclass
+class Module:
+    """A compiled program; ``num_devices`` run it together."""
+
+    computations: dict[str, Computation]
+    entry: str
+    num_devices: int
+
+    @classmethod
+    def parse(cls, text: str) -> Module:
+        computations, entry, current = {}, "", None
+        for line in text.splitlines():
+            if current is None:
+                if header := _HEADER.match(line):
+                    current = Computation(header.group(2))
+                    entry = current.name if header.group(1) else entry
+            elif line.startswith("}"):
+                computations[current.name], current = current, None
+            elif found := _INSTRUCTION.match(line):
+                instruction = _instruction(found.group(2), found.group(3))
+                current.instructions[instruction.name] = instruction
+                if found.group(1) or not current.root_name:
+                    current.root_name = instruction.name
+        if entry not in computations:
+            raise ValueError("text must be an HLO module with an ENTRY computation")
+        head = text[: text.find("\n")]
+        counts = (re.search(rf"{name}=(\d+)", head) for name in ("num_partitions", "replica_count"))
+        return cls(computations, entry, math.prod(int(c.group(1)) for c in counts if c))
+
+
+def shapes_of(text: str) -> tuple[Shape, ...]:
+    """The arrays of a type, those of a tuple one after the other."""
+    return tuple(_shapes(_COMMENT.sub("", text)))
+
+
+def _shapes(text: str) -> Iterator[Shape]:
+    for dtype, sizes, layout in _ARRAY.findall(text):
+        dims = tuple(int(size.lstrip("<=")) for size in sizes.split(",") if size)
+        space = re.search(r"S\((\d+)\)", layout)
+        yield Shape(dtype, dims, int(space.group(1)) if space else 0)
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+    kind, rest = text[:end], text[end:].lstrip()
+    start = rest.index("(")
+    stop = _closing(rest, start)
+    literal = _COMMENT.sub("", rest[start + 1 : stop - 1])
+    names = () if rest[:start] in ("constant", "parameter") else tuple(_NAME.findall(literal))
+    return Instruction(name, rest[:start], shapes_of(kind), names, literal, rest[stop:])
+
+
+def _closing(text: str, start: int) -> int:
+    """The index behind the parenthesis that closes the one at ``start``."""
+    depth, quoted = 0, False
+    for index in range(start, len(text)):
+        character = text[index]
+        if character == '"' and text[index - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and character in "()":
+            depth += 1 if character == "(" else -1
+            if not depth:
+                return index + 1
+    raise ValueError(f"text must close every parenthesis, got {text[start : start + 80]!r}")

@@ -1,0 +1,105 @@
+"""The devices that a plan is for: those of a TPU slice that is not here, or the local ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.planning.accelerators import TPUS, Accelerator, local_accelerator
+
+LOCAL = "local"
+# Chips along each axis of the largest slice. libtpu ends the process where a slice is larger or has another
+# number of axes, so both are checked before.
+_LARGEST = {
+    "v4": (16, 16, 16),
+    "v5e": (16, 16),
+    "v5p": (16, 16, 24),
+    "v6e": (16, 16),
+    "tpu7x": (16, 24, 24),
+}
+# Without hardware libtpu would ask Google Cloud for its metadata and complain on stderr about having none.
+_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices that programs can be compiled for, and what each chip can do (None: nothing is known)."""
+
+    name: str
+    devices: tuple[Any, ...]
+    accelerator: Accelerator | None
+
+    @property
+    def platform(self) -> str:
+        return self.devices[0].platform
+
+    @property
+    def devices_per_chip(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.devices
+
+    @property
+    def chips(self) -> int:
+        return math.ceil(len(self.devices) / self.devices_per_chip)
+
+
+def find_topology(name: str) -> Topology:
+    """``local``, or a TPU slice such as ``v5e:4x4`` (2 axes: v5e, v6e) or ``v5p:4x4x4`` (3: v4, v5p, tpu7x).
+
+    Raises:
+        UserError: there is no such slice, or no compiler for it (extra ``tpu``).
+    """
+    if name == LOCAL:
+        import jax
+
+        devices = tuple(jax.devices())
+        return Topology(name, devices, local_accelerator(devices))
+    kind, sizes = _parse(name)
+    return Topology(name, tuple(_tpu_devices(name, kind, sizes)), TPUS[kind])
+
+
+def _parse(name: str) -> tuple[str, tuple[int, ...]]:
+    kind, _, shape = name.partition(":")
+    if kind not in _LARGEST:
+        known = suggest(kind, [LOCAL, *_LARGEST])
+        raise UserError(f"topology must be local or <TPU>:<chips>, as in v5e:4x4, got {name!r}; {known}")
+    largest = _LARGEST[kind]
+    example = f"{kind}:{'x'.join(['4'] * len(largest))}"
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != len(largest):
+        raise UserError(
+            f"topology {kind} must have {len(largest)} axes of chips, as in {example}, got {name!r}"
+        )
+    sizes = tuple(map(int, shape.split("x")))
+    if any(size > most for size, most in zip(sorted(sizes), sorted(largest), strict=True)):
+        raise UserError(f"topology {kind} must be at most {'x'.join(map(str, largest))} chips, got {name!r}")
+    return kind, sizes
+
+
+def _tpu_devices(name: str, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("planning for TPUs needs their compiler: pip install 'hybrid_jax[tpu]'")
+    for variable, value in _ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    from jax.experimental import topologies
+
+    bounds = (*(min(size, 2) for size in sizes[:2]), 1)  # chips of a host
+    config = "megacore" if kind in ("v4", "v5p") else "default"
+    try:
+        found = topologies.get_topology_desc(
+            topology_name=name, platform="tpu", chip_config_name=config, chips_per_host_bounds=bounds
+        )
+    except Exception as error:  # whatever libtpu says
+        reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"topology {name!r} is impossible: {reason}") from error
+    return found.devices

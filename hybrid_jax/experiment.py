@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import yaml
 from jax import Array
 
+from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data import e2e  # noqa: F401  registers its source
@@ -28,11 +28,12 @@ from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.models import decoder, hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
-from hybrid_jax.models.lora import split
 from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import Policy, default_sampler, init_key, run_settings
+from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
+from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
 from hybrid_jax.training.phase import PHASES, Phase, Resources
@@ -40,7 +41,7 @@ from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
-from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.state import RunState
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def build(config: ExperimentConfig) -> Experiment:
         jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     _check_run_dir(config)
-    config.mesh.mesh()  # are there so many devices?
+    placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     saved_tokenizer = config.run_dir / "tokenizer"
     if has_checkpoint(config.run_dir) and saved_tokenizer.is_dir():
@@ -115,8 +116,22 @@ def build(config: ExperimentConfig) -> Experiment:
     sources = [getattr(phase, "source", None) for phase in config.phases.values()]
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
     eos_ids = end_tokens(model, tokenizer, chat=chat)
+    phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    evaluator = make_evaluator(config, model, tokenizer, eos_ids)
+    return Experiment(config, model, tokenizer, phases, evaluator, key, eos_ids, placement)
+
+
+def _build_phases(
+    config: ExperimentConfig,
+    placement: Placement,
+    model: LanguageModel,
+    tokenizer: Tokenizer | None,
+    examples: Sequence[Example] | None,
+    eos_ids: tuple[int, ...],
+) -> dict[str, Phase]:
     horizons = planned_steps(config.scheduler, config.steps)
-    phases = {
+    return {
         name: phase.build(
             Resources(
                 name=name,
@@ -125,7 +140,7 @@ def build(config: ExperimentConfig) -> Experiment:
                 examples=examples,
                 seed=config.seed,
                 horizon=max(horizons[name], 1),
-                mesh=config.mesh,
+                placement=placement,
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
             )
@@ -133,9 +148,24 @@ def build(config: ExperimentConfig) -> Experiment:
         for name, phase in config.phases.items()
         if name in horizons
     }
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    evaluator = make_evaluator(config, model, tokenizer, eos_ids)
-    return Experiment(config, model, tokenizer, phases, evaluator, key, eos_ids)
+
+
+def plan_phases(
+    config: ExperimentConfig, devices: Sequence[Any] | None = None
+) -> tuple[dict[str, Phase], RunState]:
+    """The phases and the shapes of the whole state, with what each device holds of it: nothing is made.
+
+    Needs neither data, nor tokenizer, nor weights: of a pretrained model its config.json.
+
+    Args:
+        config: of the experiment.
+        devices: those to plan for; they may be no more than a description (`jax.experimental.topologies`).
+    """
+    placement = config.mesh.placement(devices)
+    model = config.model.build(None)
+    phases = _build_phases(config, placement, model, None, None, eos_ids=(0,))
+    names = {name for phase in config.phases.values() for name in getattr(phase, "references", ())}
+    return phases, state_shapes(model, phases, placement, sorted(names))
 
 
 def end_tokens(model: LanguageModel, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
@@ -174,6 +204,7 @@ class Experiment:
     evaluator: Evaluator
     key: Array  # the root of all randomness in training; every step folds its number in
     eos_ids: tuple[int, ...]  # every token that ends a response
+    placement: Placement
 
     @property
     def steps(self) -> int:
@@ -189,35 +220,7 @@ class Experiment:
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
-        train, host, frozen = self._fresh()
-        leaves, structure = jax.tree.flatten(train)
-        del train
-        for i in range(len(leaves)):
-            # A copy, since a constant that JAX shares between two leaves could not be donated twice; one by
-            # one, so that a model is never twice in memory.
-            leaves[i] = jnp.copy(leaves[i])
-        train = self.config.mesh.replicate(jax.tree.unflatten(structure, leaves))
-        references, base = self.config.mesh.replicate(frozen)
-        return RunState(step=0, train=train, references=references, host=host, base=base)
-
-    def _fresh(self) -> tuple[TrainState, dict[str, Any], tuple[Any, Any]]:
-        """What model and phases start with: trained, on the host, and frozen (references, base)."""
-        key = init_key(self.config.seed)
-        trained, base = split(self.model.init(key))
-        params = {"model": trained}
-        opt_state: dict[str, dict[str, Any]] = {}
-        extra: dict[str, Any] = {}
-        host: dict[str, Any] = {}
-        references: dict[str, Any] = {}
-        for phase in self.phases.values():
-            added = phase.init(params, key)
-            params |= added.params
-            opt_state[phase.optimizer_key] = {**opt_state.get(phase.optimizer_key, {}), **added.opt_state}
-            extra |= added.extra
-            host |= added.host
-            references |= added.references
-        train = TrainState(params=params, opt_state=opt_state, extra=extra)
-        return train, host, (references, base)
+        return fresh_state(self.model, self.phases, self.placement, init_key(self.config.seed))
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
@@ -228,7 +231,8 @@ class Experiment:
             raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
         checkpoints = Checkpoints(folder / "checkpoints", self.checkpoint.keep)
         fresh = self.init()
-        saved = checkpoints.newest(fresh)
+        reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
+        saved = checkpoints.newest(fresh, reference)
         state = saved or fresh
         if saved is None:
             shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
@@ -253,7 +257,7 @@ class Experiment:
 
     def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Numbers and samples on the held-out split."""
-        numbers, samples = self.evaluator.run(state.policy)
+        numbers, samples = under(self.placement, self.evaluator.run)(state.policy)
         where = {"step": state.step, "phase": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples]
 
@@ -265,7 +269,8 @@ class Experiment:
     def policy(self, state: RunState) -> Policy:
         """The policy of a state, ready to answer."""
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
-        return Policy(self.model, state.policy, self.tokenizer, sampler, self.eos_ids, state.step)
+        model, params = as_list(self.model, state.policy)
+        return Policy(model, params, self.tokenizer, sampler, self.eos_ids, state.step)
 
     def _save_tokenizer(self, folder: Path) -> None:
         """With the end tokens, which a policy of the run needs too."""

@@ -175,9 +175,15 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
     if found is None:
         raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
+    model, params = as_list(model, whole(base, params))
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
     eos_ids = read_eos_ids(folder / "tokenizer") or (tokenizer.eos_id,)
-    return Policy(model, whole(base, params), tokenizer, sampler, eos_ids, step)
+    return Policy(model, params, tokenizer, sampler, eos_ids, step)
+
+
+def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
+    """A model as files and a single device want it: its layers one by one."""
+    return (model.as_list(), model.listed(params)) if isinstance(model, Decoder) else (model, params)
 
 
 def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32") -> Path:
@@ -206,10 +212,10 @@ def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32"
     if found is None:
         raise UserError(f"{run} holds no checkpoint yet: train it up to its first checkpoint")
     params = found[1]
-    backbone = whole(base, params["value"]["model"] if separate else params["model"])
+    backbone = model.listed(whole(base, params["value"]["model"] if separate else params["model"]))
     backbone = merge(model.config.lora, backbone)
     weights = {name: leaf for name, leaf in backbone.items() if name != "lm_head"}
-    classifier = Classifier(replace(model.config, lora=None), labels=("value",), has_bias=True)
+    classifier = Classifier(replace(model.as_list().config, lora=None), labels=("value",), has_bias=True)
     weights["score"] = params["value"]["head"]
     like = getattr(model, "folder", None)
     save_classifier(beside, classifier, weights, pad_id=tokenizer.eos_id, dtype=dtype, like=like)

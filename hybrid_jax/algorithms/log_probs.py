@@ -8,9 +8,18 @@ their rounding error does not grow with the logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
+
+from hybrid_jax.parallel.rules import current_placement
+
+MOST_LOGIT_BYTES = 2**28  # of the float32 logits that one device holds at a time
+
+LogitsOf = Callable[[Float[Array, "B X D"]], Float[Array, "B X V"]]
 
 
 def token_log_probs(logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -31,6 +40,57 @@ def token_log_probs(logits: Float[Array, "*shape V"], targets: Int[Array, "*shap
 def entropy(logits: Float[Array, "*shape V"]) -> Float[Array, "*shape"]:
     """H(π) = −Σ π log π in nats, in [0, log V], in float32; excluded words (logit −inf) contribute 0."""
     return _entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+
+def state_log_probs(
+    logits_of: LogitsOf,
+    states: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    vocab_size: int,
+    *,
+    with_entropy: bool = False,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"] | None]:
+    """`token_log_probs` and, if wanted, `entropy` of the logits of hidden states.
+
+    Where the logits of all states would take more than `MOST_LOGIT_BYTES` a device, they are made and given up
+    again a stretch of tokens at a time, and made once more for the gradient.
+
+    Args:
+        logits_of: the model's head, temperature included; float32 logits.
+        states: what predicts each target.
+        targets: the word of each state.
+        vocab_size: V.
+        with_entropy: whether the second result is wanted; else it is None.
+    """
+
+    def read(states, targets):
+        logits = logits_of(states)
+        return token_log_probs(logits, targets), entropy(logits) if with_entropy else None
+
+    stretch = _stretch(*targets.shape, vocab_size)
+    if stretch is None:
+        return read(states, targets)
+    length = targets.shape[1]
+    inputs = (_stretches(states, stretch), _stretches(targets, stretch))
+    _, outputs = lax.scan(lambda _, part: (None, jax.checkpoint(read, prevent_cse=False)(*part)), None, inputs)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(targets), -1)[:, :length], outputs)
+
+
+def _stretch(rows: int, length: int, vocab_size: int) -> int | None:
+    """How many tokens of every row to read at a time; None reads all."""
+    placement = current_placement()
+    shards = 1 if placement is None else placement.num_row_shards
+    bytes_a_token = 4 * max(rows // shards, 1) * vocab_size
+    if bytes_a_token * length <= MOST_LOGIT_BYTES:
+        return None
+    return max(MOST_LOGIT_BYTES // (2 * bytes_a_token), 1)  # half, since their gradient takes as much
+
+
+def _stretches(x: Array, stretch: int) -> Array:
+    """[B T ...] as [n B stretch ...], zeros behind the end."""
+    missing = -x.shape[1] % stretch
+    x = jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)))
+    return x.reshape(len(x), -1, stretch, *x.shape[2:]).swapaxes(0, 1)
 
 
 @jax.custom_vjp

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.algorithms.log_probs import token_log_probs
+from hybrid_jax.algorithms.log_probs import LogitsOf, state_log_probs
 from hybrid_jax.core.arrays import Sum
 
 
@@ -19,11 +19,16 @@ def next_token_targets(
 
 
 def token_cross_entropy(
-    logits: Float[Array, "*shape V"], targets: Int[Array, "*shape"], mask: Bool[Array, "*shape"]
+    logits_of: LogitsOf,
+    states: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    vocab_size: int,
 ) -> Sum:
     """Σ −log π(target) over the valid tokens, in nats; ``exp`` of its mean is the perplexity.
 
-    ``logits[b, t]`` scores ``targets[b, t]`` (see `next_token_targets`). Masked positions contribute neither
-    value nor gradient, whatever they hold.
+    ``logits_of(states)[b, t]`` scores ``targets[b, t]`` (see `next_token_targets`), and is never in memory as a
+    whole where it is large (`log_probs.state_log_probs`). Masked positions contribute neither value nor
+    gradient, whatever they hold.
     """
-    return Sum.of(-token_log_probs(logits, targets), mask)
+    return Sum.of(-state_log_probs(logits_of, states, targets, vocab_size)[0], mask)

@@ -169,7 +169,8 @@ class Evaluator:
 def _loss(model: LanguageModel, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
     hidden = model.hidden(params, batch.tokens, batch.segment_ids)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    loss: Sum = token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask)
+    logits_of = functools.partial(model.logits, params)
+    loss: Sum = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
     return loss.total, loss.weight
 
 

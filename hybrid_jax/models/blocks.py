@@ -89,7 +89,7 @@ class Network(nn.Module):
             Turn,
             variable_axes={"params": 0, ADAPTER: 0, LOSSES: 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=self.config.num_layers // self.config.period,
         )(self.config, self.attend, name=STACK)
         (x, caches, _), _ = stack((x, caches, jnp.int32(0)), context)
@@ -207,7 +207,7 @@ class Attention(nn.Module):
             q, k = (rotate(y, table, interleaved=c.rotary_interleaved) for y in (q, k))
         sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,)) if c.attention_sinks else None
         mixed, cache = self.attend(q, k, v, c.attention_rule(self.index), sinks, cache)
-        mixed = checkpoint_name(shard(mixed, "batch", "length", "heads", None), MIXED)
+        mixed = checkpoint_name(shard(mixed, "attention_batch", "length", "attention_heads", None), MIXED)
         bias = c.attention_bias if c.output_bias is None else c.output_bias
         out = Linear(c.width, bias, residual_std(c), c.dtype, lora=c.lora, name="output")
         return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), cache
@@ -221,8 +221,8 @@ class Attention(nn.Module):
         y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, lora=c.lora, name=name)(x)
         if c.clip_qkv is not None:
             y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
-        names = ("batch", "length", "heads" if name == "query" else "kv_heads", None)
-        return shard(y.reshape(*x.shape[:2], heads, c.channels), *names)
+        role = "attention_heads" if name == "query" else "attention_kv_heads"
+        return shard(y.reshape(*x.shape[:2], heads, c.channels), "attention_batch", "length", role, None)
 
 
 class Mlp(nn.Module):
@@ -365,4 +365,6 @@ class Embedding(nn.Module):
     def __call__(self, indices):
         c = self.config
         table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
-        return jnp.take(table, indices, axis=0).astype(c.dtype)
+        # Whole rows, so that each device finds those of its own tokens.
+        table = shard(table.astype(c.dtype), "vocab", None)
+        return jnp.take(table, indices, axis=0)

@@ -6,15 +6,17 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder_config import ComputeDtype
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.encoder_decoder_folder import LoadedEncoderDecoder
+from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.hf_files import CONFIG, read_json
@@ -29,7 +31,9 @@ from hybrid_jax.models.hf_folder import (
 )
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
+from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.peft_folder import ADAPTER_CONFIG, read_adapter, read_settings
+from hybrid_jax.parallel.rules import current_placement
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +42,7 @@ CLASSIFIER = "ForSequenceClassification"  # how the architectures with such a he
 
 def load_pretrained(
     folder: str | Path,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: ComputeDtype = "float32",
     *,
     param_dtype: Dtype = "float32",
     sharding: Shardings | None = None,
@@ -92,8 +96,10 @@ def save_pretrained(
         UserError: No family can express the decoder, or a parameter is not finite.
     """
     like = getattr(model, "folder", None) if like is None else like
-    params = merge(model.config.lora, params)
-    model = Decoder(replace(model.config, lora=None))  # whose shapes are known without reading a folder
+    params = merge(model.config.lora, model.listed(params))
+    model = Decoder(
+        replace(model.as_list().config, lora=None)
+    )  # whose shapes are known without reading a folder
     content = _content(like, CONFIG, model.config.family)
     family, config = family_of(model.config, FAMILIES, content)
     ids = _token_ids(content, eos_ids, pad_id)
@@ -122,8 +128,10 @@ def abstract_params(model: LanguageModel) -> Params:
         model = EncoderDecoder(model.config)
     if not isinstance(model, PretrainedDecoder):
         return jax.eval_shape(model.init, jax.random.key(0))
-    base = jax.eval_shape(Decoder(replace(model.config, lora=None)).init, jax.random.key(0))
-    return jax.eval_shape(model.with_adapter, base, jax.random.key(0))
+    base = jax.eval_shape(Decoder(replace(model.as_list().config, lora=None)).init, jax.random.key(0))
+    return jax.eval_shape(
+        lambda base, key: model.arranged(model.with_adapter(base, key)), base, jax.random.key(0)
+    )
 
 
 @BACKBONES.register("pretrained")
@@ -137,13 +145,15 @@ class Pretrained:
         dropout: None keeps the folder's.
         check_finite: Refuse weights with NaN or infinity.
         lora: Adapters that train in place of the parameters; ``{path: ...}`` starts from those of a folder.
+        execution: How the model is computed.
     """
 
     path: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: ComputeDtype = "float32"
     dropout: float | None = None
     check_finite: bool = False
     lora: Lora | None = None
+    execution: Execution = Execution()
 
     def build(self, vocab_size: int | None = None) -> PretrainedDecoder:
         folder = find_folder(self.path)
@@ -152,7 +162,8 @@ class Pretrained:
             config = replace(config, dropout=self.dropout)
         _check_vocabulary(config.vocab_size, vocab_size, self.path)
         lora = read_settings(self.lora, Decoder(config))
-        return PretrainedDecoder(replace(config, lora=lora), str(folder), self.check_finite)
+        config = replace(config, lora=lora, execution=self.execution)
+        return PretrainedDecoder(config, str(folder), self.check_finite)
 
 
 @dataclass(frozen=True)
@@ -163,15 +174,22 @@ class PretrainedDecoder(Decoder):
     check_finite: bool = False
 
     def init(self, key) -> Params:
-        params = load_pretrained(self.folder, check_finite=self.check_finite)[1]
-        return self.with_adapter(params, key)
+        params = load_pretrained(self.folder, check_finite=self.check_finite, sharding=_sharding())[1]
+        return self.arranged(self.with_adapter(params, key))
 
     def with_adapter(self, params: Params, key: jax.Array) -> Params:
         """The base's ``params`` and the adapters to start from: those of a folder, or fresh ones."""
         lora = self.config.lora
         if lora is None or lora.path is None:
             return add_adapter(lora, params, key)
-        return {**params, ADAPTER: read_adapter(lora, Decoder(self.config), params)}
+        return {**params, ADAPTER: read_adapter(lora, Decoder(self.as_list().config), params)}
+
+
+def _sharding() -> Shardings | None:
+    """Where the parameters are born: each process reads only what its own devices keep."""
+    if (placement := current_placement()) is None:
+        return None
+    return lambda path, shape: placement.sharding(shape, param_axes(path, shape))
 
 
 def _check_vocabulary(model: int | None, tokenizer: int | None, path: str) -> None:
@@ -184,7 +202,7 @@ def _check_vocabulary(model: int | None, tokenizer: int | None, path: str) -> No
     log.warning("%s: a text that holds one of the last %d cannot be learned from", message, tokenizer - model)
 
 
-def _read_model(folder: Path, dtype: Literal["float32", "bfloat16"]) -> tuple[Family, Decoder]:
+def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:
     family, config, content = read_config(folder, FAMILIES)
     if str(next(iter(content.get("architectures") or ()), "")).endswith(CLASSIFIER):
         raise UserError(f"{folder} holds a classifier, not a language model: read it with load_classifier")

@@ -1,44 +1,119 @@
-"""Where arrays live: parameters on every device, batches split over the rows."""
+"""The mesh of devices that a config asks for, and host arrays on their way to it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh
 
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel.rules import AXES, Placement
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How many devices share the rows of a batch."""
+    """How the devices share the work; their product is the number of devices used.
+
+    Attributes:
+        data: Copies of the model, each reading its own rows.
+        fsdp: Parts in which parameters and optimizer states are kept; each part reads its own rows, too.
+        tensor: Parts in which every layer is computed.
+    """
 
     data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
 
     def __post_init__(self):
-        if self.data < 1:
-            raise ValueError(f"data must be at least 1, got {self.data}")
+        for axis in AXES:
+            if getattr(self, axis) < 1:
+                raise ValueError(f"{axis} must be at least 1, got {getattr(self, axis)}")
 
-    def mesh(self) -> Mesh:
-        devices = jax.devices()
-        if self.data > len(devices):
-            raise UserError(f"mesh.data must be at most the {len(devices)} devices here, got {self.data}")
-        return Mesh(np.asarray(devices[: self.data]), ("data",))
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.data, self.fsdp, self.tensor
 
-    def split(self, batch: T) -> T:
-        """Puts host arrays on the devices, each with its share of the rows."""
-        return self._put(batch, PartitionSpec("data"))
+    def placement(self, devices: Sequence[Any] | None = None) -> Placement:
+        """The mesh over the first of ``devices`` (default: all that JAX sees).
 
-    def replicate(self, tree: T) -> T:
-        """Puts a tree on every device."""
-        return self._put(tree, PartitionSpec())
+        Raises:
+            UserError: there are too few, or, with several processes, some would be left out.
+        """
+        there = jax.devices() if devices is None else list(devices)
+        wanted = int(np.prod(self.shape))
+        product = f"mesh {self.data} × {self.fsdp} × {self.tensor}"
+        if wanted > len(there):
+            raise UserError(
+                f"{product} needs {wanted} devices, got {len(there)}; make data, fsdp or tensor smaller"
+            )
+        if jax.process_count() > 1 and devices is None and wanted < len(there):
+            raise UserError(f"{product} must use all {len(there)} devices of all processes, got {wanted}")
+        return Placement(_mesh(self.shape, there[:wanted]))
 
-    def _put(self, tree: T, spec: PartitionSpec) -> T:
-        if self.data == 1:
-            return jax.device_put(tree, jax.devices()[0])
-        return jax.device_put(tree, NamedSharding(self.mesh(), spec))
+
+def _mesh(shape: tuple[int, ...], devices: list[Any]) -> Mesh:
+    """In the order that suits the network between the devices; GSPMD places what is not constrained."""
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def put_rows(placement: Placement, batch: T) -> T:
+    """Puts a batch of host arrays [B ...] on the devices, each with its share of the rows.
+
+    Every process gives the whole batch and puts only the rows of its own devices.
+    """
+
+    def put(array: np.ndarray) -> jax.Array:
+        sharding = placement.row_sharding(np.ndim(array), len(array))
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: array[index])
+
+    return jax.tree.map(put, batch)
+
+
+def replicate(placement: Placement, tree: T) -> T:
+    """Puts a tree of host arrays whole on every device."""
+    sharding = placement.sharding((), ())
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), tree
+    )
+
+
+def rows_here(array: jax.Array) -> np.ndarray:
+    """Which rows of an array [B ...] this process holds, ascending."""
+    return np.array(
+        sorted({row for shard in array.addressable_shards for row in _rows(shard, len(array))}), int
+    )
+
+
+def fetch_rows(array: jax.Array) -> np.ndarray:
+    """The rows of `rows_here`, as a host array; nothing travels between processes."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    rows = {
+        row: (shard, i) for shard in array.addressable_shards for i, row in enumerate(_rows(shard, len(array)))
+    }
+    held = {id(shard): np.asarray(shard.data) for shard, _ in rows.values()}
+    return np.stack([held[id(shard)][i] for _, (shard, i) in sorted(rows.items())])
+
+
+def gather_rows(placement: Placement, here: np.ndarray, num_rows: int) -> np.ndarray:
+    """All rows [B ...] out of those that each process holds, on every process: for a few numbers a row."""
+    if jax.process_count() == 1:
+        return here
+    sharding = placement.row_sharding(here.ndim, num_rows)
+    split = jax.make_array_from_process_local_data(sharding, here, (num_rows, *here.shape[1:]))
+    whole = jax.jit(lambda x: x, out_shardings=placement.sharding((), ()))(split)
+    return np.asarray(whole.addressable_data(0))
+
+
+def _rows(shard: Any, num_rows: int) -> range:
+    return range(*shard.index[0].indices(num_rows)) if shard.index else range(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 MeshAxes = tuple[str, ...]
+AxesOf = Callable[[str, tuple[int, ...]], Sequence[str | None]]  # names of the axes, by path and shape
 AXES = ("data", "fsdp", "tensor")
 
 
@@ -26,15 +28,20 @@ AXES = ("data", "fsdp", "tensor")
 class ShardingRules:
     """The mesh axes of each logical axis; an axis that they do not divide stays whole."""
 
+    # of parameters
+    embed: MeshAxes = ("fsdp",)  # the width
+    heads: MeshAxes = ("tensor",)  # query heads × channels
+    kv_heads: MeshAxes = ("tensor",)
+    mlp: MeshAxes = ("tensor",)  # also of what the MLP computes
+    vocab: MeshAxes = ("tensor",)  # also of scores
+    experts: MeshAxes = ()
+    # of activations
     batch: MeshAxes = ("data", "fsdp")
     length: MeshAxes = ()
-    width: MeshAxes = ()  # of activations
-    heads: MeshAxes = ("tensor",)  # of queries; in a parameter, heads × channels
-    kv_heads: MeshAxes = ("tensor",)
-    mlp: MeshAxes = ("tensor",)
-    vocab: MeshAxes = ("tensor",)
-    embed: MeshAxes = ("fsdp",)  # the width, in a parameter
-    experts: MeshAxes = ()
+    width: MeshAxes = ()
+    attention_batch: MeshAxes = ("data", "fsdp")  # of queries, keys, values and the cache
+    attention_heads: MeshAxes = ("tensor",)
+    attention_kv_heads: MeshAxes = ("tensor",)
 
     def spec(self, mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
         """Where an array of this shape lies, its axes having these names (None: whole)."""
@@ -50,14 +57,34 @@ class ShardingRules:
 
 
 TRAINING = ShardingRules()
-NAMES = tuple(field.name for field in fields(ShardingRules))
+_ALL_BUT_DATA = ("fsdp", "tensor")
 
-# How the weights of a rollout lie, by the name that a config gives: as in training; split over "tensor" alone,
-# so that no token waits for an all-gather of weights; or whole on every device, each answering its own rows.
+# How the weights of a rollout lie, by the name that a config gives.
 ROLLOUTS = {
+    # As in training: every token waits until each device has gathered all weights.
     "fsdp": TRAINING,
-    "tensor": replace(TRAINING, embed=()),
-    "replicated": ShardingRules(batch=AXES, heads=(), kv_heads=(), mlp=(), vocab=(), embed=()),
+    # Each device keeps a part of every map and computes with it; only activations travel. Attention stays split
+    # over the rows, since its cache is large.
+    "tensor": ShardingRules(
+        embed=(),
+        heads=_ALL_BUT_DATA,
+        kv_heads=_ALL_BUT_DATA,
+        mlp=_ALL_BUT_DATA,
+        vocab=_ALL_BUT_DATA,
+        batch=("data",),
+    ),
+    # Whole on every device, each answering its own rows: nothing travels.
+    "replicated": ShardingRules(
+        embed=(),
+        heads=(),
+        kv_heads=(),
+        mlp=(),
+        vocab=(),
+        batch=AXES,
+        attention_batch=AXES,
+        attention_heads=(),
+        attention_kv_heads=(),
+    ),
 }
 
 
@@ -71,14 +98,38 @@ class Placement:
     def sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.rules.spec(self.mesh, shape, names))
 
+    def shardings(self, tree: Any, axes_of: AxesOf) -> Any:
+        """Where every array of a tree lies; ``axes_of(path, shape)`` names its axes."""
+
+        def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+            return self.sharding(leaf.shape, axes_of(path_of(path), tuple(leaf.shape)))
+
+        return jax.tree_util.tree_map_with_path(of, tree)
+
+    def shapes(self, tree: Any, axes_of: AxesOf) -> Any:
+        """The shapes of a tree with the `shardings` of its arrays."""
+
+        def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        return jax.tree.map(shape, tree, self.shardings(tree, axes_of))
+
+    def row_sharding(self, ndim: int, rows: int) -> NamedSharding:
+        """Of a batch: split over its rows."""
+        return self.sharding((rows, *[1] * (ndim - 1)), ("batch", *[None] * (ndim - 1)))
+
     @property
     def platform(self) -> str:
         """Of the devices that a traced function is for: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
-    def num_batch_shards(self) -> int:
+    def num_row_shards(self) -> int:
+        """In how many parts a batch is split."""
         return _size(self.mesh, self.rules.batch)
+
+    def with_rules(self, rules: ShardingRules) -> Placement:
+        return replace(self, rules=rules)
 
 
 _active = jax.make_user_context(None)  # belongs to the key of everything that is traced under it
@@ -112,6 +163,36 @@ def shard(x: Array, *names: str | None) -> Array:
     if placement is None or placement.mesh.size == 1:
         return x
     return lax.with_sharding_constraint(x, placement.sharding(x.shape, names))
+
+
+def shard_rows(tree: T) -> T:
+    """`shard` for the arrays of a batch, [B ...]."""
+    return jax.tree.map(lambda x: shard(x, "batch", *[None] * (x.ndim - 1)), tree)
+
+
+def shard_params(params: T, axes_of: AxesOf) -> T:
+    """`shard` for parameters: moves them to where the rules in force want them."""
+    placement = current_placement()
+    if placement is None or placement.mesh.size == 1:
+        return params
+    return lax.with_sharding_constraint(params, placement.shardings(params, axes_of))
+
+
+def born(axes_of: AxesOf, function: Callable[..., T], *arguments: Any) -> T:
+    """``function(*arguments)``, with every array of the result made where it shall lie.
+
+    So no device ever holds the whole of a tree that is split over many.
+    """
+    placement = current_placement()
+    if placement is None or placement.mesh.size == 1:
+        return function(*arguments)
+    shardings = placement.shardings(jax.eval_shape(function, *arguments), axes_of)
+    return jax.jit(function, out_shardings=shardings)(*arguments)
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """The path of a leaf: ``layer_0/mlp/up/kernel``."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 
 def _size(mesh: Mesh, axes: MeshAxes) -> int:

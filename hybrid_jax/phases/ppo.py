@@ -11,7 +11,8 @@ The KL to the reference is the single-sample k1 in the reward and nowhere else. 
 gradient, so it is no penalty at all; k3 as a loss pulls to another optimum (that of the forward KL), and k3 in
 the reward can diverge. So none of them is a setting (tests/algorithms proves these statements on a bandit).
 
-Here are the settings and the host's side of a step; the pure functions that it calls are in `ppo_functions`.
+Here is the host's side of a step; its settings are in `ppo_settings`, the pure functions that it calls in
+`ppo_functions`.
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.08593), Ouyang et al. 2022
 (2203.02155).
@@ -21,131 +22,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from hybrid_jax.algorithms.kl_control import KL_CONTROLS, FixedKL, KLControl
 from hybrid_jax.core.batches import PromptBatch, Samples, TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream
-from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
+from hybrid_jax.parallel.rules import ROLLOUTS, Placement, shard_params, under
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
-from hybrid_jax.phases.sft import SFT, sft_stream
+from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import columns_of
-from hybrid_jax.rewards.composite import CompositeReward
-from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.responses import decode_responses
-from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A frozen copy of the policy that holds the trained one back."""
-
-    weight: float = 1.0
-    frozen_at: Literal["start", "first_step"] = (
-        "first_step"  # of the run, or of this phase (the SFT checkpoint)
-    )
-    refresh_every_cycles: int | None = None  # copy the policy again each time this phase was entered n times
-
-    def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"weight must be at least 0, got {self.weight}")
-        if self.refresh_every_cycles is not None and self.refresh_every_cycles < 1:
-            raise ValueError(f"refresh_every_cycles must be at least 1, got {self.refresh_every_cycles}")
-
-    def is_due(self, cycle: int, entered: bool) -> bool:
-        """Whether to copy the policy again at the start of a step; ``cycle`` counts the entries before it."""
-        return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
-
-
-@dataclass(frozen=True)
-class SFTMix:
-    """Examples mixed into every PPO update: PPO-ptx (Ouyang et al. 2022), ``+ coef · cross-entropy``."""
-
-    coef: float
-    batch_size: int = 16  # rows a minibatch
-    length: int = 256
-    packing: bool = True
-
-    def __post_init__(self):
-        if self.coef <= 0:
-            raise ValueError(f"coef must be positive, got {self.coef}")
-
-    def as_sft(self) -> SFT:
-        return SFT(batch_size=self.batch_size, length=self.length, packing=self.packing)
-
-
-@PHASES.register("ppo")
-@dataclass(frozen=True)
-class PPO:
-    """Settings of PPO; the defaults are those that work for most language models."""
-
-    reward: CompositeReward
-    prompts_per_step: int = 64
-    samples_per_prompt: int = 1
-    max_prompt_length: int | None = None  # tokens; None takes what the model's context leaves
-    sampler: Sampler = Sampler(max_new_tokens=64)
-    source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
-
-    epochs: int = 4
-    minibatches: int = 1
-    microbatches: int = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
-    discount: float = 1.0
-    trace: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float | None = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
-    whiten_advantages: bool = True
-    missing_eos_penalty: float | None = 1.0  # taken from the score of a response that did not end by itself
-    target_kl: float | None = None  # stop the updates of a step once the policy moved this far (nats a token)
-    kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(0.05)
-    references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
-
-    value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
-    value_warmup_steps: int = 0  # steps that train only the value
-    sft_mix: SFTMix | None = None
-    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(
-        learning_rate=1e-5, schedule=Linear(), epsilon=1e-5, weight_decay=0.0
-    )
-
-    def __post_init__(self):
-        for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("discount", "trace"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("clip_range", "value_clip_range", "target_kl"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.rows % (self.minibatches * self.microbatches):
-            raise ValueError(
-                "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
-                f"{self.rows} responses, got {self.minibatches} × {self.microbatches}"
-            )
-        if self.sampler.top_k is not None or self.sampler.top_p is not None or self.sampler.temperature == 0:
-            raise ValueError(
-                "sampler must not truncate (top_k, top_p) or be greedy: PPO learns from the distribution "
-                "that it samples, over the whole vocabulary"
-            )
-
-    @property
-    def rows(self) -> int:
-        return self.prompts_per_step * self.samples_per_prompt
-
-    def build(self, resources: Resources) -> PPOPhase:
-        return PPOPhase(self, resources)
 
 
 class PPOPhase:
@@ -160,13 +60,20 @@ class PPOPhase:
         self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
         self._tokenizer = resources.tokenizer
         self._horizon = resources.horizon
-        self._mesh = resources.mesh
-        self.prompts = prompt_stream(config, resources)
-        self._examples = sft_stream(config.sft_mix.as_sft(), resources) if config.sft_mix else None
+        self._placement = resources.placement
+        parts = config.minibatches * config.microbatches
+        check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
+        planned, mix = resources.examples is None, config.sft_mix
+        self.prompts = None if planned else prompt_stream(config, resources)
+        self._examples = None if planned or mix is None else sft_stream(mix.as_sft(), resources)
+        rollout = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
         self._rate = jax.jit(config.optimizer.rate)
-        self._sample = jax.jit(self._above_base("sample"))
-        self._score = jax.jit(self._above_base("score"))
-        self._learn = jax.jit(self._above_base("learn"), donate_argnums=1, static_argnames="groups")
+        self._sample = jax.jit(under(rollout, self._above_base("sample")))
+        self._score = jax.jit(under(self._placement, self._above_base("score")))
+        learn = under(self._placement, self._above_base("learn"))
+        self._learn = jax.jit(learn, donate_argnums=1, static_argnames="groups")
+        copy = under(self._placement, self._frozen)
+        self._copy = jax.jit(copy, static_argnames="cast")
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         start = {n: r for n, r in self.config.references.items() if r.frozen_at == "start"}
@@ -177,18 +84,19 @@ class PPOPhase:
             opt_state={group: transform.init(tree) for group, tree in groups.items()},
             extra={self.functions.kl_key: self.config.kl_control.init()},
             host={f"{self.name}/reward": self.config.reward.init()},
-            references={name: _copy(params["model"]) for name in start},
+            references={name: self._frozen(params["model"]) for name in start},
         )
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         started = time.perf_counter()
         state = self._enter(state)
+        assert self.prompts is not None, "a planned phase takes no steps"
         steps, cursor = state.schedule.steps.get(self.name, 0), state.cursors.get(self.name, 0)
         prompts = _repeat(
             self.prompts.batch(cursor, self.config.prompts_per_step), self.config.samples_per_prompt
         )
         sample_key, learn_key = jax.random.split(key)
-        tokens, mask = self._mesh.split((prompts.tokens, prompts.mask))
+        tokens, mask = put_rows(self._placement, (prompts.tokens, prompts.mask))
         samples = self._sample(state.base, state.train.params["model"], tokens, mask, sample_key)
         scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
@@ -213,22 +121,79 @@ class PPOPhase:
         """One of the functions, with the base as its first argument."""
 
         def function(base: Params, *inputs, **settings):
-            return getattr(replace(self.functions, base=base), name)(*inputs, **settings)
+            result = getattr(replace(self.functions, base=base), name)(*inputs, **settings)
+            return (shard_params(result[0], param_axes), *result[1:]) if name == "learn" else result
 
+        function.__name__ = f"{self.name}_{name}"
         return function
+
+    def _frozen(self, trained: Params, cast: bool = True) -> Params:
+        """A copy of its own, for updates donate, and so delete, the buffers of the policy.
+
+        One that only computes is kept in the dtype of the computation: its numbers are the same.
+        """
+        copy = jax.tree.map(jnp.copy, self.functions.model.cast(trained) if cast else trained)
+        return shard_params(copy, param_axes)
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        config, placement, rows = self.config, self._placement, self.config.rows
+        length = prompt_length or config.max_prompt_length
+        if length is None:
+            raise UserError(
+                f"phases.{self.name}.max_prompt_length must be set to plan without data; or use --prompt-length"
+            )
+        responses = config.sampler.max_new_tokens
+        prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
+        key, rate = key_shape(placement), rate_shape(placement)
+        policy, references = state.train.params["model"], {n: state.references[n] for n in config.references}
+        samples = _like_rows(placement, jax.eval_shape(self._sample, state.base, policy, *prompts, key))
+        scored = _like_rows(
+            placement,
+            jax.eval_shape(self._score, state.base, state.train.params, references, *prompts, samples),
+        )
+        scores = row_shape(placement, rows, dtype="float32")
+        mix = config.sft_mix
+        examples = example_shapes(placement, self._example_rows, mix.length) if mix else None
+        others = {n: r for n, r in state.references.items() if n not in references}
+        train = state.train
+        return [
+            Program(
+                f"{self.name}/sample",
+                self._sample,
+                (state.base, policy, *prompts, key),
+                loop_steps=responses - 1,
+                tokens=rows * responses,
+                beside=(_without(train.params, "model"), train.opt_state, train.extra, state.references),
+            ),
+            Program(
+                f"{self.name}/score",
+                self._score,
+                (state.base, train.params, references, *prompts, samples),
+                tokens=rows * (length + responses),
+                beside=(train.opt_state, train.extra, others),
+            ),
+            Program(
+                f"{self.name}/learn",
+                self._learn,
+                (state.base, train, scored, scores, examples, key, rate),
+                settings={"groups": ("model", "value")},
+                tokens=config.epochs * rows * (length + responses),
+                beside=state.references,
+            ),
+        ]
 
     def _enter(self, state: RunState) -> RunState:
         """Freezes the references that are due; gives a separate value network the policy to start from."""
         schedule, policy = state.schedule, state.train.params["model"]
         cycle, entered = schedule.entries.get(self.name, 0), schedule.last != self.name
         due = {
-            name: _copy(policy)
+            name: self._copy(policy)
             for name, reference in self.config.references.items()
             if name not in state.references or reference.is_due(cycle, entered)
         }
         if self.config.value_network == "separate" and not schedule.steps.get(self.name, 0):
             params = state.train.params
-            params = {**params, "value": {**params["value"], "model": _copy(policy)}}
+            params = {**params, "value": {**params["value"], "model": self._copy(policy, cast=False)}}
             state = replace(state, train=replace(state.train, params=params))
         return replace(state, references={**state.references, **due}) if due else state
 
@@ -242,11 +207,14 @@ class PPOPhase:
                 reward_state,
                 {},
             )
-        tokens, mask = jax.device_get((samples.tokens, samples.response_mask))
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
+        here = [prompts.examples[row] for row in rows_here(samples.tokens)]
         sampled = time.perf_counter()
         responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
-        texts = [example.prompt for example in prompts.examples]
-        scores, reward_state, parts = reward.score(reward_state, texts, responses, columns_of(prompts.examples))
+        parts = reward.raw([example.prompt for example in here], responses, columns_of(here))
+        # A number a row and part, from every process: statistics are over the whole rollout.
+        parts = {n: gather_rows(self._placement, part, len(prompts.examples)) for n, part in parts.items()}
+        scores, reward_state = reward.combine(reward_state, parts)
         metrics = {
             f"reward/{name.removesuffix('_mean')}": number
             for name, number in reward.metrics(reward_state, parts).items()
@@ -254,14 +222,14 @@ class PPOPhase:
         metrics |= {
             "rollout_seconds": sampled - before,
             "reward_seconds": time.perf_counter() - sampled,
-            "tokens": int(mask.sum()),
+            "tokens": samples.response_mask.sum() if jax.process_count() > 1 else int(mask.sum()),
         }
-        return self._mesh.split(scores), reward_state, metrics
+        return put_rows(self._placement, scores), reward_state, metrics
 
     def _example_batch(self, cursor: int) -> TokenBatch | None:
         if self._examples is None:
             return None
-        return self._mesh.split(self._examples.batch(cursor, self._example_rows))
+        return put_rows(self._placement, self._examples.batch(cursor, self._example_rows))
 
     def _advance(self, cursors: Mapping[str, int]) -> dict[str, int]:
         advanced = {self.name: cursors.get(self.name, 0) + self.config.prompts_per_step}
@@ -279,6 +247,7 @@ def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
     """The prompts that the policy answers; they leave room for a whole response in the model's context."""
     if isinstance(resources.model, EncoderDecoder):
         raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
+    assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
     context = resources.model.max_length
     room = None if context is None else context - config.sampler.max_new_tokens
@@ -301,6 +270,10 @@ def _repeat(prompts: PromptBatch, times: int) -> PromptBatch:
     return PromptBatch(np.repeat(prompts.tokens, times, 0), np.repeat(prompts.mask, times, 0), examples)
 
 
-def _copy(tree: Params) -> Params:
-    """A copy of its own: updates donate, and so delete, the buffers of the policy."""
-    return jax.tree.map(jnp.copy, tree)
+def _like_rows(placement: Placement, shapes: Any) -> Any:
+    """Shapes of a rollout with their rows split like those of a batch."""
+    return jax.tree.map(lambda x: row_shape(placement, *x.shape, dtype=x.dtype), shapes)
+
+
+def _without(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {other: part for other, part in tree.items() if other != name}

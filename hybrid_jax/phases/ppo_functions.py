@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hybrid_jax.algorithms.log_probs import entropy, token_log_probs
+from hybrid_jax.algorithms.log_probs import state_log_probs
 from hybrid_jax.algorithms.policy_gradient import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -29,6 +29,8 @@ from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.heads import init_value_head, value
 from hybrid_jax.models.lora import whole
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.sampling.responses import (
     ended,
@@ -42,7 +44,7 @@ from hybrid_jax.training.state import TrainState
 from hybrid_jax.training.update import Objective, apply_gradients, gradients
 
 if TYPE_CHECKING:
-    from hybrid_jax.phases.ppo import PPO
+    from hybrid_jax.phases.ppo_settings import PPO
 
 
 @struct.dataclass
@@ -90,7 +92,7 @@ class PPOFunctions:
         )
 
     def sample(self, policy: Params, prompt_tokens: Array, prompt_mask: Array, key: Array) -> Samples:
-        policy = self._whole(policy)
+        policy = shard_params(self.model.cast(self._whole(policy)), param_axes)
         return self.config.sampler(self.model, policy, prompt_tokens, prompt_mask, key, eos_ids=self.eos_ids)
 
     def score(
@@ -102,6 +104,7 @@ class PPOFunctions:
         samples: Samples,
     ) -> Scored:
         """Values of the states and the references' log-probabilities of the tokens."""
+        prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
         tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
         length, temperature = samples.tokens.shape[1], self.config.sampler.temperature
         trunk = self._whole(params["value"].get("model", params["model"]))
@@ -212,7 +215,7 @@ class PPOFunctions:
         def minibatch(carry, inputs):
             params, opt_state, stopped = carry
             rows, part, key = inputs
-            batch = (jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches))
+            batch = shard_rows((jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches)))
             trained = {group: params[group] for group in groups}
             grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
             new_params, new_opt_state, norm = apply_gradients(config.optimizer, params, opt_state, grads, rate)
@@ -265,8 +268,13 @@ class PPOFunctions:
         length, policy = mask.shape[1], self._whole(params["model"])
         hidden, model_losses = model.hidden_and_losses(policy, rollout.tokens, rollout.attention_mask)
         states = shift_states(hidden, length)
-        logits = response_logits(model, policy, states, config.sampler.temperature)
-        log_probs = token_log_probs(logits, rollout.tokens[:, -length:])
+        log_probs, entropies = state_log_probs(
+            response_logits(model, policy, config.sampler.temperature),
+            states,
+            rollout.tokens[:, -length:],
+            model.vocab_size,
+            with_entropy=bool(config.entropy_coef),
+        )
         if "model" in params["value"]:
             trunk = self._whole(params["value"]["model"])
             states = states_before(model, trunk, rollout.tokens, rollout.attention_mask, length)
@@ -278,8 +286,8 @@ class PPOFunctions:
             values, rollout.values, rollout.returns, mask, clip_range=config.value_clip_range
         )
         terms = {"policy_loss": policy_loss, "value_loss": value_loss, **model_losses}
-        if config.entropy_coef:
-            terms["exact_entropy"] = Sum.of(entropy(logits), mask)
+        if entropies is not None:
+            terms["exact_entropy"] = Sum.of(entropies, mask)
         if examples is not None:
             terms["sft_loss"] = sft_losses(model, policy, examples)["loss"]
         return terms, {**policy_metrics, **value_metrics}

@@ -19,8 +19,12 @@ from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.lora import whole
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.mesh import put_rows
+from hybrid_jax.parallel.rules import Placement, shard_params, under
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState, TrainState
 from hybrid_jax.training.update import Objective, apply_gradients, gradients
 
@@ -59,25 +63,42 @@ class SFTPhase:
         self.name = resources.name
         self.optimizer_key = resources.optimizer_key
         self._horizon = resources.horizon
-        self._mesh = resources.mesh
-        self._stream = sft_stream(config, resources)
+        self._placement = resources.placement
+        check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
+        self._stream = None if resources.examples is None else sft_stream(config, resources)
         self._rate = jax.jit(config.optimizer.rate)
-        self._update = jax.jit(functools.partial(_update, config, resources), donate_argnums=1)
+        update = functools.partial(_update, config, resources)
+        self._update = jax.jit(under(resources.placement, update), donate_argnums=1)
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         return PhaseInit(opt_state={"model": self.config.optimizer.transform().init(params["model"])})
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        assert self._stream is not None, "a planned phase takes no steps"
         cursor = state.cursors.get(self.name, 0)
         batch = self._stream.batch(cursor, self.config.batch_size)
         steps = state.schedule.steps.get(self.name, 0)
         rate = self._rate(*jax.device_put((steps, self._horizon)))
-        train, metrics = self._update(state.base, state.train, self._mesh.split(batch), key, rate)
+        train, metrics = self._update(state.base, state.train, put_rows(self._placement, batch), key, rate)
         metrics = {**metrics, "learning_rate": rate, "tokens": batch.tokens.size}
         state = replace(
             state, train=train, cursors={**state.cursors, self.name: cursor + self.config.batch_size}
         )
         return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        batch = example_shapes(self._placement, self.config.batch_size, self.config.length)
+        inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
+        tokens = self.config.batch_size * self.config.length
+        beside = state.references
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+
+
+def example_shapes(placement: Placement, rows: int, length: int) -> TokenBatch:
+    """The shapes of a batch of examples."""
+    shape = functools.partial(row_shape, placement, rows, length)
+    batch: Any = TokenBatch  # pyright does not see the fields of a flax.struct.dataclass
+    return batch(tokens=shape(dtype="int32"), segment_ids=shape(dtype="int32"), loss_mask=shape(dtype="bool"))
 
 
 def sft_stream(config: SFT, resources: Resources) -> SFTStream:
@@ -92,6 +113,7 @@ def sft_stream(config: SFT, resources: Resources) -> SFTStream:
             f"phases.{resources.name}: length must be at most the model's max_length {context}, "
             f"got {config.length}"
         )
+    assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
     pairs = isinstance(resources.model, EncoderDecoder)
     seed, packing = resources.seed, config.packing
@@ -104,7 +126,9 @@ def sft_losses(
     """``loss``: Σ −log π(token | before) over the targets of a batch; and the model's own losses."""
     hidden, losses = model.hidden_and_losses(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    return {"loss": token_cross_entropy(model.logits(params, hidden[:, :-1]), targets, mask), **losses}
+    logits_of = functools.partial(model.logits, params)
+    loss = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
+    return {"loss": loss, **losses}
 
 
 def sft_objective(model: LanguageModel, base: Params | None = None, *, dropout: bool = False) -> Objective:
@@ -123,7 +147,8 @@ def sft_objective(model: LanguageModel, base: Params | None = None, *, dropout: 
 
 def _update(config: SFT, resources: Resources, base: Params, state: TrainState, *inputs):
     objective = sft_objective(resources.model, base, dropout=config.dropout)
-    return sft_update(config, objective, resources.optimizer_key, state, *inputs)
+    state, metrics = sft_update(config, objective, resources.optimizer_key, state, *inputs)
+    return shard_params(state, param_axes), metrics
 
 
 def num_targets(batch: TokenBatch) -> Array:

@@ -99,12 +99,29 @@ class CompositeReward:
         Raises:
             RewardError: A part failed, see `evaluate_reward`.
         """
-        raw = {n: evaluate_reward(n, p.reward, prompts, responses, columns) for n, p in self.parts.items()}
+        raw = self.raw(prompts, responses, columns)
+        return *self.combine(state, raw), raw
+
+    def raw(
+        self,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """The raw values float32 [B] of each part: of any rows, for a row does not depend on the others.
+
+        Raises:
+            RewardError: A part failed, see `evaluate_reward`.
+        """
+        return {n: evaluate_reward(n, p.reward, prompts, responses, columns) for n, p in self.parts.items()}
+
+    def combine(self, state: RewardState, raw: Mapping[str, np.ndarray]) -> tuple[np.ndarray, RewardState]:
+        """Scores float32 [B] and the new state, from the raw values of a whole rollout."""
         state = {name: _merge(moments, raw[name]) for name, moments in state.items()}
-        scores = np.zeros(len(responses), np.float64)
+        scores = np.zeros(len(next(iter(raw.values()))), np.float64)
         for name, part in self.parts.items():
             scores += part.weight * _clip(part, _normalise(state.get(name), raw[name]))
-        return scores.astype(np.float32), state, raw
+        return scores.astype(np.float32), state
 
     def without_normalisers(self) -> CompositeReward:
         """The same sum on raw values: one scale for all time, for evaluation."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.algorithms.log_probs import token_log_probs
+from hybrid_jax.algorithms.log_probs import LogitsOf, state_log_probs
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
@@ -42,11 +42,9 @@ def shift_states(hidden: Float[Array, "B T D"], response_length: int) -> Float[A
     return hidden[:, -response_length - 1 : -1]
 
 
-def response_logits(
-    model: LanguageModel, params: Params, states: Float[Array, "B R D"], temperature: float
-) -> Float[Array, "B R V"]:
-    """Scores of each response token under the distribution that samples it."""
-    return model.logits(params, states) / temperature
+def response_logits(model: LanguageModel, params: Params, temperature: float) -> LogitsOf:
+    """The scores of response tokens under the distribution that samples them, from the states before them."""
+    return lambda states: model.logits(params, states) / temperature
 
 
 def response_log_probs(
@@ -59,7 +57,8 @@ def response_log_probs(
 ) -> Float[Array, "B R"]:
     """log π(token | before) of every response token, read in one pass."""
     states = states_before(model, params, tokens, attention_mask, response_length)
-    return token_log_probs(response_logits(model, params, states, temperature), tokens[:, -response_length:])
+    logits_of = response_logits(model, params, temperature)
+    return state_log_probs(logits_of, states, tokens[:, -response_length:], model.vocab_size)[0]
 
 
 def ended(

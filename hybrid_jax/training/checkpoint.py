@@ -118,8 +118,11 @@ class Checkpoints:
                     self._writer.close()
                 self._writer = None
 
-    def newest(self, fresh: RunState) -> RunState | None:
+    def newest(self, fresh: RunState, reference: Params | None = None) -> RunState | None:
         """The newest undamaged checkpoint as a state like ``fresh``, or None where there is no checkpoint.
+
+        Its references are like ``reference``, which may be shapes (`jax.ShapeDtypeStruct`); None is the policy.
+        The number of devices may have changed since: every array goes to where its like lies.
 
         The next save removes the damaged ones that were passed over: the run will write them again.
 
@@ -132,7 +135,7 @@ class Checkpoints:
             return None
         with _checkpointer(self._folder) as reader:
             state, self._damaged = _newest(
-                self._folder, functools.partial(_load_state, reader=reader, fresh=fresh)
+                self._folder, functools.partial(_load_state, reader=reader, fresh=fresh, reference=reference)
             )
         return state
 
@@ -214,9 +217,10 @@ def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]
     return None, []
 
 
-def _load_state(step: int, *, reader: Any, fresh: RunState) -> RunState:
+def _load_state(step: int, *, reader: Any, fresh: RunState, reference: Params | None) -> RunState:
     progress = _read_progress(reader, step)
-    references = {name: fresh.train.params["model"] for name in progress["references"]}
+    like = fresh.train.params["model"] if reference is None else reference
+    references = dict.fromkeys(progress["references"], like)
     wanted = _arrays(dataclasses.replace(fresh, references=references))
     arrays = reader.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
     _check(arrays, progress["checksums"])

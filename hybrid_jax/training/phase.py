@@ -12,7 +12,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState
 
 Metrics = Mapping[str, Any]  # "<phase>/<metric>": a number, on the device or the host
@@ -29,6 +29,19 @@ class PhaseInit:
     references: Mapping[str, Params] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Program:
+    """One compiled function of a step with the shapes that it is called with: what `hybrid_jax.plan` reads."""
+
+    name: str  # "<phase>/<function>"
+    function: Any  # of `jax.jit`
+    arguments: tuple[Any, ...]  # trees of `jax.ShapeDtypeStruct` with shardings
+    settings: Mapping[str, Any] = field(default_factory=dict)  # static keyword arguments
+    loop_steps: int = 1  # the most turns of a loop that may stop early, as decoding does
+    tokens: int = 0  # learned, scored or sampled in one call
+    beside: Any = ()  # trees that lie on the devices meanwhile without being arguments
+
+
 class Phase(Protocol):
     """One way to learn. All state goes in and out of `step`; the phase itself holds only what never changes."""
 
@@ -42,6 +55,15 @@ class Phase(Protocol):
         """One step; the caller counts it. ``state.train`` is consumed (its buffers are donated)."""
         ...
 
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        """What a step compiles, for a state of shapes (`jax.ShapeDtypeStruct` with shardings).
+
+        Args:
+            state: of a run, with all references.
+            prompt_length: tokens of the longest prompts; None takes the longest that the settings allow.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -49,11 +71,11 @@ class Resources:
 
     name: str  # under which the config lists the phase
     model: LanguageModel
-    tokenizer: Tokenizer
-    examples: Sequence[Example]  # the training split
+    tokenizer: Tokenizer | None  # None where the phase is only planned
+    examples: Sequence[Example] | None  # the training split; None where the phase is only planned
     seed: int
     horizon: int  # how many steps the scheduler plans for this phase
-    mesh: MeshConfig
+    placement: Placement
     optimizer_key: str
     eos_ids: tuple[int, ...]  # every token that ends a response
 
@@ -65,15 +87,3 @@ class PhaseConfig(Protocol):
 
 
 PHASES: Registry[Any] = Registry("phase")
-
-
-@dataclass(frozen=True)
-class Program:
-    """One compiled function of a step with the shapes that it is called with: what `hybrid_jax.plan` reads."""
-
-    name: str  # "<phase>/<function>"
-    function: Any  # of `jax.jit`
-    arguments: tuple[Any, ...]  # trees of `jax.ShapeDtypeStruct` with shardings
-    settings: Mapping[str, Any] = field(default_factory=dict)  # static keyword arguments
-    loop_steps: int = 1  # the most turns of a loop that may stop early, as decoding does
-    tokens: int = 0  # learned, scored or sampled in one call

@@ -10,6 +10,10 @@ import pytest
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 
 
+def identity(logits):
+    return logits
+
+
 def test_a_logit_is_compared_with_the_token_after_it():
     tokens = jnp.array([[5, 6, 7, 0]])
     targets, mask = next_token_targets(tokens, jnp.array([[True, False, True, False]]))
@@ -21,7 +25,8 @@ def test_a_model_that_knows_the_next_token_has_no_loss():
     tokens = jnp.array([[3, 1, 2, 0, 1]])
     logits = 100.0 * jax.nn.one_hot(jnp.roll(tokens, -1, axis=1), 4)
     targets, mask = next_token_targets(tokens, jnp.ones((1, 5), bool))
-    assert float(token_cross_entropy(logits[:, :-1], targets, mask).mean()) == pytest.approx(0.0, abs=1e-6)
+    loss = token_cross_entropy(identity, logits[:, :-1], targets, mask, 4)
+    assert float(loss.mean()) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_cross_entropy_equals_a_float64_loop_with_its_gradient():
@@ -38,7 +43,7 @@ def test_cross_entropy_equals_a_float64_loop_with_its_gradient():
     targets[~mask] = -100
 
     def loss(logits):
-        found = token_cross_entropy(logits, jnp.asarray(targets), jnp.asarray(mask))
+        found = token_cross_entropy(identity, logits, jnp.asarray(targets), jnp.asarray(mask), 5)
         return found.total, found
 
     (_, found), got = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits, jnp.float32))
@@ -48,5 +53,6 @@ def test_cross_entropy_equals_a_float64_loop_with_its_gradient():
 
 
 def test_uniform_logits_have_the_perplexity_of_the_vocabulary():
-    loss = token_cross_entropy(jnp.zeros((2, 3, 11)), jnp.zeros((2, 3), int), jnp.ones((2, 3), bool))
+    targets, mask = jnp.zeros((2, 3), int), jnp.ones((2, 3), bool)
+    loss = token_cross_entropy(identity, jnp.zeros((2, 3, 11)), targets, mask, 11)
     assert math.exp(float(loss.mean())) == pytest.approx(11, rel=1e-5)

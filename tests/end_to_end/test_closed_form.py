@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.phases.ppo import PPO, Reference
 from hybrid_jax.phases.ppo_functions import PPOFunctions
+from hybrid_jax.phases.ppo_settings import PPO, Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.decode import Sampler

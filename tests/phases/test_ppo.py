@@ -10,9 +10,10 @@ import pytest
 from hybrid_jax.algorithms.kl_control import AdaptiveKL, FixedKL
 from hybrid_jax.core.batches import Samples, TokenBatch
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.parallel.mesh import MeshConfig
-from hybrid_jax.phases.ppo import PPO, Reference, SFTMix
+from hybrid_jax.parallel.mesh import MeshConfig, put_rows, replicate
+from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.ppo_functions import PPOFunctions
+from hybrid_jax.phases.ppo_settings import PPO, Reference, SFTMix
 from hybrid_jax.phases.sft import sft_objective
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
@@ -202,7 +203,7 @@ def test_eight_devices_give_the_samples_and_the_gradient_of_one():
     ppo = functions()
     state = state_of(ppo)
     tokens, mask = prompts()
-    mesh = MeshConfig(data=8)
+    placement = MeshConfig(data=8).placement()
 
     def step(state, tokens, mask):
         samples = ppo.sample(state.params["model"], tokens, mask, jax.random.key(5))
@@ -212,7 +213,9 @@ def test_eight_devices_give_the_samples_and_the_gradient_of_one():
         return samples, grads
 
     one, one_grads = jax.jit(step)(state, tokens, mask)
-    many, many_grads = jax.jit(step)(mesh.replicate(state), *mesh.split((tokens, mask)))
+    many, many_grads = jax.jit(under(placement, step))(
+        replicate(placement, state), *put_rows(placement, (tokens, mask))
+    )
     assert len(many.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(one.tokens, many.tokens)
     np.testing.assert_allclose(one.log_probs, many.log_probs, atol=1e-5)

@@ -25,8 +25,9 @@ from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_cache import DecoderCache
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
+from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
-from hybrid_jax.parallel.rules import shard
+from hybrid_jax.parallel.rules import born, shard
 
 __all__ = ["Decoder", "DecoderCache", "DecoderConfig"]
 
@@ -51,6 +52,9 @@ class Decoder:
         return self.config.max_length
 
     def init(self, key: Array) -> Params:
+        return born(param_axes, self._init, key)
+
+    def _init(self, key: Array) -> Params:
         params = add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, 1))
         return self.arranged(params)
 
@@ -110,6 +114,8 @@ class Decoder:
         logits = mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32)
         if logits.ndim == 3:
             logits = shard(logits, "batch", "length", "vocab")
+        elif logits.ndim == 2:  # of one token a row, to be sampled
+            logits = shard(logits, "attention_batch", None)
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
@@ -123,13 +129,13 @@ class Decoder:
         scanned = c.execution.scan_layers
         turns = (c.num_layers // c.period,) if scanned else ()
         empty = jnp.zeros((*turns, batch, c.kv_heads, length, c.channels), c.dtype)
-        empty = shard(empty, *(None for _ in turns), "batch", "kv_heads", None, None)
+        empty = shard(empty, *(None for _ in turns), "attention_batch", "attention_kv_heads", None, None)
         arrays = c.period if scanned else c.num_layers
         return DecoderCache(
             keys=(empty,) * arrays,
             values=(empty,) * arrays,
-            key_mask=shard(jnp.zeros((batch, length), bool), "batch", None),
-            positions=shard(jnp.zeros(batch, jnp.int32), "batch"),
+            key_mask=shard(jnp.zeros((batch, length), bool), "attention_batch", None),
+            positions=shard(jnp.zeros(batch, jnp.int32), "attention_batch"),
             slot=jnp.int32(0),
         )
 

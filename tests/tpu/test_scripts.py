@@ -1,13 +1,10 @@
-"""The scripts of tpu/ against a gcloud that is played by stub_gcloud.sh; what they send to workers really runs."""
+"""The scripts of tpu/ against a gcloud that stub_gcloud.sh plays; what they send to workers really runs."""
 
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,126 +15,6 @@ STUB_GCLOUD = Path(__file__).with_name("stub_gcloud.sh")
 SCRIPTS = ["create", "setup", "run", "babysit", "status", "logs", "stop", "delete", "profile"]
 COMMAND = ["python", "-m", "hybrid_jax.train", "--config", "configs/quickstart.yaml"]
 ARGUMENTS = {"run": ["--", *COMMAND], "babysit": ["--", *COMMAND], "profile": ["gs://bucket/runs/a b/profile"]}
-ARCHIVE = {"hybrid_jax/__init__.py": "", "a file.txt": "the source"}
-
-# What stands for Python on a worker: notes its arguments and environment, then does what the file `behaviour` says,
-# a line a start; the last line stays.
-PYTHON = """#!/usr/bin/env bash
-printf '%s\\0' "$@" >"$HOME/arguments"
-env -0 >"$HOME/environment"
-pwd >"$HOME/folder"
-[ "$1" != -c ] || exit 0
-line=$(head -n 1 "$STUB/behaviour_$(basename "$HOME")")
-[ "$(wc -l <"$STUB/behaviour_$(basename "$HOME")")" -le 1 ] || sed -i 1d "$STUB/behaviour_$(basename "$HOME")"
-echo "log line: $line"
-case $line in
-  exit*) $line ;;
-  wait) trap 'echo saved; exit 143' TERM; for _ in {1..100}; do sleep 0.1; done ;;
-  deaf) trap '' TERM; for _ in {1..100}; do sleep 0.1; done ;;
-esac
-"""
-UV = """#!/usr/bin/env bash
-printf '%s\\0' "$@" >>"$HOME/uv"
-[ "$1" != venv ] || { mkdir -p .venv/bin && cp "$STUB/python" .venv/bin/python; }
-"""
-
-
-@dataclass(frozen=True)
-class Cloud:
-    """A folder where a played gcloud stands first on PATH, and two workers' homes."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(TPU / f"{script}.sh"), *arguments],
-            env={**self.environment, **environment},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def ok(self, script: str, *arguments: str, **environment: str) -> str:
-        done = self.run(script, *arguments, **environment)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    def write(self, name: str, *lines: object) -> None:
-        (self.folder / name).write_text("".join(f"{line}\n" for line in lines))
-
-    def behave(self, *lines: str, worker: int | None = None) -> None:
-        for i in (0, 1) if worker is None else (worker,):
-            self.write(f"behaviour_{i}", *lines)
-
-    def calls(self, verb: str = "") -> list[list[str]]:
-        """Every call so far whose words hold these, such as "queued-resources create"."""
-        file = self.folder / "calls"
-        calls = (
-            [c.rstrip("\0").split("\0") for c in file.read_text().split("\036") if c] if file.exists() else []
-        )
-        return [call for call in calls if verb in " ".join(call)]
-
-    def home(self, worker: int) -> Path:
-        return self.folder / "workers" / str(worker)
-
-    def read(self, worker: int, name: str) -> list[str]:
-        return (self.home(worker) / name).read_text().rstrip("\0").split("\0")
-
-    def set_up(self) -> None:
-        """As setup.sh leaves the workers, without the copying."""
-        for worker in (0, 1):
-            folder = self.home(worker) / "hybrid_jax" / ".venv" / "bin"
-            folder.mkdir(parents=True)
-            shutil.copy(self.folder / "python", folder / "python")
-
-    def wait_for(self, state: str) -> None:
-        """Until every worker's run is in this state."""
-        for _ in range(150):
-            lines = self.ok("status").splitlines()
-            if [line for line in lines if line.startswith("state: ")] == [f"state: {state}"] * 2:
-                return
-        raise AssertionError(lines)
-
-
-def executable(path: Path, text: str) -> None:
-    path.write_text(text)
-    path.chmod(0o755)
-
-
-@pytest.fixture
-def cloud(tmp_path):
-    programs = tmp_path / "bin"
-    for folder in (programs, tmp_path / "workers" / "0", tmp_path / "workers" / "1"):
-        folder.mkdir(parents=True)
-    shutil.copy(STUB_GCLOUD, programs / "gcloud")
-    (programs / "gcloud").chmod(0o755)
-    executable(programs / "uv", UV)
-    executable(tmp_path / "python", PYTHON)
-    (tmp_path / "env").write_text("")
-    quick = {name: "0" for name in ("TPU_POLL_SECONDS", "TPU_RETRY_SECONDS", "TPU_BACKOFF_SECONDS")}
-    settings = {"TPU_PROJECT": "a-project", "TPU_ZONE": "us-west4-a", "TPU_NAME": "tiny", "TPU_RETRIES": "3"}
-    cloud = Cloud(
-        tmp_path,
-        {
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "HOME": str(tmp_path),
-            "STUB": str(tmp_path),
-            "TPU_ENV": str(tmp_path / "env"),
-            "TPU_ACCELERATOR": "v5litepod-16",
-            "TPU_STOP_SECONDS": "10",
-            **quick,
-            **settings,
-        },
-    )
-    cloud.write("states", "ACTIVE")
-    cloud.write("node_states", "READY")
-    cloud.write("fail_text", "ERROR: (gcloud) UNAVAILABLE")
-    cloud.behave("exit 0")
-    yield cloud
-    for pid in tmp_path.glob("workers/*/hybrid_jax_job/pid"):
-        subprocess.run(["kill", "-KILL", "--", f"-{pid.read_text().strip()}"], capture_output=True, check=False)
 
 
 def words_of(call: list[str], flag: str) -> str:
@@ -177,10 +54,10 @@ def test_create_waits_through_the_queue_and_says_how_to_end_the_bill(cloud):
     )
     said = cloud.ok("create")
     (call,) = cloud.calls("queued-resources create")
-    assert call == [
-        *"compute tpus queued-resources create tiny --node-id=tiny --zone=us-west4-a --project=a-project --quiet".split(),
-        *"--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot".split(),
-    ]
+    assert " ".join(call) == (
+        "compute tpus queued-resources create tiny --node-id=tiny --zone=us-west4-a --project=a-project --quiet"
+        " --accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --spot"
+    )
     assert re.findall(r"tiny: (\w+)", said) == ["ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"]
     assert said.count("gcloud compute tpus queued-resources delete tiny --zone=us-west4-a") == 2
     assert len(cloud.calls("queued-resources describe")) == 6
@@ -407,11 +284,11 @@ def test_stop_kills_only_when_told_to(cloud):
 # babysit
 
 
-def babysit(cloud: Cloud, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def babysit(cloud, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return cloud.run("babysit", *arguments, "--", *COMMAND, "it's me", **environment)
 
 
-def verbs(cloud: Cloud) -> list[str]:
+def verbs(cloud) -> list[str]:
     return [call[3] for call in cloud.calls("queued-resources") if call[3] != "describe"]
 
 
@@ -508,7 +385,7 @@ def test_delete_ends_the_bill_and_is_content_when_nothing_is_there(cloud):
 
 
 def test_profile_tunnels_to_a_server_on_the_worker(cloud):
-    executable(cloud.folder / "bin" / "uvx", '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$HOME/uvx"\n')
+    cloud.program("uvx", '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$HOME/uvx"\n')
     (cloud.home(1) / "hybrid_jax_job").mkdir()
     shutil.copy(TPU / "worker.sh", cloud.home(1) / "hybrid_jax_job")
     cloud.ok("profile", "--worker", "1", "--port", "7000", "gs://b/a run/profile")
@@ -644,3 +521,60 @@ def test_the_example_settings_hold_no_project_and_let_the_shell_win(cloud):
     printed = cloud.ok("create", "--dry-run", TPU_ENV=str(TPU / "env.example"), TPU_ACCELERATOR="v6e-8")
     assert "--accelerator-type=v6e-8" in printed
     assert "--project=a-project" in printed
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (1, False), (2, False), (143, True)])
+def test_the_slurm_job_goes_back_to_the_queue_only_after_it_has_saved(cloud, code, requeued):
+    cloud.program("srun", f'#!/usr/bin/env bash\nprintf "%s\\0" "$@" >srun_arguments\nexit {code}\n')
+    cloud.program("scontrol", '#!/usr/bin/env bash\necho "$@" >scontrol_arguments\n')
+    environment = {**cloud.environment, "SLURM_SUBMIT_DIR": str(cloud.folder), "SLURM_JOB_ID": "77"}
+    line = ["bash", str(TPU / "slurm" / "train.sbatch"), "--config", "a file.yaml", "run_dir=it's here"]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    words = (cloud.folder / "srun_arguments").read_text().rstrip("\0").split("\0")
+    assert words[1:] == ["python", "-m", "hybrid_jax.train", *line[2:]]
+    asked = cloud.folder / "scontrol_arguments"
+    assert (asked.read_text() if asked.exists() else "") == ("requeue 77\n" if requeued else "")
+
+
+def test_the_slurm_job_has_a_process_for_every_gpu():
+    text = (TPU / "slurm" / "train.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.*)$", text, re.MULTILINE))
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert options["signal"] == "TERM@300"
+    assert options["open-mode"] == "append"
+
+
+def test_the_jobset_has_a_pod_for_every_four_chips_and_fails_for_good_at_a_mistake_in_the_config():
+    (jobset,) = yaml.safe_load_all((TPU / "gke" / "jobset.yaml").read_text())
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (job,) = jobset["spec"]["replicatedJobs"]
+    job = job["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    assert chips == container["resources"]["requests"]["google.com/tpu"]
+    assert job["parallelism"] * chips == job["completions"] * chips == rows * columns
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    assert pod["restartPolicy"] == "Never", "a podFailurePolicy needs it"
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert container["command"][:3] == COMMAND[:3]
+    config = container["command"][container["command"].index("--config") + 1]
+    assert (TPU.parent / config).is_file()
+
+
+def test_the_image_copies_only_what_is_there():
+    text = (TPU / "gke" / "Dockerfile").read_text()
+    for sources in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert all((TPU.parent / source).exists() for source in sources.split()), sources
+
+
+def test_every_file_that_the_guide_names_exists():
+    guide = (TPU / "README.md").read_text()
+    named = set(re.findall(r"\b((?:tpu|configs|scripts)/[\w./-]*\.(?:sh|sbatch|yaml|example|md))", guide))
+    assert {f"tpu/{script}.sh" for script in SCRIPTS} <= named
+    assert not [name for name in named if not (TPU.parent / name).is_file()]

@@ -104,15 +104,14 @@ def test_cudnn_serves_what_it_documents_and_is_exact(call, why):
 @pytest.mark.parametrize(
     ("said", "capability"), [("9.0", (9, 0)), ("12.1", (12, 1)), ("gfx942", None), (None, None)]
 )
-def test_the_compute_capability_is_that_of_the_devices_to_compile_for(said, capability, monkeypatch):
-    monkeypatch.setattr(
-        jax, "devices", lambda: [SimpleNamespace(**({"compute_capability": said} if said else {}))]
-    )
-    monkeypatch.setattr(attention, "target_platform", lambda: "gpu")
-    calls = []
-    monkeypatch.setattr(attention, "choose", lambda call, asked: calls.append(call) or ("einsum", None))
-    jax.eval_shape(lambda *qkv: causal_attention(*qkv), *[jnp.zeros((2, 9, 2, 8), jnp.bfloat16)] * 3)
-    assert calls == [AttentionCall("gpu", "bfloat16", length=9, channels=8, capability=capability)]
+@pytest.mark.parametrize("placed", [False, True])
+def test_the_compute_capability_is_that_of_the_devices_to_compile_for(said, capability, placed, monkeypatch):
+    device = SimpleNamespace(**({"compute_capability": said} if said else {}))
+    other = SimpleNamespace(compute_capability="7.0")
+    placement = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([[device]])))
+    monkeypatch.setattr(jax, "devices", lambda: [other if placed else device])
+    monkeypatch.setattr(attention, "current_placement", lambda: placement if placed else None)
+    assert attention._capability() == capability
 
 
 @pytest.mark.parametrize(("kv_heads", "alike"), [(4, True), (2, False), (1, False)])

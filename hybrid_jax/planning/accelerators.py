@@ -1,13 +1,11 @@
 """What accelerators can do at best: memory, arithmetic, bandwidths.
 
-Peaks are those that the makers publish for a chip: TPUs https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
-and the page of each version (v4, v5e, v5p, v6e, tpu7x); GPUs the data sheets of A100 (80 GB SXM), H100 SXM and
-H200 SXM, dense bfloat16. ``interconnect_bandwidth`` is one way: half of a TPU's bidirectional figure over all its
-links, half of NVLink's.
+Peaks are those that the makers publish for a chip. TPUs: https://docs.cloud.google.com/tpu/docs, the pages v4,
+v5e, v5p, v6e and tpu7x. GPUs: the data sheets of A100 (80 GB SXM), H100 SXM and H200 SXM, dense bfloat16. The
+interconnect's is one way: half of a TPU's bidirectional figure over all its links, half of NVLink's.
 
-A TPU's ``memory_bytes`` are not the published ones but those that XLA can use: what its compiler (libtpu 0.0.42)
-named as the available memory when it refused a program that was too large. A GPU's or a CPU's are read from the
-device (`usable_memory`).
+A TPU's ``memory_bytes`` are not the published ones but what XLA can use: its compiler (libtpu 0.0.42) named it
+when it refused a program that was too large. A GPU's are what its runtime says, where there is one.
 """
 
 from __future__ import annotations
@@ -93,7 +91,7 @@ def usable_memory(device: Any) -> float | None:
 
 
 def measured(count: int) -> Accelerator:
-    """This machine's CPU, shared evenly by ``count`` fake devices: a product of matrices, passes over memory."""
+    """This machine's CPU, shared evenly by ``count`` devices: a product of matrices, passes over memory."""
     import jax
     import jax.numpy as jnp
 

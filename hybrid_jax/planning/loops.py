@@ -1,7 +1,7 @@
 """How often a loop of a compiled program turns: its counter is simulated, everything else is unknown.
 
-A value is an int (or bool), a tuple of values, or None where it depends on data. Logic has three values: "and" of
-something false and something unknown is false. So a loop that may stop early still has a bound.
+A value is an int (or bool), a tuple of values, or None where it depends on data. Logic has three values: "and"
+of something false and something unknown is false. So a loop that may stop early still has a bound.
 """
 
 from __future__ import annotations

@@ -1,0 +1,187 @@
+"""One compiled program of a step: its memory by XLA's own analysis, its costs, how fast it can be at best."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from hybrid_jax.planning.accelerators import GIB, Accelerator
+from hybrid_jax.planning.program_cost import Cost, ProgramCost, program_cost
+from hybrid_jax.training.phase import Program
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = r"([\d.]+)([KMGT]?)"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, by ``compiled.memory_analysis()``.
+
+    Attributes:
+        arguments: of what the program is called with.
+        temporaries: that it allocates for the time of the call.
+        outputs: of what it returns.
+        aliases: outputs that take the place of donated arguments.
+        live: the most that is in use at one time, as XLA counts it. Less than `peak`: memory that cannot be
+            shared is missing, on a CPU all temporaries are.
+        host: in the host's memory, of all these kinds.
+    """
+
+    arguments: float
+    temporaries: float
+    outputs: float
+    aliases: float
+    live: float = 0.0
+    host: float = 0.0
+
+    @property
+    def peak(self) -> float:
+        """What a device must have free: the sum that a TPU's compiler compares with its memory."""
+        return self.arguments + self.temporaries + self.outputs - self.aliases
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds that no run can go below, from published (or measured) peaks: predictions by formula."""
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @classmethod
+    def of(cls, cost: Cost, chip: Accelerator) -> Roofline:
+        """Each part as if the others cost nothing; the devices of a chip share it."""
+        return cls(
+            compute=cost.flops * chip.devices / chip.peak_flops,
+            memory=cost.bytes * chip.devices / chip.memory_bandwidth,
+            interconnect=cost.collective_bytes * chip.devices / chip.interconnect_bandwidth,
+        )
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute, self.memory, self.interconnect)
+
+    @property
+    def bound_by(self) -> str:
+        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
+
+    def __mul__(self, times: float) -> Roofline:
+        return Roofline(self.compute * times, self.memory * times, self.interconnect * times)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A program of a phase as it was compiled, or why it could not be."""
+
+    name: str  # "<phase>/<function>"
+    tokens: int  # that one call learns from, scores or samples, on all devices
+    compile_seconds: float
+    beside: float = 0.0  # bytes that lie on a device meanwhile: the rest of the run's state
+    memory: Memory | None = None
+    cost: ProgramCost | None = None  # of one device
+    refused: float | None = None  # bytes that a program needs which the compiler refused
+    problem: str | None = None  # the compiler's reason
+
+    @property
+    def peak(self) -> float | None:
+        """Bytes that a device must hold during the call; None where a compiler that refused did not say."""
+        needed = self.refused if self.memory is None else self.memory.peak
+        return None if needed is None else needed + self.beside
+
+    def fits(self, chip: Accelerator | None) -> bool | None:
+        """Whether a device can hold it; None where its memory is not known."""
+        if self.memory is None:
+            return False
+        return None if chip is None or self.peak is None else self.peak <= chip.memory_bytes
+
+    def parts(self) -> dict[str, tuple[Cost, int]]:
+        """Costs that follow one another, and how often: of sampling, the prefill and a decoded token."""
+        assert self.cost is not None
+        if not self.cost.loops:
+            return {"": (self.cost.once, 1)}
+        turn = self.cost.looped * (1 / max(self.cost.turns, 1))
+        return {"prefill": (self.cost.once, 1), "decode": (turn, self.cost.turns)}
+
+    def seconds(self, chip: Accelerator) -> float | None:
+        """At best; None for a program that could not be compiled."""
+        if self.cost is None:
+            return None
+        return sum(Roofline.of(cost, chip).seconds * times for cost, times in self.parts().values())
+
+
+def compile_step(program: Program, platform: str) -> Step:
+    """Compiles a program for the devices that its arguments lie on; nothing is allocated or run."""
+    started = time.perf_counter()
+    beside = device_bytes(program.beside)
+    try:
+        with _uncached():
+            compiled = program.function.lower(*program.arguments, **program.settings).compile()
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        seconds = time.perf_counter() - started
+        refused, problem = out_of_memory(str(error))
+        return Step(program.name, program.tokens, seconds, beside, refused=refused, problem=problem)
+    return Step(
+        name=program.name,
+        tokens=program.tokens,
+        compile_seconds=time.perf_counter() - started,
+        beside=beside,
+        memory=memory_of(compiled),
+        cost=program_cost(compiled.as_text(), platform, program.loop_steps),
+    )
+
+
+@contextlib.contextmanager
+def _uncached() -> Iterator[None]:
+    """Without the persistent cache: it cannot hold programs for absent devices, and it hides seconds."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX remembers whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def device_bytes(tree: Any) -> float:
+    """Of a tree of shapes, what lies in the memory of one device."""
+    return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> float:
+    sharding = leaf.sharding
+    if sharding is None:
+        return leaf.size * leaf.dtype.itemsize
+    if sharding.memory_kind in ("pinned_host", "unpinned_host"):
+        return 0.0
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def memory_of(compiled: Any) -> Memory:
+    """Of a compiled program."""
+    analysis = compiled.memory_analysis()
+    kinds = ("argument", "temp", "output", "alias")
+    sizes = [getattr(analysis, f"{kind}_size_in_bytes") for kind in kinds]
+    host = [getattr(analysis, f"host_{kind}_size_in_bytes", 0) for kind in kinds]
+    live = getattr(analysis, "peak_memory_in_bytes", 0)
+    return Memory(*sizes, live=live, host=host[0] + host[1] + host[2] - host[3])
+
+
+def out_of_memory(message: str) -> tuple[float | None, str]:
+    """Bytes that a program needs, and one line, from what a compiler says when it refuses one."""
+    required = re.search(rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}B?\)", message)
+    required = required or re.search(rf"Used {_SIZE}B? of {_SIZE}B? hbm", message)
+    if required is None:
+        return None, "does not fit: " + " ".join(message.split())[:200]
+    needed, available = (float(n) * _UNITS[unit] for n, unit in (required.groups()[:2], required.groups()[2:]))
+    return needed, f"does not fit: needs {needed / GIB:.2f} of {available / GIB:.2f} GiB"

@@ -143,7 +143,7 @@ def compile_step(program: Program, platform: str) -> Step:
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
     """Without the persistent cache: it cannot hold programs for absent devices, and it hides seconds."""
-    before = jax.config.jax_enable_compilation_cache
+    before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  pyright does not see it
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX remembers whether there is one
     try:

@@ -78,7 +78,7 @@ def test_a_slice_has_its_devices_without_any_hardware(name, devices, chips, acce
 
 @needs_libtpu
 def test_a_program_for_a_slice_has_costs_that_are_counted_by_hand():
-    layers, rows, width, inner, count = 5, 64, 256, 512, 4
+    layers, rows, width, inner, count = 5, 1024, 256, 512, 4
     mesh = Mesh(np.array(find_topology("v5e:2x2").devices), ("fsdp",))
 
     def array(shape, *spec):

@@ -172,7 +172,7 @@ class Decoder:
         return self._read(params, token[:, None], cache.positions[:, None], attend, after)
 
     def _attention(self, q, k, v, segment_ids, rule, sinks) -> Float[Array, "B T H C"]:
-        return causal_attention(q, k, v, segment_ids, rule, sinks)
+        return causal_attention(q, k, v, segment_ids, rule, sinks, self.config.execution.attention)
 
     def _read(self, params, tokens, positions, attend: Attend, cache: DecoderCache):
         """Reads tokens into the keys and values of the cache; returns the scores after the last one."""

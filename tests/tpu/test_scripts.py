@@ -256,6 +256,7 @@ def test_a_second_run_is_refused_while_one_goes_on_and_stop_lets_it_save(cloud):
     done = cloud.run("run", "--sync", "none", "--", *COMMAND)
     assert done.returncode == 1
     assert "stop it with tpu/stop.sh" in done.stderr
+    assert len(cloud.calls("tpu-vm scp")) == 1, "files were changed under a run"
     cloud.ok("stop")
     cloud.wait_for("stopped")
     for worker in ("0", "1"):
@@ -263,6 +264,9 @@ def test_a_second_run_is_refused_while_one_goes_on_and_stop_lets_it_save(cloud):
         assert "saved\n" in log
         assert log.count("starts on") == 1
     assert cloud.read(0, "hybrid_jax_job/exit_code") == ["143\n"]
+    cloud.behave("exit 0")
+    cloud.ok("run", "--sync", "none", "--", *COMMAND)
+    cloud.wait_for("exit 0")
 
 
 def test_stop_kills_only_when_told_to(cloud):
@@ -279,6 +283,7 @@ def test_stop_kills_only_when_told_to(cloud):
     cloud.wait_for("running")
     cloud.ok("stop", "--force", TPU_STOP_SECONDS="0")
     cloud.wait_for("stopped")
+    assert not (cloud.home(0) / "hybrid_jax_job" / "exit_code").exists(), "it ended by itself"
 
 
 # babysit
@@ -340,6 +345,12 @@ def test_babysit_stops_at_a_mistake_in_the_config(cloud):
     assert done.returncode == 2
     assert "mistake in its config" in done.stderr
     assert not verbs(cloud)
+
+
+def test_babysit_does_not_repeat_a_mistake_in_its_settings(cloud):
+    cloud.write("states", "MISSING")
+    done = babysit(cloud, TPU_CAPACITY="cheap")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
 
 
 def test_babysit_restarts_a_run_that_crashed_on_one_worker_everywhere(cloud):

@@ -36,7 +36,9 @@ from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
+from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.phase import PHASES, Phase, Resources
+from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
@@ -46,7 +48,10 @@ from hybrid_jax.training.state import RunState
 log = logging.getLogger(__name__)
 
 # Settings that may change between two starts of one run: they decide what is written, not what is learnt.
-FREE_SETTINGS = ("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache")
+FREE_SETTINGS = (
+    *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
+    *("peak_tflops", "profile"),
+)
 
 
 @dataclass(frozen=True)
@@ -67,17 +72,25 @@ class ExperimentConfig:
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
     mesh: MeshConfig = MeshConfig()
     compilation_cache: Path | None = field(default_factory=lambda: _cache_dir())
+    peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
+    profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
 
     def __post_init__(self):
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
         for phase in self.scheduler.phases:
             if phase not in self.phases:
                 raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
-        if self.share_optimizer_state and len({type(phase.optimizer) for phase in self.phases.values()}) > 1:
-            raise ValueError("share_optimizer_state needs phases with the same kind of optimizer")
+        optimizers = [phase.optimizer for phase in self.phases.values()]
+        kinds = {(type(optimizer), getattr(optimizer, "state_dtype", None)) for optimizer in optimizers}
+        if self.share_optimizer_state and len(kinds) > 1:
+            raise ValueError(
+                "share_optimizer_state needs phases with the same kind of optimizer and the same state_dtype"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -246,8 +259,11 @@ class Experiment:
             logger = open_loggers(self.config.loggers, folder, settings, saved and saved.step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
+        machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
+        profiler = Profiler(self.config.profile, folder / "profile")
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
-        return state, checkpoints, Recorder(logger, Progress(self.steps, state.step), elapsed)
+        recorder = Recorder(logger, Progress(self.steps, state.step), elapsed, machine, profiler)
+        return state, checkpoints, recorder
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every

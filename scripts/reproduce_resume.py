@@ -176,6 +176,7 @@ def _experiment(folder: Path, options: argparse.Namespace) -> Any:
 def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[str]:
     """What differs between two finished runs, one line each."""
     from hybrid_jax.training.checkpoint import Checkpoints
+    from hybrid_jax.training.loggers import without_timings
 
     if not all(max(_checkpoints(folder), default=0) == options.steps for folder in (one, other)):
         return ["a run has no checkpoint of its last step"]
@@ -184,7 +185,7 @@ def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[st
     lines = [f"state: {name}" for name in states[0] | states[1] if states[0].get(name) != states[1].get(name)]
     print(f"compared {len(states[0])} parts of the final state, {sum(map(len, states[0].values()))} bytes")
     for name in ("metrics.jsonl", "samples.jsonl"):
-        logs = [[_without_timings(record) for record in _records(folder / name)] for folder in (one, other)]
+        logs = [[without_timings(record) for record in _records(folder / name)] for folder in (one, other)]
         print(f"compared {len(logs[0])} lines of {name}")
         if logs[0] != logs[1] or not logs[0]:
             lines.append(f"{name}: {len(logs[0])} and {len(logs[1])} lines, not the same")
@@ -214,10 +215,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             records.append({"step": -1, "torn": line})
     return records
-
-
-def _without_timings(record: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if not k.endswith(("seconds", "tokens_per_second"))}
 
 
 def _checkpoints(folder: Path) -> list[int]:

@@ -43,6 +43,8 @@ from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import columns_of
 from hybrid_jax.sampling.responses import decode_responses
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale
 from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState
@@ -78,17 +80,20 @@ class PPOPhase:
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         start = {n: r for n, r in self.config.references.items() if r.frozen_at == "start"}
         groups = {"model": params["model"], "value": self.functions.init_value(params["model"])}
-        transform = self.config.optimizer.transform()
+        transform = layer_by_layer(self.config.optimizer.transform())
         return PhaseInit(
             params={"value": groups["value"]},
             opt_state={group: transform.init(tree) for group, tree in groups.items()},
-            extra={self.functions.kl_key: self.config.kl_control.init()},
+            extra={
+                self.functions.kl_key: self.config.kl_control.init(),
+                **initial_loss_scale(self.functions.model),
+            },
             host={f"{self.name}/reward": self.config.reward.init()},
             references={name: self._frozen(params["model"]) for name in start},
         )
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
-        started = time.perf_counter()
+        clock = _Clock()
         state = self._enter(state)
         assert self.prompts is not None, "a planned phase takes no steps"
         steps, cursor = state.schedule.steps.get(self.name, 0), state.cursors.get(self.name, 0)
@@ -97,24 +102,31 @@ class PPOPhase:
         )
         sample_key, learn_key = jax.random.split(key)
         tokens, mask = put_rows(self._placement, (prompts.tokens, prompts.mask))
+        examples = self._example_batch(state.cursors.get(f"{self.name}/examples", 0))
+        clock.lap("input")
         samples = self._sample(state.base, state.train.params["model"], tokens, mask, sample_key)
         scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
-        scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored)
+        scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored, clock)
         groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
-        examples = self._example_batch(state.cursors.get(f"{self.name}/examples", 0))
         train, metrics = self._learn(
             state.base, state.train, scored, scores, examples, learn_key, rate, groups=groups
         )
+        # The update has been started, so that the device does not wait while the host looks at the clock.
+        jax.block_until_ready(samples.tokens)
+        if self.config.reward.on_device:
+            clock.lap("rollout")
+        jax.block_until_ready(scored.values)
+        clock.lap("score")
         state = replace(
             state,
             train=train,
             host={**state.host, f"{self.name}/reward": reward_state},
             cursors={**state.cursors, **self._advance(state.cursors)},
         )
-        metrics = {**metrics, **host_metrics, "learning_rate": rate}
-        metrics["dispatch_seconds"] = time.perf_counter() - started
+        metrics = {**metrics, **host_metrics, **clock.seconds, "learning_rate": rate}
+        metrics["dispatch_seconds"] = sum(clock.seconds.values())
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def _above_base(self, name: str) -> Callable[..., Any]:
@@ -197,10 +209,11 @@ class PPOPhase:
             state = replace(state, train=replace(state.train, params=params))
         return replace(state, references={**state.references, **due}) if due else state
 
-    def _reward(self, state: RunState, prompts: PromptBatch, samples: Samples, scored: Scored):
+    def _reward(
+        self, state: RunState, prompts: PromptBatch, samples: Samples, scored: Scored, clock: _Clock
+    ) -> tuple[Any, Any, dict[str, Any]]:
         """Scores of the responses; texts are scored on the host while the device scores the tokens."""
         reward, reward_state = self.config.reward, state.host[f"{self.name}/reward"]
-        before = time.perf_counter()
         if reward.on_device:
             return (
                 reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask),
@@ -209,7 +222,7 @@ class PPOPhase:
             )
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
         here = [prompts.examples[row] for row in rows_here(samples.tokens)]
-        sampled = time.perf_counter()
+        clock.lap("rollout")
         responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
         parts = reward.raw([example.prompt for example in here], responses, columns_of(here))
         # A number a row and part, from every process: statistics are over the whole rollout.
@@ -219,11 +232,7 @@ class PPOPhase:
             f"reward/{name.removesuffix('_mean')}": number
             for name, number in reward.metrics(reward_state, parts).items()
         }
-        metrics |= {
-            "rollout_seconds": sampled - before,
-            "reward_seconds": time.perf_counter() - sampled,
-            "tokens": samples.response_mask.sum() if jax.process_count() > 1 else int(mask.sum()),
-        }
+        clock.lap("reward")
         return put_rows(self._placement, scores), reward_state, metrics
 
     def _example_batch(self, cursor: int) -> TokenBatch | None:
@@ -241,6 +250,18 @@ class PPOPhase:
     @property
     def _example_rows(self) -> int:
         return self.config.sft_mix.batch_size * self.config.minibatches if self.config.sft_mix else 0
+
+
+class _Clock:
+    """What the host waited for in one step, in turn: ``<part>_seconds``."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"{part}_seconds"], self._last = now - self._last, now
 
 
 def prompt_stream(config: PPO, resources: Resources) -> PromptStream:

@@ -6,7 +6,6 @@ With a reward on the device, `PPOFunctions.iteration` is a whole step as one fun
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +31,7 @@ from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.phases.sft import num_targets, sft_losses
+from hybrid_jax.phases.work import ppo_flops
 from hybrid_jax.sampling.responses import (
     ended,
     join,
@@ -40,8 +40,10 @@ from hybrid_jax.sampling.responses import (
     shift_states,
     states_before,
 )
+from hybrid_jax.training import nonfinite
+from hybrid_jax.training.loss_scale import loss_scale_of
 from hybrid_jax.training.state import TrainState
-from hybrid_jax.training.update import Objective, apply_gradients, gradients
+from hybrid_jax.training.update import Objective, update_state
 
 if TYPE_CHECKING:
     from hybrid_jax.phases.ppo_settings import PPO
@@ -144,7 +146,16 @@ class PPOFunctions:
         if "model" in groups:  # a policy at rest says nothing about the strength of its leash
             control_state = control.update(control_state, rollout_metrics["kl"], scores.shape[0])
         state = replace(state, extra={**state.extra, self.kl_key: control_state})
-        return state, {**score_metrics, **rollout_metrics, **update_metrics, "kl_coef": coef}
+        metrics = {**score_metrics, **rollout_metrics, **update_metrics, "kl_coef": coef}
+        return state, {**metrics, **self._work(scored, groups)}
+
+    def _work(self, scored: Scored, groups: tuple[str, ...]) -> dict[str, Any]:
+        """Tokens sampled and arithmetic needed in one step."""
+        rows, length = scored.response_mask.shape
+        tokens = scored.response_mask.sum()
+        prompt_length = scored.tokens.shape[1] - length
+        work = ppo_flops(self.config, self.model, rows, prompt_length, length, tokens, groups)
+        return {"tokens": tokens, **work}
 
     def _final_scores(self, scores: Array, scored: Scored) -> tuple[Array, dict[str, Array]]:
         length = scored.response_mask.shape[1]
@@ -213,27 +224,39 @@ class PPOFunctions:
         parts = jnp.tile(jnp.arange(minibatches), config.epochs)
 
         def minibatch(carry, inputs):
-            params, opt_state, stopped = carry
+            state, stopped = carry
             rows, part, key = inputs
             batch = shard_rows((jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches)))
-            trained = {group: params[group] for group in groups}
-            grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
-            new_params, new_opt_state, norm = apply_gradients(config.optimizer, params, opt_state, grads, rate)
-            taken = jnp.logical_not(stopped)
-            if config.target_kl is not None:
-                taken &= metrics["approx_kl"] <= config.target_kl
-                new_params, new_opt_state = jax.tree.map(
-                    functools.partial(jnp.where, taken), (new_params, new_opt_state), (params, opt_state)
-                )
-            return (new_params, new_opt_state, ~taken), ({**metrics, "grad_norm": norm}, taken)
+            state, metrics, taken = update_state(
+                objective,
+                config.optimizer,
+                state,
+                batch,
+                key,
+                rate,
+                optimizer_key=self.optimizer_key,
+                groups=groups,
+                microbatches=config.microbatches,
+                scaling=loss_scale_of(self.model),
+                accept=lambda metrics: ~(stopped | self._too_far(metrics)),
+            )
+            return (state, stopped | self._too_far(metrics)), (metrics, taken)
 
-        carry = (state.params, state.opt_state[self.optimizer_key], jnp.asarray(False))
+        own = replace(state, opt_state={self.optimizer_key: state.opt_state[self.optimizer_key]})
         inputs = (rows, parts, jax.random.split(loss_key, len(parts)))
-        (params, opt_state, _), (metrics, taken) = jax.lax.scan(minibatch, carry, inputs)
-        state = replace(state, params=params, opt_state={**state.opt_state, self.optimizer_key: opt_state})
+        (own, _), (metrics, taken) = jax.lax.scan(minibatch, (own, jnp.asarray(False)), inputs)
+        state = replace(own, opt_state={**state.opt_state, **own.opt_state})
         first_ratio = metrics["ratio"][0]  # 1, or sampling and training disagree
-        means = {name: Sum.of(values, taken).mean() for name, values in metrics.items()}
-        return state, {**means, "first_ratio": first_ratio, "updates": taken.sum()}
+        bad = metrics.pop(nonfinite.METRIC)
+        counted = taken | (bad != nonfinite.FINE)
+        means = {name: Sum.of(values, counted).mean() for name, values in metrics.items()}
+        means |= {nonfinite.METRIC: bad[jnp.argmax(bad != nonfinite.FINE)], "updates": taken.sum()}
+        return state, {**means, "first_ratio": first_ratio}
+
+    def _too_far(self, metrics: Mapping[str, Array]) -> Array:
+        """Whether the policy has moved as far as one step may."""
+        target = self.config.target_kl
+        return jnp.asarray(False) if target is None else metrics["approx_kl"] > target
 
     def objective(self, frozen: Mapping[str, Params]) -> Objective:
         """The loss of the groups that are not ``frozen``."""

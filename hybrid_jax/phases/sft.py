@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -22,11 +23,14 @@ from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.parallel.rules import Placement, shard_params, under
+from hybrid_jax.phases.work import sft_flops
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import DynamicLossScale, initial_loss_scale, loss_scale_of
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState, TrainState
-from hybrid_jax.training.update import Objective, apply_gradients, gradients
+from hybrid_jax.training.update import Objective, update_state
 
 
 @PHASES.register("sft")
@@ -67,20 +71,27 @@ class SFTPhase:
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
         self._stream = None if resources.examples is None else sft_stream(config, resources)
         self._rate = jax.jit(config.optimizer.rate)
-        update = functools.partial(_update, config, resources)
+        self._model = resources.model
+        update: Any = functools.partial(_update, config, resources)
+        update.__name__ = f"{self.name}_update"
         self._update = jax.jit(under(resources.placement, update), donate_argnums=1)
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        return PhaseInit(opt_state={"model": self.config.optimizer.transform().init(params["model"])})
+        transform = layer_by_layer(self.config.optimizer.transform())
+        opt_state = {"model": transform.init(params["model"])}
+        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self._model))
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         assert self._stream is not None, "a planned phase takes no steps"
+        started = time.perf_counter()
         cursor = state.cursors.get(self.name, 0)
-        batch = self._stream.batch(cursor, self.config.batch_size)
+        batch = put_rows(self._placement, self._stream.batch(cursor, self.config.batch_size))
+        input_seconds = time.perf_counter() - started
         steps = state.schedule.steps.get(self.name, 0)
         rate = self._rate(*jax.device_put((steps, self._horizon)))
-        train, metrics = self._update(state.base, state.train, put_rows(self._placement, batch), key, rate)
-        metrics = {**metrics, "learning_rate": rate, "tokens": batch.tokens.size}
+        train, metrics = self._update(state.base, state.train, batch, key, rate)
+        metrics |= {"learning_rate": rate, "tokens": batch.tokens.size, "input_seconds": input_seconds}
+        metrics |= sft_flops(self._model, *batch.tokens.shape)
         state = replace(
             state, train=train, cursors={**state.cursors, self.name: cursor + self.config.batch_size}
         )
@@ -147,7 +158,8 @@ def sft_objective(model: LanguageModel, base: Params | None = None, *, dropout: 
 
 def _update(config: SFT, resources: Resources, base: Params, state: TrainState, *inputs):
     objective = sft_objective(resources.model, base, dropout=config.dropout)
-    state, metrics = sft_update(config, objective, resources.optimizer_key, state, *inputs)
+    scaling = loss_scale_of(resources.model)
+    state, metrics = sft_update(config, objective, resources.optimizer_key, state, *inputs, scaling=scaling)
     return shard_params(state, param_axes), metrics
 
 
@@ -163,12 +175,18 @@ def sft_update(
     batch: TokenBatch,
     key: Array,
     rate: Array | float,
+    scaling: DynamicLossScale | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One optimizer step, as a pure function of the state."""
-    trained = {"model": state.params["model"]}
-    grads, metrics = gradients(objective, trained, batch, key, config.microbatches)
-    params, opt_state, norm = apply_gradients(
-        config.optimizer, state.params, state.opt_state[optimizer_key], grads, rate
+    state, metrics, _ = update_state(
+        objective,
+        config.optimizer,
+        state,
+        batch,
+        key,
+        rate,
+        optimizer_key=optimizer_key,
+        microbatches=config.microbatches,
+        scaling=scaling,
     )
-    state = replace(state, params=params, opt_state={**state.opt_state, optimizer_key: opt_state})
-    return state, {**metrics, "grad_norm": norm}
+    return state, metrics

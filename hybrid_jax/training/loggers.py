@@ -121,6 +121,16 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def without_timings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run that is repeated logs again to the last bit: all but what depends on the machine's day."""
+    of_the_day = ("seconds", "tokens_per_second", "mfu")
+    return {
+        name: value
+        for name, value in record.items()
+        if not name.endswith(of_the_day) and not name.startswith(("memory/", "compile/"))
+    }
+
+
 def strict(value: Any) -> Any:
     """``value`` as strict JSON can hold it: array scalars as Python numbers, non-finite ones as None."""
     if isinstance(value, Mapping):

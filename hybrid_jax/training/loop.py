@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -78,15 +79,15 @@ def train(run: Run) -> RunState:
                 leaving = finished or interrupts.number is not None
                 if state.step > saved and (leaving or state.step % run.checkpoint.every == 0):
                     saved = state.step
-                    recorder.flush()
-                    checkpoints.save(state)
-                    recorder.restart_clock()
+                    with recorder.beside("checkpoint"):
+                        checkpoints.save(state)
                 if interrupts.number is not None:
                     raise Interrupted(interrupts.number)
                 _export_if_due(run, state)
                 if run.evaluation_is_due(state, phase.name):
-                    recorder.flush()  # a step's seconds end with the step
-                    recorder.evaluation(state.step, *run.evaluate(state))
+                    with recorder.beside("evaluation"):
+                        found = run.evaluate(state)
+                    recorder.evaluation(state.step, *found)
                     if interrupts.number is not None:
                         continue
                 if finished:
@@ -116,7 +117,9 @@ def train(run: Run) -> RunState:
 def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None = None) -> RunState:
     """One step of ``phase`` with its randomness, counted and recorded."""
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
-    new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
+    started = contextlib.nullcontext() if recorder is None else recorder.step(state.step, phase.name)
+    with started:
+        new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
     if recorder is not None:
         recorder.add(state.step, phase.name, metrics, new.train.params)

@@ -3,28 +3,68 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
 from hybrid_jax.training import nonfinite
+from hybrid_jax.training.compilation import Compilations, summary
 from hybrid_jax.training.loggers import Logger
+from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.phase import Metrics
+from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+# What a phase may say of its own time; the rest of its step is the device's, finishing the updates.
+PARTS = ("input_seconds", "rollout_seconds", "reward_seconds", "score_seconds")
 
 
 class Recorder:
-    """Holds the metrics of the last step until the next one has been started, then fetches and logs them."""
+    """Holds the metrics of the last step until the next one has been started, then fetches and logs them.
 
-    def __init__(self, logger: Logger, progress: Progress, elapsed: float = 0.0):
+    Args:
+        logger: receives the records.
+        progress: shows them.
+        elapsed: seconds of the run in earlier processes.
+        machine: adds memory, compilations and utilisation to the records.
+        profiler: marks the steps.
+    """
+
+    def __init__(
+        self,
+        logger: Logger,
+        progress: Progress,
+        elapsed: float = 0.0,
+        machine: Machine | None = None,
+        profiler: Profiler | None = None,
+    ):
         self._logger = logger
         self._progress = progress
+        self._machine = machine
+        self._profiler = profiler or Profiler()
+        self._compilations = Compilations()
+        self._started: set[str] = set()  # phases that have taken a step in this process
         self._pending: tuple[int, str, Metrics] | None = None
         self._params: Mapping[str, Any] = {}
+        self._beside: dict[str, float] = {}  # seconds between two steps, for the next record
         self._begin = time.monotonic() - elapsed  # so that the clock of a resumed run goes on
         self._stamp = time.monotonic()
+
+    @contextlib.contextmanager
+    def step(self, step: int, phase: str) -> Iterator[None]:
+        """Around what starts a step: marks it for a profiler and notices what is compiled in it."""
+        self._compilations.new()
+        with self._profiler.step(step, phase):
+            yield
+        compiled = self._compilations.new()
+        if compiled and phase in self._started:
+            log.warning("step %d: %s met new shapes and compiled %s", step, phase, summary(compiled))
+        self._started.add(phase)
 
     def add(self, step: int, phase: str, metrics: Metrics, params: Mapping[str, Any] | None = None) -> None:
         """Takes the metrics of a step that has been started, and the parameters that come out of it."""
@@ -42,14 +82,27 @@ class Recorder:
             return
         (step, phase, metrics), self._pending = self._pending, None
         numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._profiler.finished(step)
         now = time.monotonic()
         seconds, self._stamp = now - self._stamp, now
-        numbers[f"{phase}/seconds"] = seconds
-        if tokens := numbers.pop(f"{phase}/tokens", None):
-            numbers[f"{phase}/tokens_per_second"] = tokens / max(seconds, 1e-9)
         bad = numbers.pop(f"{phase}/{nonfinite.METRIC}", nonfinite.FINE)
+        numbers |= self._speed(phase, numbers, seconds)
         self._write({"step": step, "phase": phase, "seconds": now - self._begin, **numbers})
         nonfinite.check(step, phase, int(bad), numbers, self._params)
+
+    @contextlib.contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """Around what is done between two steps: its seconds are logged, and are no step's.
+
+        The next record, which may be the evaluation's own, holds them as ``time/<name>_seconds``.
+        """
+        self.flush()
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._beside[f"time/{name}_seconds"] = time.monotonic() - started
+            self._stamp = time.monotonic()
 
     def evaluation(self, step: int, numbers: dict[str, float], samples: list[dict[str, Any]]) -> None:
         self.flush()
@@ -57,10 +110,6 @@ class Recorder:
         self._write({"step": step, "phase": "evaluation", "seconds": seconds, **numbers})
         self._logger.samples(samples)
         self._progress.samples(samples)
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leaves what happened since the last step out of the next step's seconds."""
         self._stamp = time.monotonic()
 
     def close(self, flush: bool = True) -> None:
@@ -69,11 +118,29 @@ class Recorder:
             if flush:
                 self.flush()
         finally:
+            self._profiler.close()
             # Every record was flushed when it was written; a disk that refused one has been reported then.
             with contextlib.suppress(OSError):
                 self._logger.close()
             self._progress.close()
 
+    def _speed(self, phase: str, numbers: dict[str, float], seconds: float) -> dict[str, float]:
+        """Where the seconds of a step went, and what was done in them; takes ``tokens`` and ``flops`` out."""
+        speed = {f"{phase}/seconds": seconds}
+        seconds = max(seconds, 1e-9)
+        parts = [numbers[f"{phase}/{part}"] for part in PARTS if f"{phase}/{part}" in numbers]
+        if parts:
+            speed[f"{phase}/update_seconds"] = max(seconds - sum(parts), 0.0)
+        if tokens := numbers.pop(f"{phase}/tokens", None):
+            speed[f"{phase}/tokens_per_second"] = tokens / seconds
+        flops = numbers.pop(f"{phase}/flops", None)
+        if self._machine is not None:
+            mfu = None if flops is None else self._machine.utilisation(flops, seconds)
+            speed |= {} if mfu is None else {f"{phase}/mfu": mfu}
+            speed |= self._machine.numbers()
+        return speed
+
     def _write(self, record: dict[str, Any]) -> None:
+        record, self._beside = {**record, **self._beside}, {}
         self._logger.metrics(record)
         self._progress.update(record)

@@ -17,7 +17,10 @@ from jax import Array
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.models.base import Params
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.training import loss_scale, nonfinite
+from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import DynamicLossScale
 from hybrid_jax.training.optimizers import Optimizer, clip_by_global_norm, sums_of_squares
 from hybrid_jax.training.state import TrainState
@@ -39,7 +42,7 @@ class Objective:
     coefs: Mapping[str, float]
 
 
-def update(
+def update_state(
     objective: Objective,
     optimizer: Optimizer,
     state: TrainState,
@@ -120,7 +123,10 @@ def gradients(
         loss = sum(objective.coefs[name] * term.total / weights[name] for name, term in terms.items())
         return loss if scale is None else loss * scale, {**terms, **metrics}
 
-    grad = jax.grad(part, has_aux=True)
+    def grad(params: Groups, batch: Any, key: Array):
+        grads, sums = jax.grad(part, has_aux=True)(params, batch, key)
+        return shard_params(grads, param_axes), sums  # each device adds up its own part of them
+
     if microbatches == 1:
         grads, sums = grad(params, batch, key)
     else:
@@ -145,7 +151,7 @@ def apply_gradients(
     """
     grads, norm = clip_by_global_norm(grads, optimizer.max_grad_norm, squares)
     params, opt_state = dict(params), dict(opt_state)
-    transform = optimizer.transform()
+    transform = layer_by_layer(optimizer.transform())
     for group, grad in grads.items():
         updates, opt_state[group] = transform.update(grad, opt_state[group], params[group])
         params[group] = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params[group], updates)
@@ -153,12 +159,14 @@ def apply_gradients(
 
 
 def _accumulate(grad: Callable, params: Groups, batch: Any, key: Array, microbatches: int):
-    parts = jax.tree.map(lambda x: x.reshape(microbatches, -1, *x.shape[1:]), batch)
+    # Every microbatch takes its share of the rows of each device, so none has to travel.
+    parts = jax.tree.map(lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
     keys = jax.random.split(key, microbatches)
     shapes = jax.eval_shape(grad, params, jax.tree.map(lambda x: x[0], parts), key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def add(total, part_and_key):
-        return jax.tree.map(jnp.add, total, grad(params, *part_and_key)), None
+        part, key = part_and_key
+        return jax.tree.map(jnp.add, total, grad(params, shard_rows(part), key)), None
 
     return jax.lax.scan(add, zeros, (parts, keys))[0]

@@ -13,7 +13,7 @@ from hybrid_jax.training.loss_scale import DynamicLossScale, initial_loss_scale,
 from hybrid_jax.training.nonfinite import FINE
 from hybrid_jax.training.optimizers import SGD, AdamW, Constant
 from hybrid_jax.training.state import TrainState
-from hybrid_jax.training.update import Objective, gradients, update
+from hybrid_jax.training.update import Objective, gradients, update_state
 
 SGD_STEP = SGD(learning_rate=1.0, schedule=Constant(), max_grad_norm=None)
 
@@ -107,7 +107,7 @@ def test_a_gradient_below_float16_survives_only_with_a_scale():
 
 def take(state, batch, scaling):
     key = jax.random.key(0)
-    return update(HALF, SGD_STEP, state, batch, key, 1.0, optimizer_key="sft", scaling=scaling)
+    return update_state(HALF, SGD_STEP, state, batch, key, 1.0, optimizer_key="sft", scaling=scaling)
 
 
 def test_an_overflow_skips_that_update_and_no_other():
@@ -167,7 +167,7 @@ def test_a_float16_model_learns_like_a_float32_one():
         state = TrainState(params=params, opt_state=opt_state, extra=initial_loss_scale(model))
 
         def step(state, _):
-            new, metrics, taken = update(
+            new, metrics, taken = update_state(
                 sft_objective(model),
                 optimizer,
                 state,

@@ -19,7 +19,7 @@ from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Alternation
 from hybrid_jax.training.state import RunState, TrainState
-from hybrid_jax.training.update import Objective, update
+from hybrid_jax.training.update import Objective, update_state
 
 OPTIMIZER = AdamW(learning_rate=0.1, schedule=Constant())
 NAMES = [  # from the loss to the tokens
@@ -74,7 +74,9 @@ def fresh_state(groups=("model", "value")):
 @jax.jit
 def one_update(state, batch):
     key = jax.random.key(0)
-    return update(OBJECTIVE, OPTIMIZER, state, batch, key, 0.1, optimizer_key="sft", groups=("model", "value"))
+    return update_state(
+        OBJECTIVE, OPTIMIZER, state, batch, key, 0.1, optimizer_key="sft", groups=("model", "value")
+    )
 
 
 def assert_same_bits(got, expected):

@@ -1,0 +1,78 @@
+"""What is compiled, when, and how long it takes, as JAX itself reports it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax.monitoring
+
+# Lowering to StableHLO, and XLA's work on it (or reading the program from the persistent cache). Tracing is not
+# counted: JAX reports a function and those that it calls each with its own overlapping time.
+_LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILING = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One program."""
+
+    function: str  # the name of the function that was jitted
+    seconds: float
+
+
+class Compilations:
+    """All compilations since this was made, of the whole process."""
+
+    def __init__(self):
+        _listen()
+        self._first = self._taken = len(_compiled)
+
+    @property
+    def count(self) -> int:
+        return len(_compiled) - self._first
+
+    @property
+    def seconds(self) -> float:
+        return sum(compiled.seconds for compiled in _compiled[self._first :])
+
+    def new(self) -> list[Compiled]:
+        """Those since the last call."""
+        taken, self._taken = self._taken, len(_compiled)
+        return _compiled[taken : self._taken]
+
+
+def summary(compiled: list[Compiled]) -> str:
+    """``learn (3.2 s), copy (0.1 s, 4 programs)``, the longest first."""
+    by_function: dict[str, list[float]] = {}
+    for program in compiled:
+        by_function.setdefault(program.function, []).append(program.seconds)
+    longest_first = sorted(by_function.items(), key=lambda item: -sum(item[1]))
+    return ", ".join(
+        f"{name} ({sum(seconds):.1f} s" + (f", {len(seconds)} programs)" if len(seconds) > 1 else ")")
+        for name, seconds in longest_first
+    )
+
+
+_compiled: list[Compiled] = []
+_lowered: dict[str, float] = {}  # seconds of lowering, until the same function has been compiled
+_listens = False
+
+
+def _listen() -> None:
+    global _listens
+    if not _listens:
+        _listens = True
+        jax.monitoring.register_event_duration_secs_listener(_on_duration)
+
+
+def _on_duration(event: str, duration_secs: float, **kwargs: Any) -> None:
+    if event not in (_LOWERING, _COMPILING):
+        return
+    name = str(kwargs.get("fun_name", "a function"))
+    function = re.sub(r"^jit\((.*)\)$", r"\1", name)
+    if event == _LOWERING:
+        _lowered[function] = _lowered.get(function, 0.0) + duration_secs
+    else:
+        _compiled.append(Compiled(function, duration_secs + _lowered.pop(function, 0.0)))

@@ -1,0 +1,54 @@
+"""A trace of a few steps for TensorBoard's or XProf's profile view."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Which steps to trace: ``steps`` of them from ``start`` on."""
+
+    start: int = 10  # counted from 0; the first steps of a phase compile
+    steps: int = 3
+
+    def __post_init__(self):
+        for name, least in {"start": 0, "steps": 1}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+
+class Profiler:
+    """Marks every step for whichever profiler is listening, and writes the trace that a config asks for."""
+
+    def __init__(self, config: ProfileConfig | None = None, folder: Path | None = None):
+        self._config, self._folder = config, folder
+        self._is_tracing = False
+
+    @contextlib.contextmanager
+    def step(self, number: int, phase: str) -> Iterator[None]:
+        """Around what starts a step."""
+        if self._config is not None and number == self._config.start:
+            jax.profiler.start_trace(str(self._folder))
+            self._is_tracing = True
+        with jax.profiler.StepTraceAnnotation(phase, step_num=number):
+            yield
+
+    def finished(self, number: int) -> None:
+        """Says that the device has finished a step; ends the trace with its last one."""
+        if self._config is not None and number >= self._config.start + self._config.steps - 1:
+            self.close()
+
+    def close(self) -> None:
+        if self._is_tracing:
+            self._is_tracing = False
+            jax.profiler.stop_trace()
+            log.info("wrote a profile to %s", self._folder)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -72,6 +73,13 @@ class Samples:
     tokens: Int[Array, "B R"]
     log_probs: Float[Array, "B R"]  # under the distribution that sampled (temperature and truncation included)
     response_mask: Bool[Array, "B R"]  # True up to and including the end-of-sequence token
+
+    @classmethod
+    def empty(cls, rows: int, num_tokens: int) -> Samples:
+        shape = (rows, num_tokens)
+        return cls(
+            tokens=jnp.zeros(shape, jnp.int32), log_probs=jnp.zeros(shape), response_mask=jnp.zeros(shape, bool)
+        )
 
 
 @struct.dataclass

@@ -29,12 +29,13 @@ class SlotCache(Protocol):
         """With empty slots behind the others, ``length`` in all; only before any slot is written twice."""
         ...
 
-    def with_rows(self: CacheT, rows: Int[Array, "M"], fresh: CacheT) -> CacheT:
-        """With ``rows`` given over to new prompts; those that are no row of this cache are left out.
+    def with_rows(self: CacheT, rows: Int[Array, "G M"], fresh: CacheT) -> CacheT:
+        """With some rows given over to new prompts.
 
         Args:
-            rows: where each row of ``fresh`` goes.
-            fresh: of M rows and as many slots as this cache, after `LanguageModel.prefill`.
+            rows: where each row of ``fresh`` goes within each of G equal groups of the rows, the cache's and
+                those of ``fresh``; what is no row of its group is left out.
+            fresh: of G · M rows and as many slots as this cache, after `LanguageModel.prefill`.
         """
         ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
@@ -39,23 +40,32 @@ class DecoderCache:
             slot=self.slot,
         )
 
-    def with_rows(self, rows: Int[Array, "M"], fresh: DecoderCache) -> DecoderCache:
+    def with_rows(self, rows: Int[Array, "G M"], fresh: DecoderCache) -> DecoderCache:
         """`SlotCache.with_rows`: each prompt ends right before the slot that is written next."""
         shift = self.slot - fresh.slot
 
-        def put(cache: Array, new: Array) -> Array:
-            return cache.at[..., rows, :, :, :].set(jnp.roll(new, shift, axis=-2), mode="drop")
+        def put(array: Array, new: Array) -> Array:
+            split = lambda x: x.reshape(len(rows), -1, *x.shape[1:])  # noqa: E731
+            return jax.vmap(_put)(split(array), split(new), rows).reshape(array.shape)
+
+        def put_slots(array: Array, new: Array) -> Array:
+            turned = jnp.roll(new, shift, axis=-2)
+            return put(array, turned) if array.ndim == 4 else jax.vmap(put)(array, turned)
 
         return DecoderCache(
-            keys=tuple(map(put, self.keys, fresh.keys)),
-            values=tuple(map(put, self.values, fresh.values)),
-            key_mask=self.key_mask.at[rows].set(jnp.roll(fresh.key_mask, shift, axis=1), mode="drop"),
-            positions=self.positions.at[rows].set(fresh.positions, mode="drop"),
+            keys=tuple(map(put_slots, self.keys, fresh.keys)),
+            values=tuple(map(put_slots, self.values, fresh.values)),
+            key_mask=put(self.key_mask, jnp.roll(fresh.key_mask, shift, axis=1)),
+            positions=put(self.positions, fresh.positions),
             slot=self.slot,
         )
 
     def layers(self) -> list[LayerCache]:
         return [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
+
+
+def _put(array: Array, new: Array, rows: Int[Array, "M"]) -> Array:
+    return array.at[rows].set(new, mode="drop")
 
 
 @struct.dataclass

@@ -9,13 +9,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
-from hybrid_jax.parallel.rules import shard, target_platform
-from hybrid_jax.sampling.logits import sample_token
+from hybrid_jax.parallel.rules import target_platform
+from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
+from hybrid_jax.sampling.refill import generate_in_slots
 
 SAMPLERS: Registry = Registry("sampler")
 
@@ -32,8 +33,11 @@ class Sampler:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    slots: int | None = None  # rows decoded at once; one that has ended takes the next prompt (`refill`). All
 
     def __post_init__(self):
+        if self.slots is not None and self.slots < 1:
+            raise ValueError(f"slots must be at least 1, got {self.slots}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
@@ -61,6 +65,10 @@ class Sampler:
             )
         if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
             raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
+        if self.slots is not None and self.slots < len(prompt_tokens):
+            return generate_in_slots(
+                model, self, tuple(eos_ids), self.slots, params, prompt_tokens, prompt_mask, key
+            )
         lengths = cache_lengths(model, prompt_tokens.shape[1], self.max_new_tokens)
         return _generate(model, self, tuple(eos_ids), lengths, params, prompt_tokens, prompt_mask, key)
 
@@ -122,7 +130,7 @@ def _generate(
         samples, token, ended = record(samples, t, logits, ended)
         return t + 1, samples, cache, token, ended
 
-    samples = no_samples(batch, num_tokens)
+    samples = Samples.empty(batch, num_tokens)
     cache = model.init_cache(batch, lengths[0])
     logits, cache = model.prefill(params, prompt_tokens, prompt_mask, cache)
     samples, token, ended = record(samples, 0, logits, jnp.zeros(batch, bool))
@@ -151,22 +159,3 @@ def cache_lengths(model: LanguageModel, prompt_length: int, num_tokens: int) -> 
     if target_platform() != "cpu" and isinstance(jax.eval_shape(lambda: model.init_cache(1, 1)), SlotCache):
         chunks = min(_MOST_CHUNKS, max(1, num_tokens // _SMALLEST_CHUNK))
     return tuple(prompt_length + num_tokens * i // chunks - 1 for i in range(1, chunks + 1))
-
-
-def no_samples(rows: int, num_tokens: int) -> Samples:
-    """Where responses are written down."""
-    return Samples(
-        tokens=jnp.zeros((rows, num_tokens), jnp.int32),
-        log_probs=jnp.zeros((rows, num_tokens)),
-        response_mask=jnp.zeros((rows, num_tokens), bool),
-    )
-
-
-def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
-    return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
-
-
-def response_noise(key: Array, rows: int, num_tokens: int) -> Float[Array, "B R 2"]:
-    """The uniform numbers of every response token: a function of the key, the row and the position alone."""
-    of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (num_tokens, 2))  # noqa: E731
-    return shard(jax.vmap(of_row)(jnp.arange(rows)), "batch", None, None)

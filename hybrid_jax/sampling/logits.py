@@ -11,14 +11,14 @@ bits, one sum over the vocabulary for each.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.parallel.rules import target_platform
+from hybrid_jax.parallel.rules import shard, target_platform
 
 _BLOCK = 128  # tokens a block of the two-level draw; the second level reads only one block a row
 
@@ -114,6 +114,17 @@ def draw(logits: Float[Array, "B V"], noise: Float[Array, "B 2"]) -> tuple[Int[A
     token = block * _BLOCK + _invert(inside, noise[:, 1])
     chosen = jnp.take_along_axis(logits, token[:, None], 1)[:, 0]
     return token, chosen - top[:, 0] - jnp.log(jnp.sum(totals, -1))
+
+
+def response_noise(key: Array, rows: int, num_tokens: int) -> Float[Array, "B R 2"]:
+    """The uniform numbers of every response token: a function of the key, the row and the position alone."""
+    of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (num_tokens, 2))  # noqa: E731
+    return shard(jax.vmap(of_row)(jnp.arange(rows)), "attention_batch", None, None)
+
+
+def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
+    """Whether a token is one of those that end a response."""
+    return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
 
 
 def _invert(weights: Float[Array, "B X"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:

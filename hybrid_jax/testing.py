@@ -37,6 +37,9 @@ class PrefixTable:
     def init(self, key: Array) -> Params:
         return reference_params()
 
+    def cast(self, params: Params) -> Params:
+        return params
+
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None):
         prefix, prefixes = jnp.zeros(tokens.shape[0], jnp.int32), []
         for t in range(tokens.shape[1]):

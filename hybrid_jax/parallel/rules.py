@@ -53,6 +53,8 @@ class ShardingRules:
                 axes = axes[:-1]
             used.update(axes)
             entries.append(None if not axes else axes[0] if len(axes) == 1 else axes)
+        while entries and entries[-1] is None:  # as JAX writes it, so that equal specs compare equal
+            entries.pop()
         return PartitionSpec(*entries)
 
 

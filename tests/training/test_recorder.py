@@ -1,0 +1,257 @@
+"""What a record says of speed and memory: where the seconds went, what was compiled, traced and used."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.planning.accelerators import accelerator_of
+from hybrid_jax.training.compilation import Compilations, Compiled, summary
+from hybrid_jax.training.loggers import without_timings
+from hybrid_jax.training.machine import Machine, peak_flops, peak_memory
+from hybrid_jax.training.profiler import ProfileConfig, Profiler
+from hybrid_jax.training.progress import Progress
+from hybrid_jax.training.recorder import Recorder
+
+
+class Logged:
+    def __init__(self):
+        self.records = []
+
+    def metrics(self, record):
+        self.records.append(record)
+
+    def samples(self, records):
+        pass
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that only a test moves."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr("hybrid_jax.training.recorder.time", SimpleNamespace(monotonic=lambda: now.seconds))
+    return now
+
+
+def recorder_of(machine=None, profiler=None):
+    logged = Logged()
+    with open(os.devnull, "w") as nowhere:
+        progress = Progress(10, stream=nowhere)
+    progress._write = lambda text: None
+    return Recorder(logged, progress, machine=machine, profiler=profiler), logged.records
+
+
+@dataclass
+class Device:
+    device_kind: str = "cpu"
+    peak: int | None = None
+
+    def memory_stats(self):
+        return None if self.peak is None else {"peak_bytes_in_use": self.peak, "bytes_in_use": 1}
+
+
+def test_the_seconds_of_a_step_are_split_and_what_is_left_is_the_update(clock):
+    recorder, records = recorder_of()
+    parts = {"input_seconds": 0.5, "rollout_seconds": 2.0, "reward_seconds": 0.25, "score_seconds": 1.0}
+    clock.seconds = 110.0
+    recorder.add(0, "ppo", {f"ppo/{name}": value for name, value in {**parts, "tokens": 400}.items()})
+    recorder.flush()
+    assert records[0]["ppo/seconds"] == 10.0
+    assert records[0]["ppo/update_seconds"] == 6.25
+    assert records[0]["ppo/tokens_per_second"] == 40.0
+    assert "ppo/tokens" not in records[0]
+    assert "ppo/mfu" not in records[0]
+
+
+def test_a_phase_that_says_nothing_of_its_time_is_not_split(clock):
+    recorder, records = recorder_of()
+    recorder.add(0, "sft", {"sft/loss": 1.0})
+    recorder.flush()
+    assert records == [{"step": 0, "phase": "sft", "seconds": 0.0, "sft/loss": 1.0, "sft/seconds": 0.0}]
+
+
+def test_what_happens_between_two_steps_is_logged_and_is_no_steps_time(clock):
+    recorder, records = recorder_of()
+    clock.seconds = 101.0
+    recorder.add(0, "sft", {})
+    with recorder.beside("checkpoint"):  # the step's metrics come first
+        clock.seconds = 104.0
+    with recorder.beside("evaluation"):
+        clock.seconds = 111.0
+    recorder.evaluation(1, {"evaluation/score": 0.5}, [])
+    clock.seconds = 113.0
+    recorder.add(1, "sft", {})
+    recorder.flush()
+    first, evaluation, second = records
+    assert (first["sft/seconds"], second["sft/seconds"]) == (1.0, 2.0)
+    assert evaluation["time/checkpoint_seconds"] == 3.0
+    assert evaluation["time/evaluation_seconds"] == 7.0
+    assert not any(name.startswith("time/") for name in second)
+
+
+def test_utilisation_is_the_arithmetic_needed_over_that_of_all_devices(clock):
+    machine = Machine([Device("TPU v5 lite")] * 4)  # 4 × 197e12 a second
+    recorder, records = recorder_of(machine)
+    clock.seconds = 102.0
+    recorder.add(0, "sft", {"sft/flops": 394e12})
+    recorder.flush()
+    assert records[0]["sft/mfu"] == pytest.approx(0.25)
+    assert "sft/flops" not in records[0]
+
+
+def test_on_a_device_of_unknown_peak_there_is_no_utilisation_unless_one_is_given(clock):
+    for peak, expected in ((None, None), (2.0, 0.05)):
+        recorder, records = recorder_of(Machine(jax.devices()[:2], peak))
+        clock.seconds += 10.0
+        recorder.add(0, "sft", {"sft/flops": 2e12})
+        recorder.flush()
+        assert records[0].get("sft/mfu") == expected
+        assert "sft/flops" not in records[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5e", 197),
+        ("TPU v5p", 459),
+        ("TPU v5", 459),
+        ("TPU v6 lite", 918),
+        ("TPU7x", 1153.5),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+    ],
+)
+def test_published_peaks_by_kind_of_device(kind, tflops):
+    assert peak_flops([Device(kind)] * 3) == 3 * tflops * 1e12
+    if planned := accelerator_of(kind):  # a plan divides a chip among its devices
+        assert planned.peak_flops / planned.devices == tflops * 1e12
+
+
+def test_the_peak_of_unknown_devices_is_unknown():
+    assert peak_flops([Device("cpu")]) is None
+    assert peak_flops([Device("cpu")] * 2, peak_tflops=1.5) == 3e12
+
+
+def test_peak_memory_is_the_fullest_devices_or_is_said_to_be_the_hosts():
+    assert peak_memory([Device(peak=300), Device(peak=700)]) == {"memory/peak_bytes": 700.0}
+    ballast = np.ones(2**25)  # 256 MiB
+    assert list(here := peak_memory(jax.devices())) == ["memory/host_peak_bytes"]
+    assert ballast.nbytes < here["memory/host_peak_bytes"] < 64 * 2**30
+    assert here["memory/host_peak_bytes"] >= resident_bytes()
+
+
+def resident_bytes():
+    if not sys.platform.startswith("linux"):
+        return 0
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") * 0.9  # pages may have gone since
+
+
+def test_compilations_are_counted_by_function_and_only_once():
+    compilations = Compilations()
+
+    def triple(x):
+        return 3 * x
+
+    tripled = jax.jit(triple)
+    x, y = np.ones(7, np.float32), np.ones(9, np.float32)
+    compilations.new()
+    before = compilations.count
+    tripled(x)
+    first = compilations.new()
+    tripled(x)
+    assert compilations.new() == []
+    tripled(y)
+    assert [c.function for c in first + compilations.new()] == ["triple", "triple"]
+    assert compilations.count - before == 2
+    assert 0 < first[0].seconds < 60
+    assert compilations.seconds >= first[0].seconds
+
+
+def test_programs_are_summed_up_by_function_the_longest_first():
+    programs = [Compiled("copy", 0.04), Compiled("learn", 3.21), Compiled("copy", 0.11)]
+    assert summary(programs) == "learn (3.2 s), copy (0.1 s, 2 programs)"
+
+
+def test_a_program_that_is_compiled_after_a_phases_first_step_is_reported(caplog):
+    recorder, _ = recorder_of()
+
+    @jax.jit
+    def double(x):
+        return x + x
+
+    shapes = {0: (3, "sft"), 1: (3, "sft"), 2: (4, "ppo"), 3: (5, "sft")}
+    said = {}
+    for step, (size, phase) in shapes.items():
+        array = np.ones((size, 13), np.float32)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING), recorder.step(step, phase):
+            double(array)
+        said[step] = caplog.messages
+    assert [said[step] for step in range(3)] == [[], [], []]  # the first step of a phase may compile
+    assert len(said[3]) == 1
+    assert said[3][0].startswith("step 3: sft met new shapes and compiled double (")
+
+
+def test_memory_and_compilations_are_in_every_record_of_a_step(clock):
+    recorder, records = recorder_of(Machine(jax.devices()))
+    for step in range(2):
+        recorder.add(step, "sft", {})
+    recorder.flush()
+    for record in records:
+        assert record["memory/host_peak_bytes"] > 0
+        assert record["compile/count"] >= 0
+        assert record["compile/seconds"] >= 0
+
+
+def test_only_the_machines_day_is_left_out_of_a_comparison():
+    record = {
+        **{"step": 1, "phase": "ppo", "seconds": 1.0, "ppo/kl": 0.1, "ppo/update_seconds": 1.0},
+        **{"ppo/mfu": 0.4, "ppo/tokens_per_second": 3.0, "memory/peak_bytes": 1.0, "compile/count": 3},
+    }
+    assert without_timings(record) == {"step": 1, "phase": "ppo", "ppo/kl": 0.1}
+
+
+def test_the_steps_that_were_asked_for_are_traced(tmp_path):
+    profiler = Profiler(ProfileConfig(start=2, steps=2), tmp_path / "profile")
+    recorder, _ = recorder_of(profiler=profiler)
+    running = []
+    for step in range(6):
+        with recorder.step(step, "sft"):
+            running.append(profiler._is_tracing)
+        recorder.add(step, "sft", {"sft/loss": jnp.ones(())})
+    recorder.close()
+    # The metrics of step 3 arrive while step 4 is being started.
+    assert running == [False, False, True, True, True, False]
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert b"step_num" in trace.read_bytes()
+
+
+def test_a_run_that_ends_within_its_profile_still_writes_it(tmp_path):
+    recorder, _ = recorder_of(profiler=Profiler(ProfileConfig(start=0, steps=9), tmp_path))
+    with recorder.step(0, "sft"):
+        pass
+    recorder.close()
+    assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_an_impossible_profile_is_refused():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        ProfileConfig(steps=0)
+    with pytest.raises(ValueError, match="start must be at least 0, got -1"):
+        ProfileConfig(start=-1)

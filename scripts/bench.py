@@ -2,10 +2,12 @@
 
     python scripts/bench.py sft --size mini
     python scripts/bench.py rollout --size mini --against hf --peer-python peers/bin/python
+    python scripts/bench.py rollout --size mini --against tunix --top-k none --peer-python peers/bin/python
     python scripts/bench.py ppo --size mini --value separate --against trl --peer-python peers/bin/python
 
 sft      one optimizer step on 16 rows of 256 tokens (small: 8 of 128), packed as in any run
-rollout  16 prompts of 32 tokens, 64 new tokens each, top-k 50
+rollout  16 prompts of 32 tokens, 64 new tokens each, top-k 50; against tunix, which has no GPT-2, both sides
+         are Qwen3 models of the same sizes
 ppo      16 prompts of 32 tokens, 64 sampled tokens each, a reward model of the policy's size, 4 epochs of one
          minibatch; with --value separate the networks are those of TRL: policy, reference, value, reward
 
@@ -49,8 +51,12 @@ from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.optimizers import AdamW
 from hybrid_jax.training.scheduler import Alternation
 
-PEER_OF = {"sft": "hf", "rollout": "hf", "ppo": "trl"}
-PEER_PACKAGES = {"hf": "torch==2.13.0 transformers", "trl": "torch==2.13.0 trl==1.12.0"}
+PEERS_OF = {"sft": ("hf",), "rollout": ("hf", "tunix"), "ppo": ("trl",)}
+PEER_PACKAGES = {
+    "hf": "torch==2.13.0 transformers",
+    "trl": "torch==2.13.0 trl==1.12.0",
+    "tunix": "google-tunix==0.1.7 jax==0.10.2 flax==0.12.8",
+}
 PEER_PYTHON = "HYBRID_JAX_PEER_PYTHON"
 SHAPES = {  # layers, width, heads, vocabulary
     "tiny": (2, 64, 4, 1_024),
@@ -59,6 +65,13 @@ SHAPES = {  # layers, width, heads, vocabulary
 }
 STEPS = {"tiny": 8, "mini": 4, "small": 2}  # timed ones a turn
 NUM_DOCUMENTS = 256
+FAMILIES: dict[str, dict[str, Any]] = {  # switches of the decoder
+    "gpt2": {},
+    "qwen3": {
+        **{"position": "rotary", "norm": "rms", "norm_epsilon": 1e-6, "query_key_norm": "head"},
+        **{"mlp": "gated", "activation": "silu", "attention_bias": False, "mlp_bias": False},
+    },
+}
 
 ValueNetwork = Literal["separate", "shared"]
 Step = Callable[[], Any]  # takes one step and returns what it computed
@@ -76,8 +89,10 @@ class Work:
     rows: int
     length: int  # of a row, for sft; of a prompt otherwise
     new_tokens: int = 0
-    top_k: int = 50
+    top_k: int | None = 50
     epochs: int = 4
+    family: str = "gpt2"
+    dtype: str = "float32"  # of the computation
 
     @property
     def tokens(self) -> int:
@@ -85,14 +100,15 @@ class Work:
         return self.rows * (self.new_tokens or self.length)
 
     def decoder(self) -> DecoderConfig:
-        return DecoderConfig(num_layers=self.num_layers, width=self.width, num_heads=self.num_heads)
+        shape: dict[str, Any] = dict(num_layers=self.num_layers, width=self.width, num_heads=self.num_heads)
+        return DecoderConfig(**shape, **FAMILIES[self.family], dtype=self.dtype)  # pyright: ignore[reportArgumentType]
 
 
-def work_of(kind: str, size: str) -> Work:
+def work_of(kind: str, size: str, **changes: Any) -> Work:
     if kind == "sft":
         rows, length = (8, 128) if size == "small" else (16, 256)
-        return Work(kind, *SHAPES[size], rows=rows, length=length)
-    return Work(kind, *SHAPES[size], rows=16, length=32, new_tokens=64)
+        return Work(kind, *SHAPES[size], rows=rows, length=length, **changes)
+    return Work(kind, *SHAPES[size], rows=16, length=32, new_tokens=64, **changes)
 
 
 # ------------------------------------------------------------------------------------------------ our steps
@@ -287,10 +303,12 @@ def measure(ours: Ours, peer: Peer | None, turns: int, steps: int) -> dict[str, 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    work = work_of(options.kind, options.size)
+    family = "qwen3" if options.against == "tunix" else "gpt2"
+    work = work_of(options.kind, options.size, top_k=options.top_k, family=family, dtype=options.dtype)
+    steps = options.steps or STEPS[options.size]
     python = peer_python(options)
     peer = None if python is None else Peer(options.against, python, work)
-    ours, steps = Ours(our_step(work, options.value)), options.steps or STEPS[options.size]
+    ours = Ours(our_step(work, options.value))
     try:
         numbers = measure(ours, peer, options.turns, steps)
     finally:
@@ -305,9 +323,13 @@ def main(arguments: list[str]) -> None:
 def parse(arguments: list[str]) -> Any:
     description, _, epilog = (__doc__ or "").partition("\n\n")
     parser = ArgumentParser(prog="bench.py", description=description, epilog=epilog)
-    parser.add_argument("kind", choices=PEER_OF)
+    parser.add_argument("kind", choices=PEERS_OF)
     parser.add_argument("--size", choices=SHAPES, default="tiny")
     parser.add_argument("--value", choices=["separate", "shared"], default="separate", help="network, for ppo")
+    parser.add_argument("--top-k", type=top_k, default=50, help='for rollout; "none" samples all tokens')
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="float32", help="of our computation"
+    )
     parser.add_argument("--against", choices=PEER_PACKAGES, help="a peer to alternate with")
     parser.add_argument(
         "--peer-python", default=os.environ.get(PEER_PYTHON), help=f"or the variable {PEER_PYTHON}"
@@ -324,14 +346,19 @@ def parse(arguments: list[str]) -> Any:
     return options
 
 
+def top_k(text: str) -> int | None:
+    if text != "none" and not text.isdecimal():
+        raise UserError(f'--top-k must be a number or "none", got {text}')
+    return None if text == "none" else int(text)
+
+
 def peer_python(options: Any) -> str | None:
     """The interpreter that runs the peer; None without a peer."""
     if options.against is None:
         return None
-    if options.against != PEER_OF[options.kind]:
-        raise UserError(
-            f"{options.kind} is compared with {PEER_OF[options.kind]}, got --against {options.against}"
-        )
+    if options.against not in PEERS_OF[options.kind]:
+        names = " or ".join(PEERS_OF[options.kind])
+        raise UserError(f"{options.kind} is compared with {names}, got --against {options.against}")
     if not options.peer_python:
         packages = PEER_PACKAGES[options.against]
         raise UserError(
@@ -348,6 +375,8 @@ def record(options: Any, work: Work, numbers: dict[str, Any], steps: int, peer: 
         "kind": options.kind,
         "size": options.size,
         **({"value": options.value} if options.kind == "ppo" else {}),
+        **({"top_k": work.top_k} if options.kind == "rollout" else {}),
+        **({"dtype": work.dtype} if work.dtype != "float32" else {}),
         **rounded,
         "tokens_per_second": round(work.tokens / numbers["seconds"]),
         **({"peer": options.against} if peer else {}),

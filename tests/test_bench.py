@@ -10,19 +10,24 @@ import pytest
 
 from hybrid_jax.core.registry import UserError
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench", SCRIPT)
+    module = _load("bench")
+    yield module
+    del sys.modules["bench"]
+
+
+def _load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bench"] = module  # its dataclasses look for their module there
+    sys.modules[name] = module  # its dataclasses look for their module there
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules["bench"]
+    return module
 
 
 def test_a_measurement_is_one_json_line(bench, capsys):
@@ -86,6 +91,8 @@ def test_a_ratio_is_the_median_over_turns_without_their_first_steps(bench):
             "--peer-python must be a program, got nowhere",
         ),
         (["sft", "--against", "hf", "--peer-python", "false"], "the peer hf ended"),
+        (["ppo", "--against", "tunix"], "ppo is compared with trl, got --against tunix"),
+        (["rollout", "--top-k", "few"], '--top-k must be a number or "none", got few'),
         (["sft", "--turns", "0"], "--turns must be at least 1, got 0"),
     ],
 )
@@ -93,3 +100,14 @@ def test_a_mistake_is_one_line_with_the_fix(bench, arguments, words, monkeypatch
     monkeypatch.delenv(bench.PEER_PYTHON, raising=False)
     with pytest.raises(UserError, match=words):
         bench.main(arguments)
+
+
+def test_slots_are_compared_with_batches_and_with_all_prompts_at_once(bench, capsys):
+    slots = _load("bench_slots")
+    few = {"slots": 2, "prompts-per-slot": 2, "max-length": 4, "turns": 1, "steps": 1}
+    slots.main([part for name, number in few.items() for part in (f"--{name}", str(number))])
+    record = json.loads(capsys.readouterr().out)
+    assert record["prompts"] == 4
+    assert {"seconds", "ratio", "whole_ratio"} < {*record}
+    with pytest.raises(UserError, match="--slots must be at least 1, got 0"):
+        slots.main(["--slots", "0"])

@@ -61,7 +61,7 @@ def rollout_step(model, tokens, work):
             tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=True,
-            top_k=work["top_k"],
+            top_k=work["top_k"] or 0,  # 0 cuts nothing off
             min_new_tokens=new,
             max_new_tokens=new,
             pad_token_id=0,

@@ -129,10 +129,13 @@ def on_each_device(attend: Callable[..., Array]) -> Callable[..., Array]:
 
     def attend_shards(q, k, v, segment_ids, rule, sinks):
         queries, keys = _head_specs(q, k)
+        rows, heads = (
+            placement.rules.spec(placement.mesh, (size,), (name,)) for size, name in _rows_and_heads(q)
+        )
         return jax.shard_map(
             lambda q, k, v, ids, sinks: attend(q, k, v, ids, rule, sinks),
             mesh=placement.mesh,
-            in_specs=(queries, keys, keys, PartitionSpec(queries[0]), PartitionSpec(queries[2])),
+            in_specs=(queries, keys, keys, rows, heads),
             out_specs=queries,
             check_vma=False,  # a kernel does not say over which axes its outputs vary
         )(q, k, v, segment_ids, sinks)
@@ -146,7 +149,12 @@ def _head_specs(q: Array, k: Array) -> tuple[PartitionSpec, PartitionSpec]:
     if placement is None:
         return PartitionSpec(), PartitionSpec()
     spec = functools.partial(placement.rules.spec, placement.mesh)
-    return spec(q.shape, ("batch", None, "heads", None)), spec(k.shape, ("batch", None, "kv_heads", None))
+    queries = spec(q.shape, ("attention_batch", "length", "attention_heads", None))
+    return queries, spec(k.shape, ("attention_batch", "length", "attention_kv_heads", None))
+
+
+def _rows_and_heads(q: Array) -> tuple[tuple[int, str], tuple[int, str]]:
+    return (q.shape[0], "attention_batch"), (q.shape[2], "attention_heads")
 
 
 def _describe(q, k, segment_ids, rule, sinks) -> AttentionCall:

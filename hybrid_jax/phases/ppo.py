@@ -45,6 +45,7 @@ from hybrid_jax.rewards.base import columns_of
 from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
+from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState
@@ -61,7 +62,9 @@ class PPOPhase:
         self.optimizer_key = resources.optimizer_key
         self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
         self._tokenizer = resources.tokenizer
+        self.references = tuple(config.references)
         self._horizon = resources.horizon
+        self._offload = resources.offload
         self._placement = resources.placement
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
@@ -166,7 +169,10 @@ class PPOPhase:
         scores = row_shape(placement, rows, dtype="float32")
         mix = config.sft_mix
         examples = example_shapes(placement, self._example_rows, mix.length) if mix else None
+        state, idle = without_idle(state, self)
         others = {n: r for n, r in state.references.items() if n not in references}
+        waiting = {"optimizer_states": idle, "references": others}
+        waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
         train = state.train
         return [
             Program(
@@ -175,14 +181,14 @@ class PPOPhase:
                 (state.base, policy, *prompts, key),
                 loop_steps=responses - 1,
                 tokens=rows * responses,
-                beside=(_without(train.params, "model"), train.opt_state, train.extra, state.references),
+                beside=(_without(train.params, "model"), train.opt_state, train.extra, references, waiting),
             ),
             Program(
                 f"{self.name}/score",
                 self._score,
                 (state.base, train.params, references, *prompts, samples),
                 tokens=rows * (length + responses),
-                beside=(train.opt_state, train.extra, others),
+                beside=(train.opt_state, train.extra, waiting),
             ),
             Program(
                 f"{self.name}/learn",
@@ -190,7 +196,7 @@ class PPOPhase:
                 (state.base, train, scored, scores, examples, key, rate),
                 settings={"groups": ("model", "value")},
                 tokens=config.epochs * rows * (length + responses),
-                beside=state.references,
+                beside=(references, waiting),
             ),
         ]
 

@@ -26,6 +26,7 @@ from hybrid_jax.parallel.rules import Placement, shard_params, under
 from hybrid_jax.phases.work import sft_flops
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import DynamicLossScale, initial_loss_scale, loss_scale_of
+from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
@@ -60,6 +61,7 @@ class SFT:
 class SFTPhase:
     """Steps of supervised fine-tuning. Trains the group "model" and nothing else."""
 
+    references = ()
     waits_for_device = False
 
     def __init__(self, config: SFT, resources: Resources):
@@ -71,7 +73,7 @@ class SFTPhase:
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
         self._stream = None if resources.examples is None else sft_stream(config, resources)
         self._rate = jax.jit(config.optimizer.rate)
-        self._model = resources.model
+        self._model, self._offload = resources.model, resources.offload
         update: Any = functools.partial(_update, config, resources)
         update.__name__ = f"{self.name}_update"
         self._update = jax.jit(under(resources.placement, update), donate_argnums=1)
@@ -99,9 +101,11 @@ class SFTPhase:
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
         batch = example_shapes(self._placement, self.config.batch_size, self.config.length)
+        state, idle = without_idle(state, self)
         inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
         tokens = self.config.batch_size * self.config.length
-        beside = state.references
+        beside = {"optimizer_states": idle, "references": state.references}
+        beside = {name: trees for name, trees in beside.items() if name not in self._offload}
         return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
 
 

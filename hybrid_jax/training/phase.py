@@ -47,6 +47,7 @@ class Phase(Protocol):
 
     name: str
     optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
+    references: Sequence[str]  # names of those that it reads
     waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit: ...
@@ -78,6 +79,7 @@ class Resources:
     placement: Placement
     optimizer_key: str
     eos_ids: tuple[int, ...]  # every token that ends a response
+    offload: Sequence[str] = ()  # what waits in the host's memory while no phase uses it
 
 
 class PhaseConfig(Protocol):

@@ -24,7 +24,8 @@ from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.report_charts import Block, Panel, Series, draw, phase_blocks, phase_class, short_number
-from hybrid_jax.report_metrics import CHARTS, GLOSSARY, HEADLINE_CHARTS, Chart, Line, pair
+from hybrid_jax.report_metrics import CHARTS, GLOSSARY, HEADLINE_CHARTS, SPEED_CHARTS, Chart, Line, pair
+from hybrid_jax.report_speed import speed_figures
 from hybrid_jax.training.loggers import METRICS_FILE, SAMPLES_FILE, read_records, without_secrets
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -301,8 +302,15 @@ def _details(run: _Run, figures: _Figures) -> list[str]:
     learning = _section(
         "Training", _chart_grid(figures, [chart for chart in CHARTS if not figures.has_drawn(chart)])
     )
+    speed = speed_figures(run.records, _PHASE_NAMES) + _chart_grid(figures, SPEED_CHARTS)
     rest = _section("More metrics", _chart_grid(figures, figures.rest()))
-    return [rewards, learning, rest, _section("Particulars", _particulars(run))]
+    return [
+        rewards,
+        learning,
+        _section("Speed and memory", speed),
+        rest,
+        _section("Particulars", _particulars(run)),
+    ]
 
 
 def _particulars(run: _Run) -> str:
@@ -316,7 +324,9 @@ def _particulars(run: _Run) -> str:
     rows = ""
     for metric in run.curves:
         name = metric.partition("/")[2]
-        what, wrong = GLOSSARY.get(name) or GLOSSARY.get(name.partition("/")[0]) or ("", "")
+        what, wrong = (
+            GLOSSARY.get(metric) or GLOSSARY.get(name) or GLOSSARY.get(name.partition("/")[0]) or ("", "")
+        )
         rows += f"<dt><code>{_text(metric)}</code></dt><dd>{_text(what)} <span>{_text(wrong)}</span></dd>"
     folds.append(("Glossary", f'<dl class="rows">{rows}</dl>'))
     return "".join(f"<details><summary>{title}</summary>{body}</details>" for title, body in folds)

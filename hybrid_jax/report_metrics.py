@@ -83,18 +83,56 @@ GLOSSARY = {
         "Tokens handled in a second.",
         "Sinking: longer responses, or something else on the machine.",
     ),
+    "mfu": (
+        "Model FLOPs utilisation: the arithmetic that a step needs by formula, over the peak of its devices.",
+        "Far below 0.3 on an accelerator: small batches, short rows, or waiting for the input or the rewards.",
+    ),
+    "loss_scale": (
+        "What the loss is multiplied by, so that float16 gradients do not vanish.",
+        "Falling to 1: gradients overflow by themselves; use bfloat16 or a smaller learning rate.",
+    ),
+    "input_seconds": (
+        "Time of the host to make a batch and send it, often while the device still works on the last one.",
+        "As large as the step: the data source is the bottleneck.",
+    ),
     "rollout_seconds": (
-        "Time to sample the responses.",
+        "Time until the sampled responses were there.",
         "Usually the largest part; where it is the rewards, they are the bottleneck.",
     ),
     "reward_seconds": (
-        "Time to score the responses.",
+        "Time of the host to score the responses, while the device computes values and references.",
         "Larger than the rollout: the rewards are the bottleneck.",
     ),
+    "score_seconds": (
+        "How much longer than the rewards the device needed for values and references.",
+        "Large: the references cost more than the rewards; fewer of them help.",
+    ),
     "update_seconds": (
-        "Time for the gradient steps.",
+        "The rest of a step: waiting for the device to finish the gradient steps.",
         "Larger than the rollout: fewer epochs or larger minibatches help.",
     ),
+    "dispatch_seconds": (
+        "Time until the whole step had been handed to the device.",
+        "Nearly the whole step: the device waits for the host.",
+    ),
+    "time/evaluation_seconds": ("Time of an evaluation between two steps.", "Large: evaluate less often."),
+    "time/checkpoint_seconds": (
+        "Time of the loop to start a checkpoint, which is then written in the background.",
+        "Large: the disk is slower than the steps between two checkpoints.",
+    ),
+    "memory/peak_bytes": (
+        "The most memory that was in use on a device so far.",
+        "Near the device's memory: more microbatches, or rematerialisation.",
+    ),
+    "memory/host_peak_bytes": (
+        "The most resident memory of the process so far: on a CPU, model and data and all else together.",
+        "Growing without end: something is kept.",
+    ),
+    "compile/count": (
+        "Programs that XLA compiled, or read from its cache, since the process began.",
+        "Growing during the run: shapes keep changing, and every new one is compiled.",
+    ),
+    "compile/seconds": ("Time that it took.", "A large part of the run: keep the compilation cache."),
     "seconds": ("Time of a whole step.", "Single spikes: compilation or a checkpoint."),
 }
 
@@ -154,7 +192,11 @@ CHARTS = [
     _alone("KL, k3 estimate", "kl_k3", 0.0),
     Chart("Learning rate", [(_both("learning_rate"), 0.0)], "learning_rate"),
     Chart("Gradient norm", [(_both("grad_norm"), 0.0)], "grad_norm"),
+    Chart("Loss scale", [(_both("loss_scale"), None)], "loss_scale"),
+]
+SPEED_CHARTS = [
     Chart("Throughput, tokens a second", [(_both("tokens_per_second"), 0.0)], "tokens_per_second"),
+    Chart("Utilisation (MFU)", [(_both("mfu"), 0.0)], "mfu"),
     Chart("Seconds a step", [(_both("seconds"), 0.0)], "seconds"),
     Chart(
         "Where a PPO step goes, seconds",
@@ -162,12 +204,45 @@ CHARTS = [
             (
                 [
                     Line("ppo/rollout_seconds", "rollout"),
-                    Line("ppo/update_seconds", "update", "fourth"),
-                    Line("ppo/reward_seconds", "rewards", "other"),
+                    Line("ppo/update_seconds", "update", "sft"),
+                    Line("ppo/reward_seconds", "rewards", "fourth"),
+                    Line("ppo/score_seconds", "score", "eval"),
+                    Line("ppo/input_seconds", "input", "other"),
                 ],
                 0.0,
             )
         ],
         "rollout_seconds",
+    ),
+    Chart(
+        "Where an SFT step goes, seconds",
+        [([Line("sft/update_seconds", "update"), Line("sft/input_seconds", "input", "other")], 0.0)],
+        "input_seconds",
+    ),
+    Chart(
+        "Peak memory of a device, bytes", [([Line("memory/peak_bytes", "device")], 0.0)], "memory/peak_bytes"
+    ),
+    Chart(
+        "Peak memory of the process, bytes",
+        [([Line("memory/host_peak_bytes", "host")], 0.0)],
+        "memory/host_peak_bytes",
+    ),
+    Chart(
+        "Compilation",
+        [([Line("compile/count", "programs")], 0.0), ([Line("compile/seconds", "seconds", "fourth")], 0.0)],
+        "compile/count",
+    ),
+    Chart(
+        "Between two steps, seconds",
+        [
+            (
+                [
+                    Line("time/evaluation_seconds", "evaluation", "eval"),
+                    Line("time/checkpoint_seconds", "checkpoint", "fourth"),
+                ],
+                0.0,
+            )
+        ],
+        "time/checkpoint_seconds",
     ),
 ]

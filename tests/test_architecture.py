@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(["planning"], 5),
 }
 TOP = {"start": 5, "testing": 5, "policy": 5, "experiment": 6, "trainer": 7, "__init__": 9}
-REPORT = {"report", "report_charts", "report_metrics"}  # reads run directories, knows no model
+REPORT = {"report", "report_charts", "report_metrics", "report_speed"}  # reads run directories, knows no model
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {
     "flax.linen": "models/",

@@ -185,6 +185,47 @@ def test_every_metric_is_drawn_exactly_once(tmp_path):
     assert sorted(drawn) == [[1000.0 + i] for i in range(len(names))]
 
 
+def timed(step: int, phase: str, seconds: float, **metrics: float) -> dict:
+    record = {"step": step, "phase": phase, "seconds": 2.0 * step, f"{phase}/seconds": seconds}
+    return record | {name.replace("__", "/"): value for name, value in metrics.items()}
+
+
+def test_the_time_of_a_step_and_of_the_run_is_split_and_tabled(tmp_path):
+    def ppo_step(step, seconds, **more):
+        parts = {"input": 0.1, "rollout": 0.5, "reward": 0.05, "score": 0.05, "update": 0.3}
+        parts = {f"ppo__{part}_seconds": share * seconds for part, share in parts.items()}
+        return timed(step, "ppo", seconds, **parts, ppo__tokens_per_second=1000.0, **more)
+
+    records = [
+        timed(0, "sft", 20.0, sft__input_seconds=0.0, sft__update_seconds=20.0),  # it compiles
+        timed(1, "sft", 0.5, sft__input_seconds=0.125, sft__update_seconds=0.375, sft__mfu=0.425),
+        timed(2, "sft", 0.5, sft__input_seconds=0.125, sft__update_seconds=0.375, sft__mfu=0.425),
+        {"step": 3, "phase": "evaluation", "seconds": 6.0, "time/evaluation_seconds": 6.0},
+        ppo_step(3, 9.0),
+        ppo_step(4, 2.0, time__checkpoint_seconds=2.0, memory__host_peak_bytes=3 * 2.0**29, compile__count=12),
+    ]
+    page = report(tmp_path, records)
+    assert (
+        "The whole run: 40 s SFT steps 21 s 52 % PPO steps 11 s 28 % evaluation 6 s 15 % checkpoint 2 s 5 %"
+        in (page.text)
+    )
+    assert "A step of SFT, on average: 500 ms input 125 ms 25 % update 375 ms 75 %" in page.text
+    assert (
+        "A step of PPO, on average: 2 s input 200 ms 10 % rollout 1 s 50 % reward 100 ms 5 % "
+        "score 100 ms 5 % update 600 ms 30 %"
+    ) in page.text
+    assert "SFT 3 500 ms – 42.5 % PPO 2 2 s 1000 –" in page.text
+    assert "Peak memory of the process (host) 1.50 GiB Programs compiled 12, in 0 ms" in page.text
+    widths = [a["style"] for tag, a in page.tags if tag == "i" and a.get("style", "").startswith("width")]
+    assert widths[:4] == ["width:52.50%", "width:27.50%", "width:15.00%", "width:5.00%"]
+
+
+def test_a_phase_of_any_name_has_its_bar_and_no_markup_of_its_own(tmp_path):
+    page = report(tmp_path, [timed(0, "<b>x", 1.0, **{"<b>x__update_seconds": 1.0}), ppo(1)])
+    assert "A step of <b>x, on average: 1 s update 1 s 100 %" in page.text
+    assert "b" not in {tag for tag, _ in page.tags if tag == "b>x"}
+
+
 def test_a_run_without_metrics_is_one_clear_error(tmp_path):
     with pytest.raises(UserError, match=r"no run directory '.*missing'"):
         write_report(tmp_path / "missing")

@@ -117,9 +117,11 @@ class PPOPhase:
             state.base, state.train, scored, scores, examples, learn_key, rate, groups=groups
         )
         # The update has been started, so that the device does not wait while the host looks at the clock.
-        jax.block_until_ready(samples.tokens)
         if self.config.reward.on_device:
+            jax.block_until_ready(samples.tokens)
             clock.lap("rollout")
+        else:
+            clock.restart()
         jax.block_until_ready(scored.values)
         clock.lap("score")
         state = replace(
@@ -129,7 +131,7 @@ class PPOPhase:
             cursors={**state.cursors, **self._advance(state.cursors)},
         )
         metrics = {**metrics, **host_metrics, **clock.seconds, "learning_rate": rate}
-        metrics["dispatch_seconds"] = sum(clock.seconds.values())
+        metrics["dispatch_seconds"] = time.perf_counter() - clock.started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def _above_base(self, name: str) -> Callable[..., Any]:
@@ -263,6 +265,10 @@ class _Clock:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.started = self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        """Leaves the time since the last lap, of starting the update, to the update."""
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:

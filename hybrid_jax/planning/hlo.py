@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -122,12 +122,12 @@ class Module:
     @classmethod
     def parse(cls, text: str) -> Module:
         computations, entry, current = {}, "", None
-        for line in text.splitlines():
+        for line in _joined(text.splitlines()):
             if current is None:
                 if header := _HEADER.match(line):
                     current = Computation(header.group(2))
                     entry = current.name if header.group(1) else entry
-            elif line.startswith("}"):
+            elif line == "}":
                 computations[current.name], current = current, None
             elif found := _INSTRUCTION.match(line):
                 instruction = _instruction(found.group(2), found.group(3))
@@ -139,6 +139,18 @@ class Module:
         head = text[: text.find("\n")]
         counts = (re.search(rf"{name}=(\d+)", head) for name in ("num_partitions", "replica_count"))
         return cls(computations, entry, math.prod(int(c.group(1)) for c in counts if c))
+
+
+def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Whole instructions: the attributes of one may go on over several lines."""
+    whole = ""
+    for line in lines:
+        if line == "}" or _HEADER.match(line) or _INSTRUCTION.match(line):
+            yield whole
+            whole = line
+        else:
+            whole += line
+    yield whole
 
 
 def shapes_of(text: str) -> tuple[Shape, ...]:

@@ -210,7 +210,7 @@ class Attention(nn.Module):
         mixed = checkpoint_name(shard(mixed, "attention_batch", "length", "attention_heads", None), MIXED)
         bias = c.attention_bias if c.output_bias is None else c.output_bias
         out = Linear(c.width, bias, residual_std(c), c.dtype, lora=c.lora, name="output")
-        return out(mixed.reshape(*x.shape[:2], c.num_heads * c.channels)), cache
+        return out(shard(mixed.reshape(*x.shape[:2], -1), "batch", "length", "heads")), cache
 
     def _heads(self) -> dict[str, int]:
         c = self.config
@@ -221,6 +221,8 @@ class Attention(nn.Module):
         y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, lora=c.lora, name=name)(x)
         if c.clip_qkv is not None:
             y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
+        # First where the weights lie, then where attention wants it: else the weights would travel.
+        y = shard(y, "batch", "length", "heads" if name == "query" else "kv_heads")
         role = "attention_heads" if name == "query" else "attention_kv_heads"
         return shard(y.reshape(*x.shape[:2], heads, c.channels), "attention_batch", "length", role, None)
 

@@ -114,8 +114,8 @@ class Decoder:
         logits = mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32)
         if logits.ndim == 3:
             logits = shard(logits, "batch", "length", "vocab")
-        elif logits.ndim == 2:  # of one token a row, to be sampled
-            logits = shard(logits, "attention_batch", None)
+        elif logits.ndim == 2:  # of one token a row, to be sampled where the row is; else the head would travel
+            logits = shard(shard(logits, "batch", "vocab"), "attention_batch", None)
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)

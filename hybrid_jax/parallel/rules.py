@@ -159,6 +159,12 @@ def under(placement: Placement | None, function: F) -> F:
     return placed  # pyright: ignore[reportReturnType]
 
 
+def as_in_training(function: F) -> F:
+    """``function`` under the training rules, on the mesh in force."""
+    placement = current_placement()
+    return function if placement is None else under(placement.with_rules(TRAINING), function)
+
+
 def shard(x: Array, *names: str | None) -> Array:
     """Constrains where an activation lies: ``shard(x, "batch", "length", "width")``."""
     placement = current_placement()

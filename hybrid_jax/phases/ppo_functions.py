@@ -28,8 +28,7 @@ from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.heads import init_value_head, value
 from hybrid_jax.models.lora import whole
-from hybrid_jax.models.param_axes import param_axes
-from hybrid_jax.parallel.rules import shard_params, shard_rows
+from hybrid_jax.parallel.rules import shard_rows
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.phases.work import ppo_flops
 from hybrid_jax.sampling.responses import (
@@ -94,7 +93,7 @@ class PPOFunctions:
         )
 
     def sample(self, policy: Params, prompt_tokens: Array, prompt_mask: Array, key: Array) -> Samples:
-        policy = shard_params(self.model.cast(self._whole(policy)), param_axes)
+        policy = self._whole(policy)
         return self.config.sampler(self.model, policy, prompt_tokens, prompt_mask, key, eos_ids=self.eos_ids)
 
     def score(

@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Int
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
-from hybrid_jax.parallel.rules import target_platform
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import as_in_training, shard_params, target_platform
 from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
 from hybrid_jax.sampling.refill import generate_in_slots
 
@@ -111,6 +112,9 @@ def _generate(
     num_tokens = sampler.max_new_tokens
     noise = response_noise(key, batch, num_tokens)
     params = model.cast(params)  # once, not at every token
+    # Prompts are read like any batch, with weights gathered a layer at a time. One token a row would be too little
+    # for that, so the weights lie as the rollout's rules want them before the first is decoded.
+    settled = shard_params(params, param_axes)
 
     def record(samples: Samples, t, logits, ended):
         """Draws response token t and writes it down where the row has not ended."""
@@ -126,13 +130,13 @@ def _generate(
 
     def next_token(state):
         t, samples, cache, token, ended = state
-        logits, cache = model.step(params, token, cache)
+        logits, cache = model.step(settled, token, cache)
         samples, token, ended = record(samples, t, logits, ended)
         return t + 1, samples, cache, token, ended
 
     samples = Samples.empty(batch, num_tokens)
     cache = model.init_cache(batch, lengths[0])
-    logits, cache = model.prefill(params, prompt_tokens, prompt_mask, cache)
+    logits, cache = as_in_training(model.prefill)(params, prompt_tokens, prompt_mask, cache)
     samples, token, ended = record(samples, 0, logits, jnp.zeros(batch, bool))
     t = jnp.int32(1)
     for length in lengths:

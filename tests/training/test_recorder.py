@@ -90,12 +90,17 @@ def test_what_happens_between_two_steps_is_logged_and_is_no_steps_time(clock):
     recorder.evaluation(1, {"evaluation/score": 0.5}, [])
     clock.seconds = 113.0
     recorder.add(1, "sft", {})
+    with recorder.beside("checkpoint"):
+        clock.seconds = 120.0
+    recorder.add(2, "sft", {})
+    clock.seconds = 124.0
     recorder.flush()
-    first, evaluation, second = records
-    assert (first["sft/seconds"], second["sft/seconds"]) == (1.0, 2.0)
+    first, evaluation, second, third = records
+    assert [record["sft/seconds"] for record in (first, second, third)] == [1.0, 2.0, 4.0]
     assert evaluation["time/checkpoint_seconds"] == 3.0
     assert evaluation["time/evaluation_seconds"] == 7.0
     assert not any(name.startswith("time/") for name in second)
+    assert third["time/checkpoint_seconds"] == 7.0
 
 
 def test_utilisation_is_the_arithmetic_needed_over_that_of_all_devices(clock):

@@ -9,13 +9,15 @@ their rounding error does not grow with the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.parallel.rules import current_placement
+from hybrid_jax.parallel.rules import Placement, current_placement, under
 
 MOST_LOGIT_BYTES = 2**28  # of the float32 logits that one device holds at a time
 
@@ -63,17 +65,65 @@ def state_log_probs(
         with_entropy: whether the second result is wanted; else it is None.
     """
 
-    def read(states, targets):
+    def read(states, targets, logits_of):
         logits = logits_of(states)
         return token_log_probs(logits, targets), entropy(logits) if with_entropy else None
 
     stretch = _stretch(*targets.shape, vocab_size)
     if stretch is None:
-        return read(states, targets)
+        return read(states, targets, logits_of)
+    return _in_stretches(read, logits_of, states, targets, stretch)
+
+
+def _in_stretches(read: Callable, logits_of: LogitsOf, states: Array, targets: Array, stretch: int):
+    """``read`` of a stretch of tokens of every row after the other."""
     length = targets.shape[1]
-    inputs = (_stretches(states, stretch), _stretches(targets, stretch))
-    _, outputs = lax.scan(lambda _, part: (None, jax.checkpoint(read, prevent_cse=False)(*part)), None, inputs)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(targets), -1)[:, :length], outputs)
+
+    def scan(states, targets, logits_of):
+        part = jax.checkpoint(lambda states, targets: read(states, targets, logits_of), prevent_cse=False)
+        inputs = (_stretches(states, stretch), _stretches(targets, stretch))
+        outputs = lax.scan(lambda _, inputs: (None, part(*inputs)), None, inputs)[1]
+        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(len(targets), -1)[:, :length], outputs)
+
+    placement = current_placement()
+    if placement is None or placement.num_row_shards == 1 or len(targets) % placement.num_row_shards:
+        return scan(states, targets, logits_of)
+    own = jax.ShapeDtypeStruct(
+        (len(targets) // placement.num_row_shards, stretch, states.shape[2]), states.dtype
+    )
+    placement = replace(placement, local=True)
+    head_of, head = under(placement, jax.closure_convert)(logits_of, own)
+    return _on_own_rows(placement, scan, head_of, head, states, targets)
+
+
+def _on_own_rows(
+    placement: Placement, scan: Callable, head_of: Callable, head: list, states: Array, targets: Array
+):
+    """``scan`` on each device's rows: it gathers the head once, and adds up its own gradient of the head.
+
+    Left to the compiler, both would travel once a stretch.
+    """
+    axes = placement.rules.batch
+    gathered, parts = "fsdp", placement.mesh.shape["fsdp"]
+    splits = [next((i for i, size in enumerate(leaf.shape) if size % parts == 0), None) for leaf in head]
+
+    def local(states, targets, *head):
+        whole = [
+            leaf if split is None else lax.all_gather(leaf, gathered, axis=split, tiled=True)
+            for leaf, split in zip(head, splits, strict=True)
+        ]
+        return scan(states, targets, lambda states: head_of(states, *whole))
+
+    rows = PartitionSpec(axes)
+    kept = [PartitionSpec() if i is None else PartitionSpec(*[None] * i, gathered) for i in splits]
+    return jax.shard_map(
+        under(placement, local),
+        mesh=placement.mesh,
+        in_specs=(rows, rows, *kept),
+        out_specs=rows,
+        axis_names=set(axes),  # how the vocabulary is split is still the compiler's
+        check_vma=False,
+    )(states, targets, *head)
 
 
 def _stretch(rows: int, length: int, vocab_size: int) -> int | None:

@@ -29,9 +29,10 @@ from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
 from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, rms_norm
 from hybrid_jax.models.lora import ADAPTER, Lora, adapted_linear
+from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.rope import rotary_table, rotate
 from hybrid_jax.models.stacking import STACK
-from hybrid_jax.parallel.rules import shard
+from hybrid_jax.parallel.rules import shard, shard_for_use
 
 # (q, k, v, rule, sinks, cache of the layer) -> mixed values, the cache after
 Attend = Callable[
@@ -368,5 +369,6 @@ class Embedding(nn.Module):
         c = self.config
         table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
         # Whole rows, so that each device finds those of its own tokens.
-        table = shard(table.astype(c.dtype), "vocab", None)
+        kept = param_axes(f"{self.name}/embedding", table.shape)
+        table = shard_for_use(table.astype(c.dtype), kept, (None, None))
         return jnp.take(table, indices, axis=0)

@@ -92,10 +92,14 @@ ROLLOUTS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules for what lies on it."""
+    """A mesh and the rules for what lies on it.
+
+    Within `jax.shard_map` it is ``local``: arrays are a device's own part there, and nothing is constrained.
+    """
 
     mesh: Mesh
     rules: ShardingRules = TRAINING
+    local: bool = False
 
     def sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(self.mesh, self.rules.spec(self.mesh, shape, names))
@@ -168,9 +172,23 @@ def as_in_training(function: F) -> F:
 def shard(x: Array, *names: str | None) -> Array:
     """Constrains where an activation lies: ``shard(x, "batch", "length", "width")``."""
     placement = current_placement()
-    if placement is None or placement.mesh.size == 1:
+    if placement is None or placement.mesh.size == 1 or placement.local:
         return x
     return lax.with_sharding_constraint(x, placement.sharding(x.shape, names))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def shard_for_use(param: Array, kept: tuple[str | None, ...], used: tuple[str | None, ...]) -> Array:
+    """A parameter on its way from where it is ``kept`` to where it is ``used``; its gradient goes back.
+
+    A plain `shard` would have every device add up the whole gradient before it keeps its part.
+    """
+    return shard(param, *used)
+
+
+shard_for_use.defvjp(
+    lambda param, kept, used: (shard(param, *used), None), lambda kept, used, _, grad: (shard(grad, *kept),)
+)
 
 
 def shard_rows(tree: T) -> T:

@@ -141,7 +141,7 @@ def sft_losses(
     """``loss``: Σ −log π(token | before) over the targets of a batch; and the model's own losses."""
     hidden, losses = model.hidden_and_losses(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    logits_of = functools.partial(model.logits, params)
+    logits_of = functools.partial(model.logits, model.cast(params))
     loss = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
     return {"loss": loss, **losses}
 

@@ -44,6 +44,7 @@ def shift_states(hidden: Float[Array, "B T D"], response_length: int) -> Float[A
 
 def response_logits(model: LanguageModel, params: Params, temperature: float) -> LogitsOf:
     """The scores of response tokens under the distribution that samples them, from the states before them."""
+    params = model.cast(params)
     return lambda states: model.logits(params, states) / temperature
 
 

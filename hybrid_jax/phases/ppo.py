@@ -23,6 +23,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_her
 from hybrid_jax.parallel.rules import ROLLOUTS, Placement, shard_params, under
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import columns_of
 from hybrid_jax.sampling.responses import decode_responses
@@ -54,10 +56,9 @@ from hybrid_jax.training.state import RunState
 class PPOPhase:
     """Steps of PPO. Trains the groups "model" and "value"."""
 
-    waits_for_device = True
-
     def __init__(self, config: PPO, resources: Resources):
         self.config = config
+        self.waits_for_device = not config.rollout_ahead
         self.name = resources.name
         self.optimizer_key = resources.optimizer_key
         self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
@@ -69,6 +70,7 @@ class PPOPhase:
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
         planned, mix = resources.examples is None, config.sft_mix
+        self._ahead = RolloutAhead(self.name, self._placement) if config.rollout_ahead else None
         self.prompts = None if planned else prompt_stream(config, resources)
         self._examples = None if planned or mix is None else sft_stream(mix.as_sft(), resources)
         rollout = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
@@ -90,6 +92,7 @@ class PPOPhase:
             extra={
                 self.functions.kl_key: self.config.kl_control.init(),
                 **initial_loss_scale(self.functions.model),
+                **({} if self._ahead is None else self._ahead.init(self.config)),
             },
             host={f"{self.name}/reward": self.config.reward.init()},
             references={name: self._frozen(params["model"]) for name in start},
@@ -98,23 +101,20 @@ class PPOPhase:
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         clock = _Clock()
         state = self._enter(state)
-        assert self.prompts is not None, "a planned phase takes no steps"
         steps, cursor = state.schedule.steps.get(self.name, 0), state.cursors.get(self.name, 0)
-        prompts = _repeat(
-            self.prompts.batch(cursor, self.config.prompts_per_step), self.config.samples_per_prompt
-        )
         sample_key, learn_key = jax.random.split(key)
-        tokens, mask = put_rows(self._placement, (prompts.tokens, prompts.mask))
+        prompts, (tokens, mask) = self._prompt_batch(cursor)
         examples = self._example_batch(state.cursors.get(f"{self.name}/examples", 0))
         clock.lap("input")
-        samples = self._sample(state.base, state.train.params["model"], tokens, mask, sample_key)
+        samples, following = self._answers(state, cursor, (tokens, mask), sample_key)
         scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
         scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored, clock)
         groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
+        train = state.train if self._ahead is None else self._ahead.without(state.train)
         train, metrics = self._learn(
-            state.base, state.train, scored, scores, examples, learn_key, rate, groups=groups
+            state.base, train, scored, scores, examples, learn_key, rate, groups=groups
         )
         # The update has been started, so that the device does not wait while the host looks at the clock.
         if self.config.reward.on_device:
@@ -122,6 +122,11 @@ class PPOPhase:
             clock.lap("rollout")
         else:
             clock.restart()
+        if self._ahead is not None and following is not None:
+            train = self._ahead.keep(train, following)
+            host_metrics["staleness"] = self._ahead.staleness(state)
+            jax.block_until_ready(following.tokens)
+            clock.lap("rollout")
         jax.block_until_ready(scored.values)
         clock.lap("score")
         state = replace(
@@ -133,6 +138,27 @@ class PPOPhase:
         metrics = {**metrics, **host_metrics, **clock.seconds, "learning_rate": rate}
         metrics["dispatch_seconds"] = time.perf_counter() - clock.started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
+
+    def _prompt_batch(self, cursor: int) -> tuple[PromptBatch, tuple[Any, Any]]:
+        """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""
+        assert self.prompts is not None, "a planned phase takes no steps"
+        batch = self.prompts.batch(cursor, self.config.prompts_per_step)
+        prompts = _repeat(batch, self.config.samples_per_prompt)
+        return prompts, put_rows(self._placement, (prompts.tokens, prompts.mask))
+
+    def _answers(
+        self, state: RunState, cursor: int, prompts: tuple[Array, Array], key: Array
+    ) -> tuple[Samples, Samples | None]:
+        """Responses to the prompts of this step and, sampled ahead, to those of the next."""
+        sample = partial(self._sample, state.base, state.train.params["model"])
+        if self._ahead is None:
+            return sample(*prompts, key), None
+        now_key, next_key = jax.random.split(key)
+        samples = self._ahead.of(state)
+        if samples is None:
+            samples = sample(*prompts, now_key)
+        _, following = self._prompt_batch(cursor + self.config.prompts_per_step)
+        return samples, sample(*following, next_key)
 
     def _above_base(self, name: str) -> Callable[..., Any]:
         """One of the functions, with the base as its first argument."""
@@ -175,7 +201,7 @@ class PPOPhase:
         others = {n: r for n, r in state.references.items() if n not in references}
         waiting = {"optimizer_states": idle, "references": others}
         waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
-        train = state.train
+        train = state.train if self._ahead is None else self._ahead.without(state.train)
         return [
             Program(
                 f"{self.name}/sample",
@@ -273,7 +299,8 @@ class _Clock:
 
     def lap(self, part: str) -> None:
         now = time.perf_counter()
-        self.seconds[f"{part}_seconds"], self._last = now - self._last, now
+        name = f"{part}_seconds"
+        self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
 def prompt_stream(config: PPO, resources: Resources) -> PromptStream:

@@ -80,6 +80,7 @@ class PPO:
     references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
 
     rollout_weights: Literal["fsdp", "tensor", "replicated"] = "tensor"  # see `parallel.rules.ROLLOUTS`
+    rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
     value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
     value_warmup_steps: int = 0  # steps that train only the value
     sft_mix: SFTMix | None = None

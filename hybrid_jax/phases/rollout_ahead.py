@@ -1,0 +1,56 @@
+"""One-step-asynchronous rollouts: the next prompts are answered before this step's update, not after it.
+
+    in order      answer y_t ~ π_t, reward it, update π_t to π_t+1; answer y_t+1 ~ π_t+1
+    ahead         answer y_t+1 ~ π_t while y_t is rewarded, update π_t to π_t+1
+
+The host rewards responses that were sampled a step ago, so it works while the device samples and updates, and
+neither waits for the other. The price is that y_t comes from π_t−1. Its log-probabilities are those of that
+policy, so ratios start away from 1 and the clipped objective corrects for the update between; the penalty, too,
+is for the KL of the policy that sampled. The metric ``staleness`` says how many updates lie between (0 or 1).
+
+What was sampled ahead is part of the run's state. It is used only if the next step is one of the same phase:
+after another phase the policy would be any number of updates away, so the prompts are answered anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+
+from hybrid_jax.core.batches import Samples
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import Placement, shard_params, shard_rows, under
+from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.training.state import RunState, TrainState
+
+
+class RolloutAhead:
+    """Keeps the responses of one phase for its next step, in ``TrainState.extra``."""
+
+    def __init__(self, phase: str, placement: Placement):
+        self._phase = phase
+        self._key = f"{phase}/ahead"
+        # In the state they lie like any array of its size, so that a resumed run is the same program.
+        self._settled = jax.jit(under(placement, lambda samples: shard_params(samples, param_axes)))
+        self._by_rows = jax.jit(under(placement, shard_rows))
+
+    def init(self, settings: PPO) -> dict[str, Samples]:
+        """What the phase adds to ``TrainState.extra``."""
+        return {self._key: Samples.empty(settings.rows, settings.sampler.max_new_tokens)}
+
+    def staleness(self, state: RunState) -> int:
+        """Updates between the policy that answers the prompts of this step and the one that it finds."""
+        return int(state.schedule.last == self._phase)
+
+    def of(self, state: RunState) -> Samples | None:
+        """The responses to the prompts of this step, if they were sampled ahead."""
+        return self._by_rows(state.train.extra[self._key]) if self.staleness(state) else None
+
+    def without(self, train: TrainState) -> TrainState:
+        """What an update is given: it would delete responses that are still read."""
+        return replace(train, extra={name: x for name, x in train.extra.items() if name != self._key})
+
+    def keep(self, train: TrainState, samples: Samples) -> TrainState:
+        """For the next step."""
+        return replace(train, extra={**train.extra, self._key: self._settled(samples)})

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float, Int
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import SlotCache
-from hybrid_jax.parallel.rules import current_placement
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import current_placement, shard_params
 from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def generate_in_slots(
     join = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
     noise = split(response_noise(key, num_prompts, num_tokens))
     prompts = split(prompt_tokens), split(prompt_mask)
-    params = model.cast(params)  # once, not at every token
+    params = shard_params(model.cast(params), param_axes)  # once, not at every token
     every_slot = jnp.broadcast_to(jnp.arange(slots // groups), (groups, slots // groups))
 
     def rows(group: _Group, slots: Int[Array, "m"]):

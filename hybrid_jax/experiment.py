@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -28,15 +29,18 @@ from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.models import decoder, hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
+from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
+from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
-from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, open_loggers, read_records
+from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, no_logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
+from hybrid_jax.training.offload import Idle
 from hybrid_jax.training.phase import PHASES, Phase, Resources
 from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
@@ -67,6 +71,7 @@ class ExperimentConfig:
     scheduler: Annotated[Any, SCHEDULERS]
     seed: int = 0
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
+    offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
@@ -125,6 +130,7 @@ def build(config: ExperimentConfig) -> Experiment:
         tokenizer = load_tokenizer(saved_tokenizer)
     else:
         tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
+    _check_hosts(config, tokenizer, examples)
     model = config.model.build(tokenizer.vocab_size)
     sources = [getattr(phase, "source", None) for phase in config.phases.values()]
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
@@ -133,6 +139,14 @@ def build(config: ExperimentConfig) -> Experiment:
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     evaluator = make_evaluator(config, model, tokenizer, eos_ids)
     return Experiment(config, model, tokenizer, phases, evaluator, key, eos_ids, placement)
+
+
+def _check_hosts(config: ExperimentConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
+    """Several processes must be about to do the same."""
+    settings = {name: value for name, value in to_dict(config).items() if name != "compilation_cache"}
+    hosts.check_same("config", repr(settings))
+    hosts.check_same("number of examples", len(examples))
+    hosts.check_same("tokenizer", [tokenizer.encode(text) for e in examples[:4] for text in e.texts])
 
 
 def _build_phases(
@@ -156,6 +170,7 @@ def _build_phases(
                 placement=placement,
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
+                offload=config.offload,
             )
         )
         for name, phase in config.phases.items()
@@ -175,7 +190,7 @@ def plan_phases(
         devices: those to plan for; they may be no more than a description (`jax.experimental.topologies`).
     """
     placement = config.mesh.placement(devices)
-    model = config.model.build(None)
+    model = config.model.build(getattr(config.tokenizer, "vocab_size", None))  # at most
     phases = _build_phases(config, placement, model, None, None, eos_ids=(0,))
     names = {name for phase in config.phases.values() for name in getattr(phase, "references", ())}
     return phases, state_shapes(model, phases, placement, sorted(names))
@@ -231,6 +246,10 @@ class Experiment:
     def checkpoint(self) -> CheckpointConfig:
         return self.config.checkpoint
 
+    @property
+    def offload(self) -> tuple[Idle, ...]:
+        return self.config.offload
+
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
         return fresh_state(self.model, self.phases, self.placement, init_key(self.config.seed))
@@ -243,27 +262,32 @@ class Experiment:
         except OSError as error:
             raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
         checkpoints = Checkpoints(folder / "checkpoints", self.checkpoint.keep)
-        fresh = self.init()
+        with out_of_memory.explained("the state of a fresh run"):
+            fresh = self.init()
         reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
         saved = checkpoints.newest(fresh, reference)
         state = saved or fresh
-        if saved is None:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
-        else:
+        if saved is not None:
             log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
-        settings = to_dict(self.config)
+        logger = self._open_files(saved and saved.step) if hosts.is_first() else no_logger()
+        machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
+        profiler = Profiler(self.config.profile, folder / "profile")
+        elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
+        progress = Progress(self.steps, state.step, None if hosts.is_first() else io.StringIO())
+        return state, checkpoints, Recorder(logger, progress, elapsed, machine, profiler)
+
+    def _open_files(self, resume_step: int | None) -> Logger:
+        """Writes what a run says of itself, and opens its logs."""
+        folder, settings = self.config.run_dir, to_dict(self.config)
+        if resume_step is None:
+            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
         write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
         try:
-            logger = open_loggers(self.config.loggers, folder, settings, saved and saved.step)
+            return open_loggers(self.config.loggers, folder, settings, resume_step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
-        machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
-        profiler = Profiler(self.config.profile, folder / "profile")
-        elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
-        recorder = Recorder(logger, Progress(self.steps, state.step), elapsed, machine, profiler)
-        return state, checkpoints, recorder
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every
@@ -297,7 +321,8 @@ class Experiment:
         """Writes the report of a finished run."""
         from hybrid_jax.report import write_report
 
-        log.info("report: %s", write_report(self.config.run_dir))
+        if hosts.is_first():
+            log.info("report: %s", write_report(self.config.run_dir))
 
 
 def environment() -> dict[str, Any]:

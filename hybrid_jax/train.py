@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.parallel.hosts import joined
 
 EXPLANATION = """\
 The run directory (setting run_dir) receives config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the
@@ -27,10 +28,11 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
-    from hybrid_jax.experiment import build, load_config
-    from hybrid_jax.training.loop import train
+    with joined():  # before JAX looks at any device
+        from hybrid_jax.experiment import build, load_config
+        from hybrid_jax.training.loop import train
 
-    train(build(load_config(options.config, options.overrides)))
+        train(build(load_config(options.config, options.overrides)))
 
 
 if __name__ == "__main__":

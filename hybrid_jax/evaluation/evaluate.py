@@ -13,12 +13,15 @@ import numpy as np
 
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
-from hybrid_jax.core.batches import Example
+from hybrid_jax.core.batches import Example, PromptBatch
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.parallel import hosts
+from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
+from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import columns_of
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.sampling.decode import Sampler
@@ -82,6 +85,7 @@ class Evaluator:
         self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
+            self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
             self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=eos_ids))
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -94,7 +98,8 @@ class Evaluator:
         """Mean cross-entropy over the tokens of the held-out responses, nats, and its exponential."""
         if self._rows is None:
             return {}
-        sums = [self._loss(params, batch) for batch in self._rows.sequential(self.config.batch_size)]
+        batches = self._rows.sequential(self.config.batch_size)
+        sums = [self._loss(params, _on_devices(batch)) for batch in batches]
         total, weight = (float(sum(float(x) for x in xs)) for xs in zip(*sums, strict=True))
         loss = total / max(weight, 1.0)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
@@ -103,42 +108,69 @@ class Evaluator:
         """Samples an answer to each held-out prompt and scores it."""
         if self._prompts is None:
             return {}, []
-        examples, responses, rows, device_scores = [], [], [], []
+        examples: list[Example] = []
+        answers: dict[str, list[Any]] = {}  # of the rows that this process holds
         for index, (prompts, count) in enumerate(self._prompts.sequential(self._batch_size())):
-            key = jax.random.fold_in(self._key, index)
-            asked, asked_mask = jax.device_put((prompts.tokens, prompts.mask))
-            drawn = self._sample(params, asked, asked_mask, key)
-            complete = ended(drawn.tokens, drawn.response_mask, self._eos_ids)
-            tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.response_mask)[:count]
+            for name, values in self._answer(params, prompts, index, count, len(examples)).items():
+                answers.setdefault(name, []).extend(values)
             examples += prompts.examples[:count]
-            responses += decode_responses(self._tokenizer, tokens, mask, self._eos_ids)
-            rows.append((np.asarray(complete)[:count], mask.sum(axis=1)))
-            if self._reward is not None and self._reward.on_device:
-                joined = join(asked, asked_mask, drawn)
-                device_scores.append(
-                    np.asarray(self._reward.score_tokens(*joined, drawn.response_mask))[:count]
-                )
-        complete, lengths = (np.concatenate(column) for column in zip(*rows, strict=True))
+        if self._reward is not None and not self._reward.on_device:
+            here = [examples[row] for row in answers["row"]]
+            prompts = [example.prompt for example in here]
+            parts = self._reward.raw(prompts, answers["response"], columns_of(here)) if here else {}
+            answers |= {f"raw/{name}": values.tolist() for name, values in parts.items()}
+        answers = _in_order(hosts.exchange(answers))
+        responses = answers["response"]
         numbers = {
-            "eos_fraction": float(complete.mean()),
-            "response_length": float(lengths.mean()),
+            "eos_fraction": float(np.mean(answers["complete"])),
+            "response_length": float(np.mean(answers["length"])),
             "distinct_2": float(distinct_n(responses, 2)),
             **_bleu(examples, responses),
         }
-        scores, parts = self._scores(examples, responses, device_scores)
+        scores, parts = self._scores(answers)
         if scores is not None:
             numbers["score"], numbers["score_std"] = float(scores.mean()), float(scores.std())
         numbers |= {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
         return numbers, self._shown(examples, responses, scores, parts)
 
-    def _scores(self, examples, responses, device_scores):
+    def _answer(
+        self, params: Params, prompts: PromptBatch, index: int, count: int, before: int
+    ) -> dict[str, list[Any]]:
+        """The answers to a batch, as far as this process holds them.
+
+        Args:
+            params: of the policy.
+            prompts: the batch.
+            index: its number, which decides the noise.
+            count: how many of its rows count, the first ones.
+            before: how many rows earlier batches had.
+        """
+        asked, asked_mask = _on_devices((prompts.tokens, prompts.mask))
+        drawn = self._sample(params, asked, asked_mask, jax.random.fold_in(self._key, index))
+        complete = self._ended(drawn.tokens, drawn.response_mask)
+        rows = rows_here(drawn.tokens)
+        rows = rows[rows < count]
+        fetched = (fetch_rows(array)[: len(rows)] for array in (drawn.tokens, drawn.response_mask, complete))
+        tokens, mask, complete = fetched
+        answers = {
+            "row": (before + rows).tolist(),
+            "response": decode_responses(self._tokenizer, tokens, mask, self._eos_ids),
+            "complete": complete.tolist(),
+            "length": mask.sum(axis=1).tolist(),
+        }
+        if self._reward is not None and self._reward.on_device:
+            joined = join(asked, asked_mask, drawn)
+            scores = self._reward.score_tokens(*joined, drawn.response_mask)
+            answers["score"] = fetch_rows(scores)[: len(rows)].tolist()
+        return answers
+
+    def _scores(self, answers: dict[str, list[Any]]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
         if self._reward is None:
             return None, {}
         if self._reward.on_device:
-            return np.concatenate(device_scores), {}
-        prompts = [example.prompt for example in examples]
-        scores, _, parts = self._reward.score({}, prompts, responses, columns_of(examples))
-        return scores, parts
+            return np.asarray(answers["score"], np.float32), {}
+        raw = {name: np.asarray(answers[f"raw/{name}"], np.float32) for name in self._reward.parts}
+        return self._reward.combine({}, raw)[0], raw
 
     def _shown(self, examples, responses, scores, parts) -> list[dict[str, Any]]:
         return [
@@ -166,10 +198,27 @@ class Evaluator:
         return max(self._model.max_length - self.sampler.max_new_tokens, 1)
 
 
+def _on_devices(batch: Any) -> Any:
+    """A batch of host arrays, each device with its share of the rows."""
+    placement = current_placement()
+    return jax.device_put(batch) if placement is None else put_rows(placement, batch)
+
+
+def _in_order(answers: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The answers of all processes, each row once: several may hold the same, and one may hold none."""
+    holder: dict[int, tuple[int, int]] = {}
+    for process, found in enumerate(answers):
+        for place, row in enumerate(found["row"]):
+            holder.setdefault(row, (process, place))
+    places = [place for _, place in sorted(holder.items())]
+    names = answers[places[0][0]]
+    return {name: [answers[process][name][place] for process, place in places] for name in names}
+
+
 def _loss(model: LanguageModel, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
     hidden = model.hidden(params, batch.tokens, batch.segment_ids)
     targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    logits_of = functools.partial(model.logits, params)
+    logits_of = functools.partial(model.logits, model.cast(params))
     loss: Sum = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
     return loss.total, loss.weight
 

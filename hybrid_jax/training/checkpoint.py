@@ -2,8 +2,11 @@
 
 One checkpoint holds parameters, optimizer states, references, host states, data cursors and the scheduler, or
 it does not exist: Orbax writes into a temporary folder and renames it. Checksums of every array and of every
-file tell a damaged checkpoint from a good one when it is read. Parameters below adapters are not in it: a sum
-of their bits tells whether they are still the same.
+file tell a damaged checkpoint from a good one when it is read. Parameters below adapters are not in it: their
+checksum tells whether they are still the same.
+
+Several processes write and read one checkpoint together, each the parts that its devices hold; the folder must
+be on a disk that all of them share.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ import functools
 import json
 import logging
 import shutil
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +26,11 @@ from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
+from hybrid_jax.parallel import hosts
+from hybrid_jax.training.checksums import checksums, differing, file_checksums, file_names, sum_of_bits
 from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
@@ -86,7 +89,7 @@ class Checkpoints:
             response = self._writer.save_checkpointables_async(
                 state.step,
                 {"state": arrays},
-                custom_metadata=_progress(state, _checksums(arrays)),
+                custom_metadata=_progress(state, arrays),
                 force=True,
                 overwrite=(self._folder / str(state.step)).exists(),
             )
@@ -142,8 +145,10 @@ class Checkpoints:
     def _open_writer(self) -> Any:
         from orbax.checkpoint import v1 as ocp
 
-        for step in self._damaged:  # Orbax would count them among the newest, and delete good ones instead
+        for step in self._damaged if hosts.is_first() else ():
+            # Orbax would count them among the newest, and delete good ones instead.
             shutil.rmtree(self._folder / str(step))
+        hosts.barrier()
         return _checkpointer(
             self._folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
@@ -152,8 +157,9 @@ class Checkpoints:
         )
 
     def _finish(self, response: Any, step: int) -> None:
-        response.result()
-        _seal(self._folder / str(step))
+        response.result()  # every process has written its part
+        if hosts.is_first():
+            _seal(self._folder / str(step))
 
 
 def newest_policy(folder: Path, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
@@ -198,16 +204,20 @@ def _checkpointer(folder: Path, **settings: Any) -> Any:
 
 
 def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]]:
-    """What ``load`` makes of the newest checkpoint that it can read, and the newer ones that are damaged."""
+    """What ``load`` makes of the newest checkpoint that it can read, and the newer ones that are damaged.
+
+    Several processes take the same one: a checkpoint that one of them cannot read is damaged for all.
+    """
     steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+    hosts.check_same(f"list of checkpoints in {folder} (is it on a shared disk?)", steps)
     for tried, step in enumerate(steps):
-        try:
-            _check_seal(folder / str(step))
-            return load(step), steps[:tried]
-        except UserError:
-            raise
-        except Exception as error:  # whatever a torn file makes of itself
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        _, reason = _together(functools.partial(_check_seal, folder / str(step)))
+        loaded = None
+        if reason is None:
+            loaded, reason = _together(functools.partial(load, step))
+        if reason is None:
+            return loaded, steps[:tried]
+        if hosts.is_first():
             log.warning("checkpoint %d is damaged (%s); falling back to the one before", step, reason)
     if steps:
         raise UserError(
@@ -217,13 +227,25 @@ def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]
     return None, []
 
 
+def _together(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """The result of ``action`` and, if it failed in any of the processes, why."""
+    result, reason = None, None
+    try:
+        result = action()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a torn file makes of itself
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+    return result, next(filter(None, hosts.exchange(reason)), None)
+
+
 def _load_state(step: int, *, reader: Any, fresh: RunState, reference: Params | None) -> RunState:
     progress = _read_progress(reader, step)
-    like = fresh.train.params["model"] if reference is None else reference
-    references = dict.fromkeys(progress["references"], like)
+    names = progress["references"]
+    references = {n: fresh.train.params["model"] if reference is None else reference for n in names}
     wanted = _arrays(dataclasses.replace(fresh, references=references))
     arrays = reader.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
-    _check(arrays, progress["checksums"])
+    _check(arrays, progress)
     _check_base(fresh.base, progress)
     return RunState(
         step=progress["step"],
@@ -243,7 +265,7 @@ def _load_params(
     wanted = {"state": {"train": {"params": groups}}}
     params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
     train: Any = TrainState  # pyright does not see the fields of a flax.struct.dataclass
-    _check({"train": train(params=params, opt_state={}, extra={})}, progress["checksums"])
+    _check({"train": train(params=params, opt_state={}, extra={})}, progress)
     _check_base(base, progress)
     return progress["step"], params
 
@@ -261,85 +283,50 @@ def _seal(folder: Path) -> None:
     Orbax reads in threads that print a traceback for every damaged file; the seal finds such files before.
     A checkpoint without one, since a kill came between its last file and the seal, is as good as any.
     """
-    write_text(folder / SEAL, json.dumps(_file_checksums(folder)))
+    write_text(folder / SEAL, json.dumps(file_checksums(folder, file_names(folder, SEAL))))
 
 
 def _check_seal(folder: Path) -> None:
     if not (folder / SEAL).is_file():
         return
-    there = _file_checksums(folder)
-    for name, checksum in json.loads((folder / SEAL).read_text()).items():
-        if name not in there:
+    sealed = json.loads((folder / SEAL).read_text())
+    here = sorted(sealed)[hosts.index() :: hosts.size()]  # the processes share the reading
+    for name in here:
+        if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
-        if there[name] != checksum:
+    for name, checksum in file_checksums(folder, here).items():
+        if sealed[name] != checksum:
             raise ValueError(f"{name} has changed")
-
-
-def _file_checksums(folder: Path) -> dict[str, list[int]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
-    return {str(path.relative_to(folder)): _file_checksum(path) for path in paths}
-
-
-def _file_checksum(path: Path) -> list[int]:
-    """Size and CRC-32."""
-    size = checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            size, checksum = size + len(block), zlib.crc32(block, checksum)
-    return [size, checksum]
 
 
 def _arrays(state: RunState) -> dict[str, Any]:
     return {"train": state.train, "references": dict(state.references), "host": dict(state.host)}
 
 
-def _progress(state: RunState, checksums: dict[str, int]) -> dict[str, Any]:
+def _progress(state: RunState, arrays: Any) -> dict[str, Any]:
     return {
         "step": state.step,
         "schedule": dataclasses.asdict(state.schedule),
         "cursors": dict(state.cursors),
         "references": list(state.references),
-        "checksums": checksums,
-        **({"base": _sum_of_bits(state.base)} if state.base else {}),
+        "sums": checksums(arrays),
+        **({"base_sum": sum_of_bits(state.base)} if state.base else {}),
     }
 
 
-def _sum_of_bits(tree: Params) -> int:
-    """A checksum that is taken where the arrays are: a base may be large, and is never copied."""
-    return zlib.crc32(b"".join(np.asarray(total).tobytes() for total in jax.tree.leaves(_sums(tree))))
-
-
-@jax.jit
-def _sums(tree: Params) -> Params:
-    def total(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        return jnp.sum(bits.astype(jnp.uint32))
-
-    return jax.tree.map(total, tree)
-
-
 def _check_base(base: Params, progress: dict[str, Any]) -> None:
-    if base and _sum_of_bits(base) != progress.get("base"):
+    """A run from before version 0.3 kept another sum of its base, which is not looked at."""
+    if base and "base_sum" in progress and sum_of_bits(base) != progress["base_sum"]:
         raise UserError(
             "the model below the adapter is no longer the one that the run was trained on; "
             "restore model.path as it was, or choose another run_dir"
         )
 
 
-def _checksums(arrays: Any) -> dict[str, int]:
-    leaves = jax.tree_util.tree_leaves_with_path(arrays)
-    return {jax.tree_util.keystr(path): zlib.crc32(_bytes(leaf)) for path, leaf in leaves}
-
-
-def _bytes(leaf: Any) -> memoryview:
-    """The bytes of an array of any type; bfloat16 offers none by itself."""
-    return memoryview(np.ascontiguousarray(jax.device_get(leaf)).view(np.uint8))  # pyright: ignore[reportArgumentType]
-
-
-def _check(arrays: Any, checksums: dict[str, int]) -> None:
-    for path, checksum in _checksums(arrays).items():
-        if checksum != checksums.get(path):
-            raise ValueError(f"checksum of {path} differs")
+def _check(arrays: Any, progress: dict[str, Any]) -> None:
+    """Checkpoints from before version 0.3 hold other checksums of arrays; the seal of their files remains."""
+    if "sums" in progress and (path := differing(arrays, progress["sums"])):
+        raise ValueError(f"checksum of {path} differs")
 
 
 def _abstract(leaf: Any) -> Any:

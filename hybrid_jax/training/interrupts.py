@@ -7,6 +7,8 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from hybrid_jax.parallel import hosts
+
 
 class Interrupted(SystemExit):
     """The run was stopped from outside and has saved itself; the exit code is 128 + the signal's number."""
@@ -24,6 +26,10 @@ class Interrupts:
     def __init__(self):
         self.number: int | None = None
         self._before: dict[int, Any] = {}  # handlers by signal; None for one that was not set by Python
+
+    def agreed(self) -> int | None:
+        """The signal that has come to any of the processes of a run; all of them must ask together."""
+        return max(number or 0 for number in hosts.exchange(self.number)) or None
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +13,12 @@ import jax
 import numpy as np
 from jax import Array
 
+from hybrid_jax.parallel import hosts
+from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.interrupts import Interrupted, Interrupts
 from hybrid_jax.training.nonfinite import NonFiniteError
+from hybrid_jax.training.offload import Idle, settled, with_idle, without_idle
 from hybrid_jax.training.phase import Phase
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Scheduler
@@ -43,6 +46,11 @@ class Run(Protocol):
 
     @property
     def checkpoint(self) -> CheckpointConfig: ...
+
+    @property
+    def offload(self) -> Sequence[Idle]:
+        """What waits in the host's memory while no phase uses it."""
+        ...
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
@@ -76,19 +84,20 @@ def train(run: Run) -> RunState:
             while True:
                 phase = run.phases[run.scheduler.choose(state.schedule)]
                 finished = state.step >= run.steps
-                leaving = finished or interrupts.number is not None
+                stop = interrupts.agreed()
+                leaving = finished or stop is not None
                 if state.step > saved and (leaving or state.step % run.checkpoint.every == 0):
                     saved = state.step
                     with recorder.beside("checkpoint"):
                         checkpoints.save(state)
-                if interrupts.number is not None:
-                    raise Interrupted(interrupts.number)
+                if stop is not None:
+                    raise Interrupted(stop)
                 _export_if_due(run, state)
                 if run.evaluation_is_due(state, phase.name):
-                    with recorder.beside("evaluation"):
+                    with recorder.beside("evaluation"), out_of_memory.explained("evaluation"):
                         found = run.evaluate(state)
                     recorder.evaluation(state.step, *found)
-                    if interrupts.number is not None:
+                    if interrupts.agreed() is not None:
                         continue
                 if finished:
                     break
@@ -101,7 +110,7 @@ def train(run: Run) -> RunState:
         except NonFiniteError:  # the step has left no state worth saving: a rerun repeats it
             raise
         except Exception:
-            if state.step > saved:
+            if state.step > saved and hosts.size() == 1:  # the others may not have failed, and cannot save
                 _save_before_leaving(state, checkpoints, recorder)
             raise
         finally:
@@ -118,8 +127,10 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
     """One step of ``phase`` with its randomness, counted and recorded."""
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
     started = contextlib.nullcontext() if recorder is None else recorder.step(state.step, phase.name)
-    with started:
+    with started, out_of_memory.explained(phase.name):
+        state, idle = without_idle(settled(state, phase, run.offload), phase)
         new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
+    new = with_idle(new, idle)
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
     if recorder is not None:
         recorder.add(state.step, phase.name, metrics, new.train.params)

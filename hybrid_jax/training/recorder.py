@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from hybrid_jax.training import nonfinite
+from hybrid_jax.training import nonfinite, out_of_memory
 from hybrid_jax.training.compilation import Compilations, summary
 from hybrid_jax.training.loggers import Logger
 from hybrid_jax.training.machine import Machine
@@ -81,7 +81,8 @@ class Recorder:
         if self._pending is None:
             return
         (step, phase, metrics), self._pending = self._pending, None
-        numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        with out_of_memory.explained(phase):  # a step that was only started may fail here
+            numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._profiler.finished(step)
         now = time.monotonic()
         seconds, self._stamp = now - self._stamp, now

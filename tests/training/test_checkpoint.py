@@ -162,7 +162,7 @@ def test_an_array_that_is_not_what_was_saved_is_found_also_without_a_seal(saved,
     assert newest(saved).step == 6  # a kill between the last file and the seal loses nothing
     path = saved / "6" / "_CHECKPOINT_METADATA"
     metadata = json.loads(path.read_text())
-    metadata["custom_metadata"]["checksums"]["['train'].params['model']['w']"] ^= 1
+    metadata["custom_metadata"]["sums"]["['train'].params['model']['w']"] ^= 1
     path.write_text(json.dumps(metadata))
     assert newest(saved).step == 3
     assert "checksum of ['train'].params['model']['w'] differs" in caplog.messages[-1]

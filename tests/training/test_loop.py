@@ -70,6 +70,7 @@ class Walking:
     finished: int = 0
 
     key = jax.random.key(7)
+    offload = ()
     scheduler = Alternation(warmup={"sft": 2}, cycle={"sft": 1, "ppo": 1})
 
     @property

@@ -1,0 +1,179 @@
+"""How many processes a run has and which one this is, as the launcher says it in the environment."""
+
+from __future__ import annotations
+
+import glob
+import http.client
+import importlib.util
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid_jax.core.registry import UserError
+
+ADDRESS, SIZE, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_TPU_PORT = 8482
+_GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+Environment = Mapping[str, str]
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One process among several.
+
+    Attributes:
+        address: ``host:port`` of process 0.
+        size: how many they are.
+        index: which one this is.
+        found_by: what said so.
+        local_devices: the devices of this host that are this process's own; None is all of them.
+    """
+
+    address: str
+    size: int
+    index: int
+    found_by: str
+    local_devices: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        if not re.fullmatch(r".+:\d{1,5}", self.address):
+            raise UserError(f"{ADDRESS} must be host:port of process 0, got {self.address!r}")
+        if not 0 <= self.index < self.size:
+            raise UserError(
+                f"{self.found_by}: the process must be one of 0 to {self.size - 1}, got {self.index}"
+            )
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+
+def find_cluster(environment: Environment) -> Cluster | None:
+    """The processes of this run; None where there is but one.
+
+    First what ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` say, then Slurm, Open
+    MPI and TPU VMs. With a launcher the address alone may be given, too; `JAX_COORDINATOR_PORT` changes the
+    port that is chosen without it.
+
+    Raises:
+        UserError: what they say is incomplete or contradicts itself.
+    """
+    for find in (_by_hand, _slurm, _open_mpi, _tpu):
+        if (cluster := find(environment)) is not None:
+            return cluster if cluster.size > 1 else None
+    if environment.get(ADDRESS):
+        raise UserError(f"{ADDRESS} is set, so {SIZE} and {INDEX} must be, too")
+    return None
+
+
+def _by_hand(environment: Environment) -> Cluster | None:
+    if not any(environment.get(name) for name in (SIZE, INDEX)):
+        return None
+    names = (ADDRESS, SIZE, INDEX)
+    if missing := [name for name in names if not environment.get(name)]:
+        there = next(name for name in names if environment.get(name))
+        raise UserError(f"{there} is set, so {' and '.join(missing)} must be, too")
+    size, index = _number(environment, SIZE), _number(environment, INDEX)
+    return Cluster(environment[ADDRESS], size, index, "the environment")
+
+
+def _slurm(environment: Environment) -> Cluster | None:
+    """The tasks of a job step; process 0 is on the first node, on a port that the job's number decides."""
+    if not all(environment.get(name) for name in _SLURM):
+        return None
+    size, index = _number(environment, "SLURM_NTASKS"), _number(environment, "SLURM_PROCID")
+    nodes = environment["SLURM_STEP_NODELIST"]  # node1, node1,b2 or node[001-004,7],b2
+    prefix, first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes).groups()  # pyright: ignore
+    address = f"{prefix}{first or ''}:{_port_of_job(environment, _number(environment, 'SLURM_JOB_ID'))}"
+    one_a_node = environment.get("SLURM_STEP_NUM_NODES") == str(size)
+    local = None if one_a_node else _number(environment, "SLURM_LOCALID")
+    return _launched(environment, address, size, index, "Slurm", local)
+
+
+def _open_mpi(environment: Environment) -> Cluster | None:
+    """The ranks of ``mpirun``; older versions say where the launcher is, which is where process 0 is."""
+    if not environment.get("OMPI_COMM_WORLD_SIZE"):
+        return None
+    size, index = _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK")
+    launcher = environment.get("OMPI_MCA_orte_hnp_uri", "")
+    host = re.search(r"tcp://([^,:]+)|tcp6://\[([^,\]]+)", launcher)
+    if host is None and size > 1 and not environment.get(ADDRESS):
+        raise UserError(f"this Open MPI does not say where process 0 is: set {ADDRESS} to its host:port")
+    job = int(launcher.partition(".")[0]) >> 12 if host else 0
+    address = f"{(host[1] or f'[{host[2]}]') if host else 'localhost'}:{_port_of_job(environment, job)}"
+    alone = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
+    local = None if alone else _number(environment, "OMPI_COMM_WORLD_LOCAL_RANK")
+    return _launched(environment, address, size, index, "Open MPI", local)
+
+
+def _tpu(environment: Environment, ask: Callable[[str], str | None] | None = None) -> Cluster | None:
+    """The hosts of a TPU slice: on GKE by the environment, on TPU VMs by the metadata server."""
+    platforms = environment.get("JAX_PLATFORMS", "")
+    if (platforms and "tpu" not in platforms) or not (ask or _has_tpu()):
+        return None
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
+    index = environment.get("TPU_WORKER_ID")
+    if not (hosts and index) and not environment.get("TPU_SKIP_MDS_QUERY"):
+        hosts, index = (
+            (ask or _metadata)(name) for name in ("worker-network-endpoints", "agent-worker-number")
+        )
+    if not (hosts and index):
+        return None
+    workers = [worker.split(":") for worker in hosts.split(",")]  # host, host:port, or name:number:host
+    first = workers[0][2] if len(workers[0]) == 3 else workers[0][0]
+    port = environment.get("JAX_COORDINATOR_PORT") or _TPU_PORT
+    return _launched(environment, f"{first}:{port}", len(workers), int(index), "the TPU VM", None)
+
+
+def _launched(
+    environment: Environment, address: str, size: int, index: int, found_by: str, local: int | None
+) -> Cluster:
+    """What a launcher says, over which go the address and the devices that were given by hand."""
+    own = None if local is None or environment.get("JAX_LOCAL_DEVICE_IDS") else (local,)
+    return Cluster(environment.get(ADDRESS) or address, size, index, found_by, own)
+
+
+def _port_of_job(environment: Environment, job: int) -> int:
+    """One of the 4,096 highest ports, so that two jobs on a host seldom meet."""
+    return int(environment.get("JAX_COORDINATOR_PORT") or 2**16 - 2**12 + job % 2**12)
+
+
+def _number(environment: Environment, name: str) -> int:
+    try:
+        return int(environment.get(name, ""))
+    except ValueError:
+        raise UserError(f"{name} must be a number, got {environment.get(name, '')!r}") from None
+
+
+def _has_tpu() -> bool:
+    """Whether JAX could use a TPU of this machine."""
+    if importlib.util.find_spec("libtpu") is None:
+        return False
+    vendors = (Path(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
+
+
+def _metadata(name: str) -> str | None:
+    """An attribute of this virtual machine; None where it has none, as on a machine that is no TPU VM."""
+    server = http.client.HTTPConnection("metadata.google.internal", timeout=5)
+    try:
+        path = f"/computeMetadata/v1/instance/attributes/{name}"
+        server.request("GET", path, headers={"Metadata-Flavor": "Google"})
+        response = server.getresponse()
+        return response.read().decode() if response.status == 200 else None
+    except OSError as error:
+        log.warning(
+            "the metadata server of this TPU VM does not answer (%s): it is taken for the only host", error
+        )
+        return None
+    finally:
+        server.close()

@@ -346,6 +346,11 @@ def sums_of_squares(grads: Any) -> Any:
     return jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
 
 
+def global_norm(squares: Any) -> Float[Array, ""]:
+    """The Euclidean norm over all leaves, from their `sums_of_squares`."""
+    return jnp.sqrt(sum(jax.tree.leaves(squares)))
+
+
 def clip_by_global_norm(
     grads: Any, max_norm: float | Float[Array, ""] | None, squares: Any = None
 ) -> tuple[Any, Float[Array, ""]]:
@@ -353,7 +358,7 @@ def clip_by_global_norm(
 
     ``squares`` are the `sums_of_squares`, where they are known already.
     """
-    norm = jnp.sqrt(sum(jax.tree.leaves(sums_of_squares(grads) if squares is None else squares)))
+    norm = global_norm(sums_of_squares(grads) if squares is None else squares)
     if max_norm is None:
         return grads, norm
     scale = jnp.minimum(1.0, max_norm / norm)  # 1 for a zero norm, too

@@ -6,7 +6,6 @@ So neither microbatches, nor padding, nor the number of devices changes the grad
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +21,7 @@ from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.training import loss_scale, nonfinite
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import DynamicLossScale
-from hybrid_jax.training.optimizers import Optimizer, clip_by_global_norm, sums_of_squares
+from hybrid_jax.training.optimizers import Optimizer, clip_by_global_norm, global_norm, sums_of_squares
 from hybrid_jax.training.state import TrainState
 
 Groups = dict[str, Params]
@@ -86,9 +85,14 @@ def update_state(
     finite = bad == nonfinite.FINE
     taken = finite if accept is None else finite & accept(metrics)
 
+    def step(old: tuple[Groups, dict[str, Any]], grads: Groups) -> tuple[Groups, dict[str, Any]]:
+        params, opt_state, _ = apply_gradients(optimizer, *old, grads, rate, squares)
+        return params, opt_state
+
+    # A branch, since choosing between old and new arrays would keep a copy of the parameters.
     old = state.params, state.opt_state[optimizer_key]
-    params, opt_state, norm = apply_gradients(optimizer, *old, grads, rate, squares)
-    params, opt_state = jax.tree.map(functools.partial(jnp.where, taken), (params, opt_state), old)
+    params, opt_state = jax.lax.cond(taken, step, lambda old, grads: old, old, grads)
+    norm = global_norm(squares)
     metrics |= {"grad_norm": norm, nonfinite.METRIC: bad}
     extra = state.extra
     if scaling is not None and scale_state is not None:

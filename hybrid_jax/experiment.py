@@ -38,6 +38,7 @@ from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from hybrid_jax.training.compilation import cache_folder, keep_compiled
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, no_logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
@@ -76,7 +77,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
     mesh: MeshConfig = MeshConfig()
-    compilation_cache: Path | None = field(default_factory=lambda: _cache_dir())
+    compilation_cache: Path | None = field(default_factory=cache_folder)
     peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
     profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
 
@@ -119,9 +120,7 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Exper
 
 def build(config: ExperimentConfig) -> Experiment:
     """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
-    if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.compilation_cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    keep_compiled(config.compilation_cache)
     _check_run_dir(config)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
@@ -391,9 +390,3 @@ def _differences(there: Any, here: Any, path: str = ""):
             yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
     elif there != here:
         yield path, there, here
-
-
-def _cache_dir() -> Path:
-    """Where compiled programs are kept between runs."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "hybrid_jax" / "compiled"

@@ -52,11 +52,15 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
-    from hybrid_jax.policy import load_policy, load_pretrained_policy
+    from hybrid_jax.policy import load_policy, load_pretrained_policy, run_settings
+    from hybrid_jax.training.compilation import cache_folder, keep_compiled
 
     if options.run is not None:
+        cache = run_settings(Path(options.run)).get("compilation_cache")
+        keep_compiled(cache and Path(cache))
         policy = load_policy(options.run, options.overrides)
     else:
+        keep_compiled(cache_folder(), instead=False)
         policy = load_pretrained_policy(options.model, options.overrides)
     prompts = options.prompt or _read_prompts(options.prompts, options.chat)
     if options.chat:

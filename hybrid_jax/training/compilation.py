@@ -1,11 +1,14 @@
-"""What is compiled, when, and how long it takes, as JAX itself reports it."""
+"""What is compiled, when, and how long it takes, as JAX itself reports it; and where programs are kept."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.monitoring
 
 # Lowering to StableHLO, and XLA's work on it (or reading the program from the persistent cache). Tracing is not
@@ -53,6 +56,25 @@ def summary(compiled: list[Compiled]) -> str:
         f"{name} ({sum(seconds):.1f} s" + (f", {len(seconds)} programs)" if len(seconds) > 1 else ")")
         for name, seconds in longest_first
     )
+
+
+def cache_folder() -> Path:
+    """Where compiled programs are kept between runs, unless a config says otherwise."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hybrid_jax" / "compiled"
+
+
+def keep_compiled(folder: Path | None, *, instead: bool = True) -> None:
+    """From now on keeps compiled programs in a folder and looks for them there first.
+
+    Args:
+        folder: None changes nothing.
+        instead: whether it replaces a folder that JAX was told before.
+    """
+    told = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  pyright does not see it
+    if folder is not None and (instead or told is None):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 _compiled: list[Compiled] = []

@@ -167,6 +167,7 @@ class Run:
     folder: object
     phase: Learning
     steps: int = 6
+    offload = ()
     key = jax.random.key(0)
     scheduler = Alternation(cycle={"sft": 1})
     checkpoint = CheckpointConfig(every=2)

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from hybrid_jax.planning.accelerators import accelerator_of
-from hybrid_jax.training.compilation import Compilations, Compiled, summary
+from hybrid_jax.training.compilation import Compilations, Compiled, cache_folder, keep_compiled, summary
 from hybrid_jax.training.loggers import without_timings
 from hybrid_jax.training.machine import Machine, peak_flops, peak_memory
 from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
+
+CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 
 
 class Logged:
@@ -186,6 +188,20 @@ def test_compilations_are_counted_by_function_and_only_once():
     assert compilations.count - before == 2
     assert 0 < first[0].seconds < 60
     assert compilations.seconds >= first[0].seconds
+
+
+def test_compiled_programs_are_kept_where_a_config_says(tmp_path, monkeypatch):
+    before = {name: getattr(jax.config, name) for name in CACHE_SETTINGS}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        keep_compiled(None)
+        keep_compiled(cache_folder(), instead=False)  # the tests have one already
+        assert jax.config.jax_compilation_cache_dir == before["jax_compilation_cache_dir"]
+        keep_compiled(cache_folder())
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "hybrid_jax" / "compiled")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def test_programs_are_summed_up_by_function_the_longest_first():

@@ -33,6 +33,7 @@ from hybrid_jax.models.hf_folder import Dtype
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.lora import merge, split, whole
 from hybrid_jax.models.peft_folder import ADAPTER_CONFIG, save_adapter
+from hybrid_jax.parallel import hosts
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
@@ -113,6 +114,9 @@ class Policy:
         folder = Path(folder)
         if not isinstance(self.model, Decoder | EncoderDecoder):
             raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
+        if not hosts.is_first():
+            self._save_weights(folder, adapter, dtype)
+            return folder
         _check_export_folder(folder)
         is_new = not folder.exists()
         try:

@@ -15,6 +15,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.models.families.family import Family, Place, dump_weights, load_weights
 from hybrid_jax.models.hf_files import CONFIG, is_finite, open_weights, read_json, write_model
 from hybrid_jax.models.host_copy import packed
+from hybrid_jax.parallel import hosts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding]  # of all leaves, or by path and shape
@@ -142,7 +143,11 @@ def write_folder(
                 cast = array.astype(written, copy=False)
             yield name, _finite(name, array, cast)
 
-    write_model(folder, tensors(), contents, max_shard_bytes)
+    if hosts.is_first():
+        write_model(folder, tensors(), contents, max_shard_bytes)
+    else:
+        for _ in tensors():  # each is gathered from all processes, and written by one
+            pass
 
 
 def _finite(name: str, ours: np.ndarray, written: np.ndarray) -> np.ndarray:

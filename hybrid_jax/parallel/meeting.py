@@ -34,7 +34,7 @@ def meet(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
 def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
     """Process 0 waits on its port until every other process has called, and lets all of them go at once."""
     deadline, lines = time.monotonic() + seconds, {}
-    with _listen(cluster.port) as listener:
+    with _listen(cluster.port) as listener, contextlib.ExitStack() as until_all_are_there:
         while len(lines) < cluster.size - 1:
             listener.settimeout(max(deadline - time.monotonic(), 0.01))
             try:
@@ -47,7 +47,8 @@ def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
                     "this address (JAX_COORDINATOR_TIMEOUT sets the seconds)"
                 ) from None
             if (index := _greeted(line, cluster, lines)) is not None:
-                lines[index] = line
+                lines[index] = until_all_are_there.enter_context(line)
+        until_all_are_there.pop_all()
     for line in lines.values():
         line.sendall(b"go\n")
     return {index: _lifeline(line) for index, line in lines.items()}
@@ -73,6 +74,7 @@ def _greeted(line: socket.socket, cluster: Cluster, lines: dict[int, socket.sock
         for other in (line, *lines.values()):
             with contextlib.suppress(OSError):
                 other.sendall(f"{problem}\n".encode())
+        line.close()
         raise UserError(f"{problem}: check how the processes are started")
     return index
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, Sharding
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.rules import AXES, Placement
@@ -111,8 +112,29 @@ def gather_rows(placement: Placement, here: np.ndarray, num_rows: int) -> np.nda
         return here
     sharding = placement.row_sharding(here.ndim, num_rows)
     split = jax.make_array_from_process_local_data(sharding, here, (num_rows, *here.shape[1:]))
-    whole = jax.jit(lambda x: x, out_shardings=placement.sharding((), ()))(split)
-    return np.asarray(whole.addressable_data(0))
+    return np.asarray(_replicated(placement.sharding((), ()))(split).addressable_data(0))
+
+
+@functools.cache
+def _replicated(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    """Compiled once for each shape, not at every call."""
+
+    def gather(x):
+        return x
+
+    return jax.jit(gather, out_shardings=sharding)
+
+
+def whole_array(array: Any) -> np.ndarray:
+    """All of an array on the host: of one that lies on devices of several processes, in each of them.
+
+    All processes call it. Only this one array is then whole on their devices.
+    """
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array, tiled=True))
 
 
 def _rows(shard: Any, num_rows: int) -> range:

@@ -21,6 +21,7 @@ from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.families.settings import Part, Settings
 from hybrid_jax.models.families.weights import Row, Table, expand
 from hybrid_jax.models.host_copy import packed
+from hybrid_jax.parallel.mesh import whole_array
 
 Reader = Callable[[], np.ndarray]  # of one tensor; its ``file``, if it has one, is named in messages
 Tensors = dict[str, Reader]  # by name
@@ -191,7 +192,7 @@ def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[s
     if wrong := sorted(flat.keys() ^ shapes.keys()):
         raise UserError(f"parameter {wrong[0]!r} is {'missing' if wrong[0] in shapes else 'not of this model'}")
     for row in family.rows(model, shapes):
-        theirs = row.save([np.asarray(flat[path]) for path in row.ours])
+        theirs = row.save([whole_array(flat[path]) for path in row.ours])
         for name, array in zip(row.theirs, theirs, strict=True):
             yield family.full_name(name), array if array.flags.c_contiguous else packed(array, array.dtype)
 

@@ -14,6 +14,7 @@ from functools import cached_property
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_END = re.compile(r"^\}(, execution_thread=.*)?$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%([\w.\-]+)")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -127,7 +128,7 @@ class Module:
                 if header := _HEADER.match(line):
                     current = Computation(header.group(2))
                     entry = current.name if header.group(1) else entry
-            elif line == "}":
+            elif _END.match(line):
                 computations[current.name], current = current, None
             elif found := _INSTRUCTION.match(line):
                 instruction = _instruction(found.group(2), found.group(3))
@@ -145,7 +146,7 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
     """Whole instructions: the attributes of one may go on over several lines."""
     whole = ""
     for line in lines:
-        if line == "}" or _HEADER.match(line) or _INSTRUCTION.match(line):
+        if _END.match(line) or _HEADER.match(line) or _INSTRUCTION.match(line):
             yield whole
             whole = line
         else:

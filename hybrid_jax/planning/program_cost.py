@@ -108,7 +108,7 @@ class _Counter:
             return self._while(computation, instruction, parameters)
         if opcode == "conditional":
             return self._conditional(instruction)
-        if opcode in ("call", "async-start"):
+        if opcode in ("call", "call-start", "async-start"):
             called = instruction.called("to_apply") or instruction.called("calls") or ""
             return self.count(self._module.computations[called], (None,) * len(instruction.operands))
         if opcode == "fusion":

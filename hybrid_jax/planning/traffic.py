@@ -13,12 +13,14 @@ FREE = frozenset(
     {
         *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency"),
         *("while", "conditional", "call", "opt-barrier", "partition-id", "replica-id", "domain"),
-        *("copy-done", "slice-done", "all-gather-done", "all-reduce-done", "collective-permute-done"),
-        *("async-start", "async-update", "async-done", "recv", "recv-done", "send", "send-done"),
+        *("async-start", "async-update", "call-start", "recv", "send"),
     }
 )
 _FREE_CALLS = frozenset(
-    {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"}
+    {
+        *("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "GatherScatterIndicesBitpacked"),
+        *("PrepareAsyncCallStart", "PrepareAsyncCallDone"),
+    }
 )
 _SEEN_THROUGH = frozenset({"bitcast", "convert", "reshape", "transpose", "copy"})
 _SLICES = frozenset({"dynamic-slice", "slice", "gather"})
@@ -40,7 +42,8 @@ class Traffic:
     def of(self, computation: Computation, instruction: Instruction) -> float:
         """Bytes read and written by an instruction that is not inside a fusion."""
         opcode, operands = instruction.opcode, computation.operands(instruction)
-        if opcode in FREE or instruction.text("custom_call_target") in _FREE_CALLS:
+        is_free = opcode in FREE or opcode.endswith("-done")
+        if is_free or instruction.text("custom_call_target") in _FREE_CALLS:
             return 0.0
         if opcode == "fusion":
             return self._fusion(computation, instruction)

@@ -162,3 +162,29 @@ def test_on_a_tpu_the_memory_on_the_chip_costs_no_bytes():
     everywhere, main = (program_cost(ASYNCHRONOUS, platform).total.bytes for platform in ("cpu", "tpu"))
     # The product is written to S(1) and read from there by the scattered sum: 8·8 floats, twice; and two flags.
     assert everywhere - main == 2 * 8 * 8 * 4 + 2 * 4
+
+
+OTHER_CORE = """\
+HloModule step, is_scheduled=true, num_partitions=4
+
+%called (p: f32[2,8], after: token[]) -> f32[8,8] {
+  %p = f32[2,8]{1,0} parameter(0)
+  %after = token[] parameter(1)
+  ROOT %gather = f32[8,8]{1,0} all-gather(%p), channel_id=1, replica_groups=[1,4]<=[4], dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[2,8]) -> f32[8,8] {
+  %x = f32[2,8]{1,0} parameter(0)
+  %ready = token[] custom-call(), custom_call_target="PrepareAsyncCallDone"
+  %start = ((f32[2,8]{1,0}, token[]), f32[8,8]{1,0}) call-start(%x, %ready), async_execution_thread="sparsecore", to_apply=%called, frontend_attributes={kernel_metadata={
+"note":"attributes may go on {in another line}"
+}}
+  ROOT %end = f32[8,8]{1,0} call-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_collective_on_another_core_is_counted_where_it_is_called():
+    counted = program_cost(OTHER_CORE, "tpu").total
+    assert counted.collectives == {"all-gather": 3 * 2 * 8 * 4}
+    assert counted.bytes == 2 * 8 * 4 + 8 * 8 * 4

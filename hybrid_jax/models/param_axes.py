@@ -22,6 +22,7 @@ _MAPS: tuple[tuple[str, str | None, str | None], ...] = (
     (r"embedding_in", None, "embed"),
     (r"embedding_out", "embed", None),
 )
+AHEAD = "ahead"  # responses [B R] that wait in the state of a run for the next step
 _LARGE = 2**16  # a parameter of this size that no row names is split anyway
 
 
@@ -39,6 +40,8 @@ def param_axes(path: str, shape: Sequence[int]) -> Names:
 
 
 def _named(module: str, leaf: str) -> Names | None:
+    if module == AHEAD:
+        return ("batch", None)
     if leaf == "embedding":
         return ("vocab", "embed") if module == "token_embedding" else (None, "embed")
     for pattern, inputs, outputs in _MAPS:

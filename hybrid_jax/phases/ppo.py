@@ -158,7 +158,7 @@ class PPOPhase:
         if samples is None:
             samples = sample(*prompts, now_key)
         _, following = self._prompt_batch(cursor + self.config.prompts_per_step)
-        return samples, sample(*following, next_key)
+        return samples, self._ahead.settled(sample(*following, next_key))
 
     def _above_base(self, name: str) -> Callable[..., Any]:
         """One of the functions, with the base as its first argument."""

@@ -19,8 +19,8 @@ from dataclasses import replace
 import jax
 
 from hybrid_jax.core.batches import Samples
-from hybrid_jax.models.param_axes import param_axes
-from hybrid_jax.parallel.rules import Placement, shard_params, shard_rows, under
+from hybrid_jax.models.param_axes import AHEAD
+from hybrid_jax.parallel.rules import Placement, shard_rows, under
 from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.training.state import RunState, TrainState
 
@@ -30,10 +30,8 @@ class RolloutAhead:
 
     def __init__(self, phase: str, placement: Placement):
         self._phase = phase
-        self._key = f"{phase}/ahead"
-        # In the state they lie like any array of its size, so that a resumed run is the same program.
-        self._settled = jax.jit(under(placement, lambda samples: shard_params(samples, param_axes)))
-        self._by_rows = jax.jit(under(placement, shard_rows))
+        self._key = f"{phase}/{AHEAD}"
+        self._split = jax.jit(under(placement, shard_rows))
 
     def init(self, settings: PPO) -> dict[str, Samples]:
         """What the phase adds to ``TrainState.extra``."""
@@ -45,7 +43,11 @@ class RolloutAhead:
 
     def of(self, state: RunState) -> Samples | None:
         """The responses to the prompts of this step, if they were sampled ahead."""
-        return self._by_rows(state.train.extra[self._key]) if self.staleness(state) else None
+        return state.train.extra[self._key] if self.staleness(state) else None
+
+    def settled(self, samples: Samples) -> Samples:
+        """Lying as in a fresh state; to be called before the update is started, not to wait for it."""
+        return self._split(samples)
 
     def without(self, train: TrainState) -> TrainState:
         """What an update is given: it would delete responses that are still read."""
@@ -53,4 +55,4 @@ class RolloutAhead:
 
     def keep(self, train: TrainState, samples: Samples) -> TrainState:
         """For the next step."""
-        return replace(train, extra={**train.extra, self._key: self._settled(samples)})
+        return replace(train, extra={**train.extra, self._key: samples})

@@ -245,13 +245,14 @@ class Ours:
 class Peer:
     """A program of ``scripts/peers`` in its own process and Python; between its turns it sleeps on a pipe."""
 
-    def __init__(self, name: str, python: str, work: Work):
+    def __init__(self, name: str, python: str, work: Any, packages: str | None = None):
         program = shutil.which(python)
         if program is None:
             raise UserError(f"--peer-python must be a program, got {python}")
         script = Path(__file__).resolve().parent / "peers" / f"{name}.py"
         task = json.dumps({**asdict(work), "threads": os.cpu_count()})
         self._name, self._folder = name, tempfile.TemporaryDirectory()
+        self._packages = packages or PEER_PACKAGES[name]
         self._errors = Path(self._folder.name, "stderr")
         with self._errors.open("w") as errors:
             self._process = subprocess.Popen(
@@ -280,7 +281,7 @@ class Peer:
             return json.loads(line)
         last = (self._errors.read_text().strip().splitlines() or ["no message"])[-1]
         self.close()
-        raise UserError(f"the peer {self._name} ended: {last}; it needs {PEER_PACKAGES[self._name]}")
+        raise UserError(f"the peer {self._name} ended: {last}; it needs {self._packages}")
 
 
 def measure(ours: Ours, peer: Peer | None, turns: int, steps: int) -> dict[str, Any]:

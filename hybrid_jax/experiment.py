@@ -55,7 +55,7 @@ log = logging.getLogger(__name__)
 # Settings that may change between two starts of one run: they decide what is written, not what is learnt.
 FREE_SETTINGS = (
     *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
-    *("peak_tflops", "profile"),
+    *("peak_tflops", "profile", "mesh"),
 )
 
 

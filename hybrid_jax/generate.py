@@ -56,8 +56,7 @@ def main(arguments: list[str]) -> None:
     from hybrid_jax.training.compilation import cache_folder, keep_compiled
 
     if options.run is not None:
-        cache = run_settings(Path(options.run)).get("compilation_cache")
-        keep_compiled(cache and Path(cache))
+        keep_compiled(run_settings(options.run).get("compilation_cache"))
         policy = load_policy(options.run, options.overrides)
     else:
         keep_compiled(cache_folder(), instead=False)

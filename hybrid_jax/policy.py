@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
+from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
@@ -42,6 +42,7 @@ from hybrid_jax.sampling.generation_config import (
 )
 from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.checkpoint import newest_params, newest_policy
+from hybrid_jax.training.run_files import RunFiles, fetched
 
 EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
 VALUE = "value"  # folder in an export that holds the value function
@@ -111,7 +112,7 @@ class Policy:
         Raises:
             UserError: the folder holds something that we did not export, or cannot be written.
         """
-        folder = Path(folder)
+        folder = local_path(folder, "the folder to export to")
         if not isinstance(self.model, Decoder | EncoderDecoder):
             raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
         if not hosts.is_first():
@@ -172,16 +173,16 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
         run_dir: of a run that has saved a checkpoint.
         overrides: ``sampler.a=value`` over the settings that the run samples with.
     """
-    folder = Path(run_dir)
-    settings, tokenizer = run_settings(folder), run_tokenizer(folder)
+    files = fetched(run_dir)
+    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     model, trained, base = _run_model(settings, tokenizer)
-    found = newest_policy(folder / "checkpoints", trained, base)
+    found = newest_policy(files.checkpoints, trained, base)
     if found is None:
-        raise UserError(f"{folder} holds no checkpoint yet: train it up to its first checkpoint")
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
     model, params = as_list(model, whole(base, params))
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
-    eos_ids = read_eos_ids(folder / "tokenizer") or (tokenizer.eos_id,)
+    eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
     return Policy(model, params, tokenizer, sampler, eos_ids, step)
 
 
@@ -199,12 +200,14 @@ def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32"
     Raises:
         UserError: the run trains no value, or the model is no decoder that can be a classifier.
     """
-    run, beside = Path(run_dir), Path(folder) / VALUE
-    settings, tokenizer = run_settings(run), run_tokenizer(run)
+    files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
+    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     model, trained, base = _run_model(settings, tokenizer)
     kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
     if not kinds:
-        raise UserError(f"{run} has no value: none of its phases {', '.join(settings['phases'])} trains one")
+        raise UserError(
+            f"{run_dir} has no value: none of its phases {', '.join(settings['phases'])} trains one"
+        )
     if not isinstance(model, Decoder) or model.config.embedding_width is not None:
         raise UserError(
             "this model's value has no Hugging Face format: its head does not read what theirs would"
@@ -212,9 +215,9 @@ def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32"
     value: dict[str, Any] = {"head": jax.eval_shape(lambda: init_value_head(model.width))}
     separate = kinds[-1] == "separate"  # phases share one value, the last one makes it
     groups = {"value": {**value, "model": trained}} if separate else {"value": value, "model": trained}
-    found = newest_params(run / "checkpoints", groups, base)
+    found = newest_params(files.checkpoints, groups, base)
     if found is None:
-        raise UserError(f"{run} holds no checkpoint yet: train it up to its first checkpoint")
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     params = found[1]
     backbone = model.listed(whole(base, params["value"]["model"] if separate else params["model"]))
     backbone = merge(model.config.lora, backbone)
@@ -250,19 +253,20 @@ def init_key(seed: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), 0)
 
 
-def run_settings(folder: Path) -> dict[str, Any]:
+def run_settings(run_dir: str | Path) -> dict[str, Any]:
     """The config of a run directory, as it was written."""
+    folder = fetched(run_dir).folder
     if not (folder / "config.yaml").is_file():
         problem = "it holds no config.yaml" if folder.is_dir() else "there is no such directory"
-        raise UserError(f"{folder} is no run directory: {problem}")
+        raise UserError(f"{run_dir} is no run directory: {problem}")
     return load_yaml(folder / "config.yaml")
 
 
-def run_tokenizer(folder: Path) -> Tokenizer:
+def run_tokenizer(files: RunFiles) -> Tokenizer:
     """The tokenizer that a run saved when it started."""
-    if not (folder / "tokenizer").is_dir():
-        raise UserError(f"{folder} holds no tokenizer: its training has not begun")
-    return load_tokenizer(folder / "tokenizer")
+    if not (files.folder / "tokenizer").is_dir():
+        raise UserError(f"{files.name} holds no tokenizer: its training has not begun")
+    return load_tokenizer(files.folder / "tokenizer")
 
 
 def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:

@@ -27,6 +27,7 @@ from hybrid_jax.report_charts import Block, Panel, Series, draw, phase_blocks, p
 from hybrid_jax.report_metrics import CHARTS, GLOSSARY, HEADLINE_CHARTS, SPEED_CHARTS, Chart, Line, pair
 from hybrid_jax.report_speed import speed_figures
 from hybrid_jax.training.loggers import METRICS_FILE, SAMPLES_FILE, read_records, without_secrets
+from hybrid_jax.training.run_files import RunFiles, fetched
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _MAX_PROMPTS, _MAX_TEXT = 8, 2000
@@ -34,17 +35,18 @@ _PHASE_NAMES = {"sft": "SFT", "ppo": "PPO"}
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes ``report.html`` into a run directory and returns its path.
+    """Writes ``report.html`` into a run directory and returns its path; of one in a bucket, that of a copy.
 
     Raises:
         UserError: there is no such directory, or it holds no metrics yet.
     """
-    run = _read_run(Path(run_dir))
+    run = _read_run(files := fetched(run_dir))
     figures = _Figures(run)
     body = "\n".join([_headline(run), _progress(run, figures), _samples(run), *_details(run, figures)])
     page = _fill(body, {"end": run.end, "panels": figures.hover}, run.name)
-    path = Path(run_dir) / "report.html"
+    path = files.folder / "report.html"
     path.write_text(page, encoding="utf-8", errors="replace")  # a model may write half a surrogate pair
+    files.upload()
     return path
 
 
@@ -53,7 +55,8 @@ def main(arguments: list[str]) -> None:
         prog="python -m hybrid_jax.report", description="Writes report.html into a run directory."
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
-    print(write_report(parser.parse_args(arguments).run))
+    write_report(run_dir := parser.parse_args(arguments).run.rstrip("/"))
+    print(f"{run_dir}/report.html")
 
 
 # --- the run ---------------------------------------------------------------------------------------------
@@ -107,12 +110,12 @@ class _Run:
         return known[-1] if known else None
 
 
-def _read_run(run_dir: Path) -> _Run:
-    if not run_dir.is_dir():
-        raise UserError(f"no run directory {str(run_dir)!r}")
+def _read_run(files: RunFiles) -> _Run:
+    if not (run_dir := files.folder).is_dir():
+        raise UserError(f"no run directory {files.name!r}")
     records = [r for r in read_records(run_dir / METRICS_FILE) if isinstance(r.get("phase"), str)]
     if not records:
-        raise UserError(f"{run_dir / METRICS_FILE} holds no metrics yet; train first, or name another run")
+        raise UserError(f"{files.name}/{METRICS_FILE} holds no metrics yet; train first, or name another run")
     samples = [r for r in read_records(run_dir / SAMPLES_FILE) if {"index", "prompt", "response"} <= r.keys()]
     config_file, environment_file = run_dir / "config.yaml", run_dir / "environment.json"
     config = without_secrets(load_yaml(config_file)) if config_file.is_file() else {}

@@ -66,7 +66,7 @@ class HybridTrainer:
         if reward is not None:
             given["phases"] = _with_reward(given.get("phases"), reward)
         if "run_dir" in settings:
-            settings["run_dir"] = Path(settings["run_dir"])
+            settings["run_dir"] = str(settings["run_dir"])
         self.config = parse(ExperimentConfig, {**given, **settings})
         self.experiment: Experiment = build(self.config)
         self._policy: Policy | None = None
@@ -111,13 +111,13 @@ class HybridTrainer:
         return self.policy.save_pretrained(folder, adapter=adapter)
 
     def report(self) -> Path:
-        """Writes ``report.html`` into the run directory and returns its path."""
+        """Writes ``report.html`` into the run directory and returns its path; in a bucket, that of a copy."""
         from hybrid_jax.report import write_report
 
         return write_report(self.config.run_dir)
 
     def _last_evaluation(self) -> dict[str, float]:
-        records = read_records(self.config.run_dir / METRICS_FILE)
+        records = read_records(self.experiment.files.folder / METRICS_FILE)
         last = [record for record in records if record.get("phase") == "evaluation"][-1]
         return {name: value for name, value in last.items() if name.startswith("evaluation/")}
 

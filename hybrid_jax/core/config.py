@@ -1,13 +1,15 @@
 """Config files to frozen dataclasses, strictly: types come from the hints, an unknown key is an error.
 
 A field annotated ``Annotated[Reward, REWARDS]`` holds a component of that registry and is written in YAML as
-``{name: ..., setting: ...}``. A dataclass checks its own values in ``__post_init__`` by raising ``ValueError``.
+``{name: ..., setting: ...}``. A `Path` is one on this machine, never a URL: a field that may be either is
+annotated ``Path | Url``. A dataclass checks its own values in ``__post_init__`` by raising ``ValueError``.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,26 @@ import yaml
 from hybrid_jax.core.registry import Registry, UserError, suggest
 
 T = TypeVar("T")
+
+
+class Url(str):
+    """The value of a setting that is a URL, such as ``gs://bucket/path``."""
+
+
+def is_url(value: object) -> bool:
+    """Whether a text or a path is a URL; ``Path("gs://a/b")`` has lost a slash and is one, too."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)) is not None
+
+
+def local_path(value: str | Path, name: str) -> Path:
+    """``value`` as a path on this machine.
+
+    Raises:
+        UserError: it is a URL, of which `Path` would make a folder here.
+    """
+    if is_url(value):
+        raise UserError(f"{name} must be a path on this machine, got the URL {str(value)!r}")
+    return Path(value)
 
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -76,7 +98,7 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
     if isinstance(value, list | tuple):
         inner = get_args(hint)[0] if get_args(hint) else Any
         return [to_dict(item, inner) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, Path | Url) else value
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -228,15 +250,24 @@ def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
             return float(value)  # YAML reads 1e-4 as a string
         except ValueError:
             raise _wrong_type(path, "a number", value) from None
-    if hint is Path and isinstance(value, str):
-        return Path(value)
+    if hint is Path and isinstance(value, str | Path):
+        return local_path(value, path)
+    if hint is Url and isinstance(value, str) and "://" in value:
+        return Url(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _wrong_type(path, _describe(hint), value)
     return value
 
 
 def _describe(hint: Any) -> str:
-    words = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+        Path: "a path",
+        Url: "a URL",
+    }
     return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 

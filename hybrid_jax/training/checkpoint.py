@@ -6,7 +6,9 @@ file tell a damaged checkpoint from a good one when it is read. Parameters below
 checksum tells whether they are still the same.
 
 Several processes write and read one checkpoint together, each the parts that its devices hold; the folder must
-be on a disk that all of them share.
+be on a disk that all of them share, or in a bucket (``gs://``, as an `etils.epath.Path`). A bucket renames
+nothing, so there a file that Orbax writes last says that a checkpoint is whole. Its files have no checksums of
+ours: to make them, all would have to be read back; the bucket has its own.
 """
 
 from __future__ import annotations
@@ -36,8 +38,10 @@ from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 T = TypeVar("T")
 Writing = concurrent.futures.Future[None]
+Folder = Any  # a Path, or the etils.epath.Path of a bucket
 
 SEAL = "files.json"  # in the folder of a checkpoint
+COMMITTED = "commit_success.txt"  # Orbax writes it, in a bucket
 
 log = logging.getLogger(__name__)
 
@@ -62,14 +66,21 @@ class SaveError(UserError):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Reading changes nothing there: it disturbs no running run."""
+    """The checkpoints of one run directory. Reading changes nothing there: it disturbs no running run.
+
+    Args:
+        folder: where they are.
+        keep: how many.
+        before: called before each save; what it writes is there once the checkpoint is.
+    """
 
     # A run that was aborted in this process (Ctrl-C twice in a notebook) may still be saving: by folder.
-    _saving: ClassVar[dict[Path, Writing]] = {}
+    _saving: ClassVar[dict[Folder, Writing]] = {}
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder.absolute()
+    def __init__(self, folder: Folder, keep: int, before: Callable[[], object] = lambda: None):
+        self._folder = _absolute(folder)
         self._keep = keep
+        self._before = before
         self._damaged: list[int] = []
         self._writer: Any = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
@@ -82,6 +93,7 @@ class Checkpoints:
             SaveError: this checkpoint, or the one before that was still being written, failed.
         """
         self.wait()
+        self._before()
         arrays = _arrays(state)
         arrays = {**arrays, "train": jax.tree.map(jnp.copy, arrays["train"])}  # the next step donates them
         with _explained(state.step):
@@ -147,7 +159,8 @@ class Checkpoints:
 
         for step in self._damaged if hosts.is_first() else ():
             # Orbax would count them among the newest, and delete good ones instead.
-            shutil.rmtree(self._folder / str(step))
+            folder = self._folder / str(step)
+            shutil.rmtree(folder) if isinstance(folder, Path) else folder.rmtree()
         hosts.barrier()
         return _checkpointer(
             self._folder,
@@ -158,18 +171,28 @@ class Checkpoints:
 
     def _finish(self, response: Any, step: int) -> None:
         response.result()  # every process has written its part
-        if hosts.is_first():
-            _seal(self._folder / str(step))
+        folder = self._folder / str(step)
+        if isinstance(folder, Path) and hosts.is_first():
+            _seal(folder)
 
 
-def newest_policy(folder: Path, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
+def saved_steps(folder: Folder) -> list[int]:
+    """The steps of the checkpoints there, the newest first."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if path.name.isdecimal())
+    whole = (path for path in found if isinstance(path, Path) or (path / COMMITTED).exists())
+    return sorted((int(path.name) for path in whole), reverse=True)
+
+
+def newest_policy(folder: Folder, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
     """`newest_params` of the policy alone."""
     found = newest_params(folder, {"model": policy}, base)
     return None if found is None else (found[0], found[1]["model"])
 
 
 def newest_params(
-    folder: Path, groups: dict[str, Params], base: Params | None = None
+    folder: Folder, groups: dict[str, Params], base: Params | None = None
 ) -> tuple[int, dict[str, Params]] | None:
     """The step and some parameters alone of the newest undamaged checkpoint; None where there is none.
 
@@ -190,12 +213,16 @@ def newest_params(
     on_one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     groups = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_one_device), groups)
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
-    with ocp.Context(pytree_options=options), _checkpointer(folder.absolute()) as reader:
+    with ocp.Context(pytree_options=options), _checkpointer(_absolute(folder)) as reader:
         load = functools.partial(_load_params, reader=reader, groups=groups, base=base or {})
         return _newest(folder, load)[0]
 
 
-def _checkpointer(folder: Path, **settings: Any) -> Any:
+def _absolute(folder: Folder) -> Folder:
+    return folder.absolute() if isinstance(folder, Path) else folder
+
+
+def _checkpointer(folder: Folder, **settings: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     # Orbax narrates every save, and prints from its threads the errors that it also raises here.
@@ -203,12 +230,12 @@ def _checkpointer(folder: Path, **settings: Any) -> Any:
     return ocp.training.Checkpointer(str(folder), **settings)
 
 
-def _newest(folder: Path, load: Callable[[int], T]) -> tuple[T | None, list[int]]:
+def _newest(folder: Folder, load: Callable[[int], T]) -> tuple[T | None, list[int]]:
     """What ``load`` makes of the newest checkpoint that it can read, and the newer ones that are damaged.
 
     Several processes take the same one: a checkpoint that one of them cannot read is damaged for all.
     """
-    steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+    steps = saved_steps(folder)
     hosts.check_same(f"list of checkpoints in {folder} (is it on a shared disk?)", steps)
     for tried, step in enumerate(steps):
         _, reason = _together(functools.partial(_check_seal, folder / str(step)))
@@ -286,8 +313,8 @@ def _seal(folder: Path) -> None:
     write_text(folder / SEAL, json.dumps(file_checksums(folder, file_names(folder, SEAL))))
 
 
-def _check_seal(folder: Path) -> None:
-    if not (folder / SEAL).is_file():
+def _check_seal(folder: Folder) -> None:
+    if not isinstance(folder, Path) or not (folder / SEAL).is_file():
         return
     sealed = json.loads((folder / SEAL).read_text())
     here = sorted(sealed)[hosts.index() :: hosts.size()]  # the processes share the reading

@@ -64,11 +64,11 @@ def cache_folder() -> Path:
     return Path(base) / "hybrid_jax" / "compiled"
 
 
-def keep_compiled(folder: Path | None, *, instead: bool = True) -> None:
+def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:
     """From now on keeps compiled programs in a folder and looks for them there first.
 
     Args:
-        folder: None changes nothing.
+        folder: or a URL ``gs://bucket/path``, which JAX opens itself; None changes nothing.
         instead: whether it replaces a folder that JAX was told before.
     """
     told = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  pyright does not see it

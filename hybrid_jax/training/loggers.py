@@ -50,11 +50,6 @@ def open_loggers(
     return _FanOut([logger.open(run_dir, config, resume_step) for logger in (JsonLines(), *extra)])
 
 
-def no_logger() -> Logger:
-    """What a process has that writes nothing, since another one does."""
-    return _FanOut([])
-
-
 @dataclass(frozen=True)
 class _FanOut:
     loggers: list[Logger]

@@ -247,23 +247,34 @@ def test_other_errors_of_the_file_system_say_what_they_are(tmp_path):
         save(tmp_path / "file" / "checkpoints", state_at(1))
 
 
-def test_a_state_split_over_devices_comes_back_where_it_was(tmp_path):
+def split_over_devices(step):
+    """A state on four devices, its largest parameter a quarter on each."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    state = state_at(step)
+    train = jax.device_put(state.train, everywhere)
+    w = jax.device_put(train.params["model"]["w"], rows)
+    params = {**train.params, "model": {**train.params["model"], "w": w}}
+    return dataclasses.replace(state, train=train.replace(params=params))
 
-    def placed(step):
-        state = state_at(step)
-        train = jax.device_put(state.train, everywhere)
-        w = jax.device_put(train.params["model"]["w"], rows)
-        params = {**train.params, "model": {**train.params["model"], "w": w}}
-        return dataclasses.replace(state, train=train.replace(params=params))
 
-    save(tmp_path, placed(5))
-    restored = newest_of(tmp_path, placed(0))
+def test_a_state_split_over_devices_comes_back_where_it_was(tmp_path):
+    save(tmp_path, split_over_devices(5))
+    like = split_over_devices(0)
+    restored = newest_of(tmp_path, like)
     assert bits(restored) == bits(state_at(5))
-    assert restored.train.params["model"]["w"].sharding.is_equivalent_to(rows, 1)
-    assert restored.train.params["value"]["head"].sharding.is_equivalent_to(everywhere, 1)
+    for group, name in (("model", "w"), ("value", "head")):
+        leaf, expected = (state.train.params[group][name] for state in (restored, like))
+        assert leaf.sharding.is_equivalent_to(expected.sharding, 1)
+
+
+@pytest.mark.parametrize("lost", ["deleted", "truncated"])
+def test_a_lost_shard_of_a_split_state_falls_back_to_the_checkpoint_before(tmp_path, lost, caplog):
+    save(tmp_path, split_over_devices(5), split_over_devices(7))
+    largest(tmp_path / "7").unlink() if lost == "deleted" else truncate(largest(tmp_path / "7"))
+    assert bits(newest_of(tmp_path, split_over_devices(0))) == bits(state_at(5))
+    assert "checkpoint 7 is damaged" in caplog.messages[0]
 
 
 def newest_of(folder, fresh):

@@ -19,6 +19,7 @@ from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveEr
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import open_loggers, read_records
 from hybrid_jax.training.loop import train
+from hybrid_jax.training.out_of_memory import OutOfMemory
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Alternation
@@ -352,3 +353,12 @@ def test_an_error_on_the_way_out_does_not_hide_the_first_one(tmp_path, monkeypat
     with pytest.raises(UserError, match="the reward fails"):
         train(Walking(tmp_path, every=100, ppo=ppo))
     assert "the state after 3 steps could not be saved: checkpoint 3 cannot be written" in caplog.text
+
+
+def test_a_step_that_runs_out_of_memory_is_explained_and_leaves_the_state_before_it_saved(tmp_path):
+    broken = Walking(tmp_path)
+    broken.sft.before = at(4, fail(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")))
+    with pytest.raises(OutOfMemory, match=r"sft: a device is out of memory; what helps: .*plan"):
+        train(broken)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
+    assert train(Walking(tmp_path)).step == 8

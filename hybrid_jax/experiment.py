@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import yaml
 from jax import Array
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.config import apply_overrides, load_yaml, parse, to_dict
+from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data import e2e  # noqa: F401  registers its source
 from hybrid_jax.data.chat import end_of_turn
@@ -37,9 +36,9 @@ from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_se
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
-from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
 from hybrid_jax.training.compilation import cache_folder, keep_compiled
-from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, no_logger, open_loggers, read_records
+from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
 from hybrid_jax.training.phase import PHASES, Phase, Resources
@@ -47,6 +46,7 @@ from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
+from hybrid_jax.training.run_files import RunFiles, fetched, run_files
 from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
 from hybrid_jax.training.state import RunState
 
@@ -63,7 +63,7 @@ FREE_SETTINGS = (
 class ExperimentConfig:
     """A whole experiment, as its YAML file says it."""
 
-    run_dir: Path
+    run_dir: Path | Url  # gs://bucket/path
     steps: int  # of all phases together
     model: Annotated[Any, BACKBONES]
     tokenizer: Annotated[Any, TOKENIZERS]
@@ -77,7 +77,7 @@ class ExperimentConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
     mesh: MeshConfig = MeshConfig()
-    compilation_cache: Path | None = field(default_factory=cache_folder)
+    compilation_cache: Path | Url | None = field(default_factory=cache_folder)
     peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
     profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
 
@@ -110,22 +110,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
 
 def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler."""
-    folder = Path(run_dir)
-    settings = run_settings(folder)
+    settings = run_settings(run_dir)
     measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
     sampler = next((phase["sampler"] for phase in phases.values() if "sampler" in phase), None)
     settings["evaluation"] = {**measured, "sampler": measured.get("sampler") or sampler}
-    return parse(ExperimentConfig, {**apply_overrides(settings, overrides), "run_dir": str(folder)})
+    return parse(ExperimentConfig, {**apply_overrides(settings, overrides), "run_dir": str(run_dir)})
 
 
 def build(config: ExperimentConfig) -> Experiment:
     """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
     keep_compiled(config.compilation_cache)
-    _check_run_dir(config)
+    files = fetched(config.run_dir)
+    _check_run_dir(config, files)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
-    saved_tokenizer = config.run_dir / "tokenizer"
-    if has_checkpoint(config.run_dir) and saved_tokenizer.is_dir():
+    saved_tokenizer = files.folder / "tokenizer"
+    if saved_steps(files.checkpoints) and saved_tokenizer.is_dir():
         tokenizer = load_tokenizer(saved_tokenizer)
     else:
         tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
@@ -137,7 +137,7 @@ def build(config: ExperimentConfig) -> Experiment:
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     evaluator = make_evaluator(config, model, tokenizer, eos_ids)
-    return Experiment(config, model, tokenizer, phases, evaluator, key, eos_ids, placement)
+    return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement)
 
 
 def _check_hosts(config: ExperimentConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
@@ -225,6 +225,7 @@ class Experiment:
     """A built experiment: what `hybrid_jax.training.loop.train` runs."""
 
     config: ExperimentConfig
+    files: RunFiles
     model: LanguageModel
     tokenizer: Tokenizer
     phases: Mapping[str, Phase]
@@ -255,20 +256,20 @@ class Experiment:
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
-        folder = self.config.run_dir
+        files, folder = self.files, self.files.folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
-        checkpoints = Checkpoints(folder / "checkpoints", self.checkpoint.keep)
+        checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload)
         with out_of_memory.explained("the state of a fresh run"):
             fresh = self.init()
         reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
         saved = checkpoints.newest(fresh, reference)
         state = saved or fresh
         if saved is not None:
-            log.info("resumed %s at step %d of %d", folder, state.step, self.steps)
-        logger = self._open_files(saved and saved.step) if hosts.is_first() else no_logger()
+            log.info("resumed %s at step %d of %d", files.name, state.step, self.steps)
+        logger = self._open_files(saved and saved.step) if hosts.is_first() else files.open(folder, {}, None)
         machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
         profiler = Profiler(self.config.profile, folder / "profile")
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
@@ -277,14 +278,15 @@ class Experiment:
 
     def _open_files(self, resume_step: int | None) -> Logger:
         """Writes what a run says of itself, and opens its logs."""
-        folder, settings = self.config.run_dir, to_dict(self.config)
+        folder, settings = self.files.folder, to_dict(self.config)
         if resume_step is None:
-            shutil.rmtree(folder / "tokenizer", ignore_errors=True)  # of a start that came to nothing
+            self.files.remove("tokenizer")  # of a start that came to nothing
         write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
+        self.files.upload()
         try:
-            return open_loggers(self.config.loggers, folder, settings, resume_step)
+            return open_loggers((*self.config.loggers, self.files), folder, settings, resume_step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
 
@@ -302,7 +304,7 @@ class Experiment:
 
     def export(self, state: RunState, folder: Path | None = None) -> Path:
         """Writes the policy as a Hugging Face folder with its tokenizer; returns the folder."""
-        folder = folder or self.config.run_dir / "exports" / f"step_{state.step}"
+        folder = folder or self.files.folder / "exports" / f"step_{state.step}"
         return self.policy(state).save_pretrained(folder)
 
     def policy(self, state: RunState) -> Policy:
@@ -321,7 +323,8 @@ class Experiment:
         from hybrid_jax.report import write_report
 
         if hosts.is_first():
-            log.info("report: %s", write_report(self.config.run_dir))
+            write_report(self.config.run_dir)
+            log.info("report: %s/report.html", self.files.name)
 
 
 def environment() -> dict[str, Any]:
@@ -347,21 +350,20 @@ def _commit() -> str | None:
         return None
 
 
-def has_checkpoint(run_dir: Path) -> bool:
+def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether training has left anything there to go on from."""
-    folder = run_dir / "checkpoints"
-    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+    return bool(saved_steps(run_files(run_dir).checkpoints))
 
 
-def _check_run_dir(config: ExperimentConfig) -> None:
+def _check_run_dir(config: ExperimentConfig, files: RunFiles) -> None:
     """A run directory belongs to one experiment: what decides the learning must be the same.
 
     A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
     """
-    if config.run_dir.exists() and not config.run_dir.is_dir():
-        raise UserError(f"run_dir must be a directory, got the file {config.run_dir}")
-    path = config.run_dir / "config.yaml"
-    if not has_checkpoint(config.run_dir) or not path.is_file():
+    if files.folder.exists() and not files.folder.is_dir():
+        raise UserError(f"run_dir must be a directory, got the file {files.name}")
+    path = files.folder / "config.yaml"
+    if not saved_steps(files.checkpoints) or not path.is_file():
         return
     there, here = _fixed(_spelled_out(load_yaml(path))), _fixed(to_dict(config))
     if difference := next(iter(_differences(there, here)), None):

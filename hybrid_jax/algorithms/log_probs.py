@@ -69,7 +69,7 @@ def state_log_probs(
         logits = logits_of(states)
         return token_log_probs(logits, targets), entropy(logits) if with_entropy else None
 
-    stretch = _stretch(*targets.shape, vocab_size)
+    stretch = _stretch(targets.shape[0], targets.shape[1], vocab_size)
     if stretch is None:
         return read(states, targets, logits_of)
     return _in_stretches(read, logits_of, states, targets, stretch)

@@ -370,5 +370,5 @@ class Embedding(nn.Module):
         table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
         # Whole rows, so that each device finds those of its own tokens.
         kept = param_axes(f"{self.name}/embedding", table.shape)
-        table = shard_for_use(table.astype(c.dtype), kept, (None, None))
-        return jnp.take(table, indices, axis=0)
+        used: Any = shard_for_use(table.astype(c.dtype), kept, (None, None))
+        return jnp.take(used, indices, axis=0)

@@ -163,7 +163,8 @@ class Decoder:
 
         def attend(q, k, v, rule, sinks, layer):
             layer = layer.write(k, v, slot)
-            mixed = cached_attention(q[:, 0], *layer.read(), key_mask, slot, rule, sinks)
+            keys, values = layer.read()
+            mixed = cached_attention(q[:, 0], keys, values, key_mask, slot, rule, sinks)
             return mixed[:, None], layer
 
         # A row that has ended may wait for a new prompt, and reads on meanwhile.

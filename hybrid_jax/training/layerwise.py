@@ -18,13 +18,13 @@ from hybrid_jax.models.stacking import STACK
 def layer_by_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
     """``transform``, the same for layers in a stack as for layers in a list."""
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         stack, others = _picked(params, True), _picked(params, False)
         if not stack:
             return transform.init(params)
         return {STACK: jax.vmap(transform.init)(stack), "others": transform.init(others)}
 
-    def update(updates: Params, state: Any, params: Any = None) -> tuple[Params, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         stack = _picked(updates, True)
         if not stack:
             return transform.update(updates, state, params)
@@ -51,6 +51,6 @@ def _picked(tree: Params, stacked: bool) -> Params:
     return picked
 
 
-def _merged(a: Params, b: Params) -> Params:
+def _merged(a: Any, b: Any) -> Params:
     both = {name: _merged(a[name], b[name]) for name in a if name in b}
     return {**a, **b, **both}

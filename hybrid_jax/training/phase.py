@@ -10,7 +10,6 @@ from jax import Array
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry
-from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState
@@ -47,8 +46,12 @@ class Phase(Protocol):
 
     name: str
     optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
-    references: Sequence[str]  # names of those that it reads
     waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
+
+    @property
+    def references(self) -> Sequence[str]:
+        """Names of those that it reads."""
+        ...
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit: ...
 
@@ -72,7 +75,7 @@ class Resources:
 
     name: str  # under which the config lists the phase
     model: LanguageModel
-    tokenizer: Tokenizer | None  # None where the phase is only planned
+    tokenizer: Any  # a `Tokenizer`; None where the phase is only planned
     examples: Sequence[Example] | None  # the training split; None where the phase is only planned
     seed: int
     horizon: int  # how many steps the scheduler plans for this phase

@@ -12,7 +12,7 @@ from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.parallel.mesh import MeshConfig, put_rows, replicate
-from hybrid_jax.parallel.rules import under
+from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.sampling.decode import Sampler
 
 VOCAB, P, R, N = 29, 8, 12, 16
@@ -110,16 +110,21 @@ def test_slots_stay_busy(model_and_params):
 
 
 def test_eight_devices_answer_in_groups_and_move_no_rows():
-    """Rows are split over four of them, heads over two; only sums of the latter travel, and who has ended."""
+    """Each has all weights and answers prompts of its own; they tell each other only how many slots wait."""
     model, params = _model(max_length=64)
     tokens, mask = _prompts(32)
-    sampler, placement = Sampler(R, slots=16), MeshConfig(data=2, fsdp=2, tensor=2).placement()
+    sampler, mesh = Sampler(R, slots=16), MeshConfig(data=2, fsdp=2, tensor=2)
+    placement = mesh.placement().with_rules(ROLLOUTS["replicated"])
     sample = under(placement, lambda *inputs: sampler(model, *inputs, eos_ids=EOS))
     rows = lambda x: put_rows(placement, x)  # noqa: E731
     inputs = (replicate(placement, params), rows(tokens), rows(mask), replicate(placement, jax.random.key(0)))
     compiled = jax.jit(sample).lower(*inputs).compile()
     _assert_same(compiled(*inputs), _sample((model, params), 32))
-    assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", compiled.as_text())
+    text = compiled.as_text()
+    assert not re.search(r" (all-gather|all-to-all|collective-permute)(-start)?\(", text)
+    summed = " ".join(re.findall(r"= (.*) all-reduce(?:-start)?\(", text))
+    assert summed
+    assert not re.search(r"\[\d", summed)  # scalars alone
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

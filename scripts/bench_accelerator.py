@@ -146,9 +146,7 @@ class Bench:
             return states[0].train
 
         watched = Watched(step)
-        numbers = measure(Ours(watched), peer, turns, steps)
-        for name in {"seconds", "peer_seconds"} & {*numbers}:
-            numbers[name] /= w.burst
+        numbers = of_one(measure(Ours(watched), peer, turns, steps), w.burst)
         flops = train_flops(self.config, w.rows * w.length, w.length)
         numbers["tokens_per_second"] = w.rows * w.length / numbers["seconds"]
         numbers |= {"flops": flops, "mfu": self.peaks.share_of_flops(flops, numbers["seconds"])}
@@ -253,6 +251,11 @@ class Records:
         return {**numbers, **split, "mfu": mfu, "split": shares}
 
 
+def of_one(numbers: dict[str, Any], burst: int) -> dict[str, Any]:
+    """Seconds of one update, from those of ``burst`` updates; a ratio stays."""
+    return {name: x / burst if name.endswith("seconds") else x for name, x in numbers.items()}
+
+
 def different(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A reward on texts: the share of the words that are not repeated."""
     return [len({*text.split()}) / max(len(text.split()), 1) for text in responses]
@@ -264,8 +267,7 @@ def different(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
     if options.table:
-        lines = Path(options.table).read_text().splitlines()
-        print(render([json.loads(line) for line in lines]))
+        print(render(read_records(options.table)))
         return
     set_up_logging()
     if options.against:  # two processes share the card, so none may take it all
@@ -281,6 +283,13 @@ def main(arguments: list[str]) -> None:
             peer.close()
     memory = memory_and_plan(programs)
     print(json.dumps(record(options, arguments, bench, numbers, memory, recompiled, peer)))
+
+
+def read_records(file: str) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in Path(file).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--table must be a file of JSON lines, got {file}: {error}") from error
 
 
 def execution(options: Any) -> Execution:

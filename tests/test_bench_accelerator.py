@@ -18,8 +18,7 @@ from hybrid_jax.models.families.family import parameter_shapes
 
 SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 ONCE = ("--turns", "1", "--steps", "1")
-CHOICES = ("--remat", "full", "--scan-layers", "--attention", "einsum")
-SFT_COMMAND = ["sft", "--size", "smoke", *ONCE, "--peaks", "2", "1", *CHOICES]
+SFT_COMMAND = ["sft", "--size", "smoke", *ONCE, "--peaks", "2", "1", "--attention", "einsum"]
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +35,8 @@ def bench():
                 del sys.modules[name]
 
 
-# The smoke shape: 2 layers of width 16, 4 query and 2 key/value heads of 4 channels, MLP of 24, 64 tokens. A layer
-# multiplies with 16·16 (queries) + 2·16·8 (keys, values) + 16·16 (output) + 3·16·24 = 1,920 parameters,
+# The smoke shape: 2 layers of width 16, 4 query and 2 key/value heads of 4 channels, MLP of 24, 64 tokens. A
+# layer multiplies with 16·16 (queries) + 2·16·8 (keys, values) + 16·16 (output) + 3·16·24 = 1,920 parameters,
 # so N = 2·1,920 + 16·64 (head) = 4,864: 9,728 bytes. Keys and values of a token: 2·2 layers·2·4·2 bytes = 64.
 
 
@@ -61,7 +60,8 @@ def test_a_rollout_of_the_smoke_shape_needs_the_bytes_worked_out_by_hand(bench, 
     bench.main(["rollout", "--size", "smoke", *ONCE, "--peaks", "1", "2"])
     (line,) = capsys.readouterr().out.splitlines()
     record = json.loads(line)
-    # 3 rows, 4 prompt tokens, 6 new ones: 5 turns over the weights and over 5 + 6 + 7 + 8 + 9 = 35 tokens a row. The cache has 9 slots from the first turn on.
+    # 3 rows, 4 prompt tokens, 6 new ones: 5 turns over weights and over 5 + 6 + 7 + 8 + 9 = 35 tokens a row.
+    # The cache has 9 slots from the first turn on.
     assert record["needed_bytes"] == 5 * 9_728 + 3 * 35 * 64 == 55_360
     assert record["slot_bytes"] == 5 * 9_728 + 3 * 5 * 9 * 64 == 57_280
     decode = record["seconds"] - record["prefill_seconds"]
@@ -72,6 +72,28 @@ def test_a_rollout_of_the_smoke_shape_needs_the_bytes_worked_out_by_hand(bench, 
     assert record["tokens_per_second"] == pytest.approx(18 / record["seconds"], rel=1e-3)
 
 
+def test_seconds_are_those_of_one_update_of_a_burst(bench):
+    numbers = {"seconds": 2.0, "peer_seconds": 3.0, "ratio": 1.5}
+    assert bench.of_one(numbers, burst=4) == {"seconds": 0.5, "peer_seconds": 0.75, "ratio": 1.5}
+
+
+def test_an_unknown_peak_gives_no_shares(bench, monkeypatch):
+    roofline = sys.modules["accelerator.roofline"]
+    monkeypatch.setattr(roofline, "local_accelerator", lambda devices: None)
+    peaks = bench.find_peaks()
+    assert (peaks.source, peaks.share_of_flops(1.0, 1.0), peaks.share_of_bandwidth(1.0, 1.0)) == (
+        "unknown",
+        None,
+        None,
+    )
+    from hybrid_jax.planning.accelerators import H100, TPU7X
+
+    monkeypatch.setattr(roofline, "local_accelerator", lambda devices: H100)
+    assert bench.find_peaks() == bench.Peaks(989e12, 3.35e12, "published")
+    monkeypatch.setattr(roofline, "local_accelerator", lambda devices: TPU7X)  # two devices a chip
+    assert bench.find_peaks() == bench.Peaks(1153.5e12, 3.69e12, "published")
+
+
 def test_a_cache_that_grows_is_read_with_the_slots_that_it_has_at_each_turn(bench):
     smoke = bench.SHAPES["smoke"]
     # After a prompt of 4: 3 turns over 7 slots, then 2 over 9.
@@ -79,11 +101,9 @@ def test_a_cache_that_grows_is_read_with_the_slots_that_it_has_at_each_turn(benc
 
 
 def test_a_record_says_what_ran_where_and_beside_which_plan(sft_record):
-    assert sft_record["command"] == (
-        "python scripts/bench_accelerator.py sft --size smoke --turns 1 --steps 1 --peaks 2 1 --remat full "
-        "--scan-layers --attention einsum"
-    )
-    assert sft_record["execution"] == {"scan_layers": True, "remat": "full", "attention": "einsum"}
+    command = "sft --size smoke --turns 1 --steps 1 --peaks 2 1 --attention einsum"
+    assert sft_record["command"] == f"python scripts/bench_accelerator.py {command}"
+    assert sft_record["execution"] == {"scan_layers": False, "remat": "none", "attention": "einsum"}
     assert [sft_record[name] for name in ("rows", "length", "burst", "dtype")] == [2, 8, 2, "bfloat16"]
     assert (sft_record["platform"], sft_record["versions"]["jax"]) == ("cpu", jax.__version__)
     assert sft_record["recompiled"] is None
@@ -91,6 +111,13 @@ def test_a_record_says_what_ran_where_and_beside_which_plan(sft_record):
     assert (memory["plan_program"], memory["peak_bytes"], memory["ratio"]) == ("sft/update", None, None)
     # At least parameters and two moments in float32: 4,864, biases 2·(16 + 8 + 8) and norms 5·16.
     assert 3 * 4 * (4_864 + 64 + 80) < memory["plan_bytes"] < 10 * 4 * (4_864 + 64 + 80)
+
+
+def test_choices_of_the_computation_are_passed_through(bench):
+    options = bench.parse(["ppo", "--remat", "dots", "--attention", "cudnn", "--scan-layers", "--rows", "16"])
+    assert vars(bench.execution(options)) == {"scan_layers": True, "remat": "dots", "attention": "cudnn"}
+    work = bench.work_of(options, bench.SHAPES["qwen2.5-0.5b"])
+    assert (work.rows, work.length, work.new_tokens, work.vocab_size) == (16, 128, 256, 151_936)
 
 
 def test_the_peak_of_the_runtime_stands_beside_the_fullest_program_of_the_plan(bench, monkeypatch):
@@ -127,6 +154,7 @@ def test_the_split_of_an_iteration_is_that_of_the_runs_own_records(bench):
     assert numbers["split"] == pytest.approx(shares)
 
 
+@pytest.mark.slow
 def test_an_iteration_is_split_without_a_rest(bench):
     options = bench.parse(["ppo", "--size", "smoke"])
     config = replace(bench.SHAPES["smoke"], num_layers=1)
@@ -214,6 +242,7 @@ def test_a_row_that_no_accelerator_has_measured_says_so(bench, capsys, tmp_path)
         ([], "give either a kind of work or --table"),
         (["sft", "--rows", "0"], "--rows must be at least 1, got 0"),
         (["rollout", "--new-tokens", "-1"], "--new-tokens must be at least 1, got -1"),
+        (["--table", "nowhere.jsonl"], "--table must be a file of JSON lines, got nowhere.jsonl"),
         (["ppo", "--against", "torch"], "ppo has no peer here"),
         (["sft", "--against", "torch"], "--against torch needs --peer-python, or HYBRID_JAX_PEER_PYTHON"),
         (
@@ -225,6 +254,6 @@ def test_a_row_that_no_accelerator_has_measured_says_so(bench, capsys, tmp_path)
 def test_a_mistake_is_one_line_with_the_fix(bench, arguments, words, monkeypatch):
     monkeypatch.delenv(bench.PEER_PYTHON, raising=False)
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    size = ["--size", "smoke", "--peaks", "1", "1"] if arguments else []
+    size = ["--size", "smoke", "--peaks", "1", "1"]
     with pytest.raises(UserError, match=words):
         bench.main([*arguments, *size])

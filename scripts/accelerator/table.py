@@ -20,7 +20,7 @@ def render(records: Sequence[dict[str, Any]]) -> str:
         for size, model in MODELS.items()
     ]
     lines = [HEADER, ("---",) * len(HEADER), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines).replace("|  |", "| |")
+    return "\n".join("|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|" for cells in lines)
 
 
 def _cells(r: dict[str, Any] | None) -> tuple[str, ...]:

@@ -65,7 +65,7 @@ def alone():
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ({"fsdp": 8}, {}),
+        pytest.param({"fsdp": 8}, {}, marks=pytest.mark.slow),
         ({"data": 2, "fsdp": 2, "tensor": 2}, {"model": {"execution": {"scan_layers": True, "remat": "full"}}}),
         pytest.param({"data": 2, "tensor": 4}, {}, marks=pytest.mark.slow),
     ],
@@ -95,7 +95,10 @@ def drawn_alone():
     return drawn({"data": 1})
 
 
-@pytest.mark.parametrize("weights", ROLLOUTS)
+@pytest.mark.parametrize(
+    "weights",
+    ["tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ROLLOUTS if name != "tensor")],
+)
 def test_however_the_weights_of_a_rollout_lie_the_samples_are_those_of_one_device(drawn_alone, weights):
     many = drawn({"data": 2, "fsdp": 2, "tensor": 2}, weights)
     assert len(many.tokens.sharding.device_set) == 8

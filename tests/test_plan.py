@@ -17,7 +17,7 @@ from hybrid_jax.planning import step
 from hybrid_jax.planning.accelerators import Accelerator
 from hybrid_jax.planning.table import number, size
 
-WIDTH, LAYERS, VOCABULARY = 32, 1, 64
+WIDTH, LAYERS, VOCABULARY = 32, 1, 320
 CHIP = Accelerator("cpu", 2**30, 1e9, 1e8, 1e7, source="measured")
 MODEL = {
     **{"name": "decoder", "num_layers": LAYERS, "width": WIDTH, "num_heads": 2, "max_length": 64},
@@ -226,6 +226,12 @@ def test_mistakes_are_one_line(files, command, arguments, line):
     assert (code, out) == (2, "")
     assert err.startswith(line)
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 257), ("{name: bpe, vocab_size: 400}", 400)])
+def test_a_model_from_scratch_is_planned_with_the_vocabulary_of_its_tokenizer(files, tokenizer, size):
+    config = load_config(files / "sft.yaml", ["model.vocab_size=null", f"tokenizer={tokenizer}"])
+    assert plan._with_vocabulary(config).model.vocab_size == size
 
 
 def test_prompts_need_a_length(files, command):

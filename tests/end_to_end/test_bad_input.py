@@ -60,7 +60,7 @@ def mistake(command):
         ("data.train=gone.jsonl", "no data file 'gone.jsonl'"),
         ("data.held_out_fraction=null", "data.jsonl has no held-out data; set held_out"),
         ("data.response_field=answer", "data.jsonl:1: no field 'answer'; known: completion, number, prompt"),
-        ("mesh.data=1000", "mesh.data must be at most the 8 devices here, got 1000"),
+        ("mesh.data=1000", "mesh 1000 × 1 × 1 needs 1000 devices, got 8"),
         ("phases.ppo.reward.parts.length.reward=no.such:Reward", "cannot be imported: ModuleNotFoundError"),
         ("phases.ppo.reward.parts=none", "phases.ppo.reward.parts must be a mapping, got 'none'"),
     ],

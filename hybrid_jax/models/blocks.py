@@ -368,7 +368,8 @@ class Embedding(nn.Module):
     def __call__(self, indices):
         c = self.config
         table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
-        # Whole rows, so that each device finds those of its own tokens.
+        # Whole, so that each device finds what its own tokens need; for one token a row less travels the other way.
         kept = param_axes(f"{self.name}/embedding", table.shape)
-        used: Any = shard_for_use(table.astype(c.dtype), kept, (None, None))
-        return jnp.take(used, indices, axis=0)
+        used = (None if indices.shape[1] > 1 else "vocab", None)
+        rows: Any = shard_for_use(table.astype(c.dtype), kept, used)
+        return jnp.take(rows, indices, axis=0)

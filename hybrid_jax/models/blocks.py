@@ -368,7 +368,7 @@ class Embedding(nn.Module):
     def __call__(self, indices):
         c = self.config
         table = self.param("embedding", nn.initializers.normal(c.init_std), (self.rows, self.width))
-        # Whole, so that each device finds what its own tokens need; for one token a row less travels the other way.
+        # Whole, so that each device finds what its own tokens need; one token a row would not be worth it.
         kept = param_axes(f"{self.name}/embedding", table.shape)
         used = (None if indices.shape[1] > 1 else "vocab", None)
         rows: Any = shard_for_use(table.astype(c.dtype), kept, used)

@@ -59,7 +59,9 @@ def test_a_run_traces_the_step_that_it_is_asked_for_and_says_where_its_time_went
         assert step["memory/host_peak_bytes"] > 2**26
         assert step["compile/count"] >= 3
     for step in records_of(folder, "sft"):
-        assert step["sft/input_seconds"] + step["sft/update_seconds"] == pytest.approx(step["sft/seconds"])
+        # The input of a step is read while the device is still busy with the one before.
+        left = max(step["sft/seconds"] - step["sft/input_seconds"], 0.0)
+        assert step["sft/update_seconds"] == pytest.approx(left, abs=1e-6)
 
 
 def test_a_run_with_rounded_moments_goes_on_to_the_same_bits(tiny, tmp_path):

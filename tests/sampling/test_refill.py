@@ -65,7 +65,7 @@ def test_every_prompt_gets_the_response_of_plain_sampling(name):
     [
         (5, 1, {"eos_ids": ()}),  # every response as long as it may be
         (5, 4, {"max_new_tokens": 1}),
-        (37, 16, {"top_k": 5, "temperature": 0.7}),
+        pytest.param(37, 16, {"top_k": 5, "temperature": 0.7}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -127,7 +127,7 @@ def test_eight_devices_answer_in_groups_and_move_no_rows():
     assert not re.search(r"\[\d", summed)  # scalars alone
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_ring_is_written_in_place(scan_layers):
     """Beside the cache there are the rows that are read anew, and no copy of the cache."""
     model, _ = _model(num_layers=4, width=32, max_length=1024, execution=Execution(scan_layers=scan_layers))

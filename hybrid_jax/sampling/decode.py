@@ -112,8 +112,8 @@ def _generate(
     num_tokens = sampler.max_new_tokens
     noise = response_noise(key, batch, num_tokens)
     params = model.cast(params)  # once, not at every token
-    # Prompts are read like any batch, with weights gathered a layer at a time. One token a row would be too little
-    # for that, so the weights lie as the rollout's rules want them before the first is decoded.
+    # Prompts are read like any batch, with weights gathered a layer at a time. One token is too little for
+    # that, so the weights lie as the rollout's rules want them before the first is decoded.
     settled = shard_params(params, param_axes)
 
     def record(samples: Samples, t, logits, ended):

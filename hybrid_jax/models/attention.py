@@ -129,9 +129,8 @@ def on_each_device(attend: Callable[..., Array]) -> Callable[..., Array]:
 
     def attend_shards(q, k, v, segment_ids, rule, sinks):
         queries, keys = _head_specs(q, k)
-        rows, heads = (
-            placement.rules.spec(placement.mesh, (size,), (name,)) for size, name in _rows_and_heads(q)
-        )
+        spec = functools.partial(placement.rules.spec, placement.mesh)
+        rows, heads = spec(q.shape[:1], ("attention_batch",)), spec(q.shape[2:3], ("attention_heads",))
         return jax.shard_map(
             lambda q, k, v, ids, sinks: attend(q, k, v, ids, rule, sinks),
             mesh=placement.mesh,
@@ -151,10 +150,6 @@ def _head_specs(q: Array, k: Array) -> tuple[PartitionSpec, PartitionSpec]:
     spec = functools.partial(placement.rules.spec, placement.mesh)
     queries = spec(q.shape, ("attention_batch", "length", "attention_heads", None))
     return queries, spec(k.shape, ("attention_batch", "length", "attention_kv_heads", None))
-
-
-def _rows_and_heads(q: Array) -> tuple[tuple[int, str], tuple[int, str]]:
-    return (q.shape[0], "attention_batch"), (q.shape[2], "attention_heads")
 
 
 def _describe(q, k, segment_ids, rule, sinks) -> AttentionCall:

@@ -13,6 +13,7 @@ import math
 import sysconfig
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -38,6 +39,17 @@ class DeviceReward(Protocol):
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
     ) -> Float[Array, "B"]:
         """Scores float32 [B]; the response is ``tokens[:, -R:]`` where ``response_mask``."""
+        ...
+
+
+@runtime_checkable
+class StartedReward(Protocol):
+    """A reward that waits for a device or a network: others are computed meanwhile."""
+
+    def start(
+        self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
+    ) -> Callable[[], Sequence[float]]:
+        """Starts scoring; returns what waits for the scores."""
         ...
 
 
@@ -70,12 +82,28 @@ def evaluate_reward(
         RewardError: In one line: a column that the reward needs is missing, it raised (with the line of the
             user's file), or it returned anything but B finite numbers.
     """
-    arguments = _accepted_columns(name, reward, columns or {})
+    return start_reward(name, reward, prompts, responses, columns)()
+
+
+def start_reward(
+    name: str,
+    reward: Reward,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+) -> Callable[[], np.ndarray]:
+    """`evaluate_reward` in two steps: a `StartedReward` begins now, any other when the result is called for."""
+    begin = reward.start if isinstance(reward, StartedReward) else partial(partial, reward)
+    arguments = _accepted_columns(name, getattr(reward, "start", reward), columns or {})
+    finish = _explained(name, begin, list(prompts), list(responses), **arguments)
+    return lambda: _check_scores(name, _explained(name, finish), responses)
+
+
+def _explained(name: str, function: Callable[..., Any], *inputs: Any, **columns: Any) -> Any:
     try:
-        values = reward(list(prompts), list(responses), **arguments)
+        return function(*inputs, **columns)
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {_describe_error(error)}") from error
-    return _check_scores(name, values, responses)
 
 
 def _accepted_columns(

@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-import hybrid_jax.rewards.slots
-import hybrid_jax.rewards.text
-import hybrid_jax.rewards.tokens  # noqa: F401  these fill the registry
-from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
+import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, StartedReward, start_reward
 
 Moments = dict[str, np.ndarray]  # count, mean, M2 (sum of squared deviations), float64 scalars
 RewardState = dict[str, Moments]  # of the normalised parts only
@@ -113,7 +111,10 @@ class CompositeReward:
         Raises:
             RewardError: A part failed, see `evaluate_reward`.
         """
-        return {n: evaluate_reward(n, p.reward, prompts, responses, columns) for n, p in self.parts.items()}
+        ordered = sorted(self.parts.items(), key=lambda item: not isinstance(item[1].reward, StartedReward))
+        started = {n: start_reward(n, p.reward, prompts, responses, columns) for n, p in ordered}
+        finished = {n: finish() for n, finish in reversed(started.items())}  # what others compute comes last
+        return {name: finished[name] for name in self.parts}
 
     def combine(self, state: RewardState, raw: Mapping[str, np.ndarray]) -> tuple[np.ndarray, RewardState]:
         """Scores float32 [B] and the new state, from the raw values of a whole rollout."""

@@ -1,0 +1,47 @@
+"""The protocol of models that turn a text into numbers: classifiers, reward models, critics of whole texts."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.models.base import Params
+
+
+@runtime_checkable
+class SequenceScorer(Protocol):
+    """A map from a row of tokens to one number a label, as pure functions over a parameter tree.
+
+    Hashable, so that it can be a static argument of `jax.jit`. What `data.scored_text` encodes, it reads.
+    """
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the numbers: classes of logits, or what a regression predicts."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest row the scorer can read; None has no bound."""
+        ...
+
+    def init(self, key: Array) -> Params: ...
+
+    def cast(self, params: Params) -> Params:
+        """The parameters as the computation reads them; see `LanguageModel.cast`."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B Y"]:
+        """One number a label, float32. Padding (mask False) changes nothing. Dropout acts only with a key."""
+        ...

@@ -159,7 +159,7 @@ class HuggingFaceTokenizer:
 
     @property
     def eos_id(self) -> int:
-        return int(self._backend.eos_token_id)
+        return int(_end_id(self._backend))
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_encodable(text), add_special_tokens=False)
@@ -285,7 +285,7 @@ def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
-    if backend.eos_token_id is None:
+    if _end_id(backend) is None:
         raise UserError(f"the tokenizer of {path!r} has no end token; set eos_token in tokenizer_config.json")
     if chat_template is not None:
         template = _named_template(chat_template)
@@ -296,6 +296,11 @@ def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
             )
         backend.chat_template = template.source
     return HuggingFaceTokenizer(backend)
+
+
+def _end_id(backend: Any) -> Any:
+    """The end token; of an encoder such as BERT that has none, what it writes behind a text: [SEP]."""
+    return backend.sep_token_id if backend.eos_token_id is None else backend.eos_token_id
 
 
 def _named_template(name: str | None) -> ChatTemplate:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.base import Params
@@ -45,3 +48,16 @@ class SequenceScorer(Protocol):
     ) -> Float[Array, "B Y"]:
         """One number a label, float32. Padding (mask False) changes nothing. Dropout acts only with a key."""
         ...
+
+
+def check_labels(labels: Sequence[str]) -> None:
+    """Raises `ValueError` where they do not tell the numbers apart."""
+    if not labels or len(set(labels)) < len(labels):
+        raise ValueError(f"labels must be different names, at least one, got {list(labels)}")
+
+
+def dropped(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Array, "..."]:
+    """Dropout of the features that a head reads; none without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)

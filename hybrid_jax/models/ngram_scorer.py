@@ -1,0 +1,131 @@
+"""A text as the bag of its n-grams: fast, without any order beyond n (fastText, Joulin et al. 2016).
+
+    x = mean over the n-grams g of the row of E[row(g)]          E [V + 2^k, W]
+    y = drop(x) W + b                                           float32, [B Y]
+
+A token is a row of its own; a longer n-gram takes one of the 2^k rows behind those, by a hash of its tokens:
+FNV-1a over the tokens as words of 32 bits (Fowler, Noll, Vo), then the finaliser of MurmurHash3, which spreads
+what the low bits lack. All of it is uint32 arithmetic on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.base import BACKBONES, Params
+from hybrid_jax.models.layers import linear
+from hybrid_jax.models.scorer import check_labels, dropped
+
+_FNV_START, _FNV_PRIME = 0x811C9DC5, 0x01000193
+
+
+@BACKBONES.register("ngrams")
+@dataclass(frozen=True)
+class NGrams:
+    """Settings of an `NGramScorer`.
+
+    Attributes:
+        labels: one a number that it gives.
+        orders: lengths n of the n-grams, ascending.
+        bucket_bits: k; n-grams with n > 1 share 2^k rows.
+        width: W.
+        dropout: rate on x, in training only.
+    """
+
+    labels: tuple[str, ...]
+    orders: tuple[int, ...] = (1, 2)
+    bucket_bits: int = 18
+    width: int = 16
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        check_labels(self.labels)
+        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 1:
+            raise ValueError(f"orders must be ascending numbers from 1, got {list(self.orders)}")
+        if not 1 <= self.bucket_bits <= 30:
+            raise ValueError(f"bucket_bits must be in [1, 30], got {self.bucket_bits}")
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    def build(self, vocab_size: int | None = None) -> NGramScorer:
+        if vocab_size is None:
+            raise UserError("the model ngrams needs a tokenizer of a known vocabulary")
+        return NGramScorer(self, vocab_size)
+
+
+@dataclass(frozen=True)
+class NGramScorer:
+    """A `SequenceScorer` over hashed n-grams; it reads rows of any length."""
+
+    config: NGrams
+    vocab_size: int
+
+    max_length = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.config.labels
+
+    @property
+    def num_rows(self) -> int:
+        """Of the table."""
+        return self.vocab_size + (2**self.config.bucket_bits if self.config.orders[-1] > 1 else 0)
+
+    def init(self, key: Array) -> Params:
+        """The table uniform in ±1/W as in fastText, the map zero: nothing is known yet."""
+        bound = 1.0 / self.config.width
+        table = jax.random.uniform(key, (self.num_rows, self.config.width), minval=-bound, maxval=bound)
+        zeros = jnp.zeros((self.config.width, len(self.labels))), jnp.zeros(len(self.labels))
+        return {"ngrams": {"embedding": table}, "score": dict(zip(("kernel", "bias"), zeros, strict=True))}
+
+    def cast(self, params: Params) -> Params:
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B Y"]:
+        table = params["ngrams"]["embedding"]
+        total, count = jnp.zeros((tokens.shape[0], self.config.width)), jnp.zeros((tokens.shape[0], 1))
+        for order in self.config.orders:
+            rows, real = self.ngrams(tokens, attention_mask.astype(bool), order)
+            total += jnp.sum(jnp.where(real[..., None], table[rows], 0.0), axis=1)
+            count += jnp.sum(real, axis=1, keepdims=True)
+        x = total / jnp.maximum(count, 1)
+        x = dropped(x, self.config.dropout, dropout_key)
+        return linear(x, params["score"]["kernel"], params["score"]["bias"], jnp.float32)
+
+    def ngrams(
+        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], order: int
+    ) -> tuple[Int[Array, "B N"], Bool[Array, "B N"]]:
+        """The table rows of the n-grams, N = T − n + 1 (or none), and which of them are real."""
+        last = max(tokens.shape[1] - order + 1, 0)
+        parts = [tokens[:, i : i + last] for i in range(order)]
+        real = jnp.ones((tokens.shape[0], last), bool)
+        for i in range(order):
+            real &= mask[:, i : i + last]
+        if order == 1:
+            return parts[0], real
+        bucket = hashed(parts) & jnp.uint32(2**self.config.bucket_bits - 1)
+        return self.vocab_size + bucket.astype(jnp.int32), real
+
+
+def hashed(parts: list[Int[Array, "..."]]) -> UInt32[Array, "..."]:
+    """One uint32 for each tuple of tokens."""
+    h = jnp.full(parts[0].shape, _FNV_START, jnp.uint32)
+    for part in parts:
+        h = (h ^ part.astype(jnp.uint32)) * jnp.uint32(_FNV_PRIME)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)

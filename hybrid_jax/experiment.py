@@ -5,11 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +31,9 @@ from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
+from hybrid_jax.run_identity import check_same_run, environment
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
+from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
@@ -41,7 +41,7 @@ from hybrid_jax.training.compilation import cache_folder, keep_compiled
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import PHASES, Phase, Resources
+from hybrid_jax.training.phase import PHASES, Phase, Resources, ScorerPhase
 from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -51,12 +51,6 @@ from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
 from hybrid_jax.training.state import RunState
 
 log = logging.getLogger(__name__)
-
-# Settings that may change between two starts of one run: they decide what is written, not what is learnt.
-FREE_SETTINGS = (
-    *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
-    *("peak_tflops", "profile", "mesh"),
-)
 
 
 @dataclass(frozen=True)
@@ -121,7 +115,7 @@ def build(config: ExperimentConfig) -> Experiment:
     """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
     keep_compiled(config.compilation_cache)
     files = fetched(config.run_dir)
-    _check_run_dir(config, files)
+    check_same_run(files, to_dict(config), _spelled_out)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     saved_tokenizer = files.folder / "tokenizer"
@@ -136,7 +130,7 @@ def build(config: ExperimentConfig) -> Experiment:
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    evaluator = make_evaluator(config, model, tokenizer, eos_ids)
+    evaluator = make_evaluator(config, model, tokenizer, eos_ids) if isinstance(model, LanguageModel) else None
     return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement)
 
 
@@ -170,11 +164,23 @@ def _build_phases(
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
                 offload=config.offload,
+                held_out=partial(config.data.load, "held_out"),
             )
         )
         for name, phase in config.phases.items()
-        if name in horizons
+        if name in horizons and _fits(name, phase, model)
     }
+
+
+def _fits(name: str, phase: Any, model: Any) -> bool:
+    """That a phase can train such a model: a language model, or one that scores texts."""
+    scores = getattr(phase, "trains_scorer", False)
+    if scores == isinstance(model, LanguageModel):
+        wanted = "scorer: classifier, encoder or ngrams" if scores else "language model"
+        raise UserError(
+            f"phases.{name} trains a {wanted}; the model is of another kind, {type(model).__name__}"
+        )
+    return True
 
 
 def plan_phases(
@@ -229,7 +235,7 @@ class Experiment:
     model: LanguageModel
     tokenizer: Tokenizer
     phases: Mapping[str, Phase]
-    evaluator: Evaluator
+    evaluator: Evaluator | None  # of a language model
     key: Array  # the root of all randomness in training; every step folds its number in
     eos_ids: tuple[int, ...]  # every token that ends a response
     placement: Placement
@@ -298,17 +304,34 @@ class Experiment:
 
     def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Numbers and samples on the held-out split."""
-        numbers, samples = under(self.placement, self.evaluator.run)(state.policy)
+        numbers, samples = {}, []
+        if self.evaluator is not None:
+            numbers, samples = under(self.placement, self.evaluator.run)(state.policy)
+        for phase in self.phases.values():
+            if isinstance(phase, ScorerPhase):
+                found = under(self.placement, phase.evaluate)(state)
+                numbers |= {f"evaluation/{name}": value for name, value in found.items()}
         where = {"step": state.step, "phase": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples]
 
     def export(self, state: RunState, folder: Path | None = None) -> Path:
-        """Writes the policy as a Hugging Face folder with its tokenizer; returns the folder."""
+        """Writes the policy, or the scorer, as a folder with its tokenizer; returns the folder."""
         folder = folder or self.files.folder / "exports" / f"step_{state.step}"
-        return self.policy(state).save_pretrained(folder)
+        if isinstance(self.model, LanguageModel):
+            return self.policy(state).save_pretrained(folder)
+        phases = [phase for phase in self.phases.values() if isinstance(phase, ScorerPhase)]
+        extra = {name: value for phase in phases for name, value in phase.extra(state).items()}
+        scorer = TrainedScorer(self.model, state.policy, self.tokenizer, state.step, extra)
+        return scorer.save(folder)
 
     def policy(self, state: RunState) -> Policy:
-        """The policy of a state, ready to answer."""
+        """The policy of a state, ready to answer.
+
+        Raises:
+            UserError: the run trains a scorer, which gives no answers.
+        """
+        if self.evaluator is None:
+            raise UserError(f"{self.files.name} trains a scorer of texts, which gives no answers; export it")
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
         model, params = as_list(self.model, state.policy)
         return Policy(model, params, self.tokenizer, sampler, self.eos_ids, state.step)
@@ -318,60 +341,40 @@ class Experiment:
         self.tokenizer.save(folder)
         write_generation_config(folder, None, self.eos_ids)
 
-    def finish(self) -> None:
-        """Writes the report of a finished run."""
+    def finish(self, state: RunState) -> None:
+        """Writes the report of a finished run, and the scorer that it has trained."""
         from hybrid_jax.report import write_report
 
+        if self.evaluator is None:
+            log.info("model: %s", self.export(state, self.files.folder / "model"))
         if hosts.is_first():
             write_report(self.config.run_dir)
             log.info("report: %s/report.html", self.files.name)
 
 
-def environment() -> dict[str, Any]:
-    """Versions, devices and the commit, for the record."""
-    from importlib.metadata import version
-
-    packages = ("hybrid_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.system() + " " + platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "devices": [device.device_kind for device in jax.devices()],
-        "packages": {name: version(name) for name in packages},
-        "commit": _commit(),
-    }
+def trains_scorer(run_dir: str | Path) -> bool:
+    """Whether a run trains a classifier or a reward model, and so no policy."""
+    phases = run_settings(run_dir).get("phases") or {}
+    kinds = [PHASES[phase.get("name", name)] for name, phase in phases.items()]
+    return any(getattr(kind, "trains_scorer", False) for kind in kinds)
 
 
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.TimeoutExpired):
-        return None
+def export_scorer(run_dir: str | Path, folder: str | Path) -> Path:
+    """Writes the newest scorer of a run; returns the folder.
+
+    Raises:
+        UserError: the run has no checkpoint, its data is gone, or the folder cannot be written.
+    """
+    experiment = build(load_run_config(run_dir))
+    state = Checkpoints(experiment.files.checkpoints, keep=1).newest(experiment.init())
+    if state is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    return experiment.export(state, Path(folder))
 
 
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether training has left anything there to go on from."""
     return bool(saved_steps(run_files(run_dir).checkpoints))
-
-
-def _check_run_dir(config: ExperimentConfig, files: RunFiles) -> None:
-    """A run directory belongs to one experiment: what decides the learning must be the same.
-
-    A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
-    """
-    if files.folder.exists() and not files.folder.is_dir():
-        raise UserError(f"run_dir must be a directory, got the file {files.name}")
-    path = files.folder / "config.yaml"
-    if not saved_steps(files.checkpoints) or not path.is_file():
-        return
-    there, here = _fixed(_spelled_out(load_yaml(path))), _fixed(to_dict(config))
-    if difference := next(iter(_differences(there, here)), None):
-        name, before, now = difference
-        raise UserError(
-            f"run_dir {config.run_dir} holds a run of another config: {name} is {before!r} there and {now!r} "
-            "here; give another run_dir, or undo the change to resume"
-        )
 
 
 def _spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
@@ -380,15 +383,3 @@ def _spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
         return to_dict(parse(ExperimentConfig, settings))
     except UserError:  # of settings that are gone, or of objects that only a notebook has
         return settings
-
-
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
-
-
-def _differences(there: Any, here: Any, path: str = ""):
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-    elif there != here:
-        yield path, there, here

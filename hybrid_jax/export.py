@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.registry import UserError
 
 EXAMPLES = """\
   python -m hybrid_jax.export --run runs/quickstart --output my_model
@@ -15,7 +16,7 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.export",
         description="Writes the newest policy of a run as a Hugging Face folder: weights, tokenizer and "
-        "generation settings.",
+        "generation settings; or the classifier or reward model that a run has trained.",
         epilog="examples:\n" + EXAMPLES,
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
@@ -39,8 +40,16 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     set_up_logging()
 
+    from hybrid_jax.experiment import export_scorer, trains_scorer
     from hybrid_jax.policy import load_policy, save_value
 
+    if trains_scorer(options.run):
+        if options.adapter or options.value or options.dtype != "float32":
+            raise UserError(
+                f"{options.run} trains a scorer: --adapter, --value and --dtype are for a policy's run"
+            )
+        print(export_scorer(options.run, options.output))
+        return
     policy = load_policy(options.run)
     folder = policy.save_pretrained(options.output, adapter=options.adapter, dtype=options.dtype)
     print(f"{folder}  (step {policy.step})")

@@ -118,14 +118,9 @@ class Policy:
         if not hosts.is_first():
             self._save_weights(folder, adapter, dtype)
             return folder
-        _check_export_folder(folder)
         is_new = not folder.exists()
+        claim_export_folder(folder, self.step)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / EXPORT_MARK).write_text(json.dumps({"step": self.step}) + "\n")
-            for name in (CONFIG, ADAPTER_CONFIG):  # until all is there again, nothing can be loaded
-                (folder / name).unlink(missing_ok=True)
-            shutil.rmtree(folder / VALUE, ignore_errors=True)  # the policy's that was here
             self.tokenizer.save(folder)
             self._save_weights(folder, adapter, dtype)
             write_generation_config(folder, self.sampler, self.eos_ids)
@@ -320,8 +315,21 @@ def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
     return chat_example(messages, f"prompt {row}")
 
 
-def _check_export_folder(folder: Path) -> None:
+def claim_export_folder(folder: Path, step: int | None) -> None:
+    """Makes a folder ours to export to: until all is there again, nothing can be loaded from it.
+
+    Raises:
+        UserError: the folder holds something that we did not export, or cannot be written.
+    """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; give a folder to export to")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
         raise UserError(f"{folder} is not empty and no export of ours; give a new or an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
+        for name in (CONFIG, ADAPTER_CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / VALUE, ignore_errors=True)  # that of the policy which was here
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -104,7 +104,9 @@ class HybridTrainer:
 
     def evaluate(self) -> dict[str, float]:
         """Numbers of the newest policy on the held-out data: ``evaluation/<metric>``."""
-        return self.experiment.evaluator.run(self.policy.params)[0]
+        policy = self.policy  # or a word that a scorer's run has none
+        assert self.experiment.evaluator is not None
+        return self.experiment.evaluator.run(policy.params)[0]
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> Path:
         """Writes the newest policy as a Hugging Face folder, or its ``adapter`` alone as one of `peft`."""

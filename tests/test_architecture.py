@@ -15,7 +15,10 @@ LAYERS = {
     **dict.fromkeys(["phases", "evaluation"], 4),
     **dict.fromkeys(["planning"], 5),
 }
-TOP = {"start": 5, "testing": 5, "policy": 5, "experiment": 6, "trainer": 7, "__init__": 9}
+TOP = {
+    **dict.fromkeys(["start", "testing", "policy", "run_identity"], 5),
+    **{"scorer_run": 5.5, "experiment": 6, "trainer": 7, "__init__": 9},
+}
 REPORT = {"report", "report_charts", "report_metrics", "report_speed"}  # reads run directories, knows no model
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {

@@ -87,14 +87,15 @@ def evaluate_reward(
 
 def start_reward(
     name: str,
-    reward: Reward,
+    reward: Reward | StartedReward,
     prompts: Sequence[str],
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[], np.ndarray]:
     """`evaluate_reward` in two steps: a `StartedReward` begins now, any other when the result is called for."""
     begin = reward.start if isinstance(reward, StartedReward) else partial(partial, reward)
-    arguments = _accepted_columns(name, getattr(reward, "start", reward), columns or {})
+    accepts = reward.start if isinstance(reward, StartedReward) else reward
+    arguments = _accepted_columns(name, accepts, columns or {})
     finish = _explained(name, begin, list(prompts), list(responses), **arguments)
     return lambda: _check_scores(name, _explained(name, finish), responses)
 

@@ -62,7 +62,7 @@ class Run(Protocol):
 
     def export(self, state: RunState, folder: Path | None = None) -> Path: ...
 
-    def finish(self) -> None:
+    def finish(self, state: RunState) -> None:
         """Writes what a finished run leaves behind."""
         ...
 
@@ -119,7 +119,7 @@ def train(run: Run) -> RunState:
             finally:
                 if not aborted:
                     checkpoints.close()
-    run.finish()
+    run.finish(state)
     return state
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry
-from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState
 
@@ -69,12 +69,28 @@ class Phase(Protocol):
         ...
 
 
+@runtime_checkable
+class ScorerPhase(Phase, Protocol):
+    """A phase that trains a model which gives numbers for texts, a `SequenceScorer`.
+
+    Its config says so by a class attribute ``trains_scorer = True``.
+    """
+
+    def evaluate(self, state: RunState) -> Mapping[str, float]:
+        """Numbers on held-out data, logged as ``evaluation/<name>``."""
+        ...
+
+    def extra(self, state: RunState) -> Mapping[str, Any]:
+        """What is saved beside the exported model, as JSON: how to calibrate or normalise its numbers."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
     """What an experiment hands to a phase config when it builds the phase."""
 
     name: str  # under which the config lists the phase
-    model: LanguageModel
+    model: Any  # a `LanguageModel`; a `SequenceScorer` for a `ScorerPhase`
     tokenizer: Any  # a `Tokenizer`; None where the phase is only planned
     examples: Sequence[Example] | None  # the training split; None where the phase is only planned
     seed: int
@@ -83,6 +99,7 @@ class Resources:
     optimizer_key: str
     eos_ids: tuple[int, ...]  # every token that ends a response
     offload: Sequence[str] = ()  # what waits in the host's memory while no phase uses it
+    held_out: Callable[[], Sequence[Example]] | None = None  # loads the held-out split
 
 
 class PhaseConfig(Protocol):

@@ -114,7 +114,7 @@ class Walking:
     def export(self, state, folder=None):
         raise AssertionError("no export was asked for")
 
-    def finish(self):
+    def finish(self, state):
         self.finished += 1
 
 

@@ -195,7 +195,7 @@ class Run:
     def export(self, state, folder=None):
         raise AssertionError("no export was asked for")
 
-    def finish(self):
+    def finish(self, state):
         pass
 
 

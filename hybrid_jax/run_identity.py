@@ -1,0 +1,87 @@
+"""Which run a directory belongs to, and what it was made with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybrid_jax.core.config import load_yaml
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.training.checkpoint import saved_steps
+from hybrid_jax.training.run_files import RunFiles
+
+# Settings that may change between two starts of one run: they decide what is written, not what is learnt.
+FREE_SETTINGS = (
+    *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
+    *("peak_tflops", "profile", "mesh"),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and the commit, for the record."""
+    from importlib.metadata import version
+
+    packages = ("hybrid_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system() + " " + platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "packages": {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+
+
+def check_same_run(
+    files: RunFiles, settings: dict[str, Any], spelled_out: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """A run directory belongs to one experiment: what decides the learning must be the same.
+
+    A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
+
+    Args:
+        files: of the run directory.
+        settings: of the experiment that is about to use it.
+        spelled_out: adds to written settings the defaults of those that came up since.
+
+    Raises:
+        UserError: it holds a run of other settings.
+    """
+    if files.folder.exists() and not files.folder.is_dir():
+        raise UserError(f"run_dir must be a directory, got the file {files.name}")
+    path = files.folder / "config.yaml"
+    if not saved_steps(files.checkpoints) or not path.is_file():
+        return
+    there, here = _fixed(spelled_out(load_yaml(path))), _fixed(settings)
+    if difference := next(_differences(there, here), None):
+        name, before, now = difference
+        raise UserError(
+            f"run_dir {settings['run_dir']} holds a run of another config: {name} is {before!r} there and "
+            f"{now!r} here; give another run_dir, or undo the change to resume"
+        )
+
+
+def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
+    elif there != here:
+        yield path, there, here

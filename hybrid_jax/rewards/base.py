@@ -108,7 +108,7 @@ def _explained(name: str, function: Callable[..., Any], *inputs: Any, **columns:
 
 
 def _accepted_columns(
-    name: str, reward: Reward, columns: Mapping[str, Sequence[Any]]
+    name: str, reward: Callable[..., Any], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
     """The columns that ``reward`` takes beside prompts and responses."""
     try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.base import Params
+from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.hf import CLASSIFIER
+from hybrid_jax.models.hf import CLASSIFIER, PretrainedDecoder
 from hybrid_jax.models.hf_files import CONFIG, is_finite, read_json
 from hybrid_jax.models.hf_folder import (
     Dtype,
@@ -35,13 +35,17 @@ from hybrid_jax.models.hf_folder import (
 )
 from hybrid_jax.models.hub import find_folder
 from hybrid_jax.models.layers import linear
+from hybrid_jax.models.lora import merge
+from hybrid_jax.models.scorer import check_labels, head_of, with_head
 
 _BIAS = "score_bias"
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A decoder and a linear map of the hidden state that has read all of a text.
+    """A decoder and a linear map of the hidden state that has read all of a text: a `SequenceScorer`.
+
+    The map trains beside adapters, where the decoder has them (`scorer.with_head`).
 
     Attributes:
         config: of the decoder; its head is not there.
@@ -64,12 +68,28 @@ class Classifier:
     def num_labels(self) -> int:
         return len(self.labels)
 
+    @property
+    def vocab_size(self) -> int:
+        return self.backbone.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.config.max_length
+
     def init(self, key: Array) -> Params:
         """Random parameters: the backbone's, and ``score``: kernel [D Y], bias [Y] where there is one."""
+        return with_head(self.backbone.init(key), {"score": self.init_score(key)})
+
+    def init_score(self, key: Array) -> Params:
+        """Random parameters of the map."""
         width = self.config.embedding_width or self.config.width
         kernel = self.config.init_std * jax.random.normal(jax.random.fold_in(key, 1), (width, self.num_labels))
-        score = {"kernel": kernel, **({"bias": jnp.zeros(self.num_labels)} if self.has_bias else {})}
-        return {**self.backbone.init(key), "score": score}
+        return {"kernel": kernel, **({"bias": jnp.zeros(self.num_labels)} if self.has_bias else {})}
+
+    def cast(self, params: Params) -> Params:
+        """The backbone's as it casts them; the map stays as it is."""
+        body, head = head_of(params, ("score",))
+        return with_head(self.backbone.cast(body), head)
 
     def apply(
         self,
@@ -80,17 +100,74 @@ class Classifier:
         dropout_key: Array | None = None,
     ) -> Float[Array, "B Y"]:
         """Logits, float32, read at the last real token of each row, wherever its padding is."""
-        backbone = {name: leaf for name, leaf in params.items() if name != "score"}
-        hidden = self.backbone.hidden(backbone, tokens, attention_mask, dropout_key=dropout_key)
+        body, head = head_of(params, ("score",))
+        hidden = self.backbone.hidden(body, tokens, attention_mask, dropout_key=dropout_key)
         if attention_mask is None:
             read = hidden[:, -1]
         else:
             last = tokens.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1] > 0, axis=1)
             read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
         if self.config.embedding_width is not None:
-            read = linear(read, params["embedding_out"]["kernel"].astype(read.dtype))
-        score = params["score"]
+            read = linear(read, body["embedding_out"]["kernel"].astype(read.dtype))
+        score = head["score"]
         return linear(read.astype(jnp.float32), score["kernel"].astype(jnp.float32), score.get("bias"))
+
+
+@BACKBONES.register("classifier")
+@dataclass(frozen=True)
+class ClassifierSettings:
+    """A `Classifier` to train, from a random or a pretrained decoder.
+
+    Attributes:
+        backbone: a decoder, or a pretrained one (of a language model's folder); adapters train with the map.
+        labels: one a logit; one alone is a regression or a reward.
+        has_bias: the map has one.
+    """
+
+    backbone: Annotated[Any, BACKBONES]
+    labels: tuple[str, ...]
+    has_bias: bool = True
+
+    def __post_init__(self):
+        check_labels(self.labels)
+
+    def build(self, vocab_size: int | None = None) -> Classifier:
+        decoder = self.backbone.build(vocab_size)
+        if not isinstance(decoder, Decoder):
+            raise UserError(
+                f"model.backbone must be a decoder or a pretrained one, got {BACKBONES.name_of(self.backbone)}"
+            )
+        kind = "regression" if len(self.labels) == 1 else "single_label_classification"
+        settings = (decoder.config, self.labels, kind, self.has_bias)
+        if isinstance(decoder, PretrainedDecoder):
+            return PretrainedClassifier(*settings, start=decoder)
+        return Classifier(*settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedClassifier(Classifier):
+    """A classifier whose `init` reads a language model's folder. Call it outside `jax.jit`."""
+
+    start: PretrainedDecoder
+
+    def init(self, key: Array) -> Params:
+        body = self.start.init(key)
+        kept = {name: part for name, part in body.items() if name != "lm_head"}
+        return with_head(kept, {"score": self.init_score(key)})
+
+    def plain(self) -> Classifier:
+        """The same without its folder."""
+        return Classifier(self.config, self.labels, self.problem_type, self.has_bias)
+
+
+def merged(classifier: Classifier, params: Params) -> tuple[Classifier, Params]:
+    """The same logits without adapters and with layers in a list: what folders know."""
+    plain = classifier.plain() if isinstance(classifier, PretrainedClassifier) else classifier
+    body, head = head_of(params, ("score",))
+    backbone = classifier.backbone
+    body = merge(classifier.config.lora, backbone.listed(body))
+    config = replace(plain.config, lora=None, execution=backbone.as_list().config.execution)
+    return replace(plain, config=config), {**body, **head}
 
 
 def load_classifier(
@@ -143,6 +220,7 @@ def save_classifier(
     Raises:
         UserError: there is no such class, no family can express the decoder, or a parameter is not finite.
     """
+    classifier, params = merged(classifier, params)
     content = read_json(Path(like) / CONFIG) if like is not None else {}
     content.pop("quantization_config", None)  # what we write is not quantised
     family, config = family_of(classifier.config, FAMILIES, content)

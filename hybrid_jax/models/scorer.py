@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.base import Params
+from hybrid_jax.models.lora import ADAPTER
 
 
 @runtime_checkable
@@ -61,3 +62,23 @@ def dropped(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Arr
     if key is None or rate == 0.0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
+
+
+def with_head(body: Params, head: Params, *, frozen: bool = False) -> Params:
+    """The parameters of a body and of the head that reads it.
+
+    The head lies where it trains (`lora.split`): beside the adapters, where the body has some or is ``frozen``,
+    so that it alone trains with them; else beside all else.
+    """
+    if frozen or ADAPTER in body:
+        return {**body, ADAPTER: {**body.get(ADAPTER, {}), **head}}
+    return {**body, **head}
+
+
+def head_of(params: Params, names: Sequence[str]) -> tuple[Params, Params]:
+    """The inverse of `with_head`: the body, and of the head the parts with these names that are there."""
+    beside = params.get(ADAPTER, {})
+    head = {name: part for name, part in {**params, **beside}.items() if name in names}
+    body = {name: part for name, part in params.items() if name not in names and name != ADAPTER}
+    adapter = {name: part for name, part in beside.items() if name not in names}
+    return ({**body, ADAPTER: adapter} if adapter else body), head

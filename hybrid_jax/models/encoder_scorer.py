@@ -1,0 +1,318 @@
+"""Encoders that give numbers for a text, or for a text and what it answers.
+
+    u = pool(encoder(text))                             one text, or both read as one ("joint")
+    u = [q; a; q ∘ a; |q − a|]                          "features" of the two embeddings (InferSent, Conneau et
+                                                        al. 2017; COMET's estimator, Rei et al. 2020)
+    y = drop(u) W + b,  or  drop(gelu(drop(u) V + c)) W + b     float32, [B Y]
+
+A row is ``[CLS] text [SEP]`` or ``[CLS] prompt [SEP] text [SEP]`` (`data.scored_text`): the first separator
+tells where the prompt ends.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.base import BACKBONES, Params
+from hybrid_jax.models.encoder import Encoder, EncoderConfig
+from hybrid_jax.models.encoder_folder import load_encoder
+from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.layers import linear
+from hybrid_jax.models.pooling import Mode, Pooling
+from hybrid_jax.models.scorer import check_labels, dropped, head_of, with_head
+
+Pair = Literal["none", "joint", "features"]
+HEAD = ("score_dense", "score")  # names of its maps
+
+
+@dataclass(frozen=True)
+class EncoderScorer:
+    """A `SequenceScorer`: an encoder's body, pooled, and a head.
+
+    Attributes:
+        config: of the body; it has neither pooler nor head of its own.
+        labels: one a number that it gives.
+        pooling: of the hidden states.
+        pair: how a prompt is read beside the text; see above.
+        separator_id: the token between the two; only a scorer of single texts needs none.
+        hidden_width: of the layer between features and numbers; None has none.
+        head_dropout: rate on what the head reads, in training only.
+        frozen: the body stays as it is; only the head trains.
+    """
+
+    config: EncoderConfig
+    labels: tuple[str, ...]
+    pooling: Pooling = Pooling(normalize=False)
+    pair: Pair = "none"
+    separator_id: int | None = None
+    hidden_width: int | None = None
+    head_dropout: float = 0.0
+    frozen: bool = False
+
+    @property
+    def body(self) -> Encoder:
+        return Encoder(self.config)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return min(self.config.max_length, self.pooling.max_length or self.config.max_length)
+
+    @property
+    def num_features(self) -> int:
+        return self.config.width * (4 if self.pair == "features" else 1)
+
+    def init(self, key: Array) -> Params:
+        return with_head(self.init_body(key), self.init_head(key), frozen=self.frozen)
+
+    def init_body(self, key: Array) -> Params:
+        return self.body.init(key)
+
+    def init_head(self, key: Array) -> Params:
+        """The last map is zero: nothing is known yet."""
+        head, width = {}, self.num_features
+        if self.hidden_width is not None:
+            shape = (width, self.hidden_width)
+            kernel = jax.random.normal(jax.random.fold_in(key, 1), shape) / jnp.sqrt(width)
+            head["score_dense"] = {"kernel": kernel, "bias": jnp.zeros(self.hidden_width)}
+            width = self.hidden_width
+        scale = 0.0 if self.hidden_width is None else 1.0 / jnp.sqrt(width)
+        kernel = scale * jax.random.normal(jax.random.fold_in(key, 2), (width, len(self.labels)))
+        return {**head, "score": {"kernel": kernel, "bias": jnp.zeros(len(self.labels))}}
+
+    def cast(self, params: Params) -> Params:
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B Y"]:
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        features = self.features(params, tokens, attention_mask, dropout_key=keys[0])
+        return self.read(params, features, dropout_key=keys[1])
+
+    def features(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B F"]:
+        """What the head reads, float32; of a frozen body constants, without dropout or gradient."""
+        body, _ = head_of(params, HEAD)
+        if self.frozen:
+            body, dropout_key = jax.lax.stop_gradient(body), None
+        embed = partial(self._embed, body, dropout_key=dropout_key)
+        mask = attention_mask.astype(bool)
+        if self.pair == "none":
+            return embed(tokens, mask)
+        if self.pair == "joint":
+            return embed(tokens, mask, token_types(self.config, tokens, self.separator_id))
+        columns, ends, starts = _cut(tokens, self.separator_id)
+        first = embed(tokens, mask & (columns <= ends))
+        # the second text begins like any other: its separator becomes the mark of a start
+        second = jnp.where(columns == starts, tokens[:, :1], tokens)
+        second = embed(second, mask & (columns >= starts))
+        return jnp.concatenate([first, second, first * second, jnp.abs(first - second)], axis=1)
+
+    def read(
+        self, params: Params, features: Float[Array, "B F"], *, dropout_key: Array | None = None
+    ) -> Float[Array, "B Y"]:
+        """The numbers that the head reads off the features."""
+        _, head = head_of(params, HEAD)
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        x = dropped(features, self.head_dropout, keys[0])
+        if self.hidden_width is not None:
+            dense = head["score_dense"]
+            x = jax.nn.gelu(linear(x, dense["kernel"], dense["bias"]), approximate=False)
+            x = dropped(x, self.head_dropout, keys[1])
+        return linear(x, head["score"]["kernel"], head["score"]["bias"], jnp.float32)
+
+    def _embed(self, body: Params, tokens, mask, types=None, *, dropout_key=None) -> Float[Array, "B D"]:
+        hidden = self.body.hidden(body, tokens, mask, types, dropout_key=dropout_key)
+        return self.pooling(hidden, mask)
+
+
+@dataclass(frozen=True)
+class EncoderClassifier:
+    """An encoder with the head of its own folder, ``*ForSequenceClassification``, as a `SequenceScorer`.
+
+    Attributes:
+        encoder: with a head of the kind "sequence".
+        separator_id: the token between a prompt and a text; None where rows are single texts.
+    """
+
+    encoder: Encoder
+    separator_id: int | None = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.encoder.config.labels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.encoder.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self.encoder.max_length
+
+    def init(self, key: Array) -> Params:
+        return self.encoder.init(key)
+
+    def cast(self, params: Params) -> Params:
+        return params
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B Y"]:
+        types = token_types(self.encoder.config, tokens, self.separator_id)
+        return self.encoder.logits(params, tokens, attention_mask, types, dropout_key=dropout_key)
+
+
+def token_types(
+    config: EncoderConfig, tokens: Int[Array, "B T"], separator_id: int | None
+) -> Int[Array, "B T"] | None:
+    """0 up to the first separator, 1 behind it, as BERT reads pairs; None for encoders of one type."""
+    if separator_id is None or config.token_types < 2:
+        return None
+    columns, ends, _ = _cut(tokens, separator_id)
+    return (columns > ends).astype(jnp.int32)
+
+
+def _cut(tokens: Int[Array, "B T"], separator_id: int | None) -> tuple[Array, Array, Array]:
+    """(columns [1 T], where the first text ends, where the second begins [B 1]): at the first separator.
+
+    A second one beside it, as RoBERTa's relatives write, begins the second text.
+    """
+    columns = jnp.arange(tokens.shape[1])[None]
+    is_separator = tokens == separator_id
+    ends = jnp.argmax(is_separator, axis=1)[:, None]
+    ends = jnp.where(is_separator.any(axis=1, keepdims=True), ends, tokens.shape[1])
+    doubled = jnp.take_along_axis(is_separator, jnp.minimum(ends + 1, tokens.shape[1] - 1), axis=1)
+    return columns, ends, ends + doubled
+
+
+def find_separator(folder: Path) -> int | None:
+    """The id of the separator in a folder's tokenizer; None where its files do not say."""
+    names, ids = folder / "tokenizer_config.json", folder / "tokenizer.json"
+    if not (names.is_file() and ids.is_file()):
+        return None
+    try:
+        separator = json.loads(names.read_text(encoding="utf-8")).get("sep_token")
+        added = json.loads(ids.read_text(encoding="utf-8")).get("added_tokens", ())
+        content = separator.get("content") if isinstance(separator, dict) else separator
+        return next((int(token["id"]) for token in added if token["content"] == content), None)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder}: the tokenizer's files are damaged: {error}") from error
+
+
+@BACKBONES.register("encoder")
+@dataclass(frozen=True, kw_only=True)
+class EncoderScorerSettings:
+    """An `EncoderScorer` to train, from a random or a pretrained encoder.
+
+    Attributes:
+        labels: one a number that it gives.
+        path: of a Hugging Face or sentence-transformers folder, or the id of one on the hub.
+        encoder: the settings of a random encoder, in place of ``path``.
+        pooling: of the hidden states: the mean over the tokens, or the first one.
+        normalize: embeddings to length 1.
+        pair: what is done with a prompt: "none" reads texts alone, "joint" both as one, "features" compares
+            their embeddings.
+        separator_id: the token between the two; None takes that of the folder's tokenizer.
+        freeze: train only the head, on features that are computed once.
+        hidden_width: of a layer before the last map; None has none.
+        dropout: rate on what the head reads.
+        max_length: tokens a row at most; None takes all that the folder allows.
+        dtype: of the computation of the body.
+    """
+
+    labels: tuple[str, ...]
+    path: str | None = None
+    encoder: EncoderConfig | None = None
+    pooling: Mode = "mean"
+    normalize: bool = False
+    pair: Pair = "none"
+    separator_id: int | None = None
+    freeze: bool = False
+    hidden_width: int | None = None
+    dropout: float = 0.0
+    max_length: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        check_labels(self.labels)
+        if (self.path is None) == (self.encoder is None):
+            raise ValueError("path must be given, or encoder, and not both")
+        if self.freeze and self.path is None:
+            raise ValueError("freeze must be false for a random encoder, got True")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("hidden_width", "max_length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def build(self, vocab_size: int | None = None) -> EncoderScorer:
+        folder = None if self.path is None else find_folder(self.path)
+        body = Encoder(self.encoder) if self.encoder else load_encoder(folder or "", dtype=self.dtype)[0]
+        if vocab_size is not None and body.config.vocab_size < vocab_size:
+            raise UserError(
+                f"the tokenizer has {vocab_size} tokens, more than the encoder's {body.config.vocab_size}"
+            )
+        separator = self.separator_id
+        if separator is None and folder is not None:
+            separator = find_separator(folder)
+        if self.pair != "none" and separator is None:
+            raise UserError(f"model.separator_id must be given for pair {self.pair}: no tokenizer says it")
+        length = min(body.max_length, self.max_length or body.max_length)
+        config = replace(body.config, pooler=False, head=None, labels=(), head_reads="pooler", dtype=self.dtype)
+        settings: dict[str, Any] = {
+            "config": config,
+            "labels": self.labels,
+            "pooling": Pooling(self.pooling, self.normalize, length),
+            "pair": self.pair,
+            "separator_id": separator,
+            "hidden_width": self.hidden_width,
+            "head_dropout": self.dropout,
+            "frozen": self.freeze,
+        }
+        return (
+            EncoderScorer(**settings)
+            if folder is None
+            else PretrainedEncoderScorer(**settings, start=str(folder))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedEncoderScorer(EncoderScorer):
+    """A scorer whose body `init` reads out of a folder. Call it outside `jax.jit`."""
+
+    start: str
+
+    def init_body(self, key: Array) -> Params:
+        params = load_encoder(self.start)[1]
+        wanted = jax.eval_shape(self.body.init, key)
+        return {name: params[name] for name in wanted}

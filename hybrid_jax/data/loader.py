@@ -80,7 +80,7 @@ class SFTStream:
 
     def batch(self, cursor: int, size: int) -> TokenBatch:
         """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size T]."""
-        return self._numbered(self._rows.take(*_visits(self.num_rows, self._seed, cursor, size)))
+        return self._numbered(self._rows.take(*visits(self.num_rows, self._seed, cursor, size)))
 
     def sequential(self, size: int) -> Iterator[TokenBatch]:
         """All data once, in order, for evaluation; rows of padding alone fill up the last batch."""
@@ -139,7 +139,7 @@ class PromptStream:
 
     def batch(self, cursor: int, size: int) -> PromptBatch:
         """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size P]."""
-        _, rows = _visits(self.num_rows, self._seed, cursor, size)
+        _, rows = visits(self.num_rows, self._seed, cursor, size)
         longest = max(len(self._prompts[row]) for row in rows)
         return self._left_padded(rows, _bucket(longest, self._buckets))
 
@@ -290,7 +290,7 @@ def _arrange(
     return _Bucketed(sequences, _checked_buckets(buckets, [len(s.tokens) for s in sequences], max_length))
 
 
-def _visits(num_rows: int, seed: int, cursor: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def visits(num_rows: int, seed: int, cursor: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Epoch and row of each of the visits ``cursor`` to ``cursor + size``."""
     epochs, places = np.divmod(np.arange(cursor, cursor + size), num_rows)
     rows = [_order(num_rows, seed, int(epoch))[place] for epoch, place in zip(epochs, places, strict=True)]

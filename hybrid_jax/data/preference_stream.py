@@ -1,0 +1,166 @@
+"""Preferences as batches of token rows, and how a scorer reads the text of a response."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.batches import Message
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.loader import length_buckets, visits
+from hybrid_jax.data.preferences import Preference
+from hybrid_jax.data.scored_text import encode_scored
+from hybrid_jax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+BOOTSTRAP = 2  # what the generator of a seed draws: beside the order of rows and their windows (`data.loader`)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a scorer reads a response: the same in training and as a reward, so it is saved beside the scorer.
+
+    Attributes:
+        prompt: what it answers stands before it; else the response stands alone.
+        chat: the prompt is a conversation, rendered by the chat template; a plain prompt is its one message.
+        max_length: tokens a row at most; None has no bound.
+    """
+
+    prompt: bool = True
+    chat: bool = False
+    max_length: int | None = None
+
+    @staticmethod
+    def of(settings: Mapping[str, Any]) -> Reading:
+        """The inverse of `settings`; of a scorer that says nothing, the default."""
+        return Reading(**settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def rows(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        messages: Sequence[Sequence[Message] | None] | None = None,
+    ) -> list[np.ndarray]:
+        """The row of tokens of each response, int32 [T]; see `encode_scored`."""
+        if not self.prompt:
+            return encode_scored(tokenizer, None, responses, self.max_length)
+        if not self.chat:
+            return encode_scored(tokenizer, prompts, responses, self.max_length)
+        given = messages or [None] * len(prompts)
+        asked = [
+            turns or ({"role": "user", "content": prompt},)
+            for prompt, turns in zip(prompts, given, strict=True)
+        ]
+        return encode_scored(tokenizer, prompts, responses, self.max_length, asked)
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Prompts, each with up to K ranked responses, right-padded; a prompt with fewer repeats its first one."""
+
+    tokens: Int[Array, "B K T"]
+    mask: Bool[Array, "B K T"]
+    ranks: Int[Array, "B K"]  # 0 is the best; equal ranks are a tie
+    present: Bool[Array, "B K"]
+    margins: Float[Array, "B"]  # 0 where nobody said
+    weights: Float[Array, "B M"]  # of each prompt for each member of an ensemble
+    index: Int[Array, "B"]  # of the prompt within the data
+
+
+class PreferenceStream:
+    """Batches of preferences; the whole state is the cursor, as in `data.loader`.
+
+    Args:
+        preferences: rows of a source.
+        tokenizer: of the scorer; encodes them once, here.
+        reading: of responses.
+        seed: of the order of rows and of the bootstrap, at least 0.
+        members: M. Each of several learns a bootstrap sample of its own: a prompt counts Poisson(1) times, the
+            limit of drawing n of n rows with replacement (Oza and Russell 2001). One alone learns every row once.
+    """
+
+    def __init__(
+        self,
+        preferences: Sequence[Preference],
+        tokenizer: Tokenizer,
+        reading: Reading,
+        *,
+        seed: int = 0,
+        members: int = 1,
+    ):
+        if not preferences:
+            raise UserError("the data is empty: a stream needs at least one preference")
+        self.preferences, self._seed = tuple(preferences), seed
+        rankings = [row.ranking for row in preferences]
+        self.most = max(len(responses) for responses, _ in rankings)
+        self.rows = _encode(preferences, tokenizer, reading)
+        self.ranks = np.zeros((len(preferences), self.most), np.int32)
+        self.present = np.zeros((len(preferences), self.most), bool)
+        for row, (responses, ranks) in enumerate(rankings):
+            self.ranks[row, : len(ranks)], self.present[row, : len(responses)] = ranks, True
+        self.margins = np.array([row.margin or 0.0 for row in preferences], np.float32)
+        self.weights = bootstrap_weights(len(preferences), members, seed)
+        longest = max(len(tokens) for row in self.rows for tokens in row)
+        self._buckets = length_buckets(longest, reading.max_length)
+
+    @property
+    def num_rows(self) -> int:
+        """Prompts an epoch."""
+        return len(self.rows)
+
+    def batch(self, cursor: int, size: int) -> PreferenceBatch:
+        """Prompts ``cursor`` to ``cursor + size`` of the endless stream."""
+        _, index = visits(self.num_rows, self._seed, cursor, size)
+        longest = max(len(tokens) for row in index for tokens in self.rows[row])
+        length = next(bucket for bucket in self._buckets if bucket >= longest)
+        tokens = np.zeros((size, self.most, length), np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for i, row in enumerate(index):
+            for k in range(self.most):
+                of_response = self.rows[row][k if self.present[row, k] else 0]
+                tokens[i, k, : len(of_response)], mask[i, k, : len(of_response)] = of_response, True
+        arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in _OF_ROWS}
+        return PreferenceBatch(tokens=tokens, mask=mask, index=index.astype(np.int32), **arrays)  # type: ignore
+
+
+_OF_ROWS = ("ranks", "present", "margins", "weights")
+
+
+def bootstrap_weights(num_rows: int, members: int, seed: int) -> np.ndarray:
+    """How often each member learns each row, float32 [num_rows, members]."""
+    if members == 1:
+        return np.ones((num_rows, 1), np.float32)
+    generator = np.random.Generator(np.random.Philox(key=[seed, 0], counter=[0, 0, 0, BOOTSTRAP]))
+    return generator.poisson(1.0, (num_rows, members)).astype(np.float32)
+
+
+def _encode(
+    preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading
+) -> list[list[np.ndarray]]:
+    """The rows of all responses, by preference."""
+    flat = [(row, response) for row in preferences for response in row.ranking[0]]
+    encoded = iter(
+        reading.rows(
+            tokenizer,
+            [row.prompt for row, _ in flat],
+            [response for _, response in flat],
+            [row.messages for row, _ in flat],
+        )
+    )
+    rows = [[next(encoded) for _ in row.ranking[0]] for row in preferences]
+    if full := sum(len(tokens) == reading.max_length for row in rows for tokens in row):
+        log.warning("%d of %d rows fill all %d tokens: more was cut", full, len(flat), reading.max_length)
+    return rows

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
@@ -68,20 +69,31 @@ class Reading:
 
 
 @struct.dataclass
-class PreferenceBatch:
-    """Prompts, each with up to K ranked responses, right-padded; a prompt with fewer repeats its first one."""
+class Labels:
+    """What people said of B prompts, each with up to K responses."""
 
-    tokens: Int[Array, "B K T"]
-    mask: Bool[Array, "B K T"]
     ranks: Int[Array, "B K"]  # 0 is the best; equal ranks are a tie
-    present: Bool[Array, "B K"]
+    present: Bool[Array, "B K"]  # which of the K there are
     margins: Float[Array, "B"]  # 0 where nobody said
     weights: Float[Array, "B M"]  # of each prompt for each member of an ensemble
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Prompts with their responses, right-padded; where one has fewer than K, its first one is repeated."""
+
+    tokens: Int[Array, "B K T"] | None
+    mask: Bool[Array, "B K T"] | None
+    labels: Labels
     index: Int[Array, "B"]  # of the prompt within the data
+    features: Float[Array, "B K F"] | None = None  # in place of tokens and mask: of a frozen body
 
 
 class PreferenceStream:
     """Batches of preferences; the whole state is the cursor, as in `data.loader`.
+
+    Attributes ``flat`` and ``places``: the rows of tokens of all responses, and where those of each prompt
+    stand among them, int [N K].
 
     Args:
         preferences: rows of a source.
@@ -89,7 +101,7 @@ class PreferenceStream:
         reading: of responses.
         seed: of the order of rows and of the bootstrap, at least 0.
         members: M. Each of several learns a bootstrap sample of its own: a prompt counts Poisson(1) times, the
-            limit of drawing n of n rows with replacement (Oza and Russell 2001). One alone learns every row once.
+            limit of drawing n of n rows with replacement (Oza and Russell 2001). One alone learns all rows.
     """
 
     def __init__(
@@ -105,38 +117,46 @@ class PreferenceStream:
             raise UserError("the data is empty: a stream needs at least one preference")
         self.preferences, self._seed = tuple(preferences), seed
         rankings = [row.ranking for row in preferences]
-        self.most = max(len(responses) for responses, _ in rankings)
-        self.rows = _encode(preferences, tokenizer, reading)
-        self.ranks = np.zeros((len(preferences), self.most), np.int32)
-        self.present = np.zeros((len(preferences), self.most), bool)
-        for row, (responses, ranks) in enumerate(rankings):
-            self.ranks[row, : len(ranks)], self.present[row, : len(responses)] = ranks, True
-        self.margins = np.array([row.margin or 0.0 for row in preferences], np.float32)
-        self.weights = bootstrap_weights(len(preferences), members, seed)
-        longest = max(len(tokens) for row in self.rows for tokens in row)
-        self._buckets = length_buckets(longest, reading.max_length)
+        most = max(len(responses) for responses, _ in rankings)
+        shape = len(preferences), most
+        ranks, present = np.zeros(shape, np.int32), np.zeros(shape, bool)
+        for row, (responses, places) in enumerate(rankings):
+            ranks[row, : len(places)], present[row, : len(responses)] = places, True
+        margins = np.array([row.margin or 0.0 for row in preferences], np.float32)
+        weights = bootstrap_weights(len(preferences), members, seed)
+        self.labels = _labels(ranks=ranks, present=present, margins=margins, weights=weights)
+        self.flat = _encode(preferences, tokenizer, reading)
+        starts = np.cumsum([0, *present.sum(axis=1)[:-1]])[:, None]
+        self.places = starts + np.where(present, np.arange(most), 0)
+        self._lengths = np.array([len(row) for row in self.flat])
+        self._buckets = length_buckets(int(self._lengths.max()), reading.max_length)
+
+    @property
+    def present(self) -> np.ndarray:
+        return np.asarray(self.labels.present)
 
     @property
     def num_rows(self) -> int:
         """Prompts an epoch."""
-        return len(self.rows)
+        return len(self.places)
 
     def batch(self, cursor: int, size: int) -> PreferenceBatch:
         """Prompts ``cursor`` to ``cursor + size`` of the endless stream."""
         _, index = visits(self.num_rows, self._seed, cursor, size)
-        longest = max(len(tokens) for row in index for tokens in self.rows[row])
+        places = self.places[index]
+        longest = self._lengths[places].max()
         length = next(bucket for bucket in self._buckets if bucket >= longest)
-        tokens = np.zeros((size, self.most, length), np.int32)
-        mask = np.zeros(tokens.shape, bool)
-        for i, row in enumerate(index):
-            for k in range(self.most):
-                of_response = self.rows[row][k if self.present[row, k] else 0]
-                tokens[i, k, : len(of_response)], mask[i, k, : len(of_response)] = of_response, True
-        arrays: dict[str, Any] = {name: getattr(self, name)[index] for name in _OF_ROWS}
-        return PreferenceBatch(tokens=tokens, mask=mask, index=index.astype(np.int32), **arrays)  # type: ignore
+        mask = np.arange(length) < self._lengths[places][..., None]
+        tokens = np.zeros(mask.shape, np.int32)
+        tokens[mask] = np.concatenate([self.flat[place] for place in places.ravel()])
+        labels = jax.tree.map(lambda array: array[index], self.labels)
+        arrays: dict[str, Any] = {"tokens": tokens, "mask": mask, "index": index.astype(np.int32)}
+        return PreferenceBatch(labels=labels, **arrays)
 
 
-_OF_ROWS = ("ranks", "present", "margins", "weights")
+def _labels(**arrays: np.ndarray) -> Labels:
+    fields: dict[str, Any] = arrays  # they become device arrays where a step is called
+    return Labels(**fields)
 
 
 def bootstrap_weights(num_rows: int, members: int, seed: int) -> np.ndarray:
@@ -147,20 +167,15 @@ def bootstrap_weights(num_rows: int, members: int, seed: int) -> np.ndarray:
     return generator.poisson(1.0, (num_rows, members)).astype(np.float32)
 
 
-def _encode(
-    preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading
-) -> list[list[np.ndarray]]:
-    """The rows of all responses, by preference."""
+def _encode(preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading) -> list[np.ndarray]:
+    """The rows of all responses, one preference after the other."""
     flat = [(row, response) for row in preferences for response in row.ranking[0]]
-    encoded = iter(
-        reading.rows(
-            tokenizer,
-            [row.prompt for row, _ in flat],
-            [response for _, response in flat],
-            [row.messages for row, _ in flat],
-        )
+    rows = reading.rows(
+        tokenizer,
+        [row.prompt for row, _ in flat],
+        [response for _, response in flat],
+        [row.messages for row, _ in flat],
     )
-    rows = [[next(encoded) for _ in row.ranking[0]] for row in preferences]
-    if full := sum(len(tokens) == reading.max_length for row in rows for tokens in row):
-        log.warning("%d of %d rows fill all %d tokens: more was cut", full, len(flat), reading.max_length)
+    if full := sum(len(row) == reading.max_length for row in rows):
+        log.warning("%d of %d rows fill all %d tokens: more was cut", full, len(rows), reading.max_length)
     return rows

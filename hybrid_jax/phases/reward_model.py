@@ -1,0 +1,330 @@
+"""Reward models: a scorer of texts learns which responses people liked better."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from hybrid_jax.algorithms.preference import (
+    centring_loss,
+    pair_accuracy,
+    plackett_luce_loss,
+    ranking_loss,
+    reward_margin,
+)
+from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
+from hybrid_jax.data.preferences import PREFERENCES, Preference
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.lora import whole
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.parallel.mesh import put_rows
+from hybrid_jax.parallel.rules import shard_params, under
+from hybrid_jax.phases.reference_samples import ReferenceSamples
+from hybrid_jax.phases.reward_report import agreement
+from hybrid_jax.phases.row_reader import RowReader
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
+from hybrid_jax.training.offload import without_idle
+from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
+from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.update import Objective, update_state
+
+
+@PHASES.register("reward_model")
+@dataclass(frozen=True)
+class RewardModel:
+    """Settings of the training of a reward model.
+
+    The model is a scorer. With one label it is one reward; with several it is an ensemble, each label a member
+    that learns a bootstrap sample of its own of the data (`PreferenceStream`).
+
+    Attributes:
+        batch_size: prompts a step, each with all its responses.
+        length: tokens a row, prompt and response together.
+        prompt: a response is read behind what it answers; else alone.
+        microbatches: parts in which a batch is read, to save memory; the gradient is the same.
+        dropout: apply the model's dropout, if it has any.
+        loss: "pairs" of responses (Bradley-Terry), or "plackett_luce" of whole rankings, which have no ties,
+            margins or smoothing.
+        margin: by how much the better response must be ahead.
+        margin_coef: what the margin of a row counts beside that.
+        label_smoothing: the share of labels in [0, 0.5) that is taken to be wrong.
+        tie_threshold: ν of Rao and Kupper, above 0; None takes a tie as half a win of either side.
+        centring_coef: of (r_i + r_j)², which keeps rewards near 0.
+        matched_ratio: pairs with |log(length of the better / of the worse)| up to this count as matched.
+        reference: a policy whose samples have mean 0 and standard deviation 1 after training; None takes all
+            responses of the training data.
+        source: preferences of its own; None takes the run's, a source ``preferences``.
+        optimizer: of the group "model".
+    """
+
+    trains_scorer: ClassVar[bool] = True
+
+    batch_size: int = 16
+    length: int = 256
+    prompt: bool = True
+    microbatches: int = 1
+    dropout: bool = True
+    loss: Literal["pairs", "plackett_luce"] = "pairs"
+    margin: float = 0.0
+    margin_coef: float = 0.0
+    label_smoothing: float = 0.0
+    tie_threshold: float | None = None
+    centring_coef: float = 0.0
+    matched_ratio: float = 0.2
+    reference: ReferenceSamples | None = None
+    source: Annotated[Any, PREFERENCES] | None = None
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-4))
+
+    def __post_init__(self):
+        least = {"batch_size": 1, "length": 4, "microbatches": 1}
+        for name, lowest in least.items():
+            if getattr(self, name) < lowest:
+                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
+        if self.tie_threshold is not None and self.tie_threshold <= 0:
+            raise ValueError(f"tie_threshold must be positive or null, got {self.tie_threshold}")
+        for name in ("centring_coef", "matched_ratio"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        extras = (self.margin, self.margin_coef, self.label_smoothing, self.tie_threshold or 0.0)
+        if self.loss == "plackett_luce" and any(extras):
+            raise ValueError(
+                "loss must be pairs for margins, label_smoothing or tie_threshold, got plackett_luce"
+            )
+
+    def build(self, resources: Resources) -> RewardModelPhase:
+        return RewardModelPhase(self, resources)
+
+
+class RewardModelPhase:
+    """Steps of a reward model. Trains the group "model" and nothing else."""
+
+    references = ()
+    waits_for_device = False
+
+    def __init__(self, config: RewardModel, resources: Resources):
+        self.config = config
+        self.name, self.optimizer_key = resources.name, resources.optimizer_key
+        self._resources, self._model, self._placement = resources, resources.model, resources.placement
+        check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
+        self._stream = None if resources.examples is None else self._training_stream()
+        self._rate = jax.jit(config.optimizer.rate)
+        update: Any = functools.partial(_update, config, resources)
+        update.__name__ = f"{self.name}_update"
+        self._loss = jax.jit(functools.partial(preference_loss, config))
+        self._update = jax.jit(under(self._placement, update), donate_argnums=1)
+        self._reader = RowReader(self._model, self._placement, 2 * config.batch_size, config.length)
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        transform = layer_by_layer(self.config.optimizer.transform())
+        opt_state = {"model": transform.init(params["model"])}
+        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self._model))
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        assert self._stream is not None, "a planned phase takes no steps"
+        started = time.perf_counter()
+        cursor = state.cursors.get(self.name, 0)
+        host: Any = self._stream.batch(cursor, self.config.batch_size)
+        batch = put_rows(self._placement, self._with_features(state, host))
+        input_seconds = time.perf_counter() - started
+        steps = state.schedule.steps.get(self.name, 0)
+        rate = self._rate(*jax.device_put((steps, self._resources.horizon)))
+        train, metrics = self._update(state.base, state.train, batch, key, rate)
+        metrics |= {"learning_rate": rate, "tokens": host.mask.sum(), "input_seconds": input_seconds}
+        cursors = {**state.cursors, self.name: cursor + self.config.batch_size}
+        state = replace(state, train=train, cursors=cursors)
+        return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        rows, length = self.config.batch_size, self.config.length
+        shape = functools.partial(row_shape, self._placement, rows)
+        make: Any = PreferenceBatch  # pyright does not see the fields of a flax.struct.dataclass
+        labels: Any = Labels
+        batch = make(
+            tokens=shape(2, length, dtype="int32"),
+            mask=shape(2, length, dtype="bool"),
+            labels=labels(
+                ranks=shape(2, dtype="int32"),
+                present=shape(2, dtype="bool"),
+                margins=shape(dtype="float32"),
+                weights=shape(len(self._model.labels), dtype="float32"),
+            ),
+            index=shape(dtype="int32"),
+        )
+        state, idle = without_idle(state, self)
+        inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
+        beside = {"optimizer_states": idle, "references": state.references}
+        beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
+        tokens = 2 * rows * length
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """Agreement with held-out preferences, calibration, and the part of length in it."""
+        stream = self._held_out
+        scores = self._reader.scores(state.policy, stream.flat, "held_out")
+        rewards = np.zeros(stream.present.shape, np.float32)
+        rewards[stream.present] = scores.mean(axis=1)  # over the members
+        report = {"loss": float(self._loss(rewards[..., None], stream.labels).mean())}
+        by_prompt = [row[here] for row, here in zip(rewards, stream.present, strict=True)]
+        if scores.shape[1] > 1:  # members differ by a constant, which says nothing
+            report["disagreement"] = float((scores - scores.mean(axis=0)).std(axis=1).mean())
+        return report | agreement(stream.preferences, by_prompt, self.config.matched_ratio)
+
+    def extra(self, state: RunState) -> dict[str, Any]:
+        """How to read texts, and mean and standard deviation of each member's rewards on reference samples.
+
+        Preferences say nothing about the zero of a reward, and little about its unit (Ziegler et al. 2019,
+        section 2.1: after training, gain and bias give samples of the reference policy mean 0 and variance 1).
+        """
+        if (reference := self.config.reference) is None:
+            assert self._stream is not None, "a planned phase saves nothing"
+            rows, name, of = self._stream.flat, "train", "the responses of the training data"
+        else:
+            drawn = reference.draw(self._preferences("train"), self._resources.seed)
+            rows = self._reading.rows(self._resources.tokenizer, *zip(*drawn, strict=True))
+            name, of = None, str(reference.path)
+        rewards = self._reader.scores(state.policy, rows, name).astype(np.float64)
+        std = rewards.std(axis=0)
+        return {
+            "kind": "reward_model",
+            "reading": self._reading.settings,
+            "normaliser": {
+                "mean": rewards.mean(axis=0).tolist(),
+                "std": np.where(std > 0, std, 1.0).tolist(),
+                "samples": len(rows),
+                "of": of,
+            },
+        }
+
+    @functools.cached_property
+    def _reading(self) -> Reading:
+        limits = (self.config.length, self._model.max_length or self.config.length)
+        chat = any(row.messages for row in self._preferences("train"))
+        return Reading(self.config.prompt, self.config.prompt and chat, min(limits))
+
+    def _preferences(self, split: Literal["train", "held_out"]) -> list[Preference]:
+        if self.config.source is not None:
+            return list(self.config.source.load(split))
+        examples = self._resources.examples
+        if split == "held_out":
+            examples = self._resources.held_out and self._resources.held_out()
+        try:
+            return [Preference.of(example) for example in examples or ()]
+        except UserError as error:
+            raise UserError(f"phases.{self.name}: {error}") from error
+
+    def _training_stream(self) -> PreferenceStream:
+        preferences = self._preferences("train")
+        tied = next((row for row in preferences if len(set(row.ranking[1])) < len(row.ranking[1])), None)
+        if self.config.loss == "plackett_luce" and tied is not None:
+            raise UserError(
+                f"phases.{self.name}: loss must be pairs for data with ties, got plackett_luce "
+                f"and a tie for the prompt {tied.prompt[:40]!r}"
+            )
+        if self._model.max_length is not None and self.config.length > self._model.max_length:
+            raise UserError(
+                f"phases.{self.name}: length must be at most the model's max_length {self._model.max_length}, "
+                f"got {self.config.length}"
+            )
+        resources, members = self._resources, len(self._model.labels)
+        return PreferenceStream(
+            preferences, resources.tokenizer, self._reading, seed=resources.seed, members=members
+        )
+
+    @functools.cached_property
+    def _held_out(self) -> PreferenceStream:
+        return PreferenceStream(self._preferences("held_out"), self._resources.tokenizer, self._reading)
+
+    def _with_features(self, state: RunState, batch: Any) -> Any:
+        """The batch with features in place of tokens, where the body of the scorer is frozen."""
+        if not self._reader.keeps_features:
+            return batch
+        assert self._stream is not None
+        flat = self._reader.features(state.policy, self._stream.flat, "train")
+        return batch.replace(tokens=None, mask=None, features=flat[self._stream.places[batch.index]])
+
+
+def reward_objective(config: RewardModel, model: SequenceScorer, base: Params | None = None) -> Objective:
+    """The loss of the group "model", which is all parameters, or what trains above a ``base``."""
+
+    def loss(params, batch: PreferenceBatch, key: Array):
+        rewards = _read(model, whole(base or {}, params["model"]), batch, key if config.dropout else None)
+        of = batch.labels
+        terms = {"loss": preference_loss(config, rewards, of)}
+        if config.centring_coef:
+            terms["centring"] = centring_loss(rewards, of.ranks, of.present, of.weights)
+        mean = jnp.mean(rewards, axis=-1)
+        metrics = {
+            "accuracy": pair_accuracy(mean, of.ranks, of.present),
+            "margin": reward_margin(mean, of.ranks, of.present),
+        }
+        return terms, metrics
+
+    def weights(batch: PreferenceBatch) -> dict[str, Array]:
+        return dict.fromkeys(("loss", "centring"), batch.labels.weights.sum())
+
+    return Objective(loss, weights, coefs={"loss": 1.0, "centring": config.centring_coef})
+
+
+def preference_loss(config: RewardModel, rewards: Float[Array, "B K M"], labels: Labels) -> Sum:
+    """The loss that the settings name, over prompts and members."""
+    of = labels.ranks, labels.present, labels.weights
+    if config.loss == "plackett_luce":
+        return plackett_luce_loss(rewards, *of)
+    return ranking_loss(
+        rewards,
+        *of,
+        config.margin + config.margin_coef * labels.margins,
+        label_smoothing=config.label_smoothing,
+        tie_threshold=config.tie_threshold,
+    )
+
+
+def _read(
+    model: Any, params: Params, batch: PreferenceBatch, dropout_key: Array | None
+) -> Float[Array, "B K M"]:
+    shape = batch.labels.present.shape
+
+    def flat(x: Any) -> Array:
+        return x.reshape(-1, x.shape[-1])
+
+    params = model.cast(params)
+    if batch.features is not None:
+        scores = model.read(params, flat(batch.features), dropout_key=dropout_key)
+    else:
+        scores = model.apply(params, flat(batch.tokens), flat(batch.mask), dropout_key=dropout_key)
+    return scores.astype(jnp.float32).reshape(*shape, -1)
+
+
+def _update(config: RewardModel, resources: Resources, base: Params, state: TrainState, batch, key, rate):
+    """One optimizer step, as a pure function of the state."""
+    state, metrics, _ = update_state(
+        reward_objective(config, resources.model, base),
+        config.optimizer,
+        state,
+        batch,
+        key,
+        rate,
+        optimizer_key=resources.optimizer_key,
+        microbatches=config.microbatches,
+        scaling=loss_scale_of(resources.model),
+    )
+    return shard_params(state, param_axes), metrics

@@ -1,0 +1,312 @@
+"""Classifiers: a scorer of texts learns the labels that people gave them, or a number."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from hybrid_jax.algorithms.classification import label_cross_entropy, squared_error
+from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
+from hybrid_jax.data.preference_stream import Reading
+from hybrid_jax.data.sources import SOURCES, choose
+from hybrid_jax.metrics.labels import classification_report, fit_temperature, regression_report, softmax
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.lora import whole
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.parallel.mesh import put_rows
+from hybrid_jax.parallel.rules import shard_params, under
+from hybrid_jax.phases.row_reader import RowReader
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
+from hybrid_jax.training.offload import without_idle
+from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
+from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.update import Objective, update_state
+
+Rows = list[np.ndarray]
+
+
+@PHASES.register("classifier")
+@dataclass(frozen=True)
+class Classification:
+    """Settings of the training of a classifier; of a scorer with one label alone, of a regression.
+
+    Attributes:
+        batch_size: texts a step.
+        length: tokens a text at most, with its prompt; None reads all that the model can.
+        prompt: a text is read behind its prompt, where the data has any; else alone.
+        label_field: the column with the label: its number from 0 or its name; for a regression a number.
+        class_weights: what the rows of each label count; "balanced" is B / (Y · rows of the label); None is 1.
+        label_smoothing: the share of the label in [0, 1) that is spread over all labels.
+        calibration_fraction: the share of the training data in [0, 1), by a hash of the text (or its prompt),
+            that is kept back to fit the temperature of the probabilities. 0 fits none.
+        microbatches: parts in which a batch is read, to save memory; the gradient is the same.
+        dropout: apply the model's dropout, if it has any.
+        source: labelled texts of its own; None takes the run's.
+        optimizer: of the group "model".
+    """
+
+    trains_scorer: ClassVar[bool] = True
+
+    batch_size: int = 32
+    length: int | None = None
+    prompt: bool = True
+    label_field: str = "label"
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
+    label_smoothing: float = 0.0
+    calibration_fraction: float = 0.05
+    microbatches: int = 1
+    dropout: bool = True
+    source: Annotated[Any, SOURCES] | None = None
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-3))
+
+    def __post_init__(self):
+        for name, least in {"batch_size": 1, "microbatches": 1, "length": 4}.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
+        for name in ("label_smoothing", "calibration_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        weights = self.class_weights
+        if isinstance(weights, tuple) and not all(0 <= w < np.inf for w in weights):
+            raise ValueError(f"class_weights must be at least 0, got {list(weights)}")
+
+    def build(self, resources: Resources) -> ClassifierPhase:
+        return ClassifierPhase(self, resources)
+
+
+class ClassifierPhase:
+    """Steps of a classifier. Trains the group "model" and nothing else."""
+
+    references = ()
+    waits_for_device = False
+
+    def __init__(self, config: Classification, resources: Resources):
+        self.config = config
+        self.name, self.optimizer_key = resources.name, resources.optimizer_key
+        self._resources, self._model, self._placement = resources, resources.model, resources.placement
+        check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
+        self._check()
+        limits = [limit for limit in (config.length, self._model.max_length) if limit is not None]
+        self._length = min(limits, default=None)
+        self._stream = None if resources.examples is None else self._training_stream()
+        self._weights = self._class_weights()
+        self._rate = jax.jit(config.optimizer.rate)
+        update: Any = functools.partial(_update, config, resources, self._weights)
+        update.__name__ = f"{self.name}_update"
+        self._update = jax.jit(under(self._placement, update), donate_argnums=1)
+        self._reader = RowReader(self._model, self._placement, 4 * config.batch_size, self._length)
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        transform = layer_by_layer(self.config.optimizer.transform())
+        opt_state = {"model": transform.init(params["model"])}
+        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self._model))
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        assert self._stream is not None, "a planned phase takes no steps"
+        started = time.perf_counter()
+        cursor, size = state.cursors.get(self.name, 0), self.config.batch_size
+        features = None
+        if self._reader.keeps_features:
+            features = self._reader.features(state.policy, self._stream.rows, "train")
+        host = self._stream.batch(cursor, size, features)
+        batch = put_rows(self._placement, host)
+        input_seconds = time.perf_counter() - started
+        steps = state.schedule.steps.get(self.name, 0)
+        rate = self._rate(*jax.device_put((steps, self._resources.horizon)))
+        train, metrics = self._update(state.base, state.train, batch, key, rate)
+        metrics |= {"learning_rate": rate, "input_seconds": input_seconds}
+        if host.mask is not None:
+            metrics |= {"tokens": host.mask.sum()}
+        state = replace(state, train=train, cursors={**state.cursors, self.name: cursor + size})
+        return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        if self._length is None:
+            raise UserError(f"phases.{self.name}: length must be given to plan for a model that reads any")
+        rows, shape = self.config.batch_size, functools.partial(row_shape, self._placement)
+        make: Any = LabelledBatch
+        kind = "float32" if len(self._model.labels) == 1 else "int32"
+        targets = shape(rows, dtype=kind)
+        if self._reader.keeps_features:
+            read = shape(rows, self._model.num_features, dtype="float32")
+            batch = make(tokens=None, mask=None, targets=targets, features=read)
+        else:
+            tokens, mask = (shape(rows, self._length, dtype=dtype) for dtype in ("int32", "bool"))
+            batch = make(tokens=tokens, mask=mask, targets=targets)
+        state, idle = without_idle(state, self)
+        inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
+        beside = {"optimizer_states": idle, "references": state.references}
+        beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
+        tokens = rows * self._length
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+
+    def evaluate(self, state: RunState) -> dict[str, float]:
+        """Agreement with the labels of the held-out data, and calibration before and after the temperature."""
+        rows, targets = self._held_out
+        scores = self._reader.scores(state.policy, rows, "held_out")
+        if len(self._model.labels) == 1:
+            return {
+                "loss": float(np.square(scores[:, 0] - targets).mean()),
+                **regression_report(scores[:, 0], targets),
+            }
+        report = classification_report(scores, targets, self._model.labels)
+        report["loss"] = float(-np.log(softmax(scores)[np.arange(len(targets)), targets]).mean())
+        if (temperature := self._temperature(state)) is not None:
+            calibrated = classification_report(scores, targets, self._model.labels, temperature)
+            report |= {f"calibrated_{name}": calibrated[name] for name in ("brier", "calibration_error")}
+            report["temperature"] = temperature
+        return report
+
+    def extra(self, state: RunState) -> dict[str, Any]:
+        """How to read texts, and the temperature that makes probabilities of the logits."""
+        kind = "regression" if len(self._model.labels) == 1 else "classifier"
+        extra: dict[str, Any] = {"kind": kind, "reading": self._reading.settings}
+        if (temperature := self._temperature(state)) is not None:
+            extra |= {"temperature": temperature, "calibration_rows": len(self._kept_back[0])}
+        return extra
+
+    # ----------------------------------------------------------------------------------------------------- data
+
+    def _check(self) -> None:
+        weights, labels = self.config.class_weights, self._model.labels
+        if len(labels) == 1 and (weights is not None or self.config.label_smoothing):
+            raise UserError(
+                f"phases.{self.name}: class_weights and label_smoothing need several labels, the model has 1"
+            )
+        if isinstance(weights, tuple) and len(weights) != len(labels):
+            raise UserError(
+                f"phases.{self.name}: class_weights must be {len(labels)} numbers, got {len(weights)}"
+            )
+
+    @functools.cached_property
+    def _examples(self) -> Sequence[Example]:
+        if self.config.source is not None:
+            return self.config.source.load("train")
+        return self._resources.examples or ()
+
+    @functools.cached_property
+    def _reading(self) -> Reading:
+        chat = any(example.messages for example in self._examples)
+        asked = chat or any(example.prompt for example in self._examples)
+        return Reading(self.config.prompt and asked, self.config.prompt and chat, self._length)
+
+    def _split(self, split: Literal["train", "held_out"]) -> Sequence[Example]:
+        """The training data without, or only, what is kept back for the temperature."""
+        fraction = self._calibration_fraction
+        if fraction is None:
+            return self._examples if split == "train" else ()
+        return choose(self._examples, split, False, fraction, f"phases.{self.name}")
+
+    @property
+    def _calibration_fraction(self) -> float | None:
+        return (self.config.calibration_fraction or None) if len(self._model.labels) > 1 else None
+
+    def _read(self, examples: Sequence[Example], what: str) -> tuple[Rows, np.ndarray]:
+        try:
+            targets = targets_of(examples, self.config.label_field, self._model.labels)
+        except UserError as error:
+            raise UserError(f"phases.{self.name}: {what} data: {error}") from error
+        prompts, texts = ([e.prompt for e in examples], [e.response or "" for e in examples])
+        messages = [e.question for e in examples]
+        return self._reading.rows(self._resources.tokenizer, prompts, texts, messages), targets
+
+    def _training_stream(self) -> LabelledStream:
+        rows, targets = self._read(self._split("train"), "training")
+        stream = LabelledStream(rows, targets, self._resources.seed, self._length)
+        stream.chosen(0, self.config.batch_size)  # are there so many?
+        return stream
+
+    def _class_weights(self) -> np.ndarray:
+        weights, num_labels = self.config.class_weights, len(self._model.labels)
+        if weights == "balanced" and self._stream is not None:
+            counts = np.bincount(self._stream.targets, minlength=num_labels)
+            if not counts.all():
+                missing = self._model.labels[int(np.argmin(counts))]
+                raise UserError(
+                    f"phases.{self.name}: class_weights balanced needs rows of every label: {missing}"
+                )
+            return (counts.sum() / (num_labels * counts)).astype(np.float32)
+        return np.array(weights if isinstance(weights, tuple) else [1.0] * num_labels, np.float32)
+
+    @functools.cached_property
+    def _kept_back(self) -> tuple[Rows, np.ndarray]:
+        return self._read(self._split("held_out"), "training")
+
+    @functools.cached_property
+    def _held_out(self) -> tuple[Rows, np.ndarray]:
+        if self.config.source is not None:
+            examples = self.config.source.load("held_out")
+        else:
+            assert self._resources.held_out is not None, "a planned phase is not evaluated"
+            examples = self._resources.held_out()
+        return self._read(examples, "held-out")
+
+    def _temperature(self, state: RunState) -> float | None:
+        if not self._calibration_fraction:
+            return None
+        rows, targets = self._kept_back
+        return fit_temperature(self._reader.scores(state.policy, rows, "calibration"), targets)
+
+
+def classifier_objective(
+    config: Classification, model: SequenceScorer, class_weights: np.ndarray, base: Params | None = None
+) -> Objective:
+    """The loss of the group "model", which is all parameters, or what trains above a ``base``."""
+    weights = jnp.asarray(class_weights)
+    is_regression = len(model.labels) == 1
+
+    def loss(params, batch: LabelledBatch, key: Array):
+        scores = _scores(model, whole(base or {}, params["model"]), batch, key if config.dropout else None)
+        if is_regression:
+            return {"loss": squared_error(scores[:, 0], batch.targets)}, {}
+        right = (jnp.argmax(scores, axis=1) == batch.targets).astype(jnp.float32)
+        term = label_cross_entropy(scores, batch.targets, weights, config.label_smoothing)
+        return {"loss": term}, {"accuracy": Sum.of(right, jnp.ones_like(right, bool))}
+
+    def total(batch: LabelledBatch) -> dict[str, Any]:
+        rows = batch.targets.shape[0]
+        return {"loss": jnp.float32(rows) if is_regression else weights[batch.targets].sum()}
+
+    return Objective(loss, total, coefs={"loss": 1.0})
+
+
+def _scores(model: Any, params: Params, batch: LabelledBatch, dropout_key: Array | None) -> Array:
+    params = model.cast(params)
+    if batch.features is not None:
+        return model.read(params, batch.features, dropout_key=dropout_key)
+    return model.apply(params, batch.tokens, batch.mask, dropout_key=dropout_key)
+
+
+def _update(
+    config: Classification, resources: Resources, weights, base: Params, state: TrainState, batch, key, rate
+):
+    """One optimizer step, as a pure function of the state."""
+    state, metrics, _ = update_state(
+        classifier_objective(config, resources.model, weights, base),
+        config.optimizer,
+        state,
+        batch,
+        key,
+        rate,
+        optimizer_key=resources.optimizer_key,
+        microbatches=config.microbatches,
+        scaling=loss_scale_of(resources.model),
+    )
+    return shard_params(state, param_axes), metrics

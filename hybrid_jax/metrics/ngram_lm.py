@@ -145,7 +145,7 @@ def _joined(sequences: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarra
     """All tokens in a row, and the place of each within its sequence."""
     arrays = [np.asarray(sequence, np.int64).reshape(-1) for sequence in sequences]
     tokens = np.concatenate([np.zeros(0, np.int64), *arrays])
-    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         raise ValueError(f"tokens must be in [0, {vocab_size}), got {tokens.min()} to {tokens.max()}")
     return tokens, np.concatenate([np.zeros(0, np.int64), *(np.arange(len(array)) for array in arrays)])
 

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
+# A sentence ends at . ! ? (and what closes a quotation) before white space, at a mark of Chinese or Japanese,
+# or at the end of a line; not after an initial or a title.
+_END = re.compile(
+    r"(?:(?<!\bMr)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bMrs)(?<!\bProf)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])\."
+    r"|(?<![!?…])[!?…]+)['\"”’)\]]*(?=\s)|[。！？]+[」』”’]*|\n"
+)
 
 
 def words(text: str) -> list[str]:
     """The lower-cased words of ``text``, without punctuation; ``isn't`` is one word."""
     return _WORD.findall(text.lower())
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of ``text`` in order, without white space around them; their marks stay.
+
+    A rule, not a model: ``.``, ``!`` or ``?`` before white space, or a new line, ends a sentence, except
+    after an initial and a few titles. A text without marks is one sentence; an empty one has none.
+    """
+    starts = [0, *(match.end() for match in _END.finditer(text)), len(text)]
+    parts = (text[first:last].strip() for first, last in pairwise(starts))
+    return [part for part in parts if part]
 
 
 def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -1,0 +1,19 @@
+"""Packages of the extra ``rewards``, imported when they are first needed."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from hybrid_jax.core.registry import UserError
+
+
+def import_package(module: str, purpose: str) -> Any:
+    """The module, or a `UserError` that says what needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{purpose} needs {package}, which is not installed: pip install 'hybrid_jax[rewards]'"
+        ) from error

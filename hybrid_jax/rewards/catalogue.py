@@ -1,5 +1,10 @@
 """Imports every module that registers a reward, so that a config finds it by name."""
 
+import hybrid_jax.rewards.coverage
+import hybrid_jax.rewards.format
+import hybrid_jax.rewards.overlap
 import hybrid_jax.rewards.slots
+import hybrid_jax.rewards.style
 import hybrid_jax.rewards.text
-import hybrid_jax.rewards.tokens  # noqa: F401
+import hybrid_jax.rewards.tokens
+import hybrid_jax.rewards.verifiable  # noqa: F401

@@ -1,0 +1,52 @@
+"""Rewards for style: readability and formality of English."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_jax.metrics.style import formality, reading_ease
+from hybrid_jax.rewards.base import REWARDS
+
+
+@REWARDS.register("readability")
+@dataclass(frozen=True)
+class Readability:
+    """``-|FRE - target| / scale``: the Flesch reading ease of the response against a target; at most 0.
+
+    FRE (Flesch 1948) is about 100 for very easy and 30 for difficult English. Unbounded below, for one endless
+    word has a very low ease: clip the part. A response without words scores as the end of the usual scale,
+    0 or 100, that is further from the target.
+
+    Attributes:
+        target: Wanted ease.
+        scale: Points off that cost 1.
+    """
+
+    target: float = 65.0
+    scale: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not -1000 <= self.target <= 206.835:
+            raise ValueError(f"target must be in [-1000, 206.835], got {self.target}")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be above 0, got {self.scale}")
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        worst = max(abs(self.target), abs(100 - self.target))
+        eases = [reading_ease(response) for response in responses]
+        return [-(worst if ease is None else abs(ease - self.target)) / self.scale for ease in eases]
+
+
+@REWARDS.register("formality")
+@dataclass(frozen=True)
+class Formality:
+    """Heylighen and Dewaele's F-score / 100 of the response, in [0, 1], with guessed word classes.
+
+    A proxy for English, see `metrics.style.formality`: nouns, adjectives, prepositions and articles are
+    formal; pronouns, verbs, adverbs and interjections are not. A heap of nouns is its optimum, so it needs a
+    measure of fluency beside it. 0.5 for a response without words.
+    """
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [formality(response) / 100 for response in responses]

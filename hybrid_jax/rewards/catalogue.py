@@ -2,6 +2,7 @@
 
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.format
+import hybrid_jax.rewards.ngram
 import hybrid_jax.rewards.overlap
 import hybrid_jax.rewards.slots
 import hybrid_jax.rewards.style

@@ -1,4 +1,4 @@
-"""Rewards on texts that need no model: facts, sentiment, length, repetition."""
+"""Rewards on texts that need no model: facts, sentiment, length, repetition, variety."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.metrics.text import repetition_rate, words
+from hybrid_jax.metrics.text import distinct_n, repetition_rate, words
 from hybrid_jax.rewards.base import REWARDS
 
 
@@ -78,24 +78,28 @@ class Length:
         target: Wanted number of words.
         tolerance: Words more or fewer that cost nothing.
         scale: Words off that cost 1; None is the target.
+        unit: What is counted instead of words: ``characters``, for scripts without spaces. For tokens there
+            is `token_length`.
     """
 
     target: int
     tolerance: int = 0
     scale: float | None = None
+    unit: Literal["words", "characters"] = "words"
 
     def __post_init__(self) -> None:
         if self.target < 1:
-            raise ValueError(f"target must be at least 1 word, got {self.target}")
+            raise ValueError(f"target must be at least 1 {self.unit[:-1]}, got {self.target}")
         if self.tolerance < 0:
-            raise ValueError(f"tolerance must be at least 0 words, got {self.tolerance}")
+            raise ValueError(f"tolerance must be at least 0 {self.unit}, got {self.tolerance}")
         if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"scale must be above 0 words, got {self.scale}")
+            raise ValueError(f"scale must be above 0 {self.unit}, got {self.scale}")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         scale = self.target if self.scale is None else self.scale
-        excess = [max(0, abs(len(words(response)) - self.target) - self.tolerance) for response in responses]
-        return [-words_off / scale for words_off in excess]
+        count = len if self.unit == "characters" else _num_words
+        excess = [max(0, abs(count(response) - self.target) - self.tolerance) for response in responses]
+        return [-off / scale for off in excess]
 
 
 @REWARDS.register("repetition")
@@ -113,6 +117,25 @@ class Repetition:
         return [-repetition_rate(response, self.n) for response in responses]
 
 
+@REWARDS.register("distinct")
+@dataclass(frozen=True)
+class Distinct:
+    """Distinct-n of one response: its different word n-grams over all of them (Li et al. 2016), in [0, 1].
+
+    0 for a response of fewer than n words, where `repetition`, which is ``distinct - 1`` elsewhere, gives 0,
+    its best. Falls with length for any text.
+    """
+
+    n: int = 2
+
+    def __post_init__(self) -> None:
+        if self.n < 1:
+            raise ValueError(f"n must be at least 1, got {self.n}")
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [distinct_n([response], self.n) for response in responses]
+
+
 def mentions(text: str, phrases: Sequence[str]) -> bool:
     """Whether one of the phrases occurs in ``text``: at word boundaries, in any case and spacing."""
     return bool(phrases) and _phrase_pattern(tuple(phrases)).search(text) is not None
@@ -122,6 +145,10 @@ def mentions(text: str, phrases: Sequence[str]) -> bool:
 def _phrase_pattern(phrases: tuple[str, ...]) -> re.Pattern[str]:
     alternatives = [r"\s+".join(map(re.escape, phrase.split())) for phrase in phrases]
     return re.compile(rf"(?<!\w)(?:{'|'.join(alternatives)})(?!\w)", re.IGNORECASE)
+
+
+def _num_words(text: str) -> int:
+    return len(words(text))
 
 
 def _phrases_by_slot(facts: Any) -> dict[Any, Sequence[str]]:

@@ -1,5 +1,7 @@
 """What every registered reward promises: one finite float32 a row, the same whatever the other rows are."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,14 +12,28 @@ from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 
 REQUIRED = {  # settings without a default
+    "domain_relevance": {"path": __file__, "general": str(Path(__file__).parents[1] / "conftest.py")},
+    "json_schema": {"schema": {"type": "object", "required": ["stars"]}},
+    "keyword_coverage": {"keywords": ["food", "parking"]},
     "length": {"target": 5},
+    "ngram_fluency": {"path": __file__},
+    "regex": {"pattern": r".*\bfood\b.*"},
     "token_count": {"weights": {1: 0.7, 2: -1.0}, "first_token_weights": {3: 0.1}},
     "token_length": {"target": 2},
 }
 PROMPTS = ["name[The Eagle], food[French]", "name[Cotto], area[riverside]", "near[Ranch]", "familyFriendly[no]"]
 RESPONSES = ["The Eagle serves good French food.", "", "\n \t…£é漢字 🙂 [x] (", "awful " * 200]
+FIRST_RESPONSE = {  # where the usual first one gets the same score as the others
+    "final_number": "It costs $5.",
+    "json_schema": '{"stars": 5}',
+    "json_valid": '{"stars": 5}',
+    "exact_match": "Good food",
+}
 COLUMNS = {
-    "facts": [{"name": ["the eagle"]}, {"name": ["cotto"], "area": ["river"]}, [["ranch"]], {"x": "awful"}]
+    "references": [["Good food.", "The Eagle serves food."], "nothing", ["漢字"], ["awful food", "good"]],
+    "concepts": [["french", "serve"], ["area"], ["漢字"], ["park"]],
+    "final_answer": ["5", 7, "1/2", 3.5],
+    "facts": [{"name": ["the eagle"]}, {"name": ["cotto"], "area": ["river"]}, [["ranch"]], {"x": "awful"}],
 }
 TOKENS = jnp.array([[1, 2, 3, 1], [3, 3, 3, 3], [0, 0, 2, 1], [1, 1, 1, 0]])
 RESPONSE_MASK = jnp.array([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], bool)
@@ -31,10 +47,11 @@ def build(name):
 def scorer(name):
     """The registered reward as a function of the rows to score."""
     reward = build(name)
+    responses = [FIRST_RESPONSE.get(name, RESPONSES[0]), *RESPONSES[1:]]
 
     def score_texts(rows):
         columns = {key: [column[row] for row in rows] for key, column in COLUMNS.items()}
-        return evaluate_reward(name, reward, [PROMPTS[r] for r in rows], [RESPONSES[r] for r in rows], columns)
+        return evaluate_reward(name, reward, [PROMPTS[r] for r in rows], [responses[r] for r in rows], columns)
 
     def score_tokens(rows):
         mask = jnp.ones_like(TOKENS, bool)

@@ -1,0 +1,106 @@
+"""Rewards under n-gram models trained on text files: fluency, and likeness to a domain."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.sources import Jsonl, Text
+from hybrid_jax.metrics.ngram_text import NgramText, Unit, vocabulary_of
+from hybrid_jax.rewards.base import REWARDS
+
+
+@REWARDS.register("ngram_fluency")
+@dataclass(frozen=True)
+class NgramFluency:
+    """Mean log-probability of the response's tokens under a Kneser-Ney model of a text, in nats, below 0.
+
+    ``exp(-reward)`` is the perplexity. A model of short memory likes a repeated phrase: add `repetition`. A
+    response without tokens scores ``-log V``, the score of blind guessing.
+
+    Attributes:
+        path: What the model is trained on, once a process: ``.jsonl`` (``.jsonl.gz``) with one text a row, or
+            one plain text.
+        order: n, so that a token depends on the n - 1 before it.
+        unit: character, or word (lower-case words and punctuation marks).
+        field: The field of a row of a jsonl file.
+    """
+
+    path: Path
+    order: int = 6
+    unit: Unit = "character"
+    field: str = "text"
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        (model,) = _models(_files(self.path), self.order, self.unit, self.field)
+        blind = -math.log(model.model.vocab_size)
+        log_probs = [model.log_probs(response) for response in responses]
+        return [float(row.mean()) if len(row) else blind for row in log_probs]
+
+
+@REWARDS.register("domain_relevance")
+@dataclass(frozen=True)
+class DomainRelevance:
+    """``(log P_in(y) - log P_general(y)) / |y|`` in nats a token (Moore and Lewis 2010).
+
+    Two Kneser-Ney models of equal vocabulary, that of both texts together. Above 0 for a response more like
+    the domain than like the general text, 0 for one without tokens; swapping the files turns the sign. An
+    unigram model, the default, tells topics apart; a higher order counts phrases, too.
+
+    Attributes:
+        path: A text of the domain, as in `NgramFluency`.
+        general: A general text.
+        order: n of both models.
+        unit: character or word.
+        field: The field of a row of a jsonl file, in both.
+    """
+
+    path: Path
+    general: Path
+    order: int = 1
+    unit: Unit = "word"
+    field: str = "text"
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        inside, outside = _models(_files(self.path, self.general), self.order, self.unit, self.field)
+        pairs = [(inside.log_probs(response), outside.log_probs(response)) for response in responses]
+        return [float(ours.mean() - theirs.mean()) if len(ours) else 0.0 for ours, theirs in pairs]
+
+
+def _check_order(order: int) -> None:
+    if not 1 <= order <= 20:
+        raise ValueError(f"order must be in [1, 20], got {order}")
+
+
+_Files = tuple[tuple[Path, int], ...]  # of each its path and when it was changed, so that a new text counts
+
+
+def _files(*paths: Path) -> _Files:
+    try:
+        return tuple((path, path.stat().st_mtime_ns) for path in map(Path, paths))
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+@functools.lru_cache(maxsize=4)
+def _models(files: _Files, order: int, unit: Unit, field: str) -> list[NgramText]:
+    """A model of each file; all with the vocabulary of all."""
+    corpora = [_read(path, field) for path, _ in files]
+    vocabulary = vocabulary_of((text for texts in corpora for text in texts), unit)
+    return [NgramText.train(texts, unit, order - 1, vocabulary=vocabulary) for texts in corpora]
+
+
+def _read(path: Path, field: str) -> list[str]:
+    rows = ".jsonl" in path.suffixes[-2:]
+    source = Jsonl(train=path, prompt_field=None, response_field=field) if rows else Text(train=path)
+    return [example.response or "" for example in source.load("train")]

@@ -188,6 +188,8 @@ def _over_default(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 
 
 def _parse_component(registry: Registry, value: Any, path: str) -> Any:
+    if isinstance(value, bool) and registry.default is not None:
+        return _parse_component(registry, registry.default, path) if value else None
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):

@@ -28,10 +28,16 @@ class UserError(Exception):
 
 
 class Registry(Generic[T]):
-    """Maps names to component classes (or functions) of one kind."""
+    """Maps names to component classes (or functions) of one kind.
 
-    def __init__(self, kind: str):
+    Args:
+        kind: what to call an entry in an error.
+        default: the entry that a config means by ``true``; ``false`` is then none.
+    """
+
+    def __init__(self, kind: str, default: str | None = None):
         self.kind = kind
+        self.default = default
         self._entries: dict[str, Any] = {}
 
     def register(self, name: str) -> Callable[[E], E]:

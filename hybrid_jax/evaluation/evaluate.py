@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -22,8 +22,8 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import current_placement
-from hybrid_jax.rewards.base import columns_of
-from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.rewards.base import REWARDS, columns_of
+from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
@@ -43,18 +43,24 @@ class EvaluationConfig:
     length: int = 256  # tokens a row for the loss
     sampler: Sampler | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
+    judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
+    num_extremes: int = 2  # of the best and of the worst answers by each part, written into samples.jsonl
 
     def __post_init__(self):
         for name, least in {
             "every": 1,
             "num_prompts": 0,
             "num_examples": 0,
+            "num_extremes": 0,
             "batch_size": 1,
             "length": 2,
         }.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, judge in self.judges.items():
+            if not callable(judge):
+                raise ValueError(f"judges.{name} must score texts, got {judge!r}")
 
 
 class Evaluator:
@@ -76,7 +82,9 @@ class Evaluator:
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
         self.sampler, self._reward = config.sampler or sampler, config.reward or reward
         if self._reward is not None:
-            self._reward = self._reward.without_normalisers()
+            self._reward = self._reward.plain()
+        judges = {name: Part(judge) for name, judge in config.judges.items()}
+        self._judges = CompositeReward(judges) if judges else None
         self._key = jax.random.key(seed)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
@@ -114,11 +122,11 @@ class Evaluator:
             for name, values in self._answer(params, prompts, index, count, len(examples)).items():
                 answers.setdefault(name, []).extend(values)
             examples += prompts.examples[:count]
+        here = [examples[row] for row in answers["row"]]
         if self._reward is not None and not self._reward.on_device:
-            here = [examples[row] for row in answers["row"]]
-            prompts = [example.prompt for example in here]
-            parts = self._reward.raw(prompts, answers["response"], columns_of(here)) if here else {}
-            answers |= {f"raw/{name}": values.tolist() for name, values in parts.items()}
+            answers |= _raw("raw", self._reward, here, answers["response"])
+        if self._judges is not None:
+            answers |= _raw("judge", self._judges, here, answers["response"])
         answers = _in_order(hosts.exchange(answers))
         responses = answers["response"]
         numbers = {
@@ -127,11 +135,17 @@ class Evaluator:
             "distinct_2": float(distinct_n(responses, 2)),
             **_bleu(examples, responses),
         }
-        scores, parts = self._scores(answers)
+        scores, parts = self._scores(answers, [example.prompt for example in examples])
         if scores is not None:
             numbers["score"], numbers["score_std"] = float(scores.mean()), float(scores.std())
+            numbers["score_length_slope"] = _slope(scores, answers["length"])
         numbers |= {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
-        return numbers, self._shown(examples, responses, scores, parts)
+        judged = {name: np.asarray(answers[f"judge/{name}"], np.float32) for name in self.config.judges}
+        numbers |= {f"judge/{name}": float(np.mean(values)) for name, values in judged.items()}
+        rows = [
+            self._sample_row(i, examples, responses, scores, {**parts, **judged}) for i in range(len(examples))
+        ]
+        return numbers, [*rows[: self.config.num_shown], *self._extremes(rows, {**parts, **judged})]
 
     def _answer(
         self, params: Params, prompts: PromptBatch, index: int, count: int, before: int
@@ -164,26 +178,36 @@ class Evaluator:
             answers["score"] = fetch_rows(scores)[: len(rows)].tolist()
         return answers
 
-    def _scores(self, answers: dict[str, list[Any]]) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+    def _scores(
+        self, answers: dict[str, list[Any]], prompts: Sequence[str]
+    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
         if self._reward is None:
             return None, {}
         if self._reward.on_device:
             return np.asarray(answers["score"], np.float32), {}
         raw = {name: np.asarray(answers[f"raw/{name}"], np.float32) for name in self._reward.parts}
-        return self._reward.combine({}, raw)[0], raw
+        scores, _ = self._reward.weigh(self._reward.init(), raw, prompts)
+        return scores.totals, raw
 
-    def _shown(self, examples, responses, scores, parts) -> list[dict[str, Any]]:
-        return [
-            {
-                "index": index,
-                "split": "held_out",
-                "prompt": examples[index].prompt,
-                "response": responses[index],
-                "score": None if scores is None else float(scores[index]),
-                "parts": {name: float(values[index]) for name, values in parts.items()},
-            }
-            for index in range(min(self.config.num_shown, len(responses)))
-        ]
+    def _sample_row(self, index: int, examples, responses, scores, parts) -> dict[str, Any]:
+        return {
+            "index": index,
+            "split": "held_out",
+            "prompt": examples[index].prompt,
+            "response": responses[index],
+            "score": None if scores is None else float(scores[index]),
+            "parts": {name: float(values[index]) for name, values in parts.items()},
+        }
+
+    def _extremes(self, rows: list[dict[str, Any]], parts: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+        """The answers that each part likes best and least, marked as such."""
+        found = []
+        for name, values in parts.items():
+            order = np.argsort(-values, kind="stable")
+            count = min(self.config.num_extremes, len(order) // 2)
+            for rank, chosen in (("best", order[:count]), ("worst", order[::-1][:count])):
+                found += [{**rows[row], "extreme": {"part": name, "rank": rank}} for row in chosen]
+        return found
 
     def _batch_size(self) -> int:
         return min(self.config.batch_size, self.config.num_prompts)
@@ -196,6 +220,21 @@ class Evaluator:
         if self._model.max_length is None or self.sampler is None:
             return 2**30
         return max(self._model.max_length - self.sampler.max_new_tokens, 1)
+
+
+def _raw(
+    kind: str, reward: CompositeReward, examples: Sequence[Example], responses: Sequence[str]
+) -> dict[str, list[float]]:
+    """``<kind>/<part>``: raw values of the parts, none where this process holds no answers."""
+    prompts = [example.prompt for example in examples]
+    raw = reward.raw(prompts, responses, columns_of(examples)) if examples else {}
+    return {f"{kind}/{name}": values.tolist() for name, values in raw.items()}
+
+
+def _slope(scores: np.ndarray, lengths: Sequence[float]) -> float:
+    """What a token more goes with in the score: the least-squares slope; 0 where all are as long."""
+    x = np.asarray(lengths, np.float64) - np.mean(lengths)
+    return float(x @ np.asarray(scores, np.float64) / (x @ x)) if x.any() else 0.0
 
 
 def _on_devices(batch: Any) -> Any:

@@ -21,7 +21,7 @@ Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.0859
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -39,11 +39,13 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, Placement, shard_params, under
+from hybrid_jax.phases.other_models import read_like, read_value
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import columns_of
+from hybrid_jax.rewards.segments import TokenTexts, token_texts
 from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
@@ -51,6 +53,8 @@ from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState
+
+_LENGTH = "response length/"  # beside the parts of a reward; no part is called so
 
 
 class PPOPhase:
@@ -83,7 +87,7 @@ class PPOPhase:
         self._copy = jax.jit(copy, static_argnames="cast")
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        start = {n: r for n, r in self.config.references.items() if r.frozen_at == "start"}
+        start = {n: r for n, r in self.config.references.items() if r.frozen_at == "start" and not r.path}
         groups = {"model": params["model"], "value": self.functions.init_value(params["model"])}
         transform = layer_by_layer(self.config.optimizer.transform())
         return PhaseInit(
@@ -109,12 +113,14 @@ class PPOPhase:
         samples, following = self._answers(state, cursor, (tokens, mask), sample_key)
         scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
-        scores, reward_state, host_metrics = self._reward(state, prompts, samples, scored, clock)
+        opponents = self._opponents(state, (tokens, mask), sample_key)
+        received, reward_state, host_metrics = self._reward(state, prompts, samples, scored, opponents, clock)
         groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
         train = state.train if self._ahead is None else self._ahead.without(state.train)
+        scores = received.pop("scores")
         train, metrics = self._learn(
-            state.base, train, scored, scores, examples, learn_key, rate, groups=groups
+            state.base, train, scored, scores, examples, learn_key, rate, groups=groups, **received
         )
         # The update has been started, so that the device does not wait while the host looks at the clock.
         if self.config.reward.on_device:
@@ -232,42 +238,82 @@ class PPOPhase:
         """Freezes the references that are due; gives a separate value network the policy to start from."""
         schedule, policy = state.schedule, state.train.params["model"]
         cycle, entered = schedule.entries.get(self.name, 0), schedule.last != self.name
+        model = self.functions.model
         due = {
-            name: self._copy(policy)
+            name: self._copy(
+                policy if reference.path is None else read_like(reference.path, model, policy, state.base)
+            )
             for name, reference in self.config.references.items()
             if name not in state.references or reference.is_due(cycle, entered)
         }
         if self.config.value_network == "separate" and not schedule.steps.get(self.name, 0):
-            params = state.train.params
-            params = {**params, "value": {**params["value"], "model": self._copy(policy, cast=False)}}
-            state = replace(state, train=replace(state.train, params=params))
+            value = self._first_value(state, policy)
+            state = replace(state, train=replace(state.train, params={**state.train.params, "value": value}))
         return replace(state, references={**state.references, **due}) if due else state
 
+    def _opponents(self, state: RunState, prompts: tuple[Array, Array], key: Array) -> list[Samples]:
+        """Answers of the opponent to the same prompts."""
+        if self.config.opponent is None:
+            return []
+        keys = jax.random.split(jax.random.fold_in(key, 1), self.config.opponent.num_samples)
+        opponent = state.references[self.config.opponent.reference]
+        return [self._sample(state.base, opponent, *prompts, each) for each in keys]
+
+    def _first_value(self, state: RunState, policy: Params) -> dict[str, Any]:
+        """A separate value network before its first step: a copy of the policy, or of a reward model."""
+        value, path = state.train.params["value"], self.config.value_init
+        if path is None:
+            return {**value, "model": self._copy(policy, cast=False)}
+        read = read_value(path, self.functions.model, policy, state.base)
+        places = jax.tree.map(lambda x: x.sharding, value["head"])
+        return {"model": self._copy(read["model"], cast=False), "head": jax.device_put(read["head"], places)}
+
     def _reward(
-        self, state: RunState, prompts: PromptBatch, samples: Samples, scored: Scored, clock: _Clock
-    ) -> tuple[Any, Any, dict[str, Any]]:
+        self,
+        state: RunState,
+        prompts: PromptBatch,
+        samples: Samples,
+        scored: Scored,
+        opponents: Sequence[Samples],
+        clock: _Clock,
+    ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
         """Scores of the responses; texts are scored on the host while the device scores the tokens."""
         reward, reward_state = self.config.reward, state.host[f"{self.name}/reward"]
         if reward.on_device:
-            return (
-                reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask),
-                reward_state,
-                {},
-            )
+            scores = reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask)
+            return {"scores": scores}, reward_state, {}
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
         here = [prompts.examples[row] for row in rows_here(samples.tokens)]
+        others = [self._texts(other) for other in opponents]
         clock.lap("rollout")
+        columns = columns_of(here)
+        if others:
+            columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
+        pieces = self._pieces(tokens, mask) if reward.is_placed else None
         responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
-        parts = reward.raw([example.prompt for example in here], responses, columns_of(here))
-        # A number a row and part, from every process: statistics are over the whole rollout.
-        parts = {n: gather_rows(self._placement, part, len(prompts.examples)) for n, part in parts.items()}
-        scores, reward_state = reward.combine(reward_state, parts)
-        metrics = {
-            f"reward/{name.removesuffix('_mean')}": number
-            for name, number in reward.metrics(reward_state, parts).items()
-        }
+        raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
+        # A few numbers a row, from every process: statistics are over the whole rollout.
+        raw |= {_LENGTH: mask.sum(axis=1).astype(np.float32)}
+        raw = {n: gather_rows(self._placement, part, len(prompts.examples)) for n, part in raw.items()}
+        asked = [example.prompt for example in prompts.examples]
+        scores, reward_state = reward.weigh(reward_state, raw, asked, raw.pop(_LENGTH))
+        names = {name: name.removesuffix("_mean") for name in scores.metrics}
+        metrics = {f"reward/{names[name]}": number for name, number in scores.metrics.items()}
+        received = {"scores": scores.totals, "placed": scores.placed, "baseline": scores.baseline}
+        received = {name: array for name, array in received.items() if array is not None}
         clock.lap("reward")
-        return put_rows(self._placement, scores), reward_state, metrics
+        return put_rows(self._placement, received), reward_state, metrics
+
+    def _texts(self, samples: Samples) -> list[str]:
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
+        return decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
+
+    def _pieces(self, tokens: np.ndarray, mask: np.ndarray) -> TokenTexts:
+        """What each token adds to its response; the end-of-sequence token adds nothing."""
+        eos_ids = self.functions.eos_ids
+        return token_texts(
+            lambda ids: self._tokenizer.decode([i for i in ids if i not in eos_ids]), tokens, mask
+        )
 
     def _example_batch(self, cursor: int) -> TokenBatch | None:
         if self._examples is None:

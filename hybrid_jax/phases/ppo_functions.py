@@ -135,12 +135,19 @@ class PPOFunctions:
         rate: Array | float,
         *,
         groups: tuple[str, ...] = ("model", "value"),
+        placed: Float[Array, "B R"] | None = None,
+        baseline: Float[Array, "B"] | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
-        """All updates of one step, and the new KL coefficient."""
+        """All updates of one step, and the new KL coefficient.
+
+        ``placed`` is what of the ``scores`` is received with earlier tokens than the last; a ``baseline`` is
+        taken from them.
+        """
         control, control_state = self.config.kl_control, state.extra[self.kl_key]
         coef = control.coefficient(control_state)
         scores, score_metrics = self._final_scores(scores, scored)
-        rollout, rollout_metrics = self.advantages(scored, scores, coef)
+        scores = scores if baseline is None else scores - baseline
+        rollout, rollout_metrics = self.advantages(scored, scores, coef, placed)
         state, update_metrics = self.update(state, rollout, examples, key, rate, groups)
         if "model" in groups:  # a policy at rest says nothing about the strength of its leash
             control_state = control.update(control_state, rollout_metrics["kl"], scores.shape[0])
@@ -169,12 +176,18 @@ class PPOFunctions:
         }
 
     def advantages(
-        self, scored: Scored, scores: Float[Array, "B"], kl_coef: Array
+        self,
+        scored: Scored,
+        scores: Float[Array, "B"],
+        kl_coef: Array,
+        placed: Float[Array, "B R"] | None = None,
     ) -> tuple[Rollout, dict[str, Array]]:
         """Rewards, advantages and returns of a scored rollout. ``kl`` sums over a response, in nats."""
         config, mask = self.config, scored.response_mask
         weights = {name: reference.weight for name, reference in config.references.items()}
-        rewards = token_rewards(scores, scored.log_probs, scored.reference_log_probs, weights, kl_coef, mask)
+        last = scores if placed is None else scores - jnp.where(mask, placed, 0).sum(axis=1)
+        rewards = token_rewards(last, scored.log_probs, scored.reference_log_probs, weights, kl_coef, mask)
+        rewards = rewards if placed is None else rewards + jnp.where(mask, placed, 0)
         advantages, returns = gae(rewards, scored.values, mask, discount=config.discount, trace=config.trace)
         if config.whiten_advantages:
             advantages = whiten(advantages, mask)

@@ -23,16 +23,31 @@ class Reference:
         "first_step"  # of the run, or of this phase (the SFT checkpoint)
     )
     refresh_every_cycles: int | None = None  # copy the policy again each time this phase was entered n times
+    path: str | None = None  # another model in place of a copy: a Hugging Face folder of the same shape
 
     def __post_init__(self):
         if self.weight < 0:
             raise ValueError(f"weight must be at least 0, got {self.weight}")
         if self.refresh_every_cycles is not None and self.refresh_every_cycles < 1:
             raise ValueError(f"refresh_every_cycles must be at least 1, got {self.refresh_every_cycles}")
+        if self.path is not None and self.refresh_every_cycles is not None:
+            raise ValueError("refresh_every_cycles must be null for a reference with a path: it never changes")
 
     def is_due(self, cycle: int, entered: bool) -> bool:
         """Whether to copy the policy again at the start of a step; ``cycle`` counts the entries before it."""
         return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """Who answers the same prompts, for rewards that compare: the texts are their column ``opponents``."""
+
+    reference: str  # the name of a reference
+    num_samples: int = 1  # of its answers to each prompt
+
+    def __post_init__(self):
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
 
 
 @dataclass(frozen=True)
@@ -78,10 +93,12 @@ class PPO:
     target_kl: float | None = None  # stop the updates of a step once the policy moved this far (nats a token)
     kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(0.05)
     references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
+    opponent: Opponent | None = None
 
     rollout_weights: Literal["fsdp", "tensor", "replicated"] = "tensor"  # see `parallel.rules.ROLLOUTS`
     rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
     value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
+    value_init: str | None = None  # a reward model that a separate value network starts from, a folder
     value_warmup_steps: int = 0  # steps that train only the value
     sft_mix: SFTMix | None = None
     optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(
@@ -103,6 +120,11 @@ class PPO:
                 "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
                 f"{self.rows} responses, got {self.minibatches} × {self.microbatches}"
             )
+        if self.value_init is not None and self.value_network != "separate":
+            raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
+        if self.opponent is not None and self.opponent.reference not in self.references:
+            known = ", ".join(self.references) or "none"
+            raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
         if self.sampler.top_k is not None or self.sampler.top_p is not None or self.sampler.temperature == 0:
             raise ValueError(
                 "sampler must not truncate (top_k, top_p) or be greedy: PPO learns from the distribution "

@@ -1,14 +1,18 @@
-"""The reward of a run: a weighted sum of named parts, each normalised and clipped on its own.
+"""The reward of a run: named parts, brought to one scale one by one and then combined.
 
-The order is fixed: raw -> running normaliser -> clip -> weight -> sum. Normalising each part before the sum
-keeps one of large scale from drowning the others.
+The order is fixed:
+
+    raw → transform → normaliser → clip → weight → combine → baseline
+
+Normalising each part before it is combined keeps one of large scale from drowning the others. Where a part has
+a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it was.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -17,28 +21,42 @@ from jaxtyping import Array, Bool, Float, Int
 
 import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, StartedReward, start_reward
+from hybrid_jax.rewards.combine import COMBINERS, Baseline, Combiner, WeightedSum
+from hybrid_jax.rewards.part_metrics import correlations, describe, mean_weights
+from hybrid_jax.rewards.postprocess import NORMALISERS, TRANSFORMS, Normaliser, Running, Transform
+from hybrid_jax.rewards.segments import Level, TokenTexts, start_segments
 
-Moments = dict[str, np.ndarray]  # count, mean, M2 (sum of squared deviations), float64 scalars
-RewardState = dict[str, Moments]  # of the normalised parts only
+RewardState = dict[
+    str, Any
+]  # of each part with a normaliser, and of what is behind them: see `CompositeReward`
+Raw = Mapping[str, np.ndarray]  # float32 [B]; [B R], NaN where no segment ends, of a part on segments
+
+COMBINER, BASELINE = "combiner/", "baseline/"  # in `RewardState`; no part may be called so
 
 
 @dataclass(frozen=True)
 class Part:
-    """One reward within the sum.
+    """One reward among others.
 
     Attributes:
         reward: A text reward or a device reward.
-        weight: Factor in the sum; negative turns the reward into a penalty.
+        weight: What it counts; negative turns the reward into a penalty.
+        transform: A function of each raw value.
+        normalise: Brings the part to mean 0 and standard deviation 1; ``true`` is ``running``.
         clip: ``(lowest, highest)`` value before the weight; None does not clip.
-        normalise: Subtract the mean and divide by the standard deviation of all rollouts so far.
+        level: Scores whole responses, or every sentence or token, each placed on its last token.
     """
 
     reward: Annotated[Any, REWARDS]
     weight: float = 1.0
+    transform: Annotated[Transform, TRANSFORMS] | None = None
+    normalise: Annotated[Normaliser, NORMALISERS] | None = None
     clip: tuple[float, float] | None = None
-    normalise: bool = False
+    level: Level = "sequence"
 
     def __post_init__(self) -> None:
+        if isinstance(self.normalise, bool):  # given from Python
+            object.__setattr__(self, "normalise", Running() if self.normalise else None)
         if not callable(self.reward) and not self.on_device:
             raise ValueError(f"reward must be callable or have score_tokens, got {self.reward!r}")
         if not math.isfinite(self.weight):
@@ -47,40 +65,112 @@ class Part:
             raise ValueError(f"clip must be (lowest, highest), got {self.clip}")
         if self.normalise and self.on_device:
             raise ValueError("normalise must be false for a reward on tokens, which keeps no state, got true")
+        if self.level != "sequence" and self.on_device:
+            raise ValueError(f"level must be sequence for a reward on tokens, got {self.level!r}")
 
     @property
     def on_device(self) -> bool:
         return isinstance(self.reward, DeviceReward)
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether it scores segments of a response."""
+        return self.level != "sequence"
+
+    def unclipped(self, state: Any, raw: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """raw → transform → normaliser, float64."""
+        values = np.asarray(raw, np.float64)
+        if self.transform is not None:
+            values = np.asarray(self.transform(values), np.float64)
+        return values if self.normalise is None else self.normalise.apply(state, values, prompts)
+
+    def clipped(self, values: Any) -> Any:
+        return values if self.clip is None else values.clip(*self.clip)
+
+    def transformed(self, raw: Any) -> Any:
+        return raw if self.transform is None else self.transform(raw)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A rollout with its reward.
+
+    Attributes:
+        totals: float32 [B].
+        placed: float32 [B R], what of it is received with earlier tokens: the parts on segments, if any. The
+            rest is received with the last token.
+        baseline: float32 [B], to be taken from the totals, if there is one.
+        metrics: to log, by name.
+    """
+
+    totals: np.ndarray
+    placed: np.ndarray | None
+    baseline: np.ndarray | None
+    metrics: Mapping[str, float]
+
 
 @dataclass(frozen=True)
 class CompositeReward:
-    """``sum over parts of weight * clip(normalise(raw))``, all on texts or all on tokens.
+    """Named parts, all on texts or all on tokens, combined into one score.
 
-    The normaliser keeps mean and biased variance of every score since the start. Each rollout is merged
-    *before* it is normalised, so that the first one is already on scale; the standard deviation has a floor,
-    so that a constant reward gives 0. The state is a plain pytree for the checkpoint.
+    The statistics of a normaliser count every rollout once. The state is a plain pytree for the checkpoint:
+    by part for those with a normaliser, under ``combiner/`` and ``baseline/`` for what follows.
+
+    Attributes:
+        parts: By name.
+        combine: How the parts make one score; the weighted sum.
+        baseline: What is taken from every score at the end; None takes nothing.
     """
 
     parts: dict[str, Part]
+    combine: Annotated[Combiner, COMBINERS] = field(default_factory=WeightedSum)
+    baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts must hold at least one reward, got none")
+        if taken := {COMBINER, BASELINE} & self.parts.keys():
+            raise ValueError(f"parts must not be called {min(taken)!r}")
         if len({part.on_device for part in self.parts.values()}) > 1:
             kinds = ", ".join(
                 f"{name} on {'tokens' if p.on_device else 'texts'}" for name, p in self.parts.items()
             )
             raise ValueError(f"parts must all score texts or all score tokens, got {kinds}")
+        self._check_combiner()
+
+    def _check_combiner(self) -> None:
+        self.combine.check(list(self.parts))
+        if self.on_device and (not isinstance(self.combine, WeightedSum) or self.baseline is not None):
+            raise ValueError("combine must be weighted_sum, without a baseline, for rewards on tokens")
+        placed = [name for name, part in self.parts.items() if part.is_placed]
+        if placed and not self.combine.keeps_places:
+            raise ValueError(
+                f"combine must be a sum of parts, for {placed[0]} has a level, got {self.combine!r}"
+            )
+        for name in getattr(self.combine, "limits", ()):
+            if self.parts[name].normalise is not None:
+                raise ValueError(
+                    f"parts.{name}.normalise must be false: its limit is in its own units, got true"
+                )
 
     @property
     def on_device(self) -> bool:
         """Whether every part scores tokens: then `score_tokens` is the reward, else `score`."""
         return all(part.on_device for part in self.parts.values())
 
+    @property
+    def is_placed(self) -> bool:
+        """Whether a part scores segments, for which `raw` needs the text that each token adds."""
+        return any(part.is_placed for part in self.parts.values())
+
     def init(self) -> RewardState:
         """Statistics of no rollouts yet."""
-        return {name: _no_moments() for name, part in self.parts.items() if part.normalise}
+        state: RewardState = {n: p.normalise.init() for n, p in self.parts.items() if p.normalise is not None}
+        if remembered := self.combine.init(list(self.parts)):
+            state[COMBINER] = remembered
+        if self.baseline is not None:
+            state[BASELINE] = self.baseline.init()
+        return state
 
     def score(
         self,
@@ -92,41 +182,98 @@ class CompositeReward:
         """Scores one rollout; call it once a rollout, for the statistics count every call.
 
         Returns:
-            Scores float32 [B], the new state, and the raw values float32 [B] of each part.
+            Scores float32 [B] less the baseline, the new state, and the raw values float32 [B] of each part.
 
         Raises:
             RewardError: A part failed, see `evaluate_reward`.
         """
         raw = self.raw(prompts, responses, columns)
-        return *self.combine(state, raw), raw
+        scores, state = self.weigh(state, raw, prompts)
+        less = 0.0 if scores.baseline is None else scores.baseline
+        return (scores.totals - less).astype(np.float32), state, raw
 
     def raw(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        pieces: TokenTexts | None = None,
+        length: int | None = None,
     ) -> dict[str, np.ndarray]:
-        """The raw values float32 [B] of each part: of any rows, for a row does not depend on the others.
+        """The raw values of each part: of any rows, for a row does not depend on the others.
+
+        Rewards that wait for a device or a network are started first, the others are computed meanwhile.
+
+        Args:
+            prompts: B texts.
+            responses: B texts.
+            columns: Further columns of the data, each of length B.
+            pieces: What each token adds (`segments.token_texts`), for parts on segments; None makes them score
+                whole responses.
+            length: R, of the rows of tokens.
 
         Raises:
             RewardError: A part failed, see `evaluate_reward`.
         """
+
+        def start(name: str, part: Part):
+            if not part.is_placed or pieces is None:
+                return start_reward(name, part.reward, prompts, responses, columns)
+            longest = max(map(len, pieces), default=0) if length is None else length
+            return start_segments(name, part.reward, part.level, prompts, pieces, columns or {}, longest)
+
         ordered = sorted(self.parts.items(), key=lambda item: not isinstance(item[1].reward, StartedReward))
-        started = {n: start_reward(n, p.reward, prompts, responses, columns) for n, p in ordered}
+        started = {name: start(name, part) for name, part in ordered}
         finished = {n: finish() for n, finish in reversed(started.items())}  # what others compute comes last
         return {name: finished[name] for name in self.parts}
 
-    def combine(self, state: RewardState, raw: Mapping[str, np.ndarray]) -> tuple[np.ndarray, RewardState]:
-        """Scores float32 [B] and the new state, from the raw values of a whole rollout."""
-        state = {name: _merge(moments, raw[name]) for name, moments in state.items()}
-        scores = np.zeros(len(next(iter(raw.values()))), np.float64)
-        for name, part in self.parts.items():
-            scores += part.weight * _clip(part, _normalise(state.get(name), raw[name]))
-        return scores.astype(np.float32), state
+    def weigh(
+        self, state: RewardState, raw: Raw, prompts: Sequence[str], lengths: np.ndarray | None = None
+    ) -> tuple[Scores, RewardState]:
+        """The scores of a whole rollout, and the new state.
 
-    def without_normalisers(self) -> CompositeReward:
-        """The same sum on raw values: one scale for all time, for evaluation."""
-        return CompositeReward({n: replace(part, normalise=False) for n, part in self.parts.items()})
+        Args:
+            state: of the rollouts before.
+            raw: Of each part, what `raw` gives.
+            prompts: B texts.
+            lengths: Of the responses, [B], for their correlation with the parts.
+        """
+        state = {**state, **self._updated(state, raw)}
+        values, segments, metrics = {}, {}, {}
+        for name, part in self.parts.items():
+            unclipped = part.unclipped(state.get(name), raw[name], prompts)
+            value = part.clipped(unclipped)
+            metrics |= describe(name, part, np.asarray(raw[name]), unclipped, value)
+            if value.ndim == 2:
+                segments[name] = np.nan_to_num(value, nan=0.0)
+            values[name] = segments[name].sum(axis=1) if value.ndim == 2 else value
+        weights = {name: part.weight for name, part in self.parts.items()}
+        weighing, remembered = self.combine.combine(state.get(COMBINER, {}), values, weights, prompts)
+        totals = weighing.score(values)
+        placed = sum(weighing.coefficients[n][:, None] * segment for n, segment in segments.items())
+        baseline = None
+        if COMBINER in state:
+            state[COMBINER] = remembered
+        if self.baseline is not None:
+            baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, prompts)
+            baseline = baseline.astype(np.float32)
+        metrics |= {**weighing.metrics, **mean_weights(self.combine, weighing)}
+        metrics |= correlations({**values, "score": totals}, lengths)
+        dense = np.asarray(placed, np.float32) if segments else None
+        return Scores(totals.astype(np.float32), dense, baseline, metrics), state
+
+    def _updated(self, state: RewardState, raw: Raw) -> RewardState:
+        return {
+            name: part.normalise.update(state[name], part.transformed(np.asarray(raw[name], np.float64)))
+            for name, part in self.parts.items()
+            if part.normalise is not None
+        }
+
+    def plain(self) -> CompositeReward:
+        """The same parts without normalisers and baseline: one scale for all time, for evaluation."""
+        return replace(
+            self, parts={n: replace(part, normalise=None) for n, part in self.parts.items()}, baseline=None
+        )
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
@@ -135,49 +282,5 @@ class CompositeReward:
         scores = jnp.zeros(tokens.shape[0], jnp.float32)
         for part in self.parts.values():
             raw = part.reward.score_tokens(tokens, attention_mask, response_mask)
-            scores += part.weight * _clip(part, raw)
+            scores += part.weight * part.clipped(part.transformed(raw))
         return scores
-
-    def metrics(self, state: RewardState, raw: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """``<part>_mean`` and ``<part>_std`` of the raw values, ``<part>_clip_fraction``: the share clipped.
-
-        Takes the new state and the raw values that `score` returned.
-        """
-        metrics = {}
-        for name, part in self.parts.items():
-            metrics[f"{name}_mean"] = float(np.mean(raw[name], dtype=np.float64))
-            metrics[f"{name}_std"] = float(np.std(raw[name], dtype=np.float64))
-            if part.clip is not None:
-                value = _normalise(state.get(name), raw[name])
-                metrics[f"{name}_clip_fraction"] = float(np.mean(_clip(part, value) != value))
-        return metrics
-
-
-def _no_moments() -> Moments:
-    return {name: np.zeros((), np.float64) for name in ("count", "mean", "M2")}
-
-
-def _merge(old: Moments, values: np.ndarray) -> Moments:
-    """Moments of the old and the new values together (Chan, Golub and LeVeque 1979, pairwise update)."""
-    new = np.asarray(values, np.float64)
-    if new.size == 0:
-        return old
-    count = old["count"] + new.size
-    shift = new.mean() - old["mean"]
-    mean = old["mean"] + shift * new.size / count
-    m2 = old["M2"] + np.sum((new - new.mean()) ** 2) + shift**2 * old["count"] * new.size / count
-    return {"count": np.asarray(count), "mean": np.asarray(mean), "M2": np.asarray(m2)}
-
-
-def _normalise(moments: Moments | None, values: np.ndarray) -> np.ndarray:
-    """``(values - mean) / std``; the values themselves without moments."""
-    if moments is None:
-        return np.asarray(values, np.float64)
-    # Float32 values that differ by less than this share of their size differ by rounding only.
-    floor = 1e-6 * max(1.0, abs(float(moments["mean"])))
-    std = math.sqrt(moments["M2"] / max(moments["count"], 1.0))
-    return (np.asarray(values, np.float64) - moments["mean"]) / max(std, floor)
-
-
-def _clip(part: Part, values: Any) -> Any:
-    return values if part.clip is None else values.clip(*part.clip)

@@ -124,10 +124,38 @@ def test_the_state_is_float64_scalars_and_is_not_changed_in_place():
 
 def test_metrics_tell_mean_spread_and_how_much_was_clipped():
     composite = normalised(clip=(-1.0, 1.0))
-    _, state, parts = composite.score(composite.init(), [""] * 4, ["0", "1", "1", "6"])
+    raw = composite.raw([""] * 4, ["0", "1", "1", "6"])
     # mean 2, variance (4 + 1 + 1 + 16) / 4 = 5.5: -0.85 -0.43 -0.43 1.71
-    metrics = composite.metrics(state, parts)
-    assert metrics == pytest.approx({"number_mean": 2.0, "number_std": 5.5**0.5, "number_clip_fraction": 0.25})
+    scores, _ = composite.weigh(composite.init(), raw, [""] * 4, lengths=np.array([0.0, 1.0, 1.0, 6.0]))
+    assert scores.metrics == pytest.approx(
+        {
+            "number_mean": 2.0,
+            "number_std": 5.5**0.5,
+            **{"number_p10": 0.3, "number_p50": 1.0, "number_p90": 4.5},
+            "number_clip_fraction": 0.25,
+            "score~length": 0.99712,  # of -0.853 -0.426 -0.426 1 and 0 1 1 6
+        },
+        abs=1e-5,
+    )
+
+
+def test_parts_are_correlated_with_each_other_with_the_score_and_with_the_length():
+    composite = CompositeReward(
+        {
+            "number": Part(number_in_response),
+            "minus": Part(lambda prompts, responses: [-2 * float(r) for r in responses]),
+            "same": Part(lambda prompts, responses: [7.0] * len(responses)),
+        }
+    )
+    raw = composite.raw([""] * 3, ["1", "2", "6"])
+    found = composite.weigh({}, raw, [""] * 3, lengths=np.array([3, 3, 1]))[0].metrics
+    pairs = {name: value for name, value in found.items() if "~" in name}
+    assert set(pairs) == {  # none with what is the same in every row
+        *("number~minus", "number~score", "number~length", "minus~score", "minus~length", "score~length"),
+    }
+    assert pairs["number~minus"] == pytest.approx(-1.0)
+    # deviations -2 -1 3 and 2/3 2/3 -4/3: -6 / sqrt(14 * 8/3)
+    assert pairs["number~length"] == pytest.approx(-6 / (14 * 8 / 3) ** 0.5)
 
 
 def test_a_failing_part_is_named():

@@ -1,0 +1,89 @@
+"""Rewards for parts of a response, placed on the policy's own tokens.
+
+A sentence (or a token) is scored as a response of its own, and its value is received after its last token
+(Wu et al. 2023, arXiv 2306.01693). Where a segment ends is found on the tokens that were sampled: they are
+never made again from the text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from hybrid_jax.rewards.base import Reward, StartedReward, start_reward
+
+Level = Literal["sequence", "sentence", "token"]
+TokenTexts = list[list[str]]  # of each response, the text that each of its tokens adds
+
+_SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+|$)", re.DOTALL)
+
+
+def token_texts(
+    decode: Callable[[Sequence[int]], str], tokens: Int[np.ndarray, "B R"], mask: Bool[np.ndarray, "B R"]
+) -> TokenTexts:
+    """What each token adds to the text of its response; together they are the text.
+
+    A token that ends inside a character adds nothing, the one that completes it adds the character.
+    """
+    return [_added(decode, [int(token) for token in row[kept]]) for row, kept in zip(tokens, mask, strict=True)]
+
+
+def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:
+    pieces, text = [], ""
+    for end in range(1, len(ids) + 1):
+        longer = decode(ids[:end])
+        complete = longer.startswith(text) and not longer.endswith("\ufffd")
+        pieces.append(longer[len(text) :] if complete or end == len(ids) else "")
+        text = longer if complete else text
+    return pieces
+
+
+def segments(pieces: Sequence[str], level: Level) -> list[tuple[int, str]]:
+    """Of one response: the last token of each segment, and the segment's text. Blank ones are left out."""
+    if level == "sequence":
+        return [(len(pieces) - 1, "".join(pieces))] if pieces else []
+    if level == "token":
+        return [(t, piece) for t, piece in enumerate(pieces) if piece.strip()]
+    ends = np.cumsum([len(piece) for piece in pieces])
+    found: dict[int, str] = {}
+    for match in _SENTENCE.finditer("".join(pieces)):
+        last = int(np.searchsorted(ends, match.end()))  # the token that the last letter is in
+        found[last] = found.get(last, "") + match.group()  # two sentences that end in one token are one
+    return [(last, text.strip()) for last, text in found.items() if text.strip()]
+
+
+def start_segments(
+    name: str,
+    reward: Reward | StartedReward,
+    level: Level,
+    prompts: Sequence[str],
+    pieces: TokenTexts,
+    columns: Mapping[str, Sequence[Any]],
+    length: int,
+) -> Callable[[], Float[np.ndarray, "B R"]]:
+    """Starts to score every segment of every response; the result is NaN where none ends.
+
+    Args:
+        name: of the reward, for errors.
+        reward: on texts.
+        level: what a segment is.
+        prompts: B texts.
+        pieces: what `token_texts` gives.
+        columns: of the data, each of length B.
+        length: R, of the rows of tokens.
+    """
+    found = [(row, t, text) for row, own in enumerate(pieces) for t, text in segments(own, level)]
+    rows = [row for row, _, _ in found]
+    of_rows = {key: [column[row] for row in rows] for key, column in columns.items()}
+    finish = start_reward(name, reward, [prompts[r] for r in rows], [text for _, _, text in found], of_rows)
+
+    def place() -> np.ndarray:
+        placed = np.full((len(pieces), length), np.nan, np.float32)
+        placed[rows, [t for _, t, _ in found]] = finish()
+        return placed
+
+    return place

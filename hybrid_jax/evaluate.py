@@ -1,7 +1,10 @@
-"""python -m hybrid_jax.evaluate --run DIR [--suite NAME] [--json FILE] [evaluation.a=value …]"""
+"""python -m hybrid_jax.evaluate --run DIR [--suite NAME] [--json FILE] [evaluation.a=value …]
+python -m hybrid_jax.evaluate --suite rewards --reward NAME --data FILE [reward.setting=value …]
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,28 +18,55 @@ suites:
   held_out  loss and answers together, as training measures them (default)
   loss      cross-entropy and perplexity of the held-out responses
   answers   answers to held-out prompts: reward and its parts, BLEU, eos, length, variety
+  rewards   the texts of a file, by rewards; needs no run
 
 With the settings of the run the numbers are those of its last evaluation. For a sharper look:
   python -m hybrid_jax.evaluate --run runs/quickstart --num-prompts 1000 --json numbers.json
   python -m hybrid_jax.evaluate --run runs/quickstart --suite answers evaluation.sampler.temperature=0
+
+The suite rewards takes --reward (a name, module:function, or a YAML file with name: or parts:), as often as
+wanted, and --data: a text a line, or .jsonl with the field response, completion or text; its other fields
+are the columns that rewards ask for, such as references:
+  python -m hybrid_jax.evaluate --suite rewards --reward bleu --reward length --data answers.jsonl \\
+      length.target=20 bleu.max_order=2
 """
 
 
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.evaluate",
-        description="Measures the newest policy of a run on its held-out data.",
+        description="Measures the newest policy of a run on its held-out data, or scores a file by rewards.",
         epilog=EXPLANATION,
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
+    parser.add_argument("--run", metavar="DIR", help="the run directory")
     parser.add_argument("--suite", default="held_out", metavar="NAME", help="what to measure, see below")
     parser.add_argument("--num-prompts", type=int, metavar="N", help="held-out prompts to answer")
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME", help="suite rewards: what scores the texts"
+    )
+    parser.add_argument("--data", metavar="FILE", help="suite rewards: the texts, .jsonl or one a line")
+    parser.add_argument("--response-field", metavar="FIELD", help="suite rewards: the field to score")
+    parser.add_argument("--prompt-field", metavar="FIELD", help="suite rewards: the field with the prompt")
     parser.add_argument("--json", metavar="FILE", help="write the numbers there, too")
     parser.add_argument(
-        "overrides", nargs="*", metavar="evaluation.a=value", help="settings over those of the run"
+        "overrides",
+        nargs="*",
+        metavar="a.b=value",
+        help="settings, evaluation.… of the run or NAME.… of a reward",
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
+    if options.suite == "rewards":
+        _score_file(options)
+    else:
+        _measure_run(options)
+
+
+def _measure_run(options: argparse.Namespace) -> None:
+    if options.run is None:
+        raise UserError("--run is missing: the run directory; only --suite rewards needs none")
+    if options.reward or options.data:
+        raise UserError(f"--reward and --data belong to --suite rewards, got --suite {options.suite}")
     overrides = list(options.overrides)
     if options.num_prompts is not None:
         overrides.append(f"evaluation.num_prompts={options.num_prompts}")
@@ -46,6 +76,22 @@ def main(arguments: list[str]) -> None:
     print(table(result["numbers"]))
     if options.json is not None:
         _write(Path(options.json), result)
+
+
+def _score_file(options: argparse.Namespace) -> None:
+    from hybrid_jax.evaluation import reward_suite
+
+    if not options.reward or options.data is None:
+        raise UserError("--suite rewards needs --reward NAME and --data FILE")
+    if options.run is not None or options.num_prompts is not None:
+        raise UserError("--suite rewards scores a file: it takes neither --run nor --num-prompts")
+    rewards = reward_suite.load_rewards(options.reward, options.overrides)
+    texts = reward_suite.read_texts(options.data, options.response_field, options.prompt_field)
+    numbers = reward_suite.summary(reward_suite.score_texts(rewards, texts), texts)
+    print(f"rewards of the {numbers['num_texts']} texts of {options.data}\n")
+    print(reward_suite.report(numbers))
+    if options.json is not None:
+        _write(Path(options.json), {"suite": "rewards", "data": options.data, **numbers})
 
 
 def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[str] = ()) -> dict[str, Any]:

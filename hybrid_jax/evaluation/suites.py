@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrid_jax.core.registry import Registry
+from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.models.base import Params
 
@@ -28,3 +28,9 @@ def loss(evaluator: Evaluator, params: Params) -> Numbers:
 def answers(evaluator: Evaluator, params: Params) -> Numbers:
     """Answers to held-out prompts: reward and its parts, BLEU, how they end, their length and variety."""
     return evaluator.answers(params)[0]
+
+
+@SUITES.register("rewards")
+def rewards(evaluator: Evaluator, params: Params) -> Numbers:
+    """Scores a file, not a run: `hybrid_jax.evaluation.reward_suite`; listed here for its name."""
+    raise UserError("suite 'rewards' scores a file: python -m hybrid_jax.evaluate --suite rewards --help")

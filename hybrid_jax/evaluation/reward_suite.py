@@ -116,12 +116,12 @@ def score_texts(rewards: Mapping[str, Part | CompositeReward], texts: Texts) -> 
     for label, reward in rewards.items():
         if isinstance(reward, Part):
             row = evaluate_reward(label, reward.reward, texts.prompts, texts.responses, texts.columns)
-            scores[label] = row
+            scores[label] = row + 0.0  # -0.0 becomes 0.0
             continue
         total, _, raw = reward.score(reward.init(), texts.prompts, texts.responses, texts.columns)
         prefix = f"{label}/" if len(rewards) > 1 else ""
-        scores |= {f"{prefix}{part}": np.asarray(values) for part, values in raw.items()}
-        scores[f"{prefix}{TOTAL}"] = total
+        scores |= {f"{prefix}{part}": np.asarray(values) + 0.0 for part, values in raw.items()}
+        scores[f"{prefix}{TOTAL}"] = total + 0.0
     return scores
 
 
@@ -216,8 +216,8 @@ def _after(names: Sequence[str], one: str, other: str) -> bool:
 
 
 def _extremes(name: str, rows: Sequence[Mapping[str, Any]], count: int) -> str:
-    """The best rows and the worst, each once; the number of a row counts from 1."""
-    ordered = sorted(enumerate(rows, start=1), key=lambda numbered: -numbered[1]["scores"][name])
+    """The best rows and the worst, each once; rows count from 0, as in the messages of rewards."""
+    ordered = sorted(enumerate(rows), key=lambda numbered: -numbered[1]["scores"][name])
     first, last = (ordered[place][1]["scores"][name] for place in (0, -1))
     if first == last:
         return f"  every text scores {first:.4g}"

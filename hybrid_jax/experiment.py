@@ -41,7 +41,7 @@ from hybrid_jax.training.compilation import cache_folder, keep_compiled
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import PHASES, Phase, Resources, ScorerPhase
+from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase
 from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -313,6 +313,12 @@ class Experiment:
                 numbers |= {f"evaluation/{name}": value for name, value in found.items()}
         where = {"step": state.step, "phase": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples]
+
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """The state once these numbers were measured: a mixture of rewards may learn from them."""
+        for phase in self.phases.values():
+            state = phase.observe(state, numbers) if isinstance(phase, ObservingPhase) else state
+        return state
 
     def export(self, state: RunState, folder: Path | None = None) -> Path:
         """Writes the policy, or the scorer, as a folder with its tokenizer; returns the folder."""

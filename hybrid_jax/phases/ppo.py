@@ -145,6 +145,10 @@ class PPOPhase:
         metrics["dispatch_seconds"] = time.perf_counter() - clock.started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        key = f"{self.name}/reward"
+        return replace(state, host={**state.host, key: self.config.reward.observe(state.host[key], numbers)})
+
     def _prompt_batch(self, cursor: int) -> tuple[PromptBatch, tuple[Any, Any]]:
         """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""
         assert self.prompts is not None, "a planned phase takes no steps"

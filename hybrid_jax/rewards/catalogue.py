@@ -1,7 +1,8 @@
-"""Imports every module that registers a reward, so that a config finds it by name."""
+"""Imports every module that registers a reward or a mixture of them, so that a config finds it by name."""
 
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.format
+import hybrid_jax.rewards.mixture
 import hybrid_jax.rewards.ngram
 import hybrid_jax.rewards.overlap
 import hybrid_jax.rewards.slots

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -61,6 +61,35 @@ class Combiner(Protocol):
             weights: of each part, as its settings say.
             prompts: B texts.
         """
+        ...
+
+
+@runtime_checkable
+class FittedCombiner(Protocol):
+    """A combiner that learns from preferences before the first rollout, and from nothing after."""
+
+    @property
+    def preferences(self) -> Any:
+        """A source with ``load("train")``, of `hybrid_jax.data.preferences.Preference`."""
+        ...
+
+    def is_fitted(self, state: Any) -> bool: ...
+
+    def fit(
+        self, chosen: Values, rejected: Values, weights: Mapping[str, float], prompts: Sequence[str]
+    ) -> Any:
+        """The state that explains preferences best, from the values of both responses by part, [N] each."""
+        ...
+
+
+@runtime_checkable
+class ObservingCombiner(Protocol):
+    """A combiner that learns from a number of the evaluation."""
+
+    metric: str  # its name, without ``evaluation/``
+
+    def measured(self, state: Any, value: float) -> Any:
+        """The state once ``metric`` is ``value``."""
         ...
 
 

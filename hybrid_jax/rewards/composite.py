@@ -10,7 +10,6 @@ a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it wa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -20,11 +19,19 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
-from hybrid_jax.rewards.base import REWARDS, DeviceReward, StartedReward, start_reward
-from hybrid_jax.rewards.combine import COMBINERS, Baseline, Combiner, WeightedSum
+from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.rewards.base import StartedReward, columns_of, start_reward
+from hybrid_jax.rewards.combine import (
+    COMBINERS,
+    Baseline,
+    Combiner,
+    FittedCombiner,
+    ObservingCombiner,
+    WeightedSum,
+)
+from hybrid_jax.rewards.part import Part
 from hybrid_jax.rewards.part_metrics import correlations, describe, mean_weights
-from hybrid_jax.rewards.postprocess import NORMALISERS, TRANSFORMS, Normaliser, Running, Transform
-from hybrid_jax.rewards.segments import Level, TokenTexts, start_segments
+from hybrid_jax.rewards.segments import TokenTexts, start_segments
 
 RewardState = dict[
     str, Any
@@ -32,63 +39,6 @@ RewardState = dict[
 Raw = Mapping[str, np.ndarray]  # float32 [B]; [B R], NaN where no segment ends, of a part on segments
 
 COMBINER, BASELINE = "combiner/", "baseline/"  # in `RewardState`; no part may be called so
-
-
-@dataclass(frozen=True)
-class Part:
-    """One reward among others.
-
-    Attributes:
-        reward: A text reward or a device reward.
-        weight: What it counts; negative turns the reward into a penalty.
-        transform: A function of each raw value.
-        normalise: Brings the part to mean 0 and standard deviation 1; ``true`` is ``running``.
-        clip: ``(lowest, highest)`` value before the weight; None does not clip.
-        level: Scores whole responses, or every sentence or token, each placed on its last token.
-    """
-
-    reward: Annotated[Any, REWARDS]
-    weight: float = 1.0
-    transform: Annotated[Transform, TRANSFORMS] | None = None
-    normalise: Annotated[Normaliser, NORMALISERS] | None = None
-    clip: tuple[float, float] | None = None
-    level: Level = "sequence"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.normalise, bool):  # given from Python
-            object.__setattr__(self, "normalise", Running() if self.normalise else None)
-        if not callable(self.reward) and not self.on_device:
-            raise ValueError(f"reward must be callable or have score_tokens, got {self.reward!r}")
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be finite, got {self.weight}")
-        if self.clip is not None and not self.clip[0] < self.clip[1]:
-            raise ValueError(f"clip must be (lowest, highest), got {self.clip}")
-        if self.normalise and self.on_device:
-            raise ValueError("normalise must be false for a reward on tokens, which keeps no state, got true")
-        if self.level != "sequence" and self.on_device:
-            raise ValueError(f"level must be sequence for a reward on tokens, got {self.level!r}")
-
-    @property
-    def on_device(self) -> bool:
-        return isinstance(self.reward, DeviceReward)
-
-    @property
-    def is_placed(self) -> bool:
-        """Whether it scores segments of a response."""
-        return self.level != "sequence"
-
-    def unclipped(self, state: Any, raw: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """raw → transform → normaliser, float64."""
-        values = np.asarray(raw, np.float64)
-        if self.transform is not None:
-            values = np.asarray(self.transform(values), np.float64)
-        return values if self.normalise is None else self.normalise.apply(state, values, prompts)
-
-    def clipped(self, values: Any) -> Any:
-        return values if self.clip is None else values.clip(*self.clip)
-
-    def transformed(self, raw: Any) -> Any:
-        return raw if self.transform is None else self.transform(raw)
 
 
 @dataclass(frozen=True)
@@ -248,7 +198,8 @@ class CompositeReward:
                 segments[name] = np.nan_to_num(value, nan=0.0)
             values[name] = segments[name].sum(axis=1) if value.ndim == 2 else value
         weights = {name: part.weight for name, part in self.parts.items()}
-        weighing, remembered = self.combine.combine(state.get(COMBINER, {}), values, weights, prompts)
+        remembered = self._fitted(state)
+        weighing, remembered = self.combine.combine(remembered, values, weights, prompts)
         totals = weighing.score(values)
         placed = sum(weighing.coefficients[n][:, None] * segment for n, segment in segments.items())
         baseline = None
@@ -261,6 +212,35 @@ class CompositeReward:
         metrics |= correlations({**values, "score": totals}, lengths)
         dense = np.asarray(placed, np.float32) if segments else None
         return Scores(totals.astype(np.float32), dense, baseline, metrics), state
+
+    def observe(self, state: RewardState, evaluation: Mapping[str, float]) -> RewardState:
+        """The state once these numbers were measured, ``evaluation/<metric>``."""
+        if not isinstance(self.combine, ObservingCombiner) or not evaluation:
+            return state
+        name = f"evaluation/{self.combine.metric}"
+        if name not in evaluation:
+            raise UserError(
+                f"combine.metric must be a number of the evaluation; {suggest(name, dict(evaluation))}"
+            )
+        return {**state, COMBINER: self.combine.measured(state[COMBINER], evaluation[name])}
+
+    def _fitted(self, state: RewardState) -> Any:
+        """What the combiner remembers; one that learns from preferences has learnt."""
+        remembered, combiner = state.get(COMBINER, {}), self.combine
+        if not isinstance(combiner, FittedCombiner) or combiner.is_fitted(remembered):
+            return remembered
+        pairs = combiner.preferences.load("train")
+        prompts = [pair.prompt for pair in pairs]
+        columns = columns_of([pair.example for pair in pairs])
+        sides = [
+            {
+                name: self.parts[name].clipped(self.parts[name].unclipped(state.get(name), raw, prompts))
+                for name, raw in self.raw(prompts, [getattr(pair, side) for pair in pairs], columns).items()
+            }
+            for side in ("chosen", "rejected")
+        ]
+        weights = {name: part.weight for name, part in self.parts.items()}
+        return combiner.fit(sides[0], sides[1], weights, prompts)
 
     def _updated(self, state: RewardState, raw: Raw) -> RewardState:
         return {

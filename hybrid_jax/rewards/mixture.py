@@ -211,6 +211,7 @@ class Bandit:
     resumed run draws the same.
 
     Attributes:
+        metric: of the evaluation, such as ``judge/taste``; the larger the better.
         exploration: γ in (0, 1].
         gain_range: gains beyond this count as this; in units of the metric, above 0.
         focus: in [0, 1]; 0 mixes the parts by their chances, which leaves the gain to all of them alike, 1 uses
@@ -218,6 +219,7 @@ class Bandit:
         seed: of the arms.
     """
 
+    metric: str
     exploration: float = 0.1
     gain_range: float = 1.0
     focus: float = 0.5
@@ -240,7 +242,11 @@ class Bandit:
             raise ValueError("parts must be two or more for a bandit, got one")
 
     def init(self, names: Sequence[str]) -> dict[str, np.ndarray]:
-        return {"log_weights": np.zeros(len(names)), "round": np.zeros((), np.int64)}
+        return {
+            "log_weights": np.zeros(len(names)),
+            "round": np.zeros((), np.int64),
+            "last": np.asarray(np.nan),  # the metric when the round began
+        }
 
     def probabilities(self, state: State) -> Float[np.ndarray, "K"]:
         """p: at least γ / K, the sum is 1."""
@@ -252,6 +258,12 @@ class Bandit:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, int(state["round"])]))
         chances = np.cumsum(self.probabilities(state))
         return int(min(np.searchsorted(chances, generator.random(), side="right"), len(chances) - 1))
+
+    def measured(self, state: State, value: float) -> dict[str, np.ndarray]:
+        """The state once the metric is ``value``: the first time it only begins a round."""
+        began = bool(np.isnan(state["last"]))
+        observed = dict(state) if began else self.observe(state, value - float(state["last"]))
+        return {**observed, "last": np.asarray(value, np.float64)}
 
     def observe(self, state: State, gain: float) -> dict[str, np.ndarray]:
         """The state of the next round, once this one has changed the held-out metric by ``gain``.
@@ -268,6 +280,7 @@ class Bandit:
         return {
             "log_weights": log_weights - log_weights.max(),  # only their differences matter
             "round": np.asarray(state["round"] + 1, np.int64),
+            "last": state["last"],
         }
 
     def combine(self, state, values, weights, prompts):

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from hybrid_jax.rewards.combine import Combiner, Weighing, WeightedSum
+from hybrid_jax.rewards.part import Part
 
 Metrics = dict[str, float]
 
 
-def describe(name: str, part: Any, raw: np.ndarray, unclipped: np.ndarray, clipped: np.ndarray) -> Metrics:
+def describe(name: str, part: Part, raw: np.ndarray, unclipped: np.ndarray, clipped: np.ndarray) -> Metrics:
     """``<part>_mean``, ``_std``, ``_p10``, ``_p50``, ``_p90`` of the raw values; ``_clip_fraction``: the share
     clipped; and what the reward says of itself."""
     present = np.asarray(raw, np.float64)[~np.isnan(raw)]

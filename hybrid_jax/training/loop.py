@@ -60,6 +60,10 @@ class Run(Protocol):
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool: ...
 
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """The state once these numbers were measured: for what learns from them."""
+        ...
+
     def export(self, state: RunState, folder: Path | None = None) -> Path: ...
 
     def finish(self, state: RunState) -> None:
@@ -97,6 +101,7 @@ def train(run: Run) -> RunState:
                     with recorder.beside("evaluation"), out_of_memory.explained("evaluation"):
                         found = run.evaluate(state)
                     recorder.evaluation(state.step, *found)
+                    state = run.observe(state, found[0])
                     if interrupts.agreed() is not None:
                         continue
                 if finished:

@@ -85,6 +85,15 @@ class ScorerPhase(Phase, Protocol):
         ...
 
 
+@runtime_checkable
+class ObservingPhase(Phase, Protocol):
+    """A phase that learns from the evaluation too."""
+
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """The state once these numbers, ``evaluation/<name>``, were measured."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
     """What an experiment hands to a phase config when it builds the phase."""

@@ -1,5 +1,6 @@
 """Learned mixtures: planted weights come back, and EXP3's updates are those on paper."""
 
+import json
 import math
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.preferences import JsonlPreferences
 from hybrid_jax.rewards.combine import COMBINERS
+from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.mixture import Bandit, Gated, entropy, fit_gate, gate_weights, hashed_words
 
 PARTS = ("kind", "true", "short")
@@ -149,7 +152,7 @@ def test_all_parts_weigh_the_same_until_the_gate_is_fitted():
 
 
 def test_the_first_updates_of_exp3_are_those_on_paper():
-    bandit = Bandit(exploration=0.3, gain_range=2.0, seed=0)
+    bandit = Bandit("taste", exploration=0.3, gain_range=2.0, seed=0)
     state = bandit.init(PARTS)
     np.testing.assert_allclose(bandit.probabilities(state), [1 / 3] * 3)
     first = bandit.arm(state)
@@ -172,7 +175,7 @@ def test_the_first_updates_of_exp3_are_those_on_paper():
 
 
 def test_arms_are_drawn_with_their_probabilities():
-    bandit = Bandit(exploration=0.2, seed=5)
+    bandit = Bandit("taste", exploration=0.2, seed=5)
     log_weights = np.log([0.6, 0.3, 0.1])
     arms = [bandit.arm({"log_weights": log_weights, "round": np.int64(i)}) for i in range(4000)]
     expected = 0.8 * np.array([0.6, 0.3, 0.1]) + 0.2 / 3
@@ -185,7 +188,7 @@ def test_exp3_finds_the_part_that_gains_within_its_bound_of_regret():
     bound = 2 * math.sqrt(math.e - 1) * math.sqrt(rounds * 3 * math.log(3))  # Auer et al. 2002, corollary 3.2
     regrets, chances = [], []
     for seed in range(3):
-        bandit, draw = Bandit(exploration=exploration, seed=seed), np.random.default_rng(seed)
+        bandit, draw = Bandit("taste", exploration=exploration, seed=seed), np.random.default_rng(seed)
         state, total = bandit.init(PARTS), 0.0
         for _ in range(rounds):
             mean = means[bandit.arm(state)]
@@ -199,7 +202,7 @@ def test_exp3_finds_the_part_that_gains_within_its_bound_of_regret():
 
 
 def test_a_bandit_weighs_the_arm_and_the_mixture():
-    bandit = Bandit(exploration=0.3, focus=0.5)
+    bandit = Bandit("taste", exploration=0.3, focus=0.5)
     state = {"log_weights": np.log([1.0, 2.0, 4.0]), "round": np.int64(7)}
     chances = 0.7 * np.array([1, 2, 4]) / 7 + 0.1
     values = {name: np.arange(2.0) for name in PARTS}
@@ -215,10 +218,10 @@ def test_a_bandit_weighs_the_arm_and_the_mixture():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Bandit(exploration=0.0), r"exploration must be in \(0, 1\], got 0.0"),
-        (lambda: Bandit(gain_range=0.0), "gain_range must be above 0"),
-        (lambda: Bandit(focus=1.5), r"focus must be in \[0, 1\]"),
-        (lambda: Bandit().check(["one"]), "parts must be two or more for a bandit"),
+        (lambda: Bandit("taste", exploration=0.0), r"exploration must be in \(0, 1\], got 0.0"),
+        (lambda: Bandit("taste", gain_range=0.0), "gain_range must be above 0"),
+        (lambda: Bandit("taste", focus=1.5), r"focus must be in \[0, 1\]"),
+        (lambda: Bandit("taste").check(["one"]), "parts must be two or more for a bandit"),
         (lambda: gated().check(["one"]), "parts must be two or more for a gate"),
         (lambda: gated(floor=0.4).check(PARTS), "floor must be below 1 / 3 parts, got 0.4"),
         (lambda: gated(bits=0), r"bits must be in \[1, 20\]"),
@@ -233,4 +236,52 @@ def test_both_are_named_in_a_config():
     settings = {"preferences": {"name": "jsonl", "train": "x.jsonl"}, "bits": 6}
     gate = parse(COMBINERS["gated"], settings)
     assert parse(COMBINERS["gated"], to_dict(gate)) == gate
-    assert COMBINERS.name_of(Bandit()) == "bandit"
+    assert COMBINERS.name_of(Bandit("taste")) == "bandit"
+
+
+def length_of(prompts, responses):
+    return [float(len(response)) for response in responses]
+
+
+def vowels_of(prompts, responses):
+    return [float(sum(letter in "aeiou" for letter in response)) for response in responses]
+
+
+def test_the_composite_fits_its_gate_once_on_preferences_and_never_again(tmp_path):
+    """Prompts that ask for "short" prefer fewer letters, others more vowels; the rollout has no say."""
+    draw, rows = np.random.default_rng(0), []
+    for i in range(200):
+        short = i % 2 == 0
+        texts = ["".join(draw.choice(list("aeiouxyz"), draw.integers(3, 30))) for _ in range(2)]
+        key = (lambda t: -len(t)) if short else (lambda t: sum(c in "aeiou" for c in t))
+        better, worse = sorted(texts, key=key, reverse=True)
+        prompt = "be short" if short else "sing loud"
+        rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    composite = CompositeReward(
+        {"length": Part(length_of, weight=-1.0), "vowels": Part(vowels_of)},
+        Gated(JsonlPreferences(train=path), l2=1e-4),
+    )
+    state = composite.init()
+    _, state, _ = composite.score(state, ["be short", "sing loud"], ["aaa", "xyz"])
+    gate = composite.combine.weights(state["combiner/"], ["be short please", "sing loud please"], 2)
+    assert gate[0, 0] > 0.9
+    assert gate[1, 1] > 0.9
+    path.unlink()  # not read again
+    _, after, _ = composite.score(state, ["be short"], ["aaaaaaaaaa"])
+    assert after["combiner/"]["kernel"].tobytes() == state["combiner/"]["kernel"].tobytes()
+
+
+def test_the_composite_hands_the_bandit_the_change_of_its_metric():
+    composite = CompositeReward(
+        {"length": Part(length_of), "vowels": Part(vowels_of)}, Bandit("judge/taste", gain_range=1.0)
+    )
+    first = composite.observe(composite.init(), {"evaluation/judge/taste": 0.25})
+    assert first["combiner/"]["round"] == 0  # a change needs two
+    second = composite.observe(first, {"evaluation/judge/taste": 0.75})
+    alone = composite.combine.observe(first["combiner/"], 0.5)
+    assert second["combiner/"]["log_weights"].tolist() == alone["log_weights"].tolist()
+    assert second["combiner/"]["last"] == 0.75
+    with pytest.raises(UserError, match="did you mean 'evaluation/judge/tase'"):
+        composite.observe(first, {"evaluation/judge/tase": 1.0})

@@ -114,6 +114,9 @@ class Walking:
     def export(self, state, folder=None):
         raise AssertionError("no export was asked for")
 
+    def observe(self, state, numbers):
+        return state
+
     def finish(self, state):
         self.finished += 1
 

@@ -195,6 +195,9 @@ class Run:
     def export(self, state, folder=None):
         raise AssertionError("no export was asked for")
 
+    def observe(self, state, numbers):
+        return state
+
     def finish(self, state):
         pass
 

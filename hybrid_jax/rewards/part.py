@@ -1,0 +1,71 @@
+"""One reward among others: what it is, and how it is brought to a common scale."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+
+from hybrid_jax.rewards.base import REWARDS, DeviceReward
+from hybrid_jax.rewards.postprocess import NORMALISERS, TRANSFORMS, Normaliser, Running, Transform
+from hybrid_jax.rewards.segments import Level
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward among others.
+
+    Attributes:
+        reward: A text reward or a device reward.
+        weight: What it counts; negative turns the reward into a penalty.
+        transform: A function of each raw value.
+        normalise: Brings the part to mean 0 and standard deviation 1; ``true`` is ``running``.
+        clip: ``(lowest, highest)`` value before the weight; None does not clip.
+        level: Scores whole responses, or every sentence or token, each placed on its last token.
+    """
+
+    reward: Annotated[Any, REWARDS]
+    weight: float = 1.0
+    transform: Annotated[Transform, TRANSFORMS] | None = None
+    normalise: Annotated[Normaliser, NORMALISERS] | None = None
+    clip: tuple[float, float] | None = None
+    level: Level = "sequence"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.normalise, bool):  # given from Python
+            object.__setattr__(self, "normalise", Running() if self.normalise else None)
+        if not callable(self.reward) and not self.on_device:
+            raise ValueError(f"reward must be callable or have score_tokens, got {self.reward!r}")
+        if not math.isfinite(self.weight):
+            raise ValueError(f"weight must be finite, got {self.weight}")
+        if self.clip is not None and not self.clip[0] < self.clip[1]:
+            raise ValueError(f"clip must be (lowest, highest), got {self.clip}")
+        if self.normalise and self.on_device:
+            raise ValueError("normalise must be false for a reward on tokens, which keeps no state, got true")
+        if self.level != "sequence" and self.on_device:
+            raise ValueError(f"level must be sequence for a reward on tokens, got {self.level!r}")
+
+    @property
+    def on_device(self) -> bool:
+        return isinstance(self.reward, DeviceReward)
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether it scores segments of a response."""
+        return self.level != "sequence"
+
+    def unclipped(self, state: Any, raw: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """raw → transform → normaliser, float64."""
+        values = np.asarray(raw, np.float64)
+        if self.transform is not None:
+            values = np.asarray(self.transform(values), np.float64)
+        return values if self.normalise is None else self.normalise.apply(state, values, prompts)
+
+    def clipped(self, values: Any) -> Any:
+        return values if self.clip is None else values.clip(*self.clip)
+
+    def transformed(self, raw: Any) -> Any:
+        return raw if self.transform is None else self.transform(raw)

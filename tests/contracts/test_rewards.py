@@ -1,5 +1,7 @@
 """What every registered reward promises: one finite float32 a row, the same whatever the other rows are."""
 
+import functools
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,8 +10,22 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
+from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
+
+
+@functools.cache
+def scorer_folder() -> str:
+    """A scorer of two labels, such as a run leaves behind."""
+    folder, tokenizer = Path(tempfile.mkdtemp()), Bytes().build([])
+    model = NGrams(labels=("first", "second"), bucket_bits=4, width=2).build(tokenizer.vocab_size)
+    params = jax.jit(lambda key: jax.tree.map(lambda x: x + 0.5, model.init(key)))(jax.random.key(0))
+    save_scorer(folder, model, params, tokenizer.save)
+    return str(folder)
+
 
 REQUIRED = {  # settings without a default
     "domain_relevance": {"path": __file__, "general": str(Path(__file__).parents[1] / "conftest.py")},
@@ -17,6 +33,7 @@ REQUIRED = {  # settings without a default
     "keyword_coverage": {"keywords": ["food", "parking"]},
     "length": {"target": 5},
     "ngram_fluency": {"path": __file__},
+    "reward_model": lambda: {"path": scorer_folder(), "normalised": False},
     "regex": {"pattern": r".*\bfood\b.*"},
     "token_count": {"weights": {1: 0.7, 2: -1.0}, "first_token_weights": {3: 0.1}},
     "token_length": {"target": 2},
@@ -41,7 +58,8 @@ ORDER = np.array([2, 0, 3, 1])
 
 
 def build(name):
-    return parse(Part, {"reward": {"name": name, **REQUIRED.get(name, {})}}).reward
+    settings = REQUIRED.get(name, {})
+    return parse(Part, {"reward": {"name": name, **(settings() if callable(settings) else settings)}}).reward
 
 
 def scorer(name):

@@ -14,7 +14,7 @@ from hybrid_jax.core.config import apply_overrides, load_yaml, parse
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.sources import Text, json_rows
 from hybrid_jax.metrics.text import words
-from hybrid_jax.rewards.base import DeviceReward, evaluate_reward
+from hybrid_jax.rewards.base import evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 
 RESPONSE_FIELDS = ("response", "completion", "text")

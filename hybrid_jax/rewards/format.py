@@ -81,7 +81,7 @@ class JsonSchema:
 class Regex:
     """1 if the response matches a regular expression, else 0; by the package regex, which can stop a search.
 
-    A pattern such as ``(a+)+b`` takes exponential time on texts that do not match. A response that takes
+    A pattern such as ``(a|aa)+`` takes exponential time on texts that do not match. A response that takes
     longer than ``timeout_seconds`` scores 0, and a warning names it; rewrite the pattern then, for which
     response takes too long depends on the machine.
 

@@ -4,7 +4,8 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.rewards.base import columns_of, evaluate_reward
-from hybrid_jax.rewards.text import FactCoverage, Length, LexiconSentiment, Repetition, mentions
+from hybrid_jax.rewards.style import Formality, Readability
+from hybrid_jax.rewards.text import Distinct, FactCoverage, Length, LexiconSentiment, Repetition, mentions
 
 FACTS = {"name": ["the eagle"], "price": ["cheap", "low-priced"], "area": ["by the river"]}
 
@@ -81,6 +82,30 @@ def test_length_falls_linearly_on_both_sides_of_the_target():
     assert Length(target=4, tolerance=2)([], responses) == pytest.approx([0.0, 0.0, 0.0, -0.5])
 
 
+def test_length_counts_characters_where_asked_to():
+    assert Length(target=4, unit="characters")([], ["你好世界", "你好", ""]) == pytest.approx([0.0, -0.5, -1.0])
+    with pytest.raises(UserError, match="target must be at least 1 character, got 0"):
+        parse(Length, {"target": 0, "unit": "characters"})
+
+
+def test_distinct_is_the_share_of_different_ngrams_of_each_response():
+    assert Distinct()([], ["a b a b", "a b c", "a", ""]) == pytest.approx([2 / 3, 1.0, 0.0, 0.0])
+    assert Distinct(n=1)([], ["a b a b"]) == [0.5]
+
+
+def test_readability_is_the_distance_from_the_wanted_ease():
+    text = "The cat sat on the mat. It was a sunny day, and everybody was happy."  # its ease is 92.0625
+    assert Readability(target=92.0625)([], [text]) == pytest.approx([0.0])
+    assert Readability(target=62.0625, scale=10)([], [text, ""]) == pytest.approx([-3.0, -6.20625])
+    assert Readability(target=10)([], ["🙂"]) == pytest.approx([-3.0])  # no words: the end further away
+
+
+def test_formality_ranks_an_official_notice_above_a_chat():
+    notice, chat = "The submission of documents to the office is a requirement.", "Yeah, I just really love it!"
+    formal, informal = Formality()([], [notice, chat])
+    assert 0.0 <= informal < 0.3 < 0.8 < formal <= 1.0
+
+
 def test_repetition_ranks_stuttering_below_a_sentence():
     stutter, sentence = Repetition()([], ["the the the the", "The Eagle is a cheap place by the river."])
     assert (stutter, sentence) == (pytest.approx(-2 / 3), 0.0)
@@ -93,6 +118,9 @@ def test_repetition_ranks_stuttering_below_a_sentence():
         (Length, {"target": 0}, "target must be at least 1 word, got 0"),
         (Length, {"target": 3, "tolerance": -1}, "tolerance must be at least 0 words, got -1"),
         (Length, {"target": 3, "scale": 0}, "scale must be above 0 words, got 0"),
+        (Distinct, {"n": 0}, "n must be at least 1, got 0"),
+        (Readability, {"scale": 0}, "scale must be above 0, got 0"),
+        (Readability, {"target": 300}, r"target must be in \[-1000, 206.835\], got 300"),
         (Repetition, {"n": 0}, "n must be at least 1, got 0"),
         (FactCoverage, {"contradiction_penalty": 2}, r"contradiction_penalty must be in \[0, 1\], got 2"),
     ],

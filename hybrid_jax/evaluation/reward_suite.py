@@ -183,10 +183,8 @@ def _build(label: str, settings: Mapping[str, Any]) -> Part | CompositeReward:
             )
     except UserError as error:
         raise UserError(f"reward {label!r}: {error}") from error
-    on_tokens = (
-        built.on_device if isinstance(built, CompositeReward) else isinstance(built.reward, DeviceReward)
-    )
-    if on_tokens:
+    composite = built if isinstance(built, CompositeReward) else CompositeReward({label: built})
+    if composite.on_device or composite.is_placed:
         raise UserError(f"reward {label!r} scores the tokens of a run, not texts")
     return built
 

@@ -1,0 +1,250 @@
+"""What PPO makes of a reward: placed on tokens, normalised, against opponents, beside several references."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax.algorithms.kl_control import FixedKL
+from hybrid_jax.algorithms.returns import gae
+from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.models.classifier import Classifier, save_classifier
+from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.phases.other_models import read_like, read_value
+from hybrid_jax.phases.ppo_functions import PPOFunctions
+from hybrid_jax.phases.ppo_settings import PPO, Opponent, Reference
+from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.tokens import TokenCount
+from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.testing import SEQUENCES, PrefixTable, reference_params, sequence_probabilities
+from hybrid_jax.training.optimizers import Adam, Constant, Linear
+from hybrid_jax.training.state import TrainState
+
+ROWS = 8
+COUNT = CompositeReward({"count": Part(TokenCount(weights={"2": 1.0}))})
+
+
+def functions(model=None, **settings) -> PPOFunctions:
+    config = PPO(
+        **{
+            "reward": COUNT,
+            "prompts_per_step": ROWS,
+            "sampler": Sampler(max_new_tokens=3),
+            "epochs": 2,
+            "missing_eos_penalty": None,
+            "optimizer": Adam(learning_rate=1e-2, schedule=Constant()),
+            **settings,
+        }
+    )
+    return PPOFunctions(config, model or PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
+
+
+def state_of(ppo, policy) -> TrainState:
+    params = {"model": policy, "value": ppo.init_value(policy)}
+    transform = ppo.config.optimizer.transform()
+    return TrainState(
+        params=params,
+        opt_state={"ppo": {group: transform.init(tree) for group, tree in params.items()}},
+        extra={ppo.kl_key: ppo.config.kl_control.init()},
+    )
+
+
+@pytest.fixture(scope="module")
+def rolled_out():
+    ppo = functions(trace=1.0, whiten_advantages=False)
+    state = state_of(ppo, reference_params())
+    tokens, mask = jnp.zeros((ROWS, 1), jnp.int32), jnp.ones((ROWS, 1), bool)
+    samples = ppo.sample(state.params["model"], tokens, mask, jax.random.key(0))
+    references = {"sft": {"table": state.params["model"]["table"] * 0.5}}
+    return ppo, state, ppo.score(state.params, references, tokens, mask, samples)
+
+
+def test_placed_rewards_and_the_rest_add_up_to_the_score(rolled_out):
+    ppo, _, scored = rolled_out
+    placed = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 3)), jnp.float32)
+    scores, coef = jnp.arange(8.0), jnp.asarray(0.3)
+    at_the_end, _ = ppo.advantages(scored, scores, coef)
+    early, _ = ppo.advantages(scored, scores, coef, placed)
+    # λ = γ = 1: the first return is the sum of all rewards; later ones lack what came before
+    assert np.asarray(early.returns[:, 0]) == pytest.approx(np.asarray(at_the_end.returns[:, 0]), abs=1e-5)
+    kl = 0.3 * np.asarray(scored.log_probs - scored.reference_log_probs["sft"])
+    assert np.asarray(early.returns[:, 0]) == pytest.approx(np.asarray(scores) - kl.sum(axis=1), abs=1e-5)
+    earlier = np.asarray(at_the_end.returns - early.returns)[:, 1:]
+    assert earlier == pytest.approx(np.cumsum(np.asarray(placed), axis=1)[:, :-1], abs=1e-5)
+
+
+def test_a_reward_placed_a_token_later_changes_the_advantages_up_to_there_alone(rolled_out):
+    ppo, _, scored = rolled_out
+    ppo = functions(trace=0.9, discount=0.8, whiten_advantages=False)
+    one, later = np.zeros((2, ROWS, 3), np.float32)
+    one[:, 0], later[:, 1] = 1.0, 1.0
+    scores = jnp.ones(ROWS)
+    first, second = (
+        np.asarray(ppo.advantages(scored, scores, jnp.asarray(0.0), jnp.asarray(placed))[0].advantages)
+        for placed in (one, later)
+    )
+    assert np.abs(first - second)[:, :2].min() > 0.01
+    assert first[:, 2].tolist() == second[:, 2].tolist()
+
+
+def test_dense_and_sparse_placement_have_the_same_exact_policy_gradient():
+    """Σ_s π(s) Σ_t A_t ∇log π(s_t), with A from exact values, over all 27 responses."""
+    policy = reference_params()
+    log_probs = np.log(sequence_probabilities(policy))
+    probabilities = np.exp(log_probs)
+    rng = np.random.default_rng(0)
+    per_token = {tuple(s[: t + 1]): rng.normal() for s in SEQUENCES for t in range(3)}
+    dense = np.array([[per_token[tuple(s[: t + 1])] for t in range(3)] for s in SEQUENCES])
+    sparse = np.zeros_like(dense)
+    sparse[:, 2] = dense.sum(axis=1)
+
+    def gradient(rewards):
+        to_go = rewards[:, ::-1].cumsum(axis=1)[:, ::-1]
+        values = np.zeros_like(rewards)
+        for t in range(3):  # V before token t: the expected reward to go, given what came before
+            for row, s in enumerate(SEQUENCES):
+                same = (SEQUENCES[:, :t] == s[:t]).all(axis=1)
+                values[row, t] = (probabilities[same] * to_go[same, t]).sum() / probabilities[same].sum()
+        mask = jnp.ones((27, 3), bool)
+        advantages, _ = gae(jnp.asarray(rewards), jnp.asarray(values), mask, discount=1.0, trace=1.0)
+
+        def surrogate(params):
+            tokens = jnp.concatenate([jnp.zeros((27, 1), jnp.int32), jnp.asarray(SEQUENCES)], axis=1)
+            logits = PrefixTable().apply(params, tokens).logits[:, :-1]
+            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(SEQUENCES)[..., None], axis=2)
+            return (jnp.asarray(probabilities)[:, None] * advantages * chosen[..., 0]).sum()
+
+        return np.asarray(jax.grad(surrogate)(policy)["table"])
+
+    assert gradient(dense) == pytest.approx(gradient(sparse), abs=1e-6)
+    assert np.abs(gradient(dense)).max() > 0.01
+
+
+def test_an_affine_change_of_a_normalised_part_leaves_the_update_as_it_was(rolled_out):
+    ppo, state, scored = rolled_out
+
+    def updated(scale, shift):
+        reward = CompositeReward({"raw": Part(lambda prompts, responses: [0.0] * ROWS, normalise=True)})
+        raw = {"raw": (scale * np.arange(8.0) ** 2 + shift).astype(np.float32)}
+        scores, _ = reward.weigh(reward.init(), raw, [""] * ROWS)
+        return ppo.learn(state, scored, jnp.asarray(scores.totals), None, jax.random.key(1), 1e-2)[0].params
+
+    plain, moved = updated(1.0, 0.0), updated(1e3, -77.0)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert np.abs(plain["model"]["table"] - state.params["model"]["table"]).max() > 1e-3
+
+
+def test_a_baseline_is_taken_from_the_scores_but_not_from_what_is_logged(rolled_out):
+    ppo, state, scored = rolled_out
+    scores, baseline = jnp.arange(8.0), jnp.full(ROWS, 3.5)
+    key = jax.random.key(1)
+    state_with, with_baseline = ppo.learn(state, scored, scores, None, key, 1e-2, baseline=baseline)
+    state_less, less = ppo.learn(state, scored, scores - baseline, None, key, 1e-2)
+    assert (with_baseline["score"], less["score"]) == (3.5, 0.0)
+    assert bits(state_with.params) == bits(state_less.params)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def test_two_references_have_the_published_geometric_optimum():
+    """π ∝ Π π_i^a_i exp(r/β); an arithmetic mixture would be 0.0027 away, so the tolerance tells them apart."""
+    policies = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
+    geometric = np.array([0.018101, 0.134631, 0.845861, 0.001407])
+    arithmetic = np.array([0.020822, 0.134001, 0.843451, 0.001727])
+    model = OneToken()
+    reward = TokenCount(weights={"1": 1.0, "2": 2.0, "3": -1.0})
+    ppo = functions(
+        model,
+        reward=CompositeReward({"count": Part(reward)}),
+        prompts_per_step=2048,
+        sampler=Sampler(max_new_tokens=1),
+        kl_control=FixedKL(0.5),
+        references={"one": Reference(weight=0.7), "two": Reference(weight=0.3)},
+        value_clip_range=None,
+        value_coef=0.5,
+        whiten_advantages=False,
+        optimizer=Adam(learning_rate=0.1, schedule=Linear(), max_grad_norm=None),
+    )
+    references = {
+        name: {"table": jnp.log(jnp.asarray(p, jnp.float32))[None]}
+        for name, p in zip(("one", "two"), policies, strict=True)
+    }
+    tokens, mask = jnp.zeros((2048, 1), jnp.int32), jnp.ones((2048, 1), bool)
+    steps = 800
+
+    @jax.jit
+    def run(key):
+        def iteration(state, step):
+            rate = ppo.config.optimizer.rate(step, steps)
+            return ppo.iteration(state, references, tokens, mask, jax.random.fold_in(key, step), rate)
+
+        return jax.lax.scan(iteration, state_of(ppo, references["one"]), jnp.arange(steps))
+
+    state, _ = run(jax.random.key(0))
+    found = np.asarray(jax.nn.softmax(state.params["model"]["table"][0]))
+    assert found == pytest.approx(geometric, abs=1e-4)
+    assert np.abs(found - arithmetic).max() > 2.5e-3
+
+
+class OneToken(PrefixTable):
+    """A bandit with four arms: one response token, the same whatever the prompt."""
+
+    def __init__(self):
+        object.__setattr__(self, "vocab_size", 4)
+        object.__setattr__(self, "width", 1)
+        object.__setattr__(self, "max_length", 2)
+
+    def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        return jnp.ones((*tokens.shape, 1))
+
+
+DECODER = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=32).build(11)
+
+
+def test_a_reference_may_come_from_a_folder_and_must_have_the_policys_shape(tmp_path):
+    policy, other = DECODER.init(jax.random.key(0)), DECODER.init(jax.random.key(1))
+    save_pretrained(tmp_path / "same", DECODER, other, eos_ids=(3,))
+    read = read_like(str(tmp_path / "same"), DECODER, policy, {})
+    assert bits(read) == bits(other)
+    wider = DecoderConfig(num_layers=1, width=32, num_heads=2, max_length=32).build(11)
+    save_pretrained(tmp_path / "wider", wider, wider.init(jax.random.key(0)), eos_ids=(3,))
+    with pytest.raises(UserError, match=r"must hold a model of the policy's shape: .* is \(32,"):
+        read_like(str(tmp_path / "wider"), DECODER, policy, {})
+    with pytest.raises(UserError, match="beside a decoder that trains whole, got adapters"):
+        read_like(str(tmp_path / "same"), DECODER, policy, {"base": 1})
+
+
+def test_a_value_network_starts_as_the_normalised_reward_model(tmp_path):
+    policy = DECODER.init(jax.random.key(0))
+    classifier = Classifier(DECODER.config, labels=("reward",), has_bias=True)
+    params = classifier.init(jax.random.key(5))
+    params["score"]["bias"] = jnp.array([0.25])
+    save_classifier(tmp_path, classifier, params, pad_id=3)
+    (tmp_path / "extra.json").write_text(json.dumps({"normaliser": {"mean": 0.5, "std": 2.0}}))
+    value = read_value(str(tmp_path), DECODER, policy, {})
+    ppo = functions(DECODER, value_network="separate")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, 9)))
+    mask = jnp.ones((4, 9), bool)
+    rewards = (np.asarray(classifier.apply(params, tokens[:, :-1], mask[:, :-1]))[:, 0] - 0.5) / 2.0
+    samples = Samples(tokens=tokens[:, 4:], log_probs=jnp.zeros((4, 5)), response_mask=mask[:, 4:])
+    scored = ppo.score({"model": policy, "value": value}, {"sft": policy}, tokens[:, :4], mask[:, :4], samples)
+    assert np.asarray(scored.values[:, -1]) == pytest.approx(rewards, abs=1e-5)  # of the state before the last
+    assert jax.tree.structure(value["model"]) == jax.tree.structure(policy)
+
+
+def test_settings_that_contradict_each_other_are_refused():
+    with pytest.raises(ValueError, match="value_init needs value_network: separate, got 'shared'"):
+        PPO(reward=COUNT, value_init="somewhere")
+    with pytest.raises(ValueError, match=r"opponent.reference must be one of sft, got 'old'"):
+        PPO(reward=COUNT, opponent=Opponent("old"))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        Opponent("sft", num_samples=0)
+    with pytest.raises(ValueError, match="it never changes"):
+        Reference(path="folder", refresh_every_cycles=2)

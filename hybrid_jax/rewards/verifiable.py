@@ -44,7 +44,7 @@ class FinalNumber:
 
     def _answers(self, row: int, value: Any) -> list[Number]:
         values = value if isinstance(value, list | tuple) else [value]
-        numbers = [None if isinstance(v, bool | None) else final_number(str(v), self.marker) for v in values]
+        numbers = [final_number(str(item), self.marker) for item in values]
         known = [number for number in numbers if number is not None]
         if not known or len(known) < len(numbers):
             raise UserError(f"row {row}: column {self.column!r} must hold a number, got {str(value)[:60]!r}")

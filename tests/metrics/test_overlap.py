@@ -110,6 +110,7 @@ def test_answers_are_compared_as_squad_does():
     assert exact_match("the Eagle!", ["Eagle"], normalise=False) == 0.0
     assert exact_match(" Eagle\n", ["Eagle"], normalise=False) == 1.0
     assert token_f1("the big red dog dog", ["a red dog"]) == pytest.approx(2 * 2 / (4 + 2))
+    assert token_f1("dog dog", ["dog dog cat"]) == pytest.approx(2 * 2 / (2 + 3))
     assert token_f1("cat", ["dog", "a cat sat"]) == pytest.approx(2 / 3)
     assert (token_f1("", ["the"]), token_f1("", ["dog"]), token_f1("dog", ["a"])) == (1.0, 0.0, 0.0)
 

@@ -41,11 +41,14 @@ def test_a_schema_decides():
     assert score(JsonSchema(PERSON), good, *bad) == [1.0, *[0.0] * 5]
 
 
-def test_a_schema_that_is_none_or_lies_elsewhere_is_one_line():
+def test_a_schema_that_is_none_or_lies_elsewhere_is_one_line(monkeypatch):
+    fetched = []
+    monkeypatch.setattr("urllib.request.urlopen", fetched.append)
     with pytest.raises(UserError, match=r"schema must be a JSON schema: 'objekt' is not valid"):
         parse(JsonSchema, {"schema": {"type": "objekt"}})
     with pytest.raises(UserError, match=r"the reference 'http://localhost:1/x' is not within the schema"):
         score(JsonSchema({"$ref": "http://localhost:1/x"}), "{}")
+    assert fetched == []
 
 
 def test_a_recursive_schema_meets_a_deep_answer():

@@ -68,6 +68,17 @@ def test_relevance_is_the_difference_of_the_two_models_and_antisymmetric(texts):
         assert there[3] == 0.0
 
 
+def test_both_models_share_the_vocabulary_of_both_texts(texts):
+    """'street' is unknown at sea: there it has the uniform share of the words of both texts and the unknown."""
+    sea, town = SEA.split(), TOWN.split()
+    size = len({*sea, *town}) + 1
+    shares = [len(set(tokens)) / (len(tokens) + len(set(tokens))) for tokens in (sea, town)]
+    at_sea, in_town = shares[0] / size, (1 - shares[1]) / len(town) + shares[1] / size
+    texts[1].with_name("town.txt").write_text(TOWN)
+    (value,) = score(DomainRelevance(texts[0], texts[1].with_name("town.txt")), "street")
+    assert value == pytest.approx(math.log(at_sea) - math.log(in_town), rel=1e-6)
+
+
 def test_files_of_rows_need_their_field(texts):
     assert score(DomainRelevance(texts[1], texts[1], field="body"), "the town") == [0.0]
     with pytest.raises(UserError, match=r"town.jsonl:1: .*'text'"):

@@ -81,7 +81,7 @@ def targets_of(examples: Sequence[Example], label_field: str, labels: Sequence[s
 def _label(value: Any, labels: Sequence[str], what: str) -> int:
     if isinstance(value, str) and value in labels:
         return labels.index(value)
-    if isinstance(value, int | float) and value == int(value) and 0 <= value < len(labels):
+    if isinstance(value, int | float) and value in range(len(labels)):  # also 1.0, as some files write it
         return int(value)
     raise UserError(f"{what} must be a name among {', '.join(labels)} or its number from 0, got {value!r}")
 

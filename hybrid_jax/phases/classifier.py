@@ -162,10 +162,8 @@ class ClassifierPhase:
         rows, targets = self._held_out
         scores = self._reader.scores(state.policy, rows, "held_out")
         if len(self._model.labels) == 1:
-            return {
-                "loss": float(np.square(scores[:, 0] - targets).mean()),
-                **regression_report(scores[:, 0], targets),
-            }
+            report = regression_report(scores[:, 0], targets)
+            return {"loss": report["mse"], **report}
         report = classification_report(scores, targets, self._model.labels)
         report["loss"] = float(-np.log(softmax(scores)[np.arange(len(targets)), targets]).mean())
         if (temperature := self._temperature(state)) is not None:

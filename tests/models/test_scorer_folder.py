@@ -125,7 +125,8 @@ def test_an_encoder_classifier_of_transformers_reads_pairs_as_it_does(tmp_path):
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=23, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        max_position_embeddings=16, id2label=dict(enumerate(LABELS)), label2id={n: i for i, n in enumerate(LABELS)},
+        max_position_embeddings=16, id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
     )  # fmt: skip
     theirs = transformers.BertForSequenceClassification(config).eval()
     with torch.no_grad():

@@ -33,6 +33,16 @@ def test_each_reward_has_the_value_of_its_measure_for_the_best_reference(reward,
         assert known is None or value == pytest.approx(known, abs=1e-7)
 
 
+def test_settings_reach_the_measure():
+    assert score(Bleu(lowercase=True), ["A DOG BIT ME"], ["a dog bit me"]) == pytest.approx([1.0])
+    assert score(Bleu(max_order=1, tokens="none"), ["me."], ["me ."]) == [0.0]
+    plus_plus, plain = (score(Chrf(word_order=n), ["a bc"], ["ab c"])[0] for n in (2, 0))
+    assert plus_plus < plain == pytest.approx(1.0)
+    assert score(ExactMatch(normalise=False), ["A"], ["a"]) == [0.0]
+    assert score(Rouge(stemmer=False), ["dogs"], ["dog"]) == [0.0]
+    assert score(Ter(max_words=1), ["c d a b"], ["a b c d"]) == [-1.0]
+
+
 @pytest.mark.parametrize("reward", REWARDS, ids=lambda reward: type(reward).__name__)
 def test_a_further_reference_that_is_worse_or_a_copy_changes_what_it_should(reward):
     (copy,) = score(

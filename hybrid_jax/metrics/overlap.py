@@ -53,7 +53,7 @@ def sentence_chrf(
     return _chrf(char_order, word_order, beta).sentence_score(text, list(references)).score / 100
 
 
-def error_rate(text: str, references: Sequence[str], max_words: int = 100) -> float:
+def error_rate(text: str, references: Sequence[str], max_words: int = 40) -> float:
     """TER (Snover et al. 2006): edits of words and shifts of phrases per reference word; 0 at best, unbounded.
 
     The search for shifts takes more than quadratic time. Where the text or a reference has more than

@@ -76,11 +76,12 @@ class Ter:
     0 at best, -1 for an empty response, unbounded below for one much longer than its reference.
 
     Attributes:
-        max_words: Where the response or a reference has more words, phrases are not shifted: the search for
-            shifts takes more than quadratic time, a second at 100 words at worst.
+        max_words: Where the response or a reference has more words, phrases are not shifted and the score is
+            minus the word error rate. The search for shifts takes far more than quadratic time: on unrelated
+            texts of 20, 40 and 60 words 3, 40 and 240 ms a row.
     """
 
-    max_words: int = 100
+    max_words: int = 40
 
     def __post_init__(self) -> None:
         if self.max_words < 0:

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.base import ModelOutput, Params
+from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.encoder import Encoder, EncoderConfig
+from hybrid_jax.models.encoder_folder import save_encoder
+from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.models.pooling import Mode, Pooling
 
 VOCABULARY, STEPS = 3, 3
 SEQUENCES = np.array(list(itertools.product(range(VOCABULARY), repeat=STEPS)))  # [27 3]
@@ -109,3 +117,44 @@ def optimum(reference: np.ndarray, reward: np.ndarray, beta: float) -> np.ndarra
 def objective(policy: np.ndarray, reference: np.ndarray, reward: np.ndarray, beta: float) -> float:
     """J(π) = E[r] − β KL(π ‖ π_ref)."""
     return float((policy * (reward - beta * np.log(policy / reference))).sum())
+
+
+# ---------------------------------------------------------------------------- tiny random models in folders
+
+TINY_WORDS = (
+    "a an and bad bird blue cat dog fish good green in is of on one red runs sat swims the tree two very"
+)
+
+
+def tiny_encoder_folder(folder: str | Path, *, seed: int = 0, pooling: Mode = "mean") -> Path:
+    """A sentence encoder of two layers with a WordPiece tokenizer that knows words, letters and marks."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    letters = [chr(code) for code in range(33, 127) if chr(code) == chr(code).lower()]
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *TINY_WORDS.split()[1:]]
+    vocabulary = dict.fromkeys(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *pieces])
+    ids = {token: number for number, token in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()  # type: ignore
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore
+    tokenizer.add_special_tokens(["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    config = EncoderConfig(len(ids), num_layers=2, width=16, num_heads=2, max_length=64, init_std=0.3)
+    model = Encoder(config, Pooling(pooling))
+    save_encoder(folder, model, model.init(jax.random.key(seed)))
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    return Path(folder)
+
+
+def tiny_decoder_folder(folder: str | Path, *, seed: int = 0) -> Path:
+    """A decoder of two layers over bytes."""
+    tokenizer = Bytes().build()
+    config = DecoderConfig(
+        num_layers=2, width=16, num_heads=2, max_length=96, vocab_size=tokenizer.vocab_size, init_std=0.3
+    )
+    model = Decoder(config)
+    save_pretrained(folder, model, model.init(jax.random.key(seed)), eos_ids=(tokenizer.eos_id,))
+    tokenizer.save(folder)
+    return Path(folder)

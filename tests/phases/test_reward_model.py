@@ -198,6 +198,7 @@ def test_a_conversation_is_read_by_the_chat_template_and_a_plain_prompt_as_its_o
     assert Reading.of(reading.settings) == reading
 
 
+@pytest.mark.slow  # transformers reads the folder
 def test_the_scale_can_be_that_of_a_policys_samples(tmp_path, trained):
     folder = tmp_path / "policy"
     settings = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.metrics.text import words
+from hybrid_jax.metrics.text import sentences, words
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.pooling import l2_normalized
@@ -33,8 +32,6 @@ from hybrid_jax.rewards.model_based import (
 
 Scores = Callable[[], list[float]]
 Vectors = Mapping[str, np.ndarray]  # text -> embedding
-
-_SENTENCE_END = re.compile(r"""(?<=[.!?])\s+|(?<=[.!?]["'”’)\]])\s+|(?<=[。！？])|\n+""")
 
 
 @REWARDS.register("cosine_similarity")
@@ -293,8 +290,3 @@ def _coverage(vectors: Vectors, covered: Sequence[str], by: Sequence[str]) -> fl
     if not covered or not by:
         return 0.0
     return float(np.mean([max(0.0, *_cosines(vectors, text, by)) for text in covered]))
-
-
-def sentences(text: str) -> list[str]:
-    """The sentences of ``text``, split behind ``.!?`` and at line ends; none of a blank text."""
-    return [part.strip() for part in _SENTENCE_END.split(text) if part.strip()]

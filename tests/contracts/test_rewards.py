@@ -15,6 +15,7 @@ from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.testing import tiny_decoder_folder, tiny_encoder_folder
 
 
 @functools.cache
@@ -22,12 +23,34 @@ def scorer_folder() -> str:
     """A scorer of two labels, such as a run leaves behind."""
     folder, tokenizer = Path(tempfile.mkdtemp()), Bytes().build([])
     model = NGrams(labels=("first", "second"), bucket_bits=4, width=2).build(tokenizer.vocab_size)
-    params = jax.jit(lambda key: jax.tree.map(lambda x: x + 0.5, model.init(key)))(jax.random.key(0))
+    params = jax.jit(
+        lambda key: jax.tree.map(lambda x: x + jnp.linspace(0.2, 1.0, x.shape[-1]), model.init(key))
+    )(jax.random.key(0))
     save_scorer(folder, model, params, tokenizer.save)
     return str(folder)
 
 
+@functools.cache
+def model_folder(write) -> str:
+    return str(write(Path(tempfile.mkdtemp())))
+
+
+def with_encoder(**settings):
+    return lambda: {"path": model_folder(tiny_encoder_folder), "batch_size": 4, **settings}
+
+
+def with_language_model(**settings):
+    return lambda: {"path": model_folder(tiny_decoder_folder), "batch_size": 4, **settings}
+
+
 REQUIRED = {  # settings without a default
+    "bertscore": with_encoder(),
+    "classifier": lambda: {"path": scorer_folder(), "label": "second"},
+    "cosine_similarity": with_encoder(),
+    "facility_coverage": with_encoder(),
+    "gptscore": with_language_model(template="{prompt}{response}"),
+    "perplexity": with_language_model(),
+    "truthful_contrast": with_encoder(),
     "domain_relevance": {"path": __file__, "general": str(Path(__file__).parents[1] / "conftest.py")},
     "json_schema": {"schema": {"type": "object", "required": ["stars"]}},
     "keyword_coverage": {"keywords": ["food", "parking"]},
@@ -48,6 +71,9 @@ FIRST_RESPONSE = {  # where the usual first one gets the same score as the other
 }
 COLUMNS = {
     "references": [["Good food.", "The Eagle serves food."], "nothing", ["漢字"], ["awful food", "good"]],
+    "source": ["The Eagle serves food. It is good.", "A river.", "漢字", "Awful food, they say."],
+    "correct_answers": [["good food", "a cat"], ["two"], ["漢字"], ["good"]],
+    "incorrect_answers": [["bad food"], ["one"], ["a tree", "a dog"], ["awful"]],
     "concepts": [["french", "serve"], ["area"], ["漢字"], ["park"]],
     "final_answer": ["5", 7, "1/2", 3.5],
     "facts": [{"name": ["the eagle"]}, {"name": ["cotto"], "area": ["river"]}, [["ranch"]], {"x": "awful"}],

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.data.tokenizer import load_tokenizer
+from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.hf import load_pretrained, save_pretrained
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.likelihood import GptScore, Perplexity, mc1, mc2
@@ -90,12 +92,8 @@ def test_repeated_words_please_a_language_model_and_not_its_sum_with_repetition(
     words = [*dict.fromkeys(real.split()), "<|endoftext|>"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<|endoftext|>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore
-    model, params = load_pretrained(folder)
-    # without layers the last state is the token itself: a tied head finds it likely again
-    from dataclasses import replace
-
-    from hybrid_jax.models.decoder import Decoder
-
+    model, _ = load_pretrained(folder)
+    # its layers add nothing, so the last state is the token itself: a tied head finds it likely again
     echo = Decoder(replace(model.config, vocab_size=len(words), num_layers=1))
     silent = jax.tree.map(jnp.zeros_like, echo.init(jax.random.key(0)))
     table = jnp.eye(len(words), 16)

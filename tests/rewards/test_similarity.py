@@ -14,13 +14,7 @@ from hybrid_jax.models.encoder_folder import load_encoder
 from hybrid_jax.rewards import model_based
 from hybrid_jax.rewards.base import RewardError, evaluate_reward, start_reward
 from hybrid_jax.rewards.model_based import run_in_batches
-from hybrid_jax.rewards.similarity import (
-    BertScore,
-    CosineSimilarity,
-    FacilityCoverage,
-    TruthfulContrast,
-    sentences,
-)
+from hybrid_jax.rewards.similarity import BertScore, CosineSimilarity, FacilityCoverage, TruthfulContrast
 from hybrid_jax.testing import tiny_encoder_folder
 
 TEXTS = [
@@ -111,12 +105,6 @@ def test_a_truthful_answer_is_nearer_to_the_true_ones(folder, states):
     scores = TruthfulContrast(folder)(["", ""], [TEXTS[5]] * 2, true, false)
     np.testing.assert_allclose(scores, expected, atol=4e-6)
     assert TruthfulContrast(folder)([""], ["a dog"], ["a dog"], ["a dog"]) == [0.0]
-
-
-def test_sentences_end_at_marks_and_lines():
-    text = 'One is e.g. 1.5 here. "Two!" said he.\n\nThree?  Four'
-    assert sentences(text) == ["One is e.g.", "1.5 here.", '"Two!"', "said he.", "Three?", "Four"]
-    assert sentences(" \n ") == []
 
 
 def test_coverage_is_monotone_submodular_and_indifferent_to_repetition(folder):

@@ -259,9 +259,8 @@ class PPOPhase:
         """Answers of the opponent to the same prompts."""
         if self.config.opponent is None:
             return []
-        keys = jax.random.split(jax.random.fold_in(key, 1), self.config.opponent.num_samples)
-        opponent = state.references[self.config.opponent.reference]
-        return [self._sample(state.base, opponent, *prompts, each) for each in keys]
+        opponent, count = state.references[self.config.opponent.reference], self.config.opponent.num_samples
+        return [self._sample(state.base, opponent, *prompts, each) for each in _opponent_keys(key, count)]
 
     def _first_value(self, state: RunState, policy: Params) -> dict[str, Any]:
         """A separate value network before its first step: a copy of the policy, or of a reward model."""
@@ -370,6 +369,12 @@ def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
     return PromptStream(
         examples, resources.tokenizer, seed=resources.seed, max_prompt_length=min(limits, default=None)
     )
+
+
+@partial(jax.jit, static_argnums=1)
+def _opponent_keys(key: Array, count: int) -> list[Array]:
+    """Noise that the policy's own answers do not share."""
+    return list(jax.random.split(jax.random.fold_in(key, 1), count))
 
 
 def _repeat(prompts: PromptBatch, times: int) -> PromptBatch:

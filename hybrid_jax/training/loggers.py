@@ -1,9 +1,10 @@
 """Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
 
 A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``; a sample record is
-``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``. Steps count from 0: the
-record of update s carries s, and so does an evaluation made just before that update. Thus a run that resumes
-at step s writes every record with ``step >= s`` again, and the loggers forget those first.
+``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, and ``"extreme": {"part", "rank"}``
+where it was picked as one that a part likes best or least. Steps count from 0: the record of update s carries
+s, and so does an evaluation made just before that update. Thus a run that resumes at step s writes every
+record with ``step >= s`` again, and the loggers forget those first.
 """
 
 from __future__ import annotations
@@ -121,6 +122,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
+def without_extremes(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The samples of the same prompts each time, without those that were picked for their scores."""
+    return [record for record in samples if "extreme" not in record]
+
+
 def without_timings(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a run that is repeated logs again to the last bit: all but what depends on the machine's day."""
     of_the_day = ("seconds", "tokens_per_second", "mfu")
@@ -182,6 +188,7 @@ class _TensorBoardLogger:
             self._writer.add_scalar(name, value, record["step"])
 
     def samples(self, records: list[dict[str, Any]]) -> None:
+        records = without_extremes(records)
         for step in sorted({record["step"] for record in records}):
             rows = [_markdown_row(record) for record in records if record["step"] == step]
             table = "\n".join(["prompt | response | score", "--- | --- | ---", *rows])
@@ -250,7 +257,7 @@ class _WandbLogger:
         self._run.log({"step": record["step"], **_scalars(record)})
 
     def samples(self, records: list[dict[str, Any]]) -> None:
-        if records:
+        if records := without_extremes(records):
             columns = ["step", "index", "prompt", "response", "score"]
             rows = [[record[column] for column in columns] for record in records]
             self._run.log({"step": records[0]["step"], "samples": self._table(columns=columns, data=rows)})

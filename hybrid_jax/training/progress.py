@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from hybrid_jax.training.loggers import without_extremes
+
 # Shown in this order, the first name that the latest records hold.
 _SHOWN = {
     "loss": ("{phase}/loss", "ppo/policy_loss"),
@@ -61,8 +63,8 @@ class Progress:
     def samples(self, records: list[dict[str, Any]], limit: int = 4) -> None:
         """Prints the first samples as a table, above the bar."""
         width = shutil.get_terminal_size().columns if self._is_terminal else 120
-        if records:
-            self._write(sample_table(records[:limit], width))
+        if shown := without_extremes(records)[:limit]:
+            self._write(sample_table(shown, width))
 
     def close(self) -> None:
         self._bar.close()

@@ -140,7 +140,8 @@ def test_tensorboard_events_hold_the_scalars_at_their_steps(tmp_path):
     logger = open_loggers([TensorBoard()], tmp_path, {}, resume_step=None)
     for step in range(3):
         logger.metrics(sft_record(step, loss=0.5 * step))
-    logger.samples([sample_record(2, response="a | b\nc")])
+    picked = sample_record(2, response="picked") | {"extreme": {"part": "coverage", "rank": "best"}}
+    logger.samples([picked, sample_record(2, response="a | b\nc"), picked])
     logger.close()
     (file,) = (tmp_path / "tensorboard").iterdir()
     data, offset, scalars, texts = file.read_bytes(), 0, [], []
@@ -168,6 +169,8 @@ def test_wandb_offline_needs_no_network_and_writes_no_secret(tmp_path):
         "    logger = open_loggers([WeightsAndBiases()], Path(sys.argv[1]), config, resume_step)\n"
         "    logger.metrics({'step': 0, 'phase': 'sft', 'sft/loss': 0.5})\n"
         "    logger.samples([dict(step=0, index=0, prompt='p', response='r', score=0.5)])\n"
+        "    picked = dict(step=0, index=0, prompt='p', response='pickedforscore', score=1.0, extreme={})\n"
+        "    logger.samples([picked])\n"
         "    logger.close()\n"
     )
     home = {"WANDB_DIR": str(tmp_path), "HOME": str(tmp_path), "PATH": os.environ["PATH"]}
@@ -183,6 +186,7 @@ def test_wandb_offline_needs_no_network_and_writes_no_secret(tmp_path):
     (recorded, *_) = [file.read_bytes() for file in files if file.suffix == ".wandb"]
     assert b"sft/loss" in recorded
     assert not [file for file in files if b"hunter2" in file.read_bytes()]
+    assert not [file for file in files if b"pickedforscore" in file.read_bytes()]
 
 
 def test_secrets_are_known_by_their_names_and_words_of_the_vocabulary_are_none():
@@ -228,6 +232,17 @@ def test_on_a_terminal_progress_shows_phase_loss_score_kl_speed_and_time_left():
     assert "5/10" in shown
     for part in ("ppo", "loss -0.020", "score 0.810", "KL 1.500", "tokens/s 12,345", "left"):
         assert part in shown
+
+
+def test_the_table_of_samples_leaves_out_those_that_were_picked_for_their_scores():
+    stream = io.StringIO()
+    progress = Progress(total=1, stream=stream)
+    picked = sample_record(0, response="Picked.") | {"extreme": {"part": "coverage", "rank": "best"}}
+    progress.samples([picked])
+    assert stream.getvalue() == ""
+    progress.samples([picked, sample_record(0), picked])
+    progress.close()
+    assert [line.split()[3] for line in stream.getvalue().splitlines()[1:]] == ["Fine"]
 
 
 @pytest.mark.parametrize("width", [24, 40, 80, 200])

@@ -18,18 +18,18 @@ from jax import Array
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data import e2e  # noqa: F401  registers its source
+from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
-from hybrid_jax.models import decoder, hf  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
-from hybrid_jax.phases import ppo, sft  # noqa: F401  these fill PHASES
+from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
 from hybrid_jax.run_identity import check_same_run, environment
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config

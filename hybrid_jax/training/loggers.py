@@ -1,10 +1,10 @@
 """Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
 
 A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``; a sample record is
-``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, and ``"extreme": {"part", "rank"}``
-where it was picked as one that a part likes best or least. Steps count from 0: the record of update s carries
-s, and so does an evaluation made just before that update. Thus a run that resumes at step s writes every
-record with ``step >= s`` again, and the loggers forget those first.
+``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, with a further ``"extreme":
+{"part", "rank"}`` where it was picked as one that a part likes best or least. Steps count from 0: the record of
+update s carries s, and so does an evaluation made just before that update. Thus a run that resumes at step s
+writes every record with ``step >= s`` again, and the loggers forget those first.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from pathlib import Path
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "reward_models"
 DATA = {"polite": "polite_pref", "tldr": "tldr_comparisons", "harmless": "hh_rlhf_harmless"}
-ENCODERS = ("polite",)  # those that read texts by a pretrained encoder
+ENCODERS = ("polite", "harmless")  # those that read texts by a pretrained encoder
 SHOWN = {
     "pairs": "pairs",
     "accuracy": "accuracy",

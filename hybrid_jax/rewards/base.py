@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.registry import Registry, UserError, suggest
 
 REWARDS = Registry("reward")
 
@@ -121,8 +121,10 @@ def _accepted_columns(
     named = {p.name: p for p in others if p.kind in (*positional, inspect.Parameter.KEYWORD_ONLY)}
     for parameter in named.values():
         if parameter.default is inspect.Parameter.empty and parameter.name not in columns:
-            known = ", ".join(sorted(columns)) or "no columns"
-            raise RewardError(f"reward {name!r} needs the column {parameter.name!r}; the data has {known}")
+            nearest = suggest(parameter.name, list(columns))
+            raise RewardError(
+                f"reward {name!r} needs the column {parameter.name!r}, which the data lacks; {nearest}"
+            )
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in others)
     return {key: column for key, column in columns.items() if key in named or (takes_all and key not in texts)}
 

@@ -166,7 +166,8 @@ def test_a_start_that_came_to_nothing_binds_nobody(tiny, tmp_path, mistake, comm
     start = ("--config", tiny / "config.yaml", f"run_dir={tmp_path}", "steps=1", "scheduler.cycle.ppo=0")
     missing = "phases.ppo.reward.parts.length.reward=fact_coverage"
     assert (
-        mistake(train.main, *start, missing) == "reward 'length' needs the column 'facts'; the data has number"
+        mistake(train.main, *start, missing)
+        == "reward 'length' needs the column 'facts', which the data lacks; known: number"
     )
     assert (tmp_path / "config.yaml").is_file()
     assert (

@@ -78,7 +78,7 @@ def test_a_reward_with_keyword_columns_gets_all_of_them():
 
 def test_a_column_that_is_missing_is_named_with_those_there_are():
     message = message_of(lambda prompts, responses, target: [0, 0], facts=[1, 2], other=[1, 2])
-    assert message == "reward 'mine' needs the column 'target'; the data has facts, other"
+    assert message == "reward 'mine' needs the column 'target', which the data lacks; known: facts, other"
 
 
 def test_an_exception_names_its_type_its_message_and_the_users_line(tmp_path):

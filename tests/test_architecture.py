@@ -28,6 +28,7 @@ ONLY_IN = {
     "requests": "rewards/judge.py",
     "httpx": "rewards/judge.py",
     "urllib.request": "rewards/judge.py",
+    "http.client": "rewards/judge.py",
 }
 
 

@@ -3,6 +3,7 @@
 import hybrid_jax.rewards.classifier
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.format
+import hybrid_jax.rewards.judge_rewards
 import hybrid_jax.rewards.likelihood
 import hybrid_jax.rewards.mixture
 import hybrid_jax.rewards.ngram

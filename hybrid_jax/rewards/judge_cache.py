@@ -1,0 +1,114 @@
+"""What a judge has answered and what it has cost, on disk: kept over restarts, shared by processes.
+
+One small file an answer, under the hash of all that the answer depends on, and ``spent.json`` with what was
+paid so far. Neither holds the key of the endpoint, nor the texts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_jax.core.registry import UserError
+
+SPENT = "spent.json"
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Tokens that were paid for."""
+
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    dollars: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.answer_tokens
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(
+            self.prompt_tokens + other.prompt_tokens,
+            self.answer_tokens + other.answer_tokens,
+            self.dollars + other.dollars,
+        )
+
+
+@dataclass(frozen=True)
+class JudgeCache:
+    """Answers and their cost in ``folder``, which is made where it is not there."""
+
+    folder: Path
+
+    def find(self, key: str) -> float | None:
+        """The answer under ``key``; None where there is none, or a damaged one: then it is asked again."""
+        try:
+            value = json.loads(self._path(key).read_text())["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        valid = isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
+        return float(value) if valid else None
+
+    def keep(self, key: str, value: float) -> None:
+        _write(self._path(key), {"value": value})
+
+    def spent(self) -> Spent:
+        """What all runs with this folder have paid.
+
+        Raises:
+            UserError: The file is damaged: what it said is not known, so nothing more is paid.
+        """
+        path = self.folder / SPENT
+        try:
+            content = json.loads(path.read_text())
+            return Spent(
+                int(content["prompt_tokens"]), int(content["answer_tokens"]), float(content["dollars"])
+            )
+        except FileNotFoundError:
+            return Spent()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} must say what was spent, got a damaged file; mend or delete it") from error
+
+    def pay(self, more: Spent) -> None:
+        """Adds to what was spent; processes and threads wait for each other."""
+        with self._locked():
+            _write(self.folder / SPENT, vars(self.spent() + more))
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.json"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        import fcntl
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("a") as file:  # the lock goes with the file, however the process ends
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def key_of(*parts: Any) -> str:
+    """SHA-256 of what an answer depends on."""
+    content = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """As a whole or not at all, also beside another writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise

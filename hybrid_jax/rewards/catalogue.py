@@ -9,6 +9,7 @@ import hybrid_jax.rewards.mixture
 import hybrid_jax.rewards.ngram
 import hybrid_jax.rewards.overlap
 import hybrid_jax.rewards.reward_model
+import hybrid_jax.rewards.shaping
 import hybrid_jax.rewards.similarity
 import hybrid_jax.rewards.slots
 import hybrid_jax.rewards.style

@@ -51,6 +51,7 @@ REQUIRED = {  # settings without a default
     "gptscore": with_language_model(template="{prompt}{response}"),
     "perplexity": with_language_model(),
     "truthful_contrast": with_encoder(),
+    "win_rate": {"reward": {"name": "length", "target": 5}},
     "domain_relevance": {"path": __file__, "general": str(Path(__file__).parents[1] / "conftest.py")},
     "json_schema": {"schema": {"type": "object", "required": ["stars"]}},
     "keyword_coverage": {"keywords": ["food", "parking"]},
@@ -71,6 +72,7 @@ FIRST_RESPONSE = {  # where the usual first one gets the same score as the other
 }
 COLUMNS = {
     "references": [["Good food.", "The Eagle serves food."], "nothing", ["漢字"], ["awful food", "good"]],
+    "opponents": [["Good food.", ""], "a", ["b"], ["c d e f g", "h"]],
     "source": ["The Eagle serves food. It is good.", "A river.", "漢字", "Awful food, they say."],
     "correct_answers": [["good food", "a cat"], ["two"], ["漢字"], ["good"]],
     "incorrect_answers": [["bad food"], ["one"], ["a tree", "a dog"], ["awful"]],

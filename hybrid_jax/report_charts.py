@@ -15,6 +15,7 @@ from itertools import groupby, pairwise
 Numbers = Sequence[float | None]  # None is a gap: a NaN or an infinity
 MAX_POINTS = 600
 _WIDTH, _HEIGHT = 1000, 100
+_FEW = 40  # points: fewer are shown one by one
 _MIN_BAND = 0.02  # of the chart's width: a narrower phase block is only part of the strip
 
 
@@ -29,11 +30,26 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Band:
+    """The area between two curves."""
+
+    label: str
+    low: Series
+    high: Series
+
+
+@dataclass(frozen=True)
 class Panel:
     """Curves that share a vertical axis; ``floor`` is a value that the axis must reach down to."""
 
     series: Sequence[Series]
     floor: float | None = None
+    band: Band | None = None
+
+    @property
+    def all_series(self) -> list[Series]:
+        """Those of the band come last."""
+        return [*self.series, *((self.band.low, self.band.high) if self.band else ())]
 
 
 @dataclass(frozen=True)
@@ -187,10 +203,12 @@ def draw(panels: Sequence[Panel], blocks: Sequence[Block], end: int) -> tuple[st
     """The HTML of a chart's panels over one axis of steps [0, end], and what its hover needs to know."""
     pieces, data = [], []
     for number, panel in enumerate(panels):
-        values = [y for line in panel.series for y in line.ys if y is not None]
+        values = [y for line in panel.all_series for y in line.ys if y is not None]
         axis = axis_for(values, panel.floor, intervals=2 if number else 5)  # panels below the first are low
-        hover = [_hover_points(line) for line in panel.series]
-        keys = "".join(_key(line, points["y"]) for line, points in zip(panel.series, hover, strict=True))
+        hover = [_hover_points(line) for line in panel.all_series]
+        keys = "".join(_key(line, points["y"]) for line, points in zip(panel.series, hover, strict=False))
+        if panel.band:
+            keys += _band_key(panel.band, hover[-2]["y"], hover[-1]["y"])
         scale = '<span class="scale">log scale</span>' if axis.is_log else ""
         labels = "".join(
             f'<span style="bottom:{100 * axis.share(tick):.2f}%">{short_number(tick)}</span>'
@@ -205,11 +223,19 @@ def draw(panels: Sequence[Panel], blocks: Sequence[Block], end: int) -> tuple[st
 
 
 def _key(line: Series, shown: Numbers) -> str:
-    last = next((y for y in reversed(shown) if y is not None), None)
     gaps = sum(y is None for y in line.ys)
     note = f"<em>{gaps} not finite</em>" if gaps else ""
     label = html.escape(line.label)
-    return f'<span class="key {line.colour}"><i></i>{label} <b>{short_number(last)}</b>{note}</span>'
+    return f'<span class="key {line.colour}"><i></i>{label} <b>{_last(shown)}</b>{note}</span>'
+
+
+def _band_key(band: Band, lows: Numbers, highs: Numbers) -> str:
+    values = f"<b>{_last(lows)}</b> to <b>{_last(highs)}</b>"
+    return f'<span class="key area {band.low.colour}"><i></i>{html.escape(band.label)} {values}</span>'
+
+
+def _last(shown: Numbers) -> str:
+    return short_number(next((y for y in reversed(shown) if y is not None), None))
 
 
 def _svg(panel: Panel, axis: Axis, blocks: Sequence[Block], end: int) -> str:
@@ -222,9 +248,23 @@ def _svg(panel: Panel, axis: Axis, blocks: Sequence[Block], end: int) -> str:
     for tick in axis.ticks:
         y = _HEIGHT * (1 - axis.share(tick))
         shapes.append(f'<path class="grid" d="M0 {y:.2f}H{_WIDTH}"/>')
+    if panel.band:
+        shapes.append(_area(panel.band, axis, end))
     for line in panel.series:
         shapes += _curve(line, axis, end)
     return _box(shapes)
+
+
+def _area(band: Band, axis: Axis, end: int) -> str:
+    """Filled between the two curves, as smooth as they are drawn."""
+
+    def corners(line: Series) -> list[str]:
+        known = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if y is not None]
+        places = known if len(known) < _FEW else list(zip(*moving_mean(line.xs, line.ys), strict=True))
+        return [f"{_WIDTH * x / end:.1f} {_HEIGHT * (1 - axis.share(y)):.2f}" for x, y in places]
+
+    outline = "L".join([*corners(band.low), *reversed(corners(band.high))])
+    return f'<path class="area {band.low.colour}" d="M{outline}Z"/>'
 
 
 def _curve(line: Series, axis: Axis, end: int) -> list[str]:
@@ -240,7 +280,7 @@ def _curve(line: Series, axis: Axis, end: int) -> list[str]:
         return "".join(text)
 
     known = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if y is not None]
-    if len(known) < 40:  # few points are shown as points: strokes of no length with round ends
+    if len(known) < _FEW:  # few points are shown as points: strokes of no length with round ends
         dots = "".join(path([x], [y]) + "h0" for x, y in known)
         curve = path(line.xs, line.ys)
         return [f'<path class="line {line.colour}" d="{curve}"/><path class="dots {line.colour}" d="{dots}"/>']

@@ -134,7 +134,96 @@ GLOSSARY = {
     ),
     "compile/seconds": ("Time that it took.", "A large part of the run: keep the compilation cache."),
     "seconds": ("Time of a whole step.", "Single spikes: compilation or a checkpoint."),
+    "judge": (
+        "A held-out judge: measured, never trained on.",
+        "Falling while the score rises: the policy games the reward.",
+    ),
+    "score_length_slope": (
+        "What a token more goes with in the held-out score: the least-squares slope.",
+        "Far from 0, and growing: the score pays for length (above 0) or for brevity (below).",
+    ),
+    "reward/gate_open_fraction": (
+        "Share of responses that pass the gate.",
+        "Near 0: nothing is left to learn from; near 1: the gate asks for nothing.",
+    ),
+    "reward/aspects_fraction": (
+        "Share of responses good enough as a whole for their aspects to count.",
+        "Near 0: the threshold is out of reach; near 1: it asks for nothing.",
+    ),
+    "reward/gate_entropy": (
+        "Entropy of the gate's weights, in nats; at most log of the number of parts.",
+        "Near 0: one part has all the weight.",
+    ),
+    "reward/gate_fitted": ("1 once the gate has learnt its preferences.", "0: all parts weigh the same."),
+    "reward/gate_accuracy": (
+        "Share of the gate's preferences that its weights explain.",
+        "Near 0.5: no weighting of these parts explains them.",
+    ),
+    "reward/gate_loss": ("Mean negative log-likelihood of those preferences.", "Near 0.69: chance."),
+    "reward/bandit_entropy": (
+        "Entropy of the bandit's chances, in nats; at most log of the number of parts.",
+        "Near 0: it tries one part only.",
+    ),
+    "reward/bandit_arm": ("The part that the bandit tries, counted from 0.", "Never changing: no exploration."),
 }
+# The same for the metrics that each part has, by how they end.
+PART_GLOSSARY = {
+    "_std": ("Spread of a part within a rollout.", "0: every response earns the same, it teaches nothing."),
+    "_p10": ("A tenth of the responses earn less from this part.", "Rising least: the worst are left behind."),
+    "_p50": (
+        "Half of the responses earn less from this part.",
+        "Far from the mean: a few responses decide it.",
+    ),
+    "_p90": ("A tenth of the responses earn more from this part.", "Met by the others: the part is saturated."),
+    "_clip_fraction": (
+        "Share of rows in which a part was clipped.",
+        "Above a half: the part says the same of most responses; widen its clip.",
+    ),
+    "_weight": (
+        "Mean coefficient of a part in the score.",
+        "0: the part does not count; growing without end: nothing else does.",
+    ),
+    "_multiplier": (
+        "Lagrange multiplier: the price of breaking a limit.",
+        "Growing without end: the limit cannot be met.",
+    ),
+    "_excess": (
+        "By how much a limit is broken on average; below 0 it holds.",
+        "Staying above 0: see its price.",
+    ),
+    "_gate": (
+        "Mean share of the gate that a part has.",
+        "Near 1: the others count for nothing.",
+    ),
+    "_probability": (
+        "The bandit's chance of trying a part.",
+        "All alike to the end: no part moved the metric that it watches.",
+    ),
+    "_swap_consistency": (
+        "How often a judge says the same with both answers swapped.",
+        "Below 0.7: it judges by position.",
+    ),
+    "_uncertainty": (
+        "Disagreement of the members of an ensemble.",
+        "Growing: the policy writes what the reward model never saw.",
+    ),
+    "~": (
+        "Correlation over a rollout.",
+        "Score with length near 1 or -1: the reward counts length; two parts below 0: they fight.",
+    ),
+}
+
+
+def glossary_entry(metric: str) -> tuple[str, str] | None:
+    """What a metric is and what to think of when it looks wrong, where that is known."""
+    name = metric.partition("/")[2]
+    kind = name.partition("/")[0]
+    if found := GLOSSARY.get(metric) or GLOSSARY.get(name):
+        return found
+    endings = [ending for ending in PART_GLOSSARY if name.endswith(ending)] if kind == "reward" else []
+    if kind == "reward" and "~" in name:
+        endings = ["~"]
+    return PART_GLOSSARY[endings[0]] if endings else GLOSSARY.get(kind)
 
 
 @dataclass(frozen=True)
@@ -151,6 +240,7 @@ class Chart:
     title: str
     panels: Sequence[tuple[Sequence[Line], float | None]]
     glossary: str | None  # the entry that is printed beneath
+    band: tuple[str, str] | None = None  # metrics: the area between them is shaded in the first panel
 
 
 def pair(name: str) -> list[Line]:
@@ -246,3 +336,46 @@ SPEED_CHARTS = [
         "time/checkpoint_seconds",
     ),
 ]
+_MANY = ("ppo", "sft", "fourth", "eval", "other")  # the colours of lines that only their names tell apart
+
+
+def part_chart(part: str) -> Chart:
+    """A part's mean in training and held-out, within the distribution over the responses of a rollout."""
+    name = f"reward/{part}"
+    lines = [*pair(name), Line(f"ppo/{name}_p50", "median", "ppo median")]
+    return Chart(part, [(lines, None)], None, band=(f"ppo/{name}_p10", f"ppo/{name}_p90"))
+
+
+def judge_chart(judge: str) -> Chart:
+    return Chart(f"Judge: {judge}", [([Line(f"evaluation/judge/{judge}", "held-out")], None)], "judge")
+
+
+def combination_charts(parts: Sequence[str]) -> list[Chart]:
+    """How the parts became one score: whatever the run's combiner logged."""
+
+    def of_each(ending: str) -> list[Line]:
+        return [Line(f"ppo/reward/{part}{ending}", part, many_colour(i)) for i, part in enumerate(parts)]
+
+    def entropy(name: str) -> list[Line]:
+        return [Line(f"ppo/reward/{name}_entropy", "entropy", "fourth")]
+
+    shares = [
+        Line("ppo/reward/gate_open_fraction", "gate open"),
+        Line("ppo/reward/aspects_fraction", "aspects count", "fourth"),
+    ]
+    return [
+        Chart("Weights", [(of_each("_weight"), 0.0)], "_weight"),
+        Chart("The gate's shares", [(of_each("_gate"), 0.0), (entropy("gate"), 0.0)], "_gate"),
+        Chart(
+            "The bandit's chances", [(of_each("_probability"), 0.0), (entropy("bandit"), 0.0)], "_probability"
+        ),
+        Chart("Multipliers", [(of_each("_multiplier"), 0.0), (of_each("_excess"), None)], "_multiplier"),
+        Chart("Responses let through", [(shares, 0.0)], "reward/gate_open_fraction"),
+        Chart("Clipped rows", [(of_each("_clip_fraction"), 0.0)], "_clip_fraction"),
+        _alone("Score for a token more", "score_length_slope"),
+    ]
+
+
+def many_colour(number: int) -> str:
+    """A second round of the same colours is dashed."""
+    return _MANY[number % len(_MANY)] + (" dashed" if number >= len(_MANY) else "")

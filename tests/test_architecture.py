@@ -19,7 +19,8 @@ TOP = {
     **dict.fromkeys(["start", "testing", "policy", "run_identity"], 5),
     **{"scorer_run": 5.5, "experiment": 6, "trainer": 7, "__init__": 9},
 }
-REPORT = {"report", "report_charts", "report_metrics", "report_speed"}  # reads run directories, knows no model
+# The report reads run directories and knows no model.
+REPORT = {"report", *(f"report_{of}" for of in "charts flags metrics page rewards run samples speed".split())}
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {
     "flax.linen": "models/",

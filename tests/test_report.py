@@ -160,7 +160,7 @@ def test_steps_are_counted_by_phase_also_when_only_some_are_logged(tmp_path):
         ([sft(0, loss=None)], ["Particulars"]),
         (
             [ppo(0, **{"reward/length": 1.0, "odd": 2.0})],
-            ["Progress", "Parts of the reward", "More metrics", "Particulars"],
+            ["Progress", "Rewards", "More metrics", "Particulars"],
         ),
     ],
 )

@@ -1,0 +1,132 @@
+"""The report's section on rewards: what each part did, how they were combined, whether to trust the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+from hybrid_jax.report_flags import Flags, find_flags
+from hybrid_jax.report_metrics import GLOSSARY, combination_charts, judge_chart, part_chart
+from hybrid_jax.report_page import Figures, chart_grid, escaped, folded, section
+from hybrid_jax.report_run import Run
+from hybrid_jax.report_samples import answer_text, score_text
+
+_SHOWN_EXTREMES = 2  # of the best and of the worst answers by each part
+_MAX_NAME = 40
+
+
+def rewards_section(run: Run, figures: Figures) -> str:
+    """Flags, charts of the parts, judges and combination, correlations, the best and the worst answers."""
+    charts = [part_chart(part) for part in run.parts] + [judge_chart(judge) for judge in run.judges]
+    of_parts = chart_grid(figures, charts)
+    combination = chart_grid(figures, combination_charts(run.parts))
+    correlations = _correlations(run)
+    figures.count_as_drawn(
+        metric for metric in run.curves if metric.startswith("ppo/reward/") and "~" in metric
+    )
+    rest = chart_grid(figures, figures.rest("reward/"))
+    pieces = [_flags(find_flags(run)), of_parts, combination, rest, _heat_table(correlations), _extremes(run)]
+    note = f"<p>{escaped(' '.join(GLOSSARY['reward']))}</p>"
+    return section("Rewards", "".join(pieces), note)
+
+
+# --- flags -----------------------------------------------------------------------------------------------
+
+
+def _flags(flags: Flags) -> str:
+    if not flags.looked_at:
+        return ""
+    missing = f" Without numbers to look at: {', '.join(flags.not_looked_at)}." if flags.not_looked_at else ""
+    note = f'<p class="note">Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
+    if not flags.found:
+        return f'<div class="flags"><h3>Nothing suspicious</h3>{note}</div>'
+    items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in flags.found)
+    return f'<div class="flags found"><h3>Signs of reward hacking</h3><ul>{items}</ul>{note}</div>'
+
+
+# --- correlations ----------------------------------------------------------------------------------------
+
+
+def _correlations(run: Run) -> dict[tuple[str, str], float]:
+    """Of each pair of parts, score and length that was logged, meaned over the last tenth of the PPO steps."""
+    names = dict.fromkeys([*run.parts, "score", "length"])
+    found = {}
+    for a, b in combinations(names, 2):
+        for metric in (f"ppo/reward/{a}~{b}", f"ppo/reward/{b}~{a}"):
+            if (mean := run.late_mean(metric)) is not None:
+                found[a, b] = mean
+    return found
+
+
+def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
+    """A triangle whose shade is the size of a correlation, and whose numbers say its sign."""
+    if not correlations:
+        return ""
+    columns = list(dict.fromkeys(a for a, _ in correlations))
+    rows = list(dict.fromkeys(b for _, b in correlations))
+    head = "".join(f"<th>{_name(column)}</th>" for column in columns)
+    body = "".join(
+        f"<tr><th>{_name(row)}</th>{''.join(_heat(correlations.get((column, row))) for column in columns)}</tr>"
+        for row in rows
+    )
+    note = (
+        "Over the responses of a rollout, meaned over the last tenth of the PPO steps. The stronger, the deeper "
+        "the shade. A pair is missing where one of them was the same for all."
+    )
+    return (
+        '<div class="wide-table"><h3>Correlations</h3><div class="scroll"><table class="heat">'
+        f'<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></div>'
+    )
+
+
+def _heat(value: float | None) -> str:
+    if value is None:
+        return "<td></td>"
+    colour = "ppo" if value >= 0 else "sft"
+    return f'<td class="{colour}" style="--share:{55 * min(abs(value), 1.0):.0f}%">{_signed(value)}</td>'
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _name(name: str) -> str:
+    return "response length" if name == "length" else escaped(name, _MAX_NAME)
+
+
+# --- best and worst answers ------------------------------------------------------------------------------
+
+
+def _extremes(run: Run) -> str:
+    """The best and the worst answers by each part and judge at the last evaluation that has any."""
+    last = max((record["step"] for record in run.extremes), default=0)
+    by_part: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for record in run.extremes:
+        mark = record["extreme"]
+        if record["step"] == last and isinstance(mark, Mapping) and mark.get("rank") in ("best", "worst"):
+            ranks = by_part.setdefault(str(mark.get("part")), {"best": [], "worst": []})
+            ranks[mark["rank"]].append(record)
+    if not by_part:
+        return ""
+    folds = "".join(_extremes_of(part, ranks, part in run.judges) for part, ranks in by_part.items())
+    return f'<div class="extremes"><h3>Best and worst answers at step {last:,}</h3>{folds}</div>'
+
+
+def _extremes_of(part: str, ranks: Mapping[str, Sequence[dict[str, Any]]], is_judge: bool) -> str:
+    columns = ""
+    for rank, records in ranks.items():
+        cells = "".join(_extreme(record, part, rank) for record in records[:_SHOWN_EXTREMES])
+        columns += f'<div class="column">{cells}</div>'
+    title = f"{'Judge: ' if is_judge else ''}{escaped(part, 100)}"
+    return folded(title, f'<div class="answers two">{columns}</div>')
+
+
+def _extreme(record: dict[str, Any], part: str, rank: str) -> str:
+    value = (record.get("parts") or {}).get(part)
+    score = f" · score {score_text(record['score'])}" if record.get("score") is not None else ""
+    return (
+        f'<div class="answer"><p class="when"><span>{rank.capitalize()}{score}</span>'
+        f'<b title="{escaped(part, 100)}">{score_text(value)}</b></p>'
+        f'<p class="asked">{escaped(record["prompt"])}</p>{answer_text(record)}</div>'
+    )

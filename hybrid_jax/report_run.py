@@ -1,0 +1,131 @@
+"""The run that a report is about, as its files tell it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+from hybrid_jax.core.config import load_yaml
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.report_charts import Block, phase_blocks
+from hybrid_jax.training.loggers import (
+    METRICS_FILE,
+    SAMPLES_FILE,
+    read_records,
+    without_extremes,
+    without_secrets,
+)
+from hybrid_jax.training.run_files import RunFiles
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory holds.
+
+    Attributes:
+        name: of the directory.
+        records: of ``metrics.jsonl``.
+        samples: answers to the same prompts each time.
+        extremes: answers that were picked as those that a part likes best or least.
+        config: without secrets.
+        environment: of ``environment.json``.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    extremes: list[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+    @cached_property
+    def curves(self) -> dict[str, tuple[list[int], list[float | None]]]:
+        """Steps and values of every metric, a value that is no finite number as a gap."""
+        curves: dict[str, tuple[list[int], list[float | None]]] = {}
+        for record in self.records:
+            for name, value in record.items():
+                if "/" in name and (value is None or isinstance(value, int | float)):
+                    xs, ys = curves.setdefault(name, ([], []))
+                    xs.append(record["step"])
+                    ys.append(float(value) if value is not None and math.isfinite(value) else None)
+        return {name: curve for name, curve in curves.items() if any(y is not None for y in curve[1])}
+
+    @cached_property
+    def training(self) -> list[tuple[int, str]]:
+        return [(r["step"], r["phase"]) for r in self.records if r["phase"] != "evaluation"]
+
+    @cached_property
+    def num_steps(self) -> int:
+        return max((step + 1 for step, _ in self.training), default=0)
+
+    @cached_property
+    def end(self) -> int:
+        """Where the axis of steps ends."""
+        return max(self.num_steps, *(record["step"] for record in self.records), 1)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        return phase_blocks(self.training, max(self.num_steps, 1))
+
+    @cached_property
+    def first_ppo_step(self) -> int | None:
+        return next((step for step, phase in self.training if phase == "ppo"), None)
+
+    @cached_property
+    def parts(self) -> list[str]:
+        """Names of the parts of the reward; beside each stand numbers of its distribution, in newer runs."""
+        held_out = self._names("evaluation/reward/")
+        trained = [name for name in self._names("ppo/reward/") if "~" not in name]
+        if described := [name for name in trained if f"ppo/reward/{name}_std" in self.curves]:
+            trained = described
+        return list(dict.fromkeys([*held_out, *trained]))
+
+    @cached_property
+    def judges(self) -> list[str]:
+        return self._names("evaluation/judge/")
+
+    def _names(self, prefix: str) -> list[str]:
+        return [metric.removeprefix(prefix) for metric in self.curves if metric.startswith(prefix)]
+
+    def points(self, metric: str, since: int = 0) -> list[tuple[int, float]]:
+        """The (step, value) of a metric from the step ``since`` on, without gaps."""
+        xs, ys = self.curves.get(metric, ([], []))
+        return [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and x >= since]
+
+    def late_mean(self, metric: str) -> float | None:
+        """The mean of a metric of PPO over the last tenth of its steps."""
+        steps = [step for step, phase in self.training if phase == "ppo"]
+        late = self.points(metric, since=steps[-math.ceil(len(steps) / 10)]) if steps else []
+        return fmean(y for _, y in late) if late else None
+
+    def value(self, metric: str, until: int | None = None) -> tuple[int, float] | None:
+        """The last (step, value) of a metric, or the last one up to the step ``until``."""
+        known = [(x, y) for x, y in self.points(metric) if until is None or x <= until]
+        return known[-1] if known else None
+
+
+def read_run(files: RunFiles) -> Run:
+    """The run in a directory.
+
+    Raises:
+        UserError: there is no such directory, it holds no metrics yet, or a file that is none of ours.
+    """
+    if not (run_dir := files.folder).is_dir():
+        raise UserError(f"no run directory {files.name!r}")
+    records = [r for r in read_records(run_dir / METRICS_FILE) if isinstance(r.get("phase"), str)]
+    if not records:
+        raise UserError(f"{files.name}/{METRICS_FILE} holds no metrics yet; train first, or name another run")
+    samples = [r for r in read_records(run_dir / SAMPLES_FILE) if {"index", "prompt", "response"} <= r.keys()]
+    config_file, environment_file = run_dir / "config.yaml", run_dir / "environment.json"
+    config = without_secrets(load_yaml(config_file)) if config_file.is_file() else {}
+    try:
+        environment = json.loads(environment_file.read_text()) if environment_file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{environment_file}: not JSON: {error}") from error
+    shown = without_extremes(samples)
+    extremes = [record for record in samples if "extreme" in record]
+    return Run(run_dir.resolve().name, records, shown, extremes, config, environment)

@@ -20,8 +20,9 @@ def spin_loss(
 ) -> Float[Array, "B"]:
     """−log σ(β [log π/π_t(y_real) − log π/π_t(y_generated)]).
 
-    Chen et al. 2024 (arXiv:2401.01335), the logistic loss of SPIN: y_real is of the data, y_generated a sample of the opponent π_t, the policy of the iteration before. Where
-    π_t is the distribution of the data and π = π_t, the expected gradient is exactly 0.
+    Chen et al. 2024 (arXiv:2401.01335), the logistic loss of SPIN: y_real is of the data, y_generated a sample
+    of the opponent π_t, the policy of the iteration before. Where π_t is the distribution of the data and
+    π = π_t, the expected gradient is exactly 0.
 
     Args:
         real: log π(y_real | x), summed over its tokens.

@@ -1,5 +1,6 @@
 """Imports every module that registers a reward or a mixture of them, so that a config finds it by name."""
 
+import hybrid_jax.rewards.adapters
 import hybrid_jax.rewards.classifier
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.format
@@ -15,4 +16,5 @@ import hybrid_jax.rewards.slots
 import hybrid_jax.rewards.style
 import hybrid_jax.rewards.text
 import hybrid_jax.rewards.tokens
+import hybrid_jax.rewards.trained_judge
 import hybrid_jax.rewards.verifiable  # noqa: F401

@@ -15,6 +15,7 @@ from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.trained_judge import Head, save_head
 from hybrid_jax.testing import tiny_decoder_folder, tiny_encoder_folder
 
 
@@ -43,9 +44,23 @@ def with_language_model(**settings):
     return lambda: {"path": model_folder(tiny_decoder_folder), "batch_size": 4, **settings}
 
 
+def with_head(kind):
+    """A head of random weights on the tiny encoder."""
+
+    def settings():
+        folder, encoder = tempfile.mkdtemp(), model_folder(tiny_encoder_folder)
+        size = 96 if kind == "comet_style" else 33
+        save_head(folder, Head(kind, np.random.default_rng(0).normal(size=size), 0.5))
+        return {"path": folder, "encoder": encoder, "batch_size": 4}
+
+    return settings
+
+
 REQUIRED = {  # settings without a default
     "bertscore": with_encoder(),
+    "bleurt_style": with_head("bleurt_style"),
     "classifier": lambda: {"path": scorer_folder(), "label": "second"},
+    "comet_style": with_head("comet_style"),
     "cosine_similarity": with_encoder(),
     "facility_coverage": with_encoder(),
     "gptscore": with_language_model(template="{prompt}{response}"),
@@ -109,7 +124,10 @@ def scorer(name):
 NEED_A_SERVER = {"pairwise_judge", "rubric_judge"}  # tests/rewards/test_judge.py has one
 
 
-@pytest.fixture(params=[name for name in REWARDS if name not in NEED_A_SERVER])
+NEED_A_PACKAGE = {"bleurt", "comet", "detoxify"}  # which do not go with ours; tests/rewards/test_adapters.py
+
+
+@pytest.fixture(params=[name for name in REWARDS if name not in NEED_A_SERVER | NEED_A_PACKAGE])
 def name(request):
     return request.param
 

@@ -1,0 +1,146 @@
+"""The real COMET, BLEURT and Detoxify, where their packages are installed: nothing else takes their place.
+
+None of them is an extra of ours: unbabel-comet and its pins (numpy below 2, transformers below 5) do not go
+with this program's packages, BLEURT is not on PyPI, and Detoxify's weights are not in its package.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.rewards.base import REWARDS
+from hybrid_jax.rewards.model_based import at_least_one, texts_of_rows
+
+
+@REWARDS.register("comet")
+@dataclass(frozen=True)
+class Comet:
+    """COMET's score of the response as a translation (Rei et al. 2020, arXiv:2009.09025): the best reference's.
+
+    The columns are ``source`` and ``references``.
+
+    Attributes:
+        checkpoint: File of a COMET model, ``*.ckpt``; nothing is downloaded.
+        batch_size: Rows that it reads at a time.
+        gpus: How many it may use.
+
+    Raises:
+        UserError: unbabel-comet is not installed, or there is no such file.
+    """
+
+    checkpoint: Path
+    batch_size: int = 8
+    gpus: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_one(self.batch_size, "batch_size")
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any], source: Sequence[Any]
+    ) -> list[float]:
+        sources, accepted = texts_of_rows(source, "source"), texts_of_rows(references, "references")
+        rows = [
+            {"src": "\n".join(origin), "mt": response, "ref": reference}
+            for response, origin, texts in zip(responses, sources, accepted, strict=True)
+            for reference in texts
+        ]
+        model = _comet(_existing(self.checkpoint))
+        return _best(
+            model.predict(rows, batch_size=self.batch_size, gpus=self.gpus).scores if rows else [], accepted
+        )
+
+
+@REWARDS.register("bleurt")
+@dataclass(frozen=True)
+class Bleurt:
+    """BLEURT's score of the response (Sellam et al. 2020, arXiv:2004.04696), of the best of ``references``.
+
+    Attributes:
+        checkpoint: Folder of a BLEURT model; nothing is downloaded.
+
+    Raises:
+        UserError: bleurt is not installed, or there is no such folder.
+    """
+
+    checkpoint: Path
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
+    ) -> list[float]:
+        accepted = texts_of_rows(references, "references")
+        candidates = [r for r, texts in zip(responses, accepted, strict=True) for _ in texts]
+        flat = [text for texts in accepted for text in texts]
+        scorer = _bleurt(_existing(self.checkpoint))
+        return _best(scorer.score(references=flat, candidates=candidates) if flat else [], accepted)
+
+
+@REWARDS.register("detoxify")
+@dataclass(frozen=True)
+class Detoxify:
+    """Detoxify's probability that the response has a label, in [0, 1]: give it a negative weight.
+
+    Attributes:
+        checkpoint: File of a Detoxify model; nothing is downloaded.
+        label: Such as ``toxicity``.
+        model_type: What the checkpoint is: original, unbiased, multilingual.
+
+    Raises:
+        UserError: detoxify is not installed, or there is no such file or label.
+    """
+
+    checkpoint: Path
+    label: str = "toxicity"
+    model_type: str = "original"
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        model = _detoxify(_existing(self.checkpoint), self.model_type)
+        found = model.predict(list(responses)) if responses else {self.label: []}
+        if self.label not in found:
+            raise UserError(f"label must be one of {', '.join(sorted(found))}, got {self.label!r}")
+        return [float(value) for value in found[self.label]]
+
+
+@functools.cache
+def _comet(checkpoint: str) -> Any:
+    return _package("comet", "pip install unbabel-comet").load_from_checkpoint(checkpoint)
+
+
+@functools.cache
+def _bleurt(checkpoint: str) -> Any:
+    install = "pip install git+https://github.com/google-research/bleurt"
+    return _package("bleurt.score", install).BleurtScorer(checkpoint)
+
+
+@functools.cache
+def _detoxify(checkpoint: str, model_type: str) -> Any:
+    return _package("detoxify", "pip install detoxify").Detoxify(model_type, checkpoint=checkpoint)
+
+
+def _package(module: str, install: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise UserError(
+            f"the reward {name!r} needs the package of that name, which cannot be imported: {install}"
+        ) from error
+
+
+def _existing(path: Path) -> str:
+    if not path.exists():
+        raise UserError(
+            f"checkpoint must be that of a model on this machine, got {str(path)!r}, which is not there"
+        )
+    return str(path.resolve())
+
+
+def _best(values: Sequence[float], accepted: Sequence[Sequence[str]]) -> list[float]:
+    """The largest value of each row, of one for each of its references."""
+    left = iter(values)
+    return [max(float(next(left)) for _ in texts) for texts in accepted]

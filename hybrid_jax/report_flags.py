@@ -7,10 +7,10 @@ curve *rose* (or *fell*) if these means differ by more than
 
     max(1, 2 (1 + 1 / (n − 2)) √(1/a + 1/b)) σ         and by more than 1 % of the largest value,
 
-where n is the number of points, a and b those of the two thirds, and σ the noise of a point,
-σ² = Σ (y_{i−1} − 2 y_i + y_{i+1})² / 6 (n − 2), which no straight line disturbs (second differences: Gasser, Sroka
-and Jennen-Steinmetz 1986). So the change must exceed the noise, and about two standard errors of itself, more
-where few points tell σ.
+where n is the number of points, a and b those of the two thirds, and σ the noise of a point by its second
+differences (Gasser, Sroka and Jennen-Steinmetz 1986), σ² = Σ (y_{i−1} − 2 y_i + y_{i+1})² / 6 (n − 2), in which
+a straight line leaves nothing. So the change must exceed the noise, and about two standard errors of itself,
+more where few points tell σ.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def against_length(run: Run) -> list[str] | None:
         return []
     return [
         f"The held-out score rose {score.numbers}, but at the length that responses had before PPO "
-        f"({short_number(first)} tokens) it would have fallen {controlled.numbers}: the gain is length."
+        f"({short_number(first)} tokens) it would have fallen {controlled.numbers}: the gain is one of length."
     ]
 
 
@@ -135,7 +135,7 @@ def one_part_for_another(run: Run) -> list[str] | None:
 
     def named(parts: Sequence[str]) -> str:
         verbs = {1: "rose", -1: "fell"}
-        return " and ".join(f"{part} {verbs[trends[part].direction]} {trends[part].numbers}" for part in parts)
+        return ", ".join(f"{part} {verbs[trends[part].direction]} {trends[part].numbers}" for part in parts)
 
     return [f"Parts are traded: {named(better)} while {named(worse)}. Look at the weights."]
 
@@ -164,7 +164,7 @@ def constant_parts(run: Run) -> list[str] | None:
     }
     return _each(
         known,
-        lambda part, seen: f"{part} gave every response {short_number(seen[1])} {_LATE}: it teaches nothing.",
+        lambda part, seen: f"{part} gave all responses of a rollout the same {_LATE}: it teaches nothing.",
         lambda seen: seen[0] <= 1e-9 * max(1.0, abs(seen[1])),
     )
 
@@ -182,7 +182,7 @@ def growing_responses(run: Run) -> list[str] | None:
 
 def score_for_length(run: Run) -> list[str] | None:
     """The correlation of score and length is beyond ±0.7, on average over the last tenth of the PPO steps."""
-    correlation = run.late_mean("ppo/reward/score~length")
+    correlation = run.late_correlation("score", "length")
     if correlation is None:
         return None
     if abs(correlation) <= MAX_LENGTH_CORRELATION:

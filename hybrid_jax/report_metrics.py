@@ -359,6 +359,8 @@ def combination_charts(parts: Sequence[str]) -> list[Chart]:
     def entropy(name: str) -> list[Line]:
         return [Line(f"ppo/reward/{name}_entropy", "entropy", "fourth")]
 
+    arm = Line("ppo/reward/bandit_arm", "part that it tries, from 0", "other")
+    bandit = [(entropy("bandit"), 0.0), ([arm], 0.0)]
     shares = [
         Line("ppo/reward/gate_open_fraction", "gate open"),
         Line("ppo/reward/aspects_fraction", "aspects count", "fourth"),
@@ -366,11 +368,10 @@ def combination_charts(parts: Sequence[str]) -> list[Chart]:
     return [
         Chart("Weights", [(of_each("_weight"), 0.0)], "_weight"),
         Chart("The gate's shares", [(of_each("_gate"), 0.0), (entropy("gate"), 0.0)], "_gate"),
-        Chart(
-            "The bandit's chances", [(of_each("_probability"), 0.0), (entropy("bandit"), 0.0)], "_probability"
-        ),
+        Chart("The bandit's chances", [(of_each("_probability"), 0.0), *bandit], "_probability"),
         Chart("Multipliers", [(of_each("_multiplier"), 0.0), (of_each("_excess"), None)], "_multiplier"),
         Chart("Responses let through", [(shares, 0.0)], "reward/gate_open_fraction"),
+        Chart("Spread within a rollout", [(of_each("_std"), 0.0)], "_std"),
         Chart("Clipped rows", [(of_each("_clip_fraction"), 0.0)], "_clip_fraction"),
         _alone("Score for a token more", "score_length_slope"),
     ]

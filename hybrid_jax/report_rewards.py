@@ -8,7 +8,7 @@ from typing import Any
 
 from hybrid_jax.report_flags import Flags, find_flags
 from hybrid_jax.report_metrics import GLOSSARY, combination_charts, judge_chart, part_chart
-from hybrid_jax.report_page import Figures, chart_grid, escaped, folded, section
+from hybrid_jax.report_page import Figures, escaped, folded, section
 from hybrid_jax.report_run import Run
 from hybrid_jax.report_samples import answer_text, score_text
 
@@ -19,14 +19,13 @@ _MAX_NAME = 40
 def rewards_section(run: Run, figures: Figures) -> str:
     """Flags, charts of the parts, judges and combination, correlations, the best and the worst answers."""
     charts = [part_chart(part) for part in run.parts] + [judge_chart(judge) for judge in run.judges]
-    of_parts = chart_grid(figures, charts)
-    combination = chart_grid(figures, combination_charts(run.parts))
-    correlations = _correlations(run)
     figures.count_as_drawn(
         metric for metric in run.curves if metric.startswith("ppo/reward/") and "~" in metric
     )
-    rest = chart_grid(figures, figures.rest("reward/"))
-    pieces = [_flags(find_flags(run)), of_parts, combination, rest, _heat_table(correlations), _extremes(run)]
+    drawn = [figures.chart(chart) for chart in [*charts, *combination_charts(run.parts)]]
+    drawn += [figures.chart(chart) for chart in figures.rest("reward/")]
+    grid = f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
+    pieces = [_flags(find_flags(run)), grid, _heat_table(_correlations(run)), _extremes(run)]
     note = f"<p>{escaped(' '.join(GLOSSARY['reward']))}</p>"
     return section("Rewards", "".join(pieces), note)
 
@@ -38,7 +37,12 @@ def _flags(flags: Flags) -> str:
     if not flags.looked_at:
         return ""
     missing = f" Without numbers to look at: {', '.join(flags.not_looked_at)}." if flags.not_looked_at else ""
-    note = f'<p class="note">Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
+    thirds = (
+        "Numbers from and to are means of the first and of the last third of the evaluations since PPO began. "
+    )
+    note = (
+        f'<p class="note">{thirds if flags.found else ""}Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
+    )
     if not flags.found:
         return f'<div class="flags"><h3>Nothing suspicious</h3>{note}</div>'
     items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in flags.found)
@@ -49,14 +53,11 @@ def _flags(flags: Flags) -> str:
 
 
 def _correlations(run: Run) -> dict[tuple[str, str], float]:
-    """Of each pair of parts, score and length that was logged, meaned over the last tenth of the PPO steps."""
-    names = dict.fromkeys([*run.parts, "score", "length"])
-    found = {}
-    for a, b in combinations(names, 2):
-        for metric in (f"ppo/reward/{a}~{b}", f"ppo/reward/{b}~{a}"):
-            if (mean := run.late_mean(metric)) is not None:
-                found[a, b] = mean
-    return found
+    """Of each pair of parts, score and length that was logged."""
+    whole = ("score", "length")  # of the responses, also where a part is called so
+    names = [*(part for part in run.parts if part not in whole), *whole]
+    found = {(a, b): run.late_correlation(a, b) for a, b in combinations(names, 2)}
+    return {pair: value for pair, value in found.items() if value is not None}
 
 
 def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
@@ -71,12 +72,13 @@ def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
         for row in rows
     )
     note = (
-        "Over the responses of a rollout, meaned over the last tenth of the PPO steps. The stronger, the deeper "
-        "the shade. A pair is missing where one of them was the same for all."
+        "Over the responses of a rollout, the mean of the last tenth of the PPO steps. The stronger, the "
+        "deeper the shade. A pair is missing where one of them was the same for all."
     )
     return (
         '<div class="wide-table"><h3>Correlations</h3><div class="scroll"><table class="heat">'
-        f'<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div><p class="note">{note}</p></div>'
+        f"<thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<p class="note">{note}</p></div>'
     )
 
 

@@ -102,6 +102,11 @@ class Run:
         late = self.points(metric, since=steps[-math.ceil(len(steps) / 10)]) if steps else []
         return fmean(y for _, y in late) if late else None
 
+    def late_correlation(self, a: str, b: str) -> float | None:
+        """Of two parts, "score" or "length", over the responses of a rollout: `late_mean` of it."""
+        forth, back = (self.late_mean(f"ppo/reward/{x}~{y}") for x, y in ((a, b), (b, a)))
+        return back if forth is None else forth
+
     def value(self, metric: str, until: int | None = None) -> tuple[int, float] | None:
         """The last (step, value) of a metric, or the last one up to the step ``until``."""
         known = [(x, y) for x, y in self.points(metric) if until is None or x <= until]

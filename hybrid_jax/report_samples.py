@@ -69,4 +69,4 @@ def answer_text(record: dict[str, Any]) -> str:
 
 def score_text(value: float | None) -> str:
     """Two decimals, where they say enough."""
-    return f"{value:.2f}" if value is not None and abs(value) < 100 else short_number(value)
+    return f"{round(value, 2) + 0.0:.2f}" if value is not None and abs(value) < 100 else short_number(value)

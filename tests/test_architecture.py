@@ -29,7 +29,6 @@ ONLY_IN = {
     "requests": "rewards/judge.py",
     "httpx": "rewards/judge.py",
     "urllib.request": "rewards/judge.py",
-    "http.client": "rewards/judge.py",
 }
 
 

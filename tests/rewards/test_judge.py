@@ -229,10 +229,11 @@ def test_a_slow_server_is_given_up_in_time_even_if_it_drips(server, endpoint):
             handler.wfile.flush()
             time.sleep(0.05)
 
-    server.script.extend([drip, lambda h, q: time.sleep(1.0), says('{"score": 10}')])
+    server.script.extend([drip, lambda h, q: time.sleep(0.6), says('{"score": 10}')])
     start = time.monotonic()
     assert RubricJudge(endpoint(read_seconds=0.25))(["p"], ["a"]) == [1.0]
-    assert 0.5 <= time.monotonic() - start < 2.0
+    assert time.monotonic() - start >= 0.5
+    assert len(server.asked) == 3  # neither the drops nor the silence was an answer
 
 
 def test_a_judge_that_never_answers_is_one_clear_line_or_a_counted_fallback(server, endpoint, caplog):
@@ -272,17 +273,20 @@ def test_a_refusal_is_not_tried_again_and_does_not_repeat_what_the_server_said(s
 
 
 def test_no_more_questions_than_allowed_are_under_way_and_others_compute_meanwhile(server, endpoint):
+    answers_may_come, three_wait = threading.Event(), threading.Barrier(4)
+
     def slow(handler, question):
-        time.sleep(0.1)
+        if not answers_may_come.is_set():
+            three_wait.wait(10)
+            answers_may_come.wait(10)
         send(handler, reply('{"score": 10}'))
 
     server.script.append(slow)
-    start = time.monotonic()
     finish = RubricJudge(endpoint(concurrency=3)).start(["p"] * 7, list("abcdefg"))
-    assert time.monotonic() - start < 0.1  # it does not wait
+    three_wait.wait(10)  # `start` has returned though no answer may come yet
+    answers_may_come.set()
     assert finish() == [1.0] * 7
     assert server.most == 3
-    assert 0.3 <= time.monotonic() - start < 0.7
 
 
 def test_spending_stops_at_the_ceiling_and_is_remembered(server, endpoint, tmp_path):

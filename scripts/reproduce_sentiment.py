@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DATA = Path("runs/sentiment/data")
+JUDGE = 'evaluation.judges={{nbsvm: {{name: "sentiment_judge:NaiveBayesSvm", train: "{}"}}}}'
 PROMPT_WORDS, SHORTEST, LONGEST = 5, 10, 28
 RUNS = {
     "runs/imdb_sentiment": "configs/classifiers/imdb_sentiment.yaml",
@@ -97,7 +98,8 @@ def main() -> None:
             train(run_dir, config, [])
     for seed in options.seeds:
         run_dir = f"runs/sentiment/hybrid_{seed}"
-        train(run_dir, RUNS["runs/sentiment/hybrid"], [f"seed={seed}"])
+        judge = JUDGE.format(options.data / "test.jsonl.gz")  # none of it is in the training data
+        train(run_dir, RUNS["runs/sentiment/hybrid"], [f"seed={seed}", judge])
         print(f"{run_dir}\n{table(run_dir)}\n")
 
 

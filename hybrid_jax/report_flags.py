@@ -5,12 +5,13 @@ A rule that lacks its numbers gives None, one that finds nothing gives no senten
 Curves are compared from the last evaluation before PPO on, the first third of the points with the last third. A
 curve *rose* (or *fell*) if these means differ by more than
 
-    max(1, 2 (1 + 1 / (n − 2)) √(1/a + 1/b)) σ         and by more than 1 % of the largest value,
+    max(1, 2 (1 + 2 / (n − 2)) √(1/a + 1/b)) σ         and by more than 1 % of the largest value,
 
 where n is the number of points, a and b those of the two thirds, and σ the noise of a point by its second
 differences (Gasser, Sroka and Jennen-Steinmetz 1986), σ² = Σ (y_{i−1} − 2 y_i + y_{i+1})² / 6 (n − 2), in which
 a straight line leaves nothing. So the change must exceed the noise, and about two standard errors of itself,
-more where few points tell σ.
+more where few points tell σ: white noise is said to have risen in 5 % of the curves of three points, and in 3 %
+of longer ones.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def trend(values: Sequence[float]) -> Trend | None:
     before, after = fmean(values[:third]), fmean(values[-third:])
     bends = [values[i - 1] - 2 * values[i] + values[i + 1] for i in range(1, n - 1)]
     noise = math.sqrt(sum(bend * bend for bend in bends) / (6 * len(bends)))
-    errors = 2 * (1 + 1 / (n - 2)) * math.sqrt(2 / third)
+    errors = 2 * (1 + 2 / (n - 2)) * math.sqrt(2 / third)
     least = max(max(1.0, errors) * noise, 0.01 * max(map(abs, values)))
     change = after - before
     return Trend(before, after, 0 if abs(change) <= least else 1 if change > 0 else -1)

@@ -327,8 +327,15 @@ def test_the_section_shows_each_part_the_combination_and_correlations_and_nothin
     assert (
         "Correlations a b score b −0.25 score +0.50 +0.88 response length +0.12 +0.00 +0.30 Over the responses"
     ) in rewards
-    shares = [found["style"] for tag, found in page.tags if tag == "td" and "style" in found]
-    assert shares == [f"--share:{share}%" for share in (14, 28, 48, 7, 0, 16)]  # 55 % at a correlation of ±1
+    cells = [(found["class"], found["style"]) for tag, found in page.tags if tag == "td" and "style" in found]
+    assert cells[0] == ("sft", "--share:14%")  # of 55 % at ±1, below 0 in another colour
+    assert cells[1:] == [("ppo", f"--share:{share}%") for share in (28, 48, 7, 0, 16)]
+    titles = re.findall("<h3>(.*?)</h3>", page.html)[1:]  # after the score
+    assert titles == [
+        "Nothing suspicious",
+        *("a", "b", "Judge: taste", "Weights", "The bandit&#x27;s chances", "Spread within a rollout"),
+        *("Clipped rows", "A cost", "Correlations"),
+    ]
     assert (
         "Nothing suspicious Looked at: score against judges, parts against each other, clipped parts" in rewards
     )

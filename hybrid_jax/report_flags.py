@@ -183,7 +183,7 @@ def growing_responses(run: Run) -> list[str] | None:
 
 def score_for_length(run: Run) -> list[str] | None:
     """The correlation of score and length is beyond ±0.7, on average over the last tenth of the PPO steps."""
-    correlation = run.late_correlation("score", "length")
+    correlation = run.late_correlation("score", "response_length")
     if correlation is None:
         return None
     if abs(correlation) <= MAX_LENGTH_CORRELATION:

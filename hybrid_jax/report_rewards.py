@@ -54,7 +54,7 @@ def _flags(flags: Flags) -> str:
 
 def _correlations(run: Run) -> dict[tuple[str, str], float]:
     """Of each pair of parts, score and length that was logged."""
-    whole = ("score", "length")  # of the responses, also where a part is called so
+    whole = ("score", "response_length")
     names = [*(part for part in run.parts if part not in whole), *whole]
     found = {(a, b): run.late_correlation(a, b) for a, b in combinations(names, 2)}
     return {pair: value for pair, value in found.items() if value is not None}
@@ -94,7 +94,7 @@ def _signed(value: float) -> str:
 
 
 def _name(name: str) -> str:
-    return "response length" if name == "length" else escaped(name, _MAX_NAME)
+    return "response length" if name == "response_length" else escaped(name, _MAX_NAME)
 
 
 # --- best and worst answers ------------------------------------------------------------------------------

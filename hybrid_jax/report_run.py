@@ -103,7 +103,7 @@ class Run:
         return fmean(y for _, y in late) if late else None
 
     def late_correlation(self, a: str, b: str) -> float | None:
-        """Of two parts, "score" or "length", over the responses of a rollout: `late_mean` of it."""
+        """Of two parts, "score" or "response_length", over the responses of a rollout: `late_mean` of it."""
         forth, back = (self.late_mean(f"ppo/reward/{x}~{y}") for x, y in ((a, b), (b, a)))
         return back if forth is None else forth
 

@@ -20,7 +20,8 @@ TOP = {
     **{"scorer_run": 5.5, "experiment": 6, "trainer": 7, "__init__": 9},
 }
 # The report reads run directories and knows no model.
-REPORT = {"report", *(f"report_{of}" for of in "charts flags metrics page rewards run samples speed".split())}
+REPORT_TOPICS = ["charts", "flags", "metrics", "page", "rewards", "run", "samples", "speed"]
+REPORT = {"report", *(f"report_{topic}" for topic in REPORT_TOPICS)}
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {
     "flax.linen": "models/",

@@ -203,7 +203,7 @@ def test_responses_that_grow_are_told(end, count):
     assert not found or found == ["Responses grew from 25.2 to 56.8 tokens, 2.2 times as long."]
 
 
-@pytest.mark.parametrize("name", ["score~length", "length~score"])
+@pytest.mark.parametrize("name", ["score~response_length", "response_length~score"])
 def test_a_score_that_goes_with_length_is_told(name):
     def planted(late: float) -> Run:
         return run(ppo(20, **{"a": 0.1, "a_std": 1.0, name: lambda i: late if i >= 18 else 0.0}))
@@ -302,10 +302,10 @@ def test_the_section_shows_each_part_the_combination_and_correlations_and_nothin
     pairs = {
         "a~b": -0.25,
         "a~score": 0.5,
-        "a~length": 0.125,
+        "a~response_length": 0.125,
         "b~score": 0.875,
-        "b~length": 0.0,
-        "score~length": 0.3,
+        "b~response_length": 0.0,
+        "score~response_length": 0.3,
     }
     metrics = ppo(20, **described("a"), **described("b"), **more, **pairs)
     metrics += evaluations(score=[0.5] * 3, reward__a=[0.5] * 3, reward__b=[0.5] * 3, judge__taste=[0.25] * 3)
@@ -424,7 +424,7 @@ def test_a_band_is_filled_between_its_curves():
         ("ppo/reward/a_clip_fraction", "Share of rows"),
         ("ppo/clip_fraction", "Share of tokens"),
         ("ppo/reward/gate_entropy", "Entropy of the gate's weights"),
-        ("ppo/reward/a~length", "Correlation over a rollout"),
+        ("ppo/reward/a~response_length", "Correlation over a rollout"),
         ("ppo/reward/a", "One part of the score"),
         ("evaluation/judge/taste", "A held-out judge"),
         ("evaluation/score_length_slope", "What a token more"),

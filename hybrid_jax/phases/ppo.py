@@ -45,6 +45,7 @@ from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import columns_of
+from hybrid_jax.rewards.part_metrics import LENGTH
 from hybrid_jax.rewards.segments import TokenTexts, token_texts
 from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.training.layerwise import layer_by_layer
@@ -53,8 +54,6 @@ from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
 from hybrid_jax.training.state import RunState
-
-_LENGTH = "response length/"  # beside the parts of a reward; no part is called so
 
 
 class PPOPhase:
@@ -296,10 +295,10 @@ class PPOPhase:
         responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
         raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
         # A few numbers a row, from every process: statistics are over the whole rollout.
-        raw |= {_LENGTH: mask.sum(axis=1).astype(np.float32)}
+        raw |= {LENGTH: mask.sum(axis=1).astype(np.float32)}
         raw = {n: gather_rows(self._placement, part, len(prompts.examples)) for n, part in raw.items()}
         asked = [example.prompt for example in prompts.examples]
-        scores, reward_state = reward.weigh(reward_state, raw, asked, raw.pop(_LENGTH))
+        scores, reward_state = reward.weigh(reward_state, raw, asked, raw.pop(LENGTH))
         names = {name: name.removesuffix("_mean") for name in scores.metrics}
         metrics = {f"reward/{names[name]}": number for name, number in scores.metrics.items()}
         received = {"scores": scores.totals, "placed": scores.placed, "baseline": scores.baseline}

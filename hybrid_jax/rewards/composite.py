@@ -30,7 +30,7 @@ from hybrid_jax.rewards.combine import (
     WeightedSum,
 )
 from hybrid_jax.rewards.part import Part
-from hybrid_jax.rewards.part_metrics import correlations, describe, mean_weights
+from hybrid_jax.rewards.part_metrics import LENGTH, SCORE, correlations, describe, mean_weights
 from hybrid_jax.rewards.segments import TokenTexts, start_segments
 
 RewardState = dict[
@@ -79,7 +79,7 @@ class CompositeReward:
     def __post_init__(self) -> None:
         if not self.parts:
             raise ValueError("parts must hold at least one reward, got none")
-        if taken := {COMBINER, BASELINE} & self.parts.keys():
+        if taken := {COMBINER, BASELINE, SCORE, LENGTH} & self.parts.keys():
             raise ValueError(f"parts must not be called {min(taken)!r}")
         if len({part.on_device for part in self.parts.values()}) > 1:
             kinds = ", ".join(
@@ -209,7 +209,7 @@ class CompositeReward:
             baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, prompts)
             baseline = baseline.astype(np.float32)
         metrics |= {**weighing.metrics, **mean_weights(self.combine, weighing)}
-        metrics |= correlations({**values, "score": totals}, lengths)
+        metrics |= correlations({**values, SCORE: totals}, lengths)
         dense = np.asarray(placed, np.float32) if segments else None
         return Scores(totals.astype(np.float32), dense, baseline, metrics), state
 

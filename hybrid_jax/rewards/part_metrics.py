@@ -13,6 +13,8 @@ from hybrid_jax.rewards.part import Part
 
 Metrics = dict[str, float]
 
+SCORE, LENGTH = "score", "response_length"  # beside the parts; none of them may be called so
+
 
 def describe(name: str, part: Part, raw: np.ndarray, unclipped: np.ndarray, clipped: np.ndarray) -> Metrics:
     """``<part>_mean``, ``_std``, ``_p10``, ``_p50``, ``_p90`` of the raw values; ``_clip_fraction``: the share
@@ -38,13 +40,13 @@ def mean_weights(combiner: Combiner, weighing: Weighing) -> Metrics:
 
 
 def correlations(values: Mapping[str, np.ndarray], lengths: np.ndarray | None) -> Metrics:
-    """Pearson correlations over the rollout: ``<part>~<part>``, and ``<part>~length``.
+    """Pearson correlations over the rollout: ``<part>~<part>``, and ``<part>~response_length``.
 
     One that does not exist, since a value is the same in every row, is left out.
     """
-    columns = dict(values) if lengths is None else {**values, "length": np.asarray(lengths, np.float64)}
+    columns = dict(values) if lengths is None else {**values, LENGTH: np.asarray(lengths, np.float64)}
     if len(values) == 2:  # one part alone: it is the score
-        columns = {name: column for name, column in columns.items() if name in ("score", "length")}
+        columns = {name: column for name, column in columns.items() if name in (SCORE, LENGTH)}
     found = {f"{a}~{b}": _correlation(columns[a], columns[b]) for a, b in combinations(columns, 2)}
     return {name: value for name, value in found.items() if value is not None}
 

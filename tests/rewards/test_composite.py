@@ -133,7 +133,7 @@ def test_metrics_tell_mean_spread_and_how_much_was_clipped():
             "number_std": 5.5**0.5,
             **{"number_p10": 0.3, "number_p50": 1.0, "number_p90": 4.5},
             "number_clip_fraction": 0.25,
-            "score~length": 0.99712,  # of -0.853 -0.426 -0.426 1 and 0 1 1 6
+            "score~response_length": 0.99712,  # of -0.853 -0.426 -0.426 1 and 0 1 1 6
         },
         abs=1e-5,
     )
@@ -151,11 +151,12 @@ def test_parts_are_correlated_with_each_other_with_the_score_and_with_the_length
     found = composite.weigh({}, raw, [""] * 3, lengths=np.array([3, 3, 1]))[0].metrics
     pairs = {name: value for name, value in found.items() if "~" in name}
     assert set(pairs) == {  # none with what is the same in every row
-        *("number~minus", "number~score", "number~length", "minus~score", "minus~length", "score~length"),
+        *("number~minus", "number~score", "number~response_length"),
+        *("minus~score", "minus~response_length", "score~response_length"),
     }
     assert pairs["number~minus"] == pytest.approx(-1.0)
     # deviations -2 -1 3 and 2/3 2/3 -4/3: -6 / sqrt(14 * 8/3)
-    assert pairs["number~length"] == pytest.approx(-6 / (14 * 8 / 3) ** 0.5)
+    assert pairs["number~response_length"] == pytest.approx(-6 / (14 * 8 / 3) ** 0.5)
 
 
 def test_a_failing_part_is_named():
@@ -196,6 +197,7 @@ def test_a_config_names_parts_of_the_package_and_of_the_user(tmp_path, monkeypat
     ("settings", "said"),
     [
         ({"parts": {}}, "parts must hold at least one reward, got none"),
+        ({"parts": {"score": {"reward": "repetition"}}}, "parts must not be called 'score'"),
         ({"parts": {"a": {"reward": {"name": "lenght", "target": 2}}}}, "did you mean 'length'"),
         ({"parts": {"a": {"reward": {"name": "length"}}}}, "parts.a.reward.target is missing"),
         ({"parts": {"a": {"reward": "repetition", "wieght": 2}}}, "unknown setting 'parts.a.wieght'"),

@@ -19,6 +19,7 @@ from hybrid_jax.metrics.text import sentences
 RougeVariant = Literal["rouge1", "rouge2", "rougeL", "rougeLsum"]
 RougeMeasure = Literal["f1", "recall", "precision"]
 BleuTokens = Literal["13a", "intl", "char", "zh", "none"]
+BleuSmoothing = Literal["exp", "floor", "add-k", "none"]
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -30,8 +31,9 @@ def sentence_bleu(
     max_order: int = 4,
     lowercase: bool = False,
     tokens: BleuTokens = "13a",
+    smoothing: BleuSmoothing = "exp",
 ) -> float:
-    """BLEU of one sentence in [0, 1]: sacrebleu with exponential smoothing and effective order.
+    """BLEU of one sentence in [0, 1]: sacrebleu with smoothing and effective order.
 
     Effective order leaves out the n-gram lengths that the text is too short for, so that a copy of a short
     reference scores 1. The mean over sentences is not the BLEU of a corpus (`metrics.text.corpus_bleu`).
@@ -42,8 +44,10 @@ def sentence_bleu(
         max_order: The longest n-gram.
         lowercase: Whether case is ignored.
         tokens: sacrebleu's tokenizer; ``char`` or ``zh`` for Chinese.
+        smoothing: What stands for an n-gram length without a match: ``exp`` 1/2, 1/4, .. of one, ``floor`` a
+            tenth of one; ``add-k`` counts one n-gram more at each length above 1; with ``none`` the score is 0.
     """
-    return _bleu(max_order, lowercase, tokens).sentence_score(text, list(references)).score / 100
+    return _bleu(max_order, lowercase, tokens, smoothing).sentence_score(text, list(references)).score / 100
 
 
 def sentence_chrf(
@@ -165,10 +169,16 @@ def _prepared(text: str, variant: RougeVariant, max_words: int) -> str:
 
 
 @functools.cache
-def _bleu(max_order: int, lowercase: bool, tokens: BleuTokens) -> Any:
+def _bleu(max_order: int, lowercase: bool, tokens: BleuTokens, smoothing: BleuSmoothing) -> Any:
     from sacrebleu.metrics.bleu import BLEU
 
-    return BLEU(effective_order=True, max_ngram_order=max_order, lowercase=lowercase, tokenize=tokens)
+    return BLEU(
+        effective_order=True,
+        max_ngram_order=max_order,
+        lowercase=lowercase,
+        tokenize=tokens,
+        smooth_method=smoothing,
+    )
 
 
 @functools.cache

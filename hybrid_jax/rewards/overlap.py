@@ -21,11 +21,13 @@ class Bleu:
         max_order: The longest n-gram.
         lowercase: Whether case is ignored.
         tokens: sacrebleu's tokenizer: 13a, intl, char, zh or none.
+        smoothing: Of n-gram lengths without a match: exp, floor, add-k or none, see `overlap.sentence_bleu`.
     """
 
     max_order: int = 4
     lowercase: bool = False
     tokens: overlap.BleuTokens = "13a"
+    smoothing: overlap.BleuSmoothing = "exp"
 
     def __post_init__(self) -> None:
         if self.max_order < 1:
@@ -34,7 +36,7 @@ class Bleu:
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
     ) -> list[float]:
-        settings = (self.max_order, self.lowercase, self.tokens)
+        settings = (self.max_order, self.lowercase, self.tokens, self.smoothing)
         return [overlap.sentence_bleu(text, known, *settings) for text, known in _rows(responses, references)]
 
 

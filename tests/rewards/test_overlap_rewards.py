@@ -36,6 +36,7 @@ def test_each_reward_has_the_value_of_its_measure_for_the_best_reference(reward,
 def test_settings_reach_the_measure():
     assert score(Bleu(lowercase=True), ["A DOG BIT ME"], ["a dog bit me"]) == pytest.approx([1.0])
     assert score(Bleu(max_order=1, tokens="none"), ["me."], ["me ."]) == [0.0]
+    assert score(Bleu(smoothing="floor"), RESPONSES[:1], REFERENCES[:1]) == pytest.approx([0.25406637])
     plus_plus, plain = (score(Chrf(word_order=n), ["a bc"], ["ab c"])[0] for n in (2, 0))
     assert plus_plus < plain == pytest.approx(1.0)
     assert score(ExactMatch(normalise=False), ["A"], ["a"]) == [0.0]
@@ -78,6 +79,7 @@ def test_hostile_texts_are_scored_within_seconds(reward):
     [
         (Bleu, {"max_order": 0}, "max_order must be at least 1, got 0"),
         (Bleu, {"tokens": "words"}, "tokens must be one of 13a, intl, char, zh, none, got 'words'"),
+        (Bleu, {"smoothing": "add"}, "smoothing must be one of exp, floor, add-k, none, got 'add'"),
         (Chrf, {"char_order": 0}, "char_order must be at least 1, got 0"),
         (Chrf, {"word_order": -1}, "word_order must be at least 0, got -1"),
         (Chrf, {"beta": 0}, "beta must be above 0, got 0"),

@@ -97,6 +97,67 @@ def test_a_model_of_nothing_has_the_perplexity_of_its_vocabulary():
     assert np.exp(-uniform.log_probs([3, 5, 16, 0]).mean()) == pytest.approx(17.0)
 
 
+CHAIN = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]])  # stationary: .375 .375 .25
+ALTERNATION = np.array([[[0.9, 0.1], [0.1, 0.9]], [[0.1, 0.9], [0.9, 0.1]]])  # P(x | the last two)
+
+
+def circular(source, length):
+    """A circle of symbols in which every context and symbol stand together as often as is expected.
+
+    Expected counts that are whole numbers make a graph of contexts with as many ways out as in: the circle
+    follows each once (Hierholzer).
+    """
+    order = source.ndim - 1
+    joint = np.full(source.shape[:-1], 1 / source[..., 0].size)
+    for _ in range(500):  # to the stationary law of contexts
+        joint = (joint[..., None] * source).sum(axis=0)
+    counts = joint[..., None] * source * length
+    left = np.rint(counts).astype(int)
+    np.testing.assert_allclose(left, counts, atol=1e-9)
+    path, walk = [], [(0,) * order]
+    while walk:
+        (symbols,) = np.nonzero(left[walk[-1]])
+        if len(symbols):
+            left[(*walk[-1], symbols[0])] -= 1
+            walk.append((*walk[-1][1:], int(symbols[0])))
+        else:
+            path.append(walk.pop()[-1])
+    assert len(path) == length + 1
+    return path[:0:-1]
+
+
+def perplexity(circle, vocab_size, context):
+    """Of plain relative frequencies, each symbol of the circle seen after its ``context`` predecessors."""
+    text = [*circle[len(circle) - context :], *circle]
+    model = NgramModel.train([text], vocab_size, context, discount=0.0, uniform_share=0.0)
+    return math.exp(-model.log_probs(text)[context:].mean())
+
+
+def test_markov_sources_have_the_perplexity_of_their_entropy_rate():
+    chain, alternation = circular(CHAIN, 80), circular(ALTERNATION, 40)
+    assert np.bincount(chain).tolist() == [30, 30, 20]
+    found = [perplexity(chain, 3, context) for context in (0, 1)]
+    assert found == pytest.approx([2.951152, 2.704926], abs=1e-6)
+    found = [perplexity(alternation, 2, context) for context in (0, 1, 2)]
+    assert found == pytest.approx([2.0, 2.0, 1.384145], abs=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", ["kneser_ney", "witten_bell"])
+@pytest.mark.parametrize("context", [1, 3])
+def test_a_model_of_samples_comes_near_the_entropy_rate_and_not_below_the_source(smoothing, context):
+    steps = np.random.default_rng(0).random(300_000)
+    thresholds = CHAIN.cumsum(axis=1)[:, :2].tolist()
+    sampled = [0]
+    for step in steps:
+        first, second = thresholds[sampled[-1]]
+        sampled.append(int(step > first) + int(step > second))
+    train, held_out = sampled[:200_000], sampled[200_000:]
+    model = NgramModel.train([train], 3, context, smoothing)
+    found = math.exp(-model.log_probs(held_out)[1:].mean())
+    source = math.exp(-np.log(CHAIN[held_out[:-1], held_out[1:]]).mean())
+    assert source <= found == pytest.approx(2.704926, abs=0.01)
+
+
 def test_tokens_older_than_the_context_change_no_bit():
     rng = np.random.default_rng(0)
     model = NgramModel.train([rng.integers(0, 5, 500)], 5, 3)

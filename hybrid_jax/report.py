@@ -19,7 +19,8 @@ import yaml
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.report_charts import phase_class, short_number
 from hybrid_jax.report_flags import find_flags
-from hybrid_jax.report_metrics import CHARTS, HEADLINE_CHARTS, SPEED_CHARTS, glossary_entry
+from hybrid_jax.report_glossary import glossary_entry
+from hybrid_jax.report_metrics import CHARTS, HEADLINE_CHARTS, SCORER_CHARTS, SPEED_CHARTS
 from hybrid_jax.report_page import PHASE_NAMES, Figures, chart_grid, escaped, folded, section
 from hybrid_jax.report_rewards import rewards_section
 from hybrid_jax.report_run import Run, read_run
@@ -129,6 +130,8 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         tiles.append(
             ("Held-out score", f"{score[1]:.3f}", f"{before[1]:.3f} before PPO" if before else "at the end")
         )
+    if accuracy := run.value("evaluation/accuracy"):
+        tiles.append(("Held-out accuracy", f"{accuracy[1]:.1%}", "at the end"))
     if kl := run.value("evaluation/kl") or run.value("ppo/kl"):
         tiles.append(("KL to the reference", f"{short_number(kl[1])} nats", "a response, at the end"))
     if perplexity := run.value("evaluation/perplexity"):
@@ -154,7 +157,9 @@ def _progress(run: Run, figures: Figures) -> str:
         for phase in phases
     )
     note = f'<div class="phases">{keys}</div>'
-    body = chart_grid(figures, HEADLINE_CHARTS, "wide") or chart_grid(figures, CHARTS[:2], "wide")
+    scorer = "evaluation/accuracy" in run.curves
+    headline = SCORER_CHARTS if scorer else HEADLINE_CHARTS
+    body = chart_grid(figures, headline, "wide") or chart_grid(figures, CHARTS[:2], "wide")
     return section("Progress", body, note)
 
 

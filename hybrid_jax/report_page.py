@@ -6,7 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 
 from hybrid_jax.report_charts import Band, Panel, Series, draw, phase_class
-from hybrid_jax.report_metrics import GLOSSARY, PART_GLOSSARY, Chart, Line
+from hybrid_jax.report_glossary import GLOSSARY, PART_GLOSSARY
+from hybrid_jax.report_metrics import Chart, Line
 from hybrid_jax.report_run import Run
 
 PHASE_NAMES = {"sft": "SFT", "ppo": "PPO"}

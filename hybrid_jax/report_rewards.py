@@ -7,7 +7,8 @@ from itertools import combinations
 from typing import Any
 
 from hybrid_jax.report_flags import Flags, find_flags
-from hybrid_jax.report_metrics import GLOSSARY, combination_charts, judge_chart, part_chart
+from hybrid_jax.report_glossary import GLOSSARY
+from hybrid_jax.report_metrics import combination_charts, judge_chart, part_chart
 from hybrid_jax.report_page import Figures, escaped, folded, section
 from hybrid_jax.report_run import Run
 from hybrid_jax.report_samples import answer_text, score_text

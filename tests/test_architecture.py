@@ -20,7 +20,7 @@ TOP = {
     **{"scorer_run": 5.5, "experiment": 6, "trainer": 7, "__init__": 9},
 }
 # The report reads run directories and knows no model.
-REPORT_TOPICS = ["charts", "flags", "metrics", "page", "rewards", "run", "samples", "speed"]
+REPORT_TOPICS = ["charts", "flags", "glossary", "metrics", "page", "rewards", "run", "samples", "speed"]
 REPORT = {"report", *(f"report_{topic}" for topic in REPORT_TOPICS)}
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {

@@ -12,7 +12,7 @@ import pytest
 from hybrid_jax.report import write_report
 from hybrid_jax.report_charts import Band, Panel, Series, draw
 from hybrid_jax.report_flags import RULES, find_flags, trend
-from hybrid_jax.report_metrics import glossary_entry
+from hybrid_jax.report_glossary import glossary_entry
 from hybrid_jax.report_run import Run
 
 HOSTILE = [

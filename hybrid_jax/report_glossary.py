@@ -1,0 +1,231 @@
+"""What each metric of the report means, and what to think of when it looks wrong."""
+
+from __future__ import annotations
+
+# Metric: what it is, and what to think of when it looks wrong.
+GLOSSARY = {
+    "score": (
+        "Mean reward of the sampled responses.",
+        "Flat: the reward has no signal yet, or the KL coefficient holds the policy back.",
+    ),
+    "score_std": (
+        "Spread of the scores within a batch.",
+        "Near zero: all responses earn the same, nothing is left to learn from.",
+    ),
+    "reward": (
+        "One part of the score, before weighting.",
+        "One part rising while the others fall: the policy trades them; look at the weights.",
+    ),
+    "kl": (
+        "Distance from the reference: log-ratio summed over a response, in nats.",
+        "Rising fast with the score: the policy may be gaming the reward; read the samples.",
+    ),
+    "kl_k3": (
+        "The same distance by an estimator with less noise (k3).",
+        "Far from the KL above: the estimate is noisy, sample more.",
+    ),
+    "kl_coef": (
+        "The price of a nat of KL in the reward.",
+        "Growing without end: the policy ignores the price; lower the learning rate.",
+    ),
+    "loss": (
+        "Mean negative log-likelihood of the target tokens, in nats.",
+        "Held-out rising while training falls: overfitting.",
+    ),
+    "perplexity": (
+        "exp of the held-out loss: among how many tokens the model hesitates.",
+        "Rising during PPO: language is traded for reward.",
+    ),
+    "policy_loss": (
+        "The clipped PPO objective, negated.",
+        "Its size means little; large swings mean updates that are too big.",
+    ),
+    "value_loss": (
+        "Squared error of the value estimates.",
+        "Growing: rewards changed scale, or the value learning rate is too high.",
+    ),
+    "clip_fraction": (
+        "Share of tokens whose probability ratio met the clip.",
+        "Above 0.3: updates too large; at 0: too timid.",
+    ),
+    "approx_kl": (
+        "How far one update moved the policy, in nats a token.",
+        "Above 0.05: fewer epochs or a smaller learning rate.",
+    ),
+    "explained_variance": (
+        "How much of the returns the value estimates explain; 1 is all.",
+        "Below 0: the estimates are worse than a constant.",
+    ),
+    "entropy": (
+        "How undecided the policy is at each token, in nats.",
+        "Falling to 0: responses collapse into one.",
+    ),
+    "eos_fraction": (
+        "Share of responses that end by themselves.",
+        "Falling: the policy rambles up to the length limit.",
+    ),
+    "response_length": (
+        "Mean tokens of a response.",
+        "Drifting up or down with the score: the reward may be counting length.",
+    ),
+    "learning_rate": (
+        "The optimizer's step size.",
+        "At 0 before the end: the schedule is shorter than the run.",
+    ),
+    "grad_norm": (
+        "Length of the gradient before clipping.",
+        "Spikes: bad batches, or a learning rate at its limit.",
+    ),
+    "tokens_per_second": (
+        "Tokens handled in a second.",
+        "Sinking: longer responses, or something else on the machine.",
+    ),
+    "mfu": (
+        "Model FLOPs utilisation: the arithmetic that a step needs by formula, over the peak of its devices.",
+        "Far below 0.3 on an accelerator: small batches, short rows, or waiting for the input or the rewards.",
+    ),
+    "loss_scale": (
+        "What the loss is multiplied by, so that float16 gradients do not vanish.",
+        "Falling to 1: gradients overflow by themselves; use bfloat16 or a smaller learning rate.",
+    ),
+    "input_seconds": (
+        "Time of the host to make a batch and send it, often while the device still works on the last one.",
+        "As large as the step: the data source is the bottleneck.",
+    ),
+    "rollout_seconds": (
+        "Time until the sampled responses were there.",
+        "Usually the largest part; where it is the rewards, they are the bottleneck.",
+    ),
+    "reward_seconds": (
+        "Time of the host to score the responses, while the device computes values and references.",
+        "Larger than the rollout: the rewards are the bottleneck.",
+    ),
+    "score_seconds": (
+        "How much longer than the rewards the device needed for values and references.",
+        "Large: the references cost more than the rewards; fewer of them help.",
+    ),
+    "update_seconds": (
+        "The rest of a step: waiting for the device to finish the gradient steps.",
+        "Larger than the rollout: fewer epochs or larger minibatches help.",
+    ),
+    "dispatch_seconds": (
+        "Time until the whole step had been handed to the device.",
+        "Nearly the whole step: the device waits for the host.",
+    ),
+    "time/evaluation_seconds": ("Time of an evaluation between two steps.", "Large: evaluate less often."),
+    "time/checkpoint_seconds": (
+        "Time of the loop to start a checkpoint, which is then written in the background.",
+        "Large: the disk is slower than the steps between two checkpoints.",
+    ),
+    "memory/peak_bytes": (
+        "The most memory that was in use on a device so far.",
+        "Near the device's memory: more microbatches, or rematerialisation.",
+    ),
+    "memory/host_peak_bytes": (
+        "The most resident memory of the process so far: on a CPU, model and data and all else together.",
+        "Growing without end: something is kept.",
+    ),
+    "compile/count": (
+        "Programs that XLA compiled, or read from its cache, since the process began.",
+        "Growing during the run: shapes keep changing, and every new one is compiled.",
+    ),
+    "compile/seconds": ("Time that it took.", "A large part of the run: keep the compilation cache."),
+    "seconds": ("Time of a whole step.", "Single spikes: compilation or a checkpoint."),
+    "judge": (
+        "A held-out judge: measured, never trained on.",
+        "Falling while the score rises: the policy games the reward.",
+    ),
+    "accuracy": (
+        "Share of the held-out texts, or pairs, that the model gets right; ties count half.",
+        "No better than the longer wins: a reward model that counts length.",
+    ),
+    "scorer_loss": (
+        "Cross-entropy of the labels, or of the preferences, in nats.",
+        "Held-out rising while training falls: overfitting.",
+    ),
+    "score_length_slope": (
+        "What a token more goes with in the held-out score: the least-squares slope.",
+        "Far from 0, and growing: the score pays for length (above 0) or for brevity (below).",
+    ),
+    "reward/gate_open_fraction": (
+        "Share of responses that pass the gate.",
+        "Near 0: nothing is left to learn from; near 1: the gate asks for nothing.",
+    ),
+    "reward/aspects_fraction": (
+        "Share of responses good enough as a whole for their aspects to count.",
+        "Near 0: the threshold is out of reach; near 1: it asks for nothing.",
+    ),
+    "reward/gate_entropy": (
+        "Entropy of the gate's weights, in nats; at most log of the number of parts.",
+        "Near 0: one part has all the weight.",
+    ),
+    "reward/gate_fitted": ("1 once the gate has learnt its preferences.", "0: all parts weigh the same."),
+    "reward/gate_accuracy": (
+        "Share of the gate's preferences that its weights explain.",
+        "Near 0.5: no weighting of these parts explains them.",
+    ),
+    "reward/gate_loss": ("Mean negative log-likelihood of those preferences.", "Near 0.69: chance."),
+    "reward/bandit_entropy": (
+        "Entropy of the bandit's chances, in nats; at most log of the number of parts.",
+        "Near 0: it tries one part only.",
+    ),
+    "reward/bandit_arm": ("The part that the bandit tries, counted from 0.", "Never changing: no exploration."),
+}
+# The same for the metrics that each part has, by how they end.
+PART_GLOSSARY = {
+    "_std": ("Spread of a part within a rollout.", "0: every response earns the same, it teaches nothing."),
+    "_p10": ("A tenth of the responses earn less from this part.", "Rising least: the worst are left behind."),
+    "_p50": (
+        "Half of the responses earn less from this part.",
+        "Far from the mean: a few responses decide it.",
+    ),
+    "_p90": ("A tenth of the responses earn more from this part.", "Met by the others: the part is saturated."),
+    "_clip_fraction": (
+        "Share of rows in which a part was clipped.",
+        "Above a half: the part says the same of most responses; widen its clip.",
+    ),
+    "_weight": (
+        "Mean coefficient of a part in the score.",
+        "0: the part does not count; growing without end: nothing else does.",
+    ),
+    "_multiplier": (
+        "Lagrange multiplier: the price of breaking a limit.",
+        "Growing without end: the limit cannot be met.",
+    ),
+    "_excess": (
+        "By how much a limit is broken on average; below 0 it holds.",
+        "Staying above 0: see its price.",
+    ),
+    "_gate": (
+        "Mean share of the gate that a part has.",
+        "Near 1: the others count for nothing.",
+    ),
+    "_probability": (
+        "The bandit's chance of trying a part.",
+        "All alike to the end: no part moved the metric that it watches.",
+    ),
+    "_swap_consistency": (
+        "How often a judge says the same with both answers swapped.",
+        "Below 0.7: it judges by position.",
+    ),
+    "_uncertainty": (
+        "Disagreement of the members of an ensemble.",
+        "Growing: the policy writes what the reward model never saw.",
+    ),
+    "~": (
+        "Correlation over a rollout.",
+        "Score with length near 1 or -1: the reward counts length; two parts below 0: they fight.",
+    ),
+}
+
+
+def glossary_entry(metric: str) -> tuple[str, str] | None:
+    """What a metric is and what to think of when it looks wrong, where that is known."""
+    name = metric.partition("/")[2]
+    kind = name.partition("/")[0]
+    if found := GLOSSARY.get(metric) or GLOSSARY.get(name):
+        return found
+    endings = [ending for ending in PART_GLOSSARY if name.endswith(ending)] if kind == "reward" else []
+    if kind == "reward" and "~" in name:
+        endings = ["~"]
+    return PART_GLOSSARY[endings[0]] if endings else GLOSSARY.get(kind)

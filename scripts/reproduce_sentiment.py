@@ -21,7 +21,8 @@ from pathlib import Path
 
 DATA = Path("runs/sentiment/data")
 JUDGE = 'evaluation.judges={{nbsvm: {{name: "sentiment_judge:NaiveBayesSvm", train: "{}"}}}}'
-PROMPT_WORDS, SHORTEST, LONGEST = 5, 10, 28
+PROMPT_WORDS, SHORTEST, LONGEST = 5, 10, 28  # words
+PROMPT_LETTERS = 40  # at most, so that no prompt of rare words fills the context
 RUNS = {
     "runs/imdb_sentiment": "configs/classifiers/imdb_sentiment.yaml",
     "runs/sentiment/language_model": "configs/sentiment/language_model.yaml",
@@ -36,7 +37,8 @@ def sentences(path: Path) -> Iterator[list[str]]:
             text = re.sub(r"(<br />)+|\s+", " ", json.loads(line)["text"])
             for sentence in re.split(r"(?<=[.!?]) +", text):
                 words = sentence.split()
-                if SHORTEST <= len(words) <= LONGEST and words[-1][-1] in ".!?":
+                short = sum(map(len, words[:PROMPT_WORDS])) <= PROMPT_LETTERS
+                if short and SHORTEST <= len(words) <= LONGEST and words[-1][-1] in ".!?":
                     yield words
 
 

@@ -1,4 +1,4 @@
-"""Packages of the extra ``rewards``, imported when they are first needed."""
+"""Packages that few need, imported when they are first used."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import Any
 from hybrid_jax.core.registry import UserError
 
 
-def import_package(module: str, purpose: str) -> Any:
+def import_package(module: str, purpose: str, install: str = "pip install 'hybrid_jax[rewards]'") -> Any:
     """The module, or a `UserError` that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise UserError(
-            f"{purpose} needs {package}, which is not installed: pip install 'hybrid_jax[rewards]'"
-        ) from error
+        raise UserError(f"{purpose} needs {package}, which is not installed: {install}") from error

@@ -2,18 +2,19 @@
 
 None of them is an extra of ours: unbabel-comet and its pins (numpy below 2, transformers below 5) do not go
 with this program's packages, BLEURT is not on PyPI, and Detoxify's weights are not in its package.
+COMET and Detoxify unpickle their checkpoints, which can run code: name only one that you trust.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import at_least_one, texts_of_rows
 
@@ -108,28 +109,20 @@ class Detoxify:
 
 @functools.cache
 def _comet(checkpoint: str) -> Any:
-    return _package("comet", "pip install unbabel-comet").load_from_checkpoint(checkpoint)
+    comet = import_package("comet", "the reward comet", "pip install unbabel-comet")
+    return comet.load_from_checkpoint(checkpoint)
 
 
 @functools.cache
 def _bleurt(checkpoint: str) -> Any:
     install = "pip install git+https://github.com/google-research/bleurt"
-    return _package("bleurt.score", install).BleurtScorer(checkpoint)
+    return import_package("bleurt.score", "the reward bleurt", install).BleurtScorer(checkpoint)
 
 
 @functools.cache
 def _detoxify(checkpoint: str, model_type: str) -> Any:
-    return _package("detoxify", "pip install detoxify").Detoxify(model_type, checkpoint=checkpoint)
-
-
-def _package(module: str, install: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = module.partition(".")[0]
-        raise UserError(
-            f"the reward {name!r} needs the package of that name, which cannot be imported: {install}"
-        ) from error
+    detoxify = import_package("detoxify", "the reward detoxify", "pip install detoxify")
+    return detoxify.Detoxify(model_type, checkpoint=checkpoint)
 
 
 def _existing(path: Path) -> str:

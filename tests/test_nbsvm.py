@@ -41,7 +41,10 @@ def test_the_judge_tells_the_sides_apart_and_turning_the_labels_turns_it():
 
 @pytest.mark.slow
 def test_imdb_is_judged_as_published(shared_data):
-    """Wang & Manning 2012: NB-SVM with bigrams 91.22, multinomial naive Bayes with bigrams 86.59."""
+    """Wang & Manning 2012: NB-SVM with bigrams 91.22, multinomial naive Bayes with bigrams 86.59.
+
+    With single words naive Bayes gets 83.55 there; 82.88 in a reproduction with other words than theirs.
+    """
     folder = shared_data / "imdb_full"
     if not folder.is_dir():
         pytest.skip("no full IMDB")
@@ -50,3 +53,5 @@ def test_imdb_is_judged_as_published(shared_data):
         assert (len(texts), sum(labels)) == (25_000, 12_500)
     assert 100 * nbsvm.accuracy(nbsvm.fit(*train), *test) == pytest.approx(91.1, abs=0.4)
     assert 100 * nbsvm.accuracy(nbsvm.fit_naive_bayes(*train), *test) == pytest.approx(86.59, abs=0.4)
+    words = nbsvm.fit_naive_bayes(*train, ngram_range=(1, 1))
+    assert 100 * nbsvm.accuracy(words, *test) == pytest.approx(82.88, abs=0.1)

@@ -1,8 +1,7 @@
 """Gradients through a gradient step: meta-learning, and reward weights that are learnt from what they lead to.
 
-A loss is a function of parameters (any pytree) and of data, to a scalar. Everything here is exact second-order
-differentiation, for which one backward pass is differentiated again: about twice its time, and the memory of
-both. Three ways to get numbers that look right and are not:
+A loss is a function of parameters (any pytree) and of data, to a scalar. The inner backward pass is
+differentiated again, exactly. Three ways to get numbers that look right and are not:
 
 - A ``stop_gradient`` between the weights and the new parameters, on the advantages for example: the gradient
   is exactly 0. What changes rewards must reach the inner loss as a traced value.
@@ -47,7 +46,7 @@ def meta_gradient(
 ) -> Params:
     """1/N Σ_i d/dθ L_outer(θ − α ∇L_inner(θ, i), i): where to start so that one step goes far.
 
-    Finn, Abbeel and Levine 2017 (arXiv:1703.03400), equation 1 with one inner step.
+    Finn, Abbeel and Levine 2017 (arXiv:1703.03400), with one inner step.
 
     Args:
         inner_loss: What a task is adapted with, of parameters and one task.
@@ -56,7 +55,7 @@ def meta_gradient(
         params: θ.
         tasks: A pytree with leaves [N ...], one row a task.
         rate: α.
-        first_order: Leaves out the derivative of the inner gradient (FOMAML, section 5.2 there): cheaper, and
+        first_order: Leaves out the derivative of the inner gradient (FOMAML): cheaper, and
             biased by a factor I − α ∇²L_inner.
 
     Returns:
@@ -83,9 +82,9 @@ def weight_gradient(
 ) -> Weights:
     """dL_outer(θ′(w))/dw with θ′(w) = θ − α ∇_θ L_inner(θ, w): the reward weights that help the true objective.
 
-    Zheng, Oh and Singh 2018 (arXiv:1804.06459), equations 4 to 8, which are for an ascent on returns. By the
-    chain rule it is −α ∇_w∇_θ L_inner · ∇L_outer(θ′): a weight is raised as far as the step that it causes
-    is a step that the outer loss would have liked too.
+    Zheng, Oh and Singh 2018 (arXiv:1804.06459), who ascend returns where this descends losses. By the chain
+    rule it is −α ∇_w∇_θ L_inner · ∇L_outer(θ′): a weight is raised as far as the step that it causes is one
+    that the outer loss would have taken too.
 
     Where data are sampled, the outer loss is a policy-gradient surrogate on answers of θ′ itself, its
     advantages from the true objective: its value does not matter, its gradient does. Answers of another policy

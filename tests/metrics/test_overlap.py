@@ -41,12 +41,10 @@ def test_sentence_bleu_has_sacrebleus_values(smoothing, cat, romanian):
 @pytest.mark.parametrize(("smoothing", "method"), [("floor", 1), ("add-k", 2), ("exp", 3)])
 def test_smoothings_are_methods_of_nltk(smoothing, method):
     """Chen and Cherry 2014; but for what it gives without smoothing, 7e-78 in place of 0."""
-    from nltk.translate.bleu_score import SmoothingFunction
-    from nltk.translate.bleu_score import sentence_bleu as nltk_bleu
-
+    nltk = pytest.importorskip("nltk.translate.bleu_score")
     text, references = CAT
-    smoothed = getattr(SmoothingFunction(), f"method{method}")
-    known = nltk_bleu([one.split() for one in references], text.split(), smoothing_function=smoothed)
+    smoothed = getattr(nltk.SmoothingFunction(), f"method{method}")
+    known = nltk.sentence_bleu([one.split() for one in references], text.split(), smoothing_function=smoothed)
     assert sentence_bleu(*CAT, smoothing=smoothing) == pytest.approx(known, abs=1e-9)
 
 

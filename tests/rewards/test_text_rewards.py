@@ -1,3 +1,8 @@
+import gzip
+import itertools
+import json
+
+import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse
@@ -110,6 +115,20 @@ def test_repetition_ranks_stuttering_below_a_sentence():
     stutter, sentence = Repetition()([], ["the the the the", "The Eagle is a cheap place by the river."])
     assert (stutter, sentence) == (pytest.approx(-2 / 3), 0.0)
     assert Repetition(n=1)([], ["a b a"]) == [pytest.approx(-1 / 3)]
+
+
+@pytest.mark.slow
+def test_a_lexicon_is_a_weak_judge_of_film_reviews(shared_data):
+    """70.5 % of a thousand reviews of IMDB's test set, with an error of 1.4; counting n-grams gets 91."""
+    path = shared_data / "imdb_full" / "test.jsonl.gz"
+    if not path.is_file():
+        pytest.skip("no full IMDB")
+    with gzip.open(path, "rt") as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, 0, None, 25)]
+    found = np.array(LexiconSentiment()([], [row["text"] for row in rows])) > 0
+    positive = np.array([row["label"] == 1 for row in rows])
+    assert (len(rows), positive.mean()) == (1000, 0.5)
+    assert 100 * (found == positive).mean() == pytest.approx(70.5, abs=2.8)
 
 
 @pytest.mark.parametrize(

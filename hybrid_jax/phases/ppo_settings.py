@@ -120,6 +120,8 @@ class PPO:
                 "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
                 f"{self.rows} responses, got {self.minibatches} × {self.microbatches}"
             )
+        if self.discount != 1 and any(part.level == "potential" for part in self.reward.parts.values()):
+            raise ValueError(f"discount must be 1 for a reward with level: potential, got {self.discount}")
         if self.value_init is not None and self.value_network != "separate":
             raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
         if self.opponent is not None and self.opponent.reference not in self.references:

@@ -24,7 +24,8 @@ class Part:
         transform: A function of each raw value.
         normalise: Brings the part to mean 0 and standard deviation 1; ``true`` is ``running``.
         clip: ``(lowest, highest)`` value before the weight; None does not clip.
-        level: Scores whole responses, or every sentence or token, each placed on its last token.
+        level: Scores whole responses, or every sentence or token, each placed on its last token; ``potential``
+            scores what is written so far and gives the differences, which change no optimum.
     """
 
     reward: Annotated[Any, REWARDS]
@@ -47,6 +48,8 @@ class Part:
             raise ValueError("normalise must be false for a reward on tokens, which keeps no state, got true")
         if self.level != "sequence" and self.on_device:
             raise ValueError(f"level must be sequence for a reward on tokens, got {self.level!r}")
+        if self.level == "potential" and (self.transform or self.normalise or self.clip):
+            raise ValueError("level potential takes a weight alone: its values add up to 0, and must go on to")
 
     @property
     def on_device(self) -> bool:

@@ -1,8 +1,10 @@
 """Rewards for parts of a response, placed on the policy's own tokens.
 
 A sentence (or a token) is scored as a response of its own, and its value is received after its last token
-(Wu et al. 2023, arXiv 2306.01693). Where a segment ends is found on the tokens that were sampled: they are
-never made again from the text.
+(Wu et al. 2023, arXiv 2306.01693). As a potential, what has been written so far is scored at the end of every
+sentence, and only the differences are received: they add up to 0 over a response, so they say where it went
+well without changing which response is best (Ng, Harada and Russell 1999). Where a segment ends is found on the
+tokens that were sampled: they are never made again from the text.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from hybrid_jax.rewards.base import Reward, StartedReward, start_reward
 
-Level = Literal["sequence", "sentence", "token"]
+Level = Literal["sequence", "sentence", "token", "potential"]
 TokenTexts = list[list[str]]  # of each response, the text that each of its tokens adds
 
 _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+|$)", re.DOTALL)
@@ -48,6 +50,8 @@ def segments(pieces: Sequence[str], level: Level) -> list[tuple[int, str]]:
         return [(len(pieces) - 1, "".join(pieces))] if pieces else []
     if level == "token":
         return [(t, piece) for t, piece in enumerate(pieces) if piece.strip()]
+    if level == "potential":
+        return [(t, "".join(pieces[: t + 1])) for t, _ in segments(pieces, "sentence")]
     ends = np.cumsum([len(piece) for piece in pieces])
     found: dict[int, str] = {}
     for match in _SENTENCE.finditer("".join(pieces)):
@@ -84,6 +88,16 @@ def start_segments(
     def place() -> np.ndarray:
         placed = np.full((len(pieces), length), np.nan, np.float32)
         placed[rows, [t for _, t, _ in found]] = finish()
-        return placed
+        return _differences(placed, [len(own) for own in pieces]) if level == "potential" else placed
 
     return place
+
+
+def _differences(reached: Float[np.ndarray, "B R"], lengths: Sequence[int]) -> Float[np.ndarray, "B R"]:
+    """Φ(s') − Φ(s) of each token, from the Φ that each sentence reached; Φ is 0 before and after a response."""
+    before = np.zeros_like(reached)
+    for t in range(1, reached.shape[1]):
+        before[:, t] = np.where(np.isnan(reached[:, t - 1]), before[:, t - 1], reached[:, t - 1])
+    place, last = np.arange(reached.shape[1])[None], np.array(lengths, int)[:, None] - 1
+    after = np.where(place < last, np.roll(before, -1, axis=1), 0.0)
+    return np.where(place <= last, after - before, np.nan)

@@ -1,8 +1,11 @@
 """Segments of a response, found on the tokens that were sampled."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.algorithms.shaping import potential_shaping
+from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.rewards.combine import Hierarchy, Product
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.postprocess import Running
@@ -111,3 +114,20 @@ def test_segments_are_normalised_among_all_segments():
 def test_a_product_cannot_be_placed():
     with pytest.raises(ValueError, match=r"combine must be a sum of parts, for sentences has a level"):
         composite(combine=Product())
+
+
+def test_a_potential_gives_differences_that_add_up_to_nothing():
+    reward = CompositeReward({"so far": Part(letters, weight=0.5, level="potential")})
+    raw = reward.raw([""] * 3, TEXTS, {}, pieces_of(ROWS), 9)
+    scores, _ = reward.weigh(reward.init(), raw, [""] * 3)
+    # "Good food." has 10 letters at token 2, with " Bad service! " 24 at token 6; the end at 7 gives all back
+    assert scores.placed[0].tolist() == [0, 0, 5, 0, 0, 0, 7, -12, 0]
+    assert scores.placed[1].tolist() == [0] * 9  # what ends with the response has no time to count
+    assert scores.totals.tolist() == [0, 0, 0]
+    before = np.array([[0, 0, 0, 5, 5, 5, 5, 12, 0]], np.float32)  # Φ of the state before each token
+    shaped = potential_shaping(jnp.asarray(before), jnp.arange(9)[None] < 8)
+    assert np.asarray(shaped)[0].tolist() == scores.placed[0].tolist()
+    with pytest.raises(ValueError, match="level potential takes a weight alone"):
+        Part(letters, level="potential", clip=(0.0, 1.0))
+    with pytest.raises(ValueError, match=r"discount must be 1 for a reward with level: potential, got 0.9"):
+        PPO(reward=reward, discount=0.9)

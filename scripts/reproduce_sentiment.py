@@ -72,8 +72,8 @@ def table(run_dir: str) -> str:
     evaluations = [record for record in records if record["phase"] == "evaluation"]
     kl = [record["ppo/kl"] for record in records if record["phase"] == "ppo"]
     rows = {
-        "sentiment (log-odds, trained on)": lambda r: r["evaluation/reward/sentiment"],
-        "NB-SVM (held out)": lambda r: r["evaluation/judge/nbsvm"],
+        "sentiment (probability, trained on)": lambda r: r["evaluation/reward/sentiment"],
+        "positive to NB-SVM (held out)": lambda r: r["evaluation/judge/nbsvm"],
         "perplexity under the language model": lambda r: math.exp(-r["evaluation/judge/reference_log_prob"]),
         "fluency (nats a word)": lambda r: r["evaluation/reward/fluency"],
         "words off the length": lambda r: r["evaluation/reward/length"],

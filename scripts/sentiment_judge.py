@@ -16,12 +16,13 @@ from nbsvm import Scorer, fit
 
 @dataclass(frozen=True)
 class NaiveBayesSvm:
-    """Its decision for prompt and response together: above 0 is positive."""
+    """1 where it finds prompt and response together positive, else 0."""
 
     train: str  # of reviews {"text", "label"}, gzip
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        return _judge(self.train)([p + r for p, r in zip(prompts, responses, strict=True)]).tolist()
+        decisions = _judge(self.train)([p + r for p, r in zip(prompts, responses, strict=True)])
+        return (decisions > 0).astype(float).tolist()
 
 
 @functools.cache

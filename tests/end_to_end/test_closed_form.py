@@ -24,6 +24,7 @@ from hybrid_jax.training.optimizers import Adam, Linear
 from hybrid_jax.training.state import TrainState
 
 BETA, ROWS = 0.5, 512
+THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # a long run
 
 
 def ppo_functions(**settings) -> PPOFunctions:
@@ -86,7 +87,9 @@ def test_the_enumerated_model_has_the_published_optimum():
 
 def test_ppo_reaches_the_closed_form_optimum():
     functions = ppo_functions()
-    state, metrics = jax.jit(lambda key: run(functions, key, 600))(jax.random.key(0))
+    state, metrics = jax.jit(lambda key: run(functions, key, 600), compiler_options=THOROUGHLY)(
+        jax.random.key(0)
+    )
     reference, reward = sequence_probabilities(reference_params()), true_reward()
     policy, best = sequence_probabilities(state.params["model"]), optimum(reference, reward, BETA)
     gap = objective(best, reference, reward, BETA) - objective(policy, reference, reward, BETA)
@@ -103,7 +106,7 @@ def test_eight_seeds_and_strengths_train_in_one_program_each_to_its_own_optimum(
     def whole_run(seed, beta):
         return run(functions, jax.random.key(seed), 250, beta=beta)[0].params["model"]
 
-    many = jax.jit(jax.vmap(whole_run))(seeds, betas)
+    many = jax.jit(jax.vmap(whole_run), compiler_options=THOROUGHLY)(seeds, betas)
     reference, reward = sequence_probabilities(reference_params()), true_reward()
     for lane in range(8):
         policy = sequence_probabilities({"table": many["table"][lane]})
@@ -119,7 +122,8 @@ def test_two_references_give_their_weighted_geometric_mean():
     functions = ppo_functions(references={n: Reference(weight=w) for n, w in weights.items()})
     zeros = {"table": jnp.log(jnp.tile(jnp.array([0.9, 0.05, 0.05]), (13, 1)))}
     references = {"chain": reference_params(), "zeros": zeros}
-    state, _ = jax.jit(lambda key: run(functions, key, 400, references))(jax.random.key(0))
+    trained = jax.jit(lambda key: run(functions, key, 400, references), compiler_options=THOROUGHLY)
+    state, _ = trained(jax.random.key(0))
     policy, chain, other = (sequence_probabilities(p) for p in (state.params["model"], *references.values()))
     geometric = optimum(chain**0.4 * other**0.6, true_reward(), BETA)
     arithmetic = optimum(0.4 * chain + 0.6 * other, true_reward(), BETA)

@@ -19,7 +19,8 @@ CACHE = ROOT / ".pytest_cache" / "jax"  # of compiled programs
 
 @pytest.fixture
 def environment():
-    return {**os.environ, "XLA_FLAGS": ""}  # one device, as a user has on a CPU
+    flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+    return {**os.environ, "XLA_FLAGS": flags}  # one device, as a user has on a CPU
 
 
 def command(run_dir, *overrides):

@@ -144,6 +144,8 @@ def test_an_exported_folder_gives_transformers_the_same_model(case, tmp_path):
 
 # ----------------------------------------------------------------------------------- without transformers
 
+# As in a run, since the tolerance is a few roundings.
+THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 CONFIG = EncoderConfig(vocab_size=VOCAB, num_layers=2, width=16, num_heads=2, max_length=20, init_std=0.3)
 
 
@@ -152,7 +154,7 @@ def small():
     model, random = Encoder(CONFIG), np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda leaf: random.normal(size=leaf.shape).astype(np.float32), shapes)
-    return model, params, jax.jit(model.hidden)
+    return model, params, jax.jit(model.hidden, compiler_options=THOROUGHLY)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What PPO makes of a reward: placed on tokens, normalised, against opponents, beside several references."""
 
+import functools
 import json
 
 import jax
@@ -25,7 +26,18 @@ from hybrid_jax.training.optimizers import Adam, Constant, Linear
 from hybrid_jax.training.state import TrainState
 
 ROWS = 8
+THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # a long run
 COUNT = CompositeReward({"count": Part(TokenCount(weights={"2": 1.0}))})
+
+
+class Compiled(PPOFunctions):
+    """Every function one program, where operation by operation would compile hundreds."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+    sample = jax.jit(PPOFunctions.sample, static_argnums=0)
+    score = jax.jit(PPOFunctions.score, static_argnums=0)
+    learn = jax.jit(PPOFunctions.learn, static_argnums=0, static_argnames="groups")
+    advantages = jax.jit(PPOFunctions.advantages, static_argnums=0)
 
 
 def functions(model=None, **settings) -> PPOFunctions:
@@ -40,7 +52,7 @@ def functions(model=None, **settings) -> PPOFunctions:
             **settings,
         }
     )
-    return PPOFunctions(config, model or PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
+    return Compiled(config, model or PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
 
 
 def state_of(ppo, policy) -> TrainState:
@@ -109,16 +121,17 @@ def test_dense_and_sparse_placement_have_the_same_exact_policy_gradient():
             for row, s in enumerate(SEQUENCES):
                 same = (SEQUENCES[:, :t] == s[:t]).all(axis=1)
                 values[row, t] = (probabilities[same] * to_go[same, t]).sum() / probabilities[same].sum()
+        return np.asarray(surrogate_gradient(policy, rewards, values)["table"])
+
+    @jax.jit
+    @jax.grad
+    def surrogate_gradient(params, rewards, values):
         mask = jnp.ones((27, 3), bool)
-        advantages, _ = gae(jnp.asarray(rewards), jnp.asarray(values), mask, discount=1.0, trace=1.0)
-
-        def surrogate(params):
-            tokens = jnp.concatenate([jnp.zeros((27, 1), jnp.int32), jnp.asarray(SEQUENCES)], axis=1)
-            logits = PrefixTable().apply(params, tokens).logits[:, :-1]
-            chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(SEQUENCES)[..., None], axis=2)
-            return (jnp.asarray(probabilities)[:, None] * advantages * chosen[..., 0]).sum()
-
-        return np.asarray(jax.grad(surrogate)(policy)["table"])
+        advantages, _ = gae(rewards, values, mask, discount=1.0, trace=1.0)
+        tokens = jnp.concatenate([jnp.zeros((27, 1), jnp.int32), jnp.asarray(SEQUENCES)], axis=1)
+        logits = PrefixTable().apply(params, tokens).logits[:, :-1]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(SEQUENCES)[..., None], axis=2)
+        return (jnp.asarray(probabilities)[:, None] * advantages * chosen[..., 0]).sum()
 
     assert gradient(dense) == pytest.approx(gradient(sparse), abs=1e-6)
     assert np.abs(gradient(dense)).max() > 0.01
@@ -179,7 +192,7 @@ def test_two_references_have_the_published_geometric_optimum():
     tokens, mask = jnp.zeros((2048, 1), jnp.int32), jnp.ones((2048, 1), bool)
     steps = 800
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=THOROUGHLY)
     def run(key):
         def iteration(state, step):
             rate = ppo.config.optimizer.rate(step, steps)
@@ -232,7 +245,8 @@ def test_a_value_network_starts_as_the_normalised_reward_model(tmp_path):
     ppo = functions(DECODER, value_network="separate")
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 11, (4, 9)))
     mask = jnp.ones((4, 9), bool)
-    rewards = (np.asarray(classifier.apply(params, tokens[:, :-1], mask[:, :-1]))[:, 0] - 0.5) / 2.0
+    read = jax.jit(classifier.apply)
+    rewards = (np.asarray(read(params, tokens[:, :-1], mask[:, :-1]))[:, 0] - 0.5) / 2.0
     samples = Samples(tokens=tokens[:, 4:], log_probs=jnp.zeros((4, 5)), response_mask=mask[:, 4:])
     scored = ppo.score({"model": policy, "value": value}, {"sft": policy}, tokens[:, :4], mask[:, :4], samples)
     assert np.asarray(scored.values[:, -1]) == pytest.approx(rewards, abs=1e-5)  # of the state before the last

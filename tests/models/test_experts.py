@@ -17,6 +17,9 @@ def _arrays():
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
+losses_of_a_router = jax.jit(router_losses)
+
+
 @jax.jit
 def _mixture(x, scores, kernel, bias):
     weights, chosen = choose_experts(scores, K, normalize=True)
@@ -48,7 +51,7 @@ def test_the_balance_loss_of_one_full_row_is_that_of_transformers():
 
     scores = np.random.default_rng(1).normal(size=(1, 16, EXPERTS)).astype(np.float32)
     _, chosen = choose_experts(jnp.asarray(scores[0]), K, normalize=True)
-    losses = router_losses(scores, chosen[None], np.ones((1, 16), bool))
+    losses = losses_of_a_router(scores, chosen[None], np.ones((1, 16), bool))
     expected = load_balancing_loss_func((torch.as_tensor(scores[0]),), EXPERTS, K)
     assert float(losses["router_balance"].mean()) == pytest.approx(float(expected), rel=1e-6)
 
@@ -57,9 +60,9 @@ def test_router_losses_know_no_padding_and_add_up_over_rows():
     scores = np.random.default_rng(2).normal(size=(2, 6, EXPERTS)).astype(np.float32)
     real = np.array([[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1]], bool)
     _, chosen = choose_experts(jnp.asarray(scores), K, normalize=True)
-    both = router_losses(scores, chosen, real)
+    both = losses_of_a_router(scores, chosen, real)
     rows = [
-        router_losses(scores[i : i + 1, 6 - n :], chosen[i : i + 1, 6 - n :], np.ones((1, n), bool))
+        losses_of_a_router(scores[i : i + 1, 6 - n :], chosen[i : i + 1, 6 - n :], np.ones((1, n), bool))
         for i, n in ((0, 6), (1, 3))
     ]
     total = jax.tree.map(jnp.add, *rows)
@@ -72,7 +75,7 @@ def test_router_losses_know_no_padding_and_add_up_over_rows():
 
 def test_experts_used_alike_have_the_balance_loss_k():
     chosen = jnp.array([[[0, 1], [2, 3]]])
-    losses = router_losses(jnp.zeros((1, 2, 4)), chosen, jnp.ones((1, 2), bool))
+    losses = losses_of_a_router(jnp.zeros((1, 2, 4)), chosen, jnp.ones((1, 2), bool))
     assert float(losses["router_balance"].mean()) == pytest.approx(2.0)
 
 

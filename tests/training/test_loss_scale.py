@@ -1,5 +1,7 @@
 """Loss scaling: the scale against a simulation, overflows that skip one update, a float16 model that learns."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -98,13 +100,15 @@ def half_state(scaling=None, w=0.0):
 def test_a_gradient_below_float16_survives_only_with_a_scale():
     # 2⁻¹² · 2⁻¹⁴ = 2⁻²⁶ is below the smallest float16, 2⁻²⁴; the mean over 4 rows has the same gradient.
     batch, params, key = halves(2.0**-12, 2.0**-14), half_state().params, jax.random.key(0)
-    without, _ = gradients(HALF, params, batch, key)
-    scaled, metrics = gradients(HALF, params, batch, key, scale=jnp.asarray(2.0**15))
+    ours = jax.jit(functools.partial(gradients, HALF))
+    without, _ = ours(params, batch, key)
+    scaled, metrics = ours(params, batch, key, scale=jnp.asarray(2.0**15))
     assert float(without["model"]["w"]) == 0
     assert float(scaled["model"]["w"]) == 2.0**-26
     assert float(metrics["loss"]) == 0  # w is 0, and the loss that is logged bears no scale
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def take(state, batch, scaling):
     key = jax.random.key(0)
     return update_state(HALF, SGD_STEP, state, batch, key, 1.0, optimizer_key="sft", scaling=scaling)

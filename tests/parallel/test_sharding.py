@@ -84,7 +84,7 @@ def test_every_mesh_gives_the_parameters_and_metrics_of_one_device(alone, mesh, 
 def drawn(mesh, weights="tensor"):
     rows = np.random.default_rng(0).integers(1, 200, (16, 32)).astype(np.int32)
     ppo = {**SETTINGS["phases"]["ppo"], "rollout_weights": weights}
-    experiment = build(parse(ExperimentConfig, settings(mesh, phases={"ppo": ppo})))
+    experiment = build(parse(ExperimentConfig, settings(mesh, model={"num_layers": 1}, phases={"ppo": ppo})))
     state, phase = experiment.init(), experiment.phases["ppo"]
     prompts = put_rows(experiment.placement, (rows, rows > 0))
     return phase._sample(state.base, state.train.params["model"], *prompts, jax.random.key(3))
@@ -127,7 +127,7 @@ def test_no_large_parameter_moment_or_cache_leaf_is_left_whole():
 
 
 def test_a_step_compiles_once_on_a_mesh():
-    experiment = build(parse(ExperimentConfig, settings({"fsdp": 4, "tensor": 2})))
+    experiment = build(parse(ExperimentConfig, settings({"fsdp": 4, "tensor": 2}, model={"num_layers": 1})))
     state = experiment.init()
     for _ in range(2):
         state = take_step(experiment, experiment.phases["sft"], state)

@@ -105,12 +105,16 @@ def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[s
     from hybrid_jax.evaluation.suites import SUITES
     from hybrid_jax.experiment import load_run_config, make_evaluator
     from hybrid_jax.policy import load_policy
+    from hybrid_jax.scorer_commands import evaluate_scorer, trains_scorer
     from hybrid_jax.training.compilation import keep_compiled
 
     for override in overrides:
         if not override.startswith("evaluation."):
             raise UserError(f"an override of evaluate must begin with 'evaluation.', got {override!r}")
     measure = SUITES[suite]
+    if trains_scorer(run_dir):  # a classifier or a reward model has one suite
+        step, numbers = evaluate_scorer(run_dir)
+        return {"suite": "held_out", "step": step, "numbers": numbers}
     config = load_run_config(run_dir, overrides)
     keep_compiled(config.compilation_cache)
     policy = load_policy(run_dir)

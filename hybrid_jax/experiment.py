@@ -358,26 +358,6 @@ class Experiment:
             log.info("report: %s/report.html", self.files.name)
 
 
-def trains_scorer(run_dir: str | Path) -> bool:
-    """Whether a run trains a classifier or a reward model, and so no policy."""
-    phases = run_settings(run_dir).get("phases") or {}
-    kinds = [PHASES[phase.get("name", name)] for name, phase in phases.items()]
-    return any(getattr(kind, "trains_scorer", False) for kind in kinds)
-
-
-def export_scorer(run_dir: str | Path, folder: str | Path) -> Path:
-    """Writes the newest scorer of a run; returns the folder.
-
-    Raises:
-        UserError: the run has no checkpoint, its data is gone, or the folder cannot be written.
-    """
-    experiment = build(load_run_config(run_dir))
-    state = Checkpoints(experiment.files.checkpoints, keep=1).newest(experiment.init())
-    if state is None:
-        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
-    return experiment.export(state, Path(folder))
-
-
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether training has left anything there to go on from."""
     return bool(saved_steps(run_files(run_dir).checkpoints))

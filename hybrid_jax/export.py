@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     set_up_logging()
 
-    from hybrid_jax.experiment import export_scorer, trains_scorer
     from hybrid_jax.policy import load_policy, save_value
+    from hybrid_jax.scorer_commands import export_scorer, trains_scorer
 
     if trains_scorer(options.run):
         if options.adapter or options.value or options.dtype != "float32":

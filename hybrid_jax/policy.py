@@ -20,7 +20,7 @@ from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
-from hybrid_jax.models import hf
+from hybrid_jax.models import encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import Decoder
@@ -283,6 +283,8 @@ class _SamplerSettings:
 def _run_model(settings: dict[str, Any], tokenizer: Tokenizer) -> tuple[LanguageModel, Params, Params]:
     """The model of a run, the shapes of what trains, and the parameters below adapters."""
     model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
+    if not isinstance(model, LanguageModel):
+        raise UserError("this run trains a scorer of texts, which gives no answers; export or evaluate it")
     trained, base = split(hf.abstract_params(model))
     if base:
         base = split(model.init(init_key(settings.get("seed", 0))))[1]

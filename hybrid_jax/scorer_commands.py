@@ -1,0 +1,45 @@
+"""What the commands do with a run that trains a scorer of texts, in place of a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.experiment import Experiment, build, load_run_config
+from hybrid_jax.policy import run_settings
+from hybrid_jax.training.checkpoint import Checkpoints
+from hybrid_jax.training.phase import PHASES
+from hybrid_jax.training.state import RunState
+
+
+def trains_scorer(run_dir: str | Path) -> bool:
+    """Whether a run trains a classifier or a reward model, and so no policy."""
+    phases = run_settings(run_dir).get("phases") or {}
+    kinds = [PHASES[phase.get("name", name)] for name, phase in phases.items()]
+    return any(getattr(kind, "trains_scorer", False) for kind in kinds)
+
+
+def export_scorer(run_dir: str | Path, folder: str | Path) -> Path:
+    """Writes the newest scorer of a run; returns the folder.
+
+    Raises:
+        UserError: the run has no checkpoint, its data is gone, or the folder cannot be written.
+    """
+    experiment, state = _newest_scorer(run_dir)
+    return experiment.export(state, Path(folder))
+
+
+def evaluate_scorer(run_dir: str | Path) -> tuple[int, dict[str, float]]:
+    """Step and held-out numbers of the newest scorer of a run."""
+    experiment, state = _newest_scorer(run_dir)
+    return state.step, {
+        name.removeprefix("evaluation/"): v for name, v in experiment.evaluate(state)[0].items()
+    }
+
+
+def _newest_scorer(run_dir: str | Path) -> tuple[Experiment, RunState]:
+    experiment = build(load_run_config(run_dir))
+    state = Checkpoints(experiment.files.checkpoints, keep=1).newest(experiment.init())
+    if state is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    return experiment, state

@@ -96,7 +96,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("all maps and the head", marks=pytest.mark.slow),  # as with "dora", but for its magnitudes
+        *(case for case in CASES if case != "all maps and the head"),
+    ],
+)
 def test_merged_maps_do_what_base_and_adapter_do_and_cached_decoding_too(case):
     config, settings = CASES[case]
     model, params = built(config, rank=3, **settings)

@@ -76,7 +76,12 @@ PUBLISHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+SLOW = ("Qwen3-8B", "Gemma-2-9B")  # dozens of layers each, built like the others
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in PUBLISHED]
+)
 def test_a_published_model_builds_abstractly_with_its_published_size(name):
     count, config = PUBLISHED[name]
     family = FAMILIES[config["model_type"]]

@@ -159,7 +159,7 @@ def test_greedy_takes_the_most_likely_token_at_every_step(model_and_params):
     assert not np.any(samples.log_probs)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_cache_that_grows_gives_the_samples_of_a_whole_one(scan_layers, monkeypatch):
     """Windows, slopes and rotary positions all depend on where a token lies."""
     config = DecoderConfig(

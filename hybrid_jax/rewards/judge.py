@@ -90,6 +90,9 @@ class Endpoint:
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.api_key_env):
             # what was given may be the key itself, so it is not repeated
             raise ValueError("api_key_env must be the name of an environment variable in capitals, not a key")
+        here = parts.hostname in ("localhost", "127.0.0.1", "::1")
+        if parts.scheme == "http" and self.api_key_env is not None and not here:
+            raise ValueError("url must begin with https:// where a key goes to another machine, got http://")
         for name in ("concurrency", "max_answer_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -398,6 +398,7 @@ def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
     wrong = [
         ({"url": "api.openai.com"}, "url must begin with http"),
         ({"url": f"https://me:{SECRET}@host/v1"}, "url must hold no user"),
+        ({"url": "http://far.away/v1"}, "url must begin with https:// where a key goes to another machine"),
         ({"api_key_env": SECRET}, "api_key_env must be the name of an environment variable"),
         ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"read_seconds": 0.0}, "read_seconds must be above 0"),
@@ -406,7 +407,7 @@ def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
     ]
     for settings, message in wrong:
         with pytest.raises(ValueError, match=message) as caught:
-            Endpoint(**{"url": "http://h/v1", "model": "m", **settings})
+            Endpoint(**{"url": "https://h/v1", "model": "m", **settings})
         assert SECRET not in str(caught.value)
     with pytest.raises(UserError, match=r"reward\.endpoint\.api_key_env") as caught:
         parse(
@@ -414,7 +415,7 @@ def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
             {
                 "reward": {
                     "name": "rubric_judge",
-                    "endpoint": {"url": "http://h", "model": "m", "api_key_env": SECRET},
+                    "endpoint": {"url": "https://h", "model": "m", "api_key_env": SECRET},
                 }
             },
         )

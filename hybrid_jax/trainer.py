@@ -82,7 +82,8 @@ class HybridTrainer:
             if stop.code == 128 + signal.SIGINT:  # a notebook knows how to show this one
                 raise KeyboardInterrupt("the run is saved; train() goes on") from None
             raise
-        self._policy = self.experiment.policy(state)
+        if self.experiment.evaluator is not None:  # a run that trains a scorer has no policy
+            self._policy = self.experiment.policy(state)
         return self._last_evaluation()
 
     def generate(

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_jax import evaluate, export, generate, train
+from hybrid_jax import HybridTrainer, evaluate, export, generate, train
 from hybrid_jax.core.cli import _exit_code
 from hybrid_jax.core.config import parse
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.rewards.composite import CompositeReward
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"
@@ -53,6 +54,14 @@ def test_evaluate_and_export_read_the_newest_checkpoint(run, command, tmp_path):
     assert code == 0
     for name in ("config.json", "model.safetensors", "extra.json", "tokenizer.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "model" / name).read_bytes()
+
+
+def test_a_notebook_trains_it_too(run):
+    kind, folder = run
+    trainer = HybridTrainer(CONFIGS / f"{kind}.yaml", overrides=[f"run_dir={folder}", *QUIET])
+    assert trainer.train()["evaluation/accuracy"] == last_evaluation(folder)["evaluation/accuracy"]
+    with pytest.raises(UserError, match="trains a scorer of texts, which gives no answers"):
+        trainer.generate(["hello"])
 
 
 def test_what_only_a_policy_can_do_is_refused_in_one_line(run, command, tmp_path):

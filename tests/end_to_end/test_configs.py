@@ -21,7 +21,8 @@ def test_every_config_is_valid(path):
 
 
 def test_the_policy_is_exported_at_its_cadence(tmp_path):
-    overrides = [f"run_dir={tmp_path}/run", "steps=5", "checkpoint.export_every=2", "evaluation.num_prompts=2"]
+    overrides = [f"run_dir={tmp_path}/run", "steps=5", "checkpoint.export_every=2", "evaluation.num_prompts=0"]
+    overrides += ["phases.ppo.epochs=1", "scheduler.warmup.sft=4"]  # one step of PPO
     experiment = build(load_config(CONFIGS / "debug" / "hybrid.yaml", overrides))
     state = train(experiment)
     folders = sorted(path.name for path in (tmp_path / "run" / "exports").iterdir())

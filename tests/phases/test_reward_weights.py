@@ -15,6 +15,8 @@ from hybrid_jax.testing import SEQUENCES, PrefixTable, optimum, reference_params
 from hybrid_jax.training.optimizers import SGD, Adam, Constant, Linear
 from hybrid_jax.training.state import TrainState
 
+THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # a long run
+
 
 class Bandit(PrefixTable):
     """One response token, the same whatever the prompt."""
@@ -91,7 +93,7 @@ def test_every_weighting_of_two_rewards_leads_to_its_own_closed_form():
         state, _ = jax.lax.scan(iteration, state_of(ppo, policy), jnp.arange(steps))
         return jax.nn.softmax(state.params["model"]["table"][0])
 
-    found = np.asarray(jax.jit(jax.vmap(run))(weights))
+    found = np.asarray(jax.jit(jax.vmap(run), compiler_options=THOROUGHLY)(weights))
     expected = [optimum(REFERENCE, one @ arms, 0.5) for one in weights]
     assert expected[0] == pytest.approx([0.029521, 0.163597, 0.805884, 0.000999], abs=1e-6)
     np.testing.assert_allclose(found, expected, atol=1e-3)

@@ -74,16 +74,15 @@ def test_a_multiplier_grows_while_its_limit_is_broken_and_sinks_to_zero_when_it_
 
 def test_a_multiplier_finds_the_policy_that_just_keeps_the_limit():
     """Two answers, reward and toxicity 1 and 0, limit 0.3: the best policy takes the first in 30 %."""
-    reward = CompositeReward(
-        {"good": Part(first), "toxic": Part(second)},
-        Lagrangian({"toxic": Limit(at_most=0.3)}, learning_rate=0.05),
-    )
-    state, logit, shares = reward.init(), 0.0, []
+    combine = Lagrangian({"toxic": Limit(at_most=0.3)}, learning_rate=0.05)
+    state, logit, shares, weights = combine.init(["good", "toxic"]), 0.0, [], {"good": 1.0, "toxic": 1.0}
     for _ in range(4000):
         share = 1 / (1 + np.exp(-logit))
-        count = round(1000 * share)
-        scores, state = run(reward, ["1 1"] * count + ["0 0"] * (1000 - count), state)
-        advantage = scores.totals[0] - scores.totals[-1] if 0 < count < 1000 else 0.0
+        taken = (np.arange(1000) < round(1000 * share)).astype(float)
+        values = {"good": taken, "toxic": taken}
+        weighing, state = combine.combine(state, values, weights, [])
+        scores = weighing.score(values)
+        advantage = scores[0] - scores[-1] if 0 < taken.sum() < 1000 else 0.0
         logit += 0.2 * (advantage - 0.02 * logit)
         shares.append(share)
     assert np.mean(shares[-1000:]) == pytest.approx(0.3, abs=0.02)

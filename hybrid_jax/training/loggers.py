@@ -4,7 +4,8 @@ A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ..
 ``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, with a further ``"extreme":
 {"part", "rank"}`` where it was picked as one that a part likes best or least. Steps count from 0: the record of
 update s carries s, and so does an evaluation made just before that update. Thus a run that resumes at step s
-writes every record with ``step >= s`` again, and the loggers forget those first.
+writes every record with ``step >= s`` again, and the loggers forget those first. An evaluation of step s itself
+is forgotten once it is made again and not before: it may be the last of a run that is made longer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -81,19 +82,39 @@ class JsonLines:
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
-            _keep_steps_before(run_dir / name, resume_step or 0)
-        return _JsonLinesLogger(run_dir)
+            _keep(run_dir / name, lambda record: _is_before(record, resume_step))
+        return _JsonLinesLogger(run_dir, resume_step)
+
+
+def _is_before(record: Mapping[str, Any], step: int | None) -> bool:
+    """Whether a run that goes on at ``step`` has the record behind it, or may not make it again."""
+    evaluated = record["step"] == step and record.get("phase") == "evaluation"
+    return step is not None and (record["step"] < step or evaluated)
 
 
 class _JsonLinesLogger:
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, resume_step: int | None):
         self._files = {name: (run_dir / name).open("a") for name in (METRICS_FILE, SAMPLES_FILE)}
+        self._resume_step = resume_step
+        self._again = False  # the evaluation of that step is being made again
 
     def metrics(self, record: dict[str, Any]) -> None:
-        self._append(METRICS_FILE, [record])
+        self._again = record["step"] == self._resume_step and record.get("phase") == "evaluation"
+        self._write(METRICS_FILE, [record])
 
     def samples(self, records: list[dict[str, Any]]) -> None:
-        self._append(SAMPLES_FILE, records)
+        self._write(SAMPLES_FILE, records)
+
+    def _write(self, name: str, records: list[dict[str, Any]]) -> None:
+        if not self._again:
+            return self._append(name, records)
+        step, path = self._resume_step or 0, Path(self._files[name].name)
+        self._files[name].close()
+        try:
+            _keep(path, lambda record: record["step"] < step, records)
+            self._files[name] = path.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def close(self) -> None:
         for file in self._files.values():
@@ -102,7 +123,7 @@ class _JsonLinesLogger:
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         file = self._files[name]
         try:
-            file.writelines(json.dumps(strict(record), allow_nan=False) + "\n" for record in records)
+            file.writelines(map(_line, records))
             file.flush()
         except OSError as error:
             raise UserError(f"cannot write {file.name}: {error.strerror}") from error
@@ -120,6 +141,10 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
+
+
+def _of_step(path: Path, step: int | None) -> list[dict[str, Any]]:
+    return [record for record in read_records(path) if record["step"] == step]
 
 
 def without_extremes(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,13 +173,17 @@ def strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _keep_steps_before(path: Path, step: int) -> None:
-    """Rewrites the file beside itself and swaps it in, so that a kill in between loses nothing."""
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(strict(record), allow_nan=False) + "\n"
+
+
+def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], new: Sequence[dict[str, Any]] = ()) -> None:
+    """Leaves the wanted records, and adds new ones: beside the file, and swapped in, so that a kill loses none."""
     if not path.exists():
         return
     kept = path.with_suffix(".kept")
     with kept.open("w") as file:
-        file.writelines(json.dumps(record) + "\n" for record in read_records(path) if record["step"] < step)
+        file.writelines(_line(record) for record in (*filter(wanted, read_records(path)), *new))
     os.replace(kept, path)
 
 
@@ -163,7 +192,8 @@ def _keep_steps_before(path: Path, step: int) -> None:
 class TensorBoard:
     """Event files in ``<run_dir>/tensorboard``: a scalar a metric, the samples as a table.
 
-    On resume a marker tells TensorBoard to hide the steps that run again.
+    On resume a marker tells TensorBoard to hide the steps that run again; an evaluation that `JsonLines` has
+    kept of them is written again.
     """
 
     flush_seconds: int = 10
@@ -176,7 +206,11 @@ class TensorBoard:
         writer = _import_extra("tensorboardX", extra="tensorboard").SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=resume_step, flush_secs=self.flush_seconds
         )
-        return _TensorBoardLogger(writer)
+        logger = _TensorBoardLogger(writer)
+        for record in _of_step(run_dir / METRICS_FILE, resume_step):
+            logger.metrics(record)
+        logger.samples(_of_step(run_dir / SAMPLES_FILE, resume_step))
+        return logger
 
 
 class _TensorBoardLogger:

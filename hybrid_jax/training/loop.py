@@ -97,18 +97,21 @@ def train(run: Run) -> RunState:
                 if stop is not None:
                     raise Interrupted(stop)
                 _export_if_due(run, state)
+                # What is saved is always the state before the evaluation: a rerun evaluates and observes again.
+                begun = state
                 if run.evaluation_is_due(state, phase.name):
                     with recorder.beside("evaluation"), out_of_memory.explained("evaluation"):
                         found = run.evaluate(state)
                     recorder.evaluation(state.step, *found)
-                    state = run.observe(state, found[0])
                     if interrupts.agreed() is not None:
                         continue
+                    if not finished:
+                        begun = run.observe(state, found[0])
                 if finished:
                     break
                 if phase.waits_for_device:
                     recorder.flush()
-                state = take_step(run, phase, state, recorder)
+                state = take_step(run, phase, begun, recorder)
         except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
             aborted = True
             raise

@@ -51,7 +51,7 @@ class Walk:
         if self.after:
             self.after(state)
         cursors = {**state.cursors, self.name: state.cursors.get(self.name, 0) + 2}
-        host = {"mean": np.asarray(0.9 * state.host["mean"] + 0.1 * state.step)}
+        host = {**state.host, "mean": np.asarray(0.9 * state.host["mean"] + 0.1 * state.step)}
         train = state.train.replace(params={"w": params})
         metrics = {f"{self.name}/first": params[0], f"{self.name}/dispatch_seconds": 0.5}
         return dataclasses.replace(state, train=train, cursors=cursors, host=host), metrics
@@ -84,7 +84,7 @@ class Walking:
 
     def init(self):
         train = TrainState(params={"w": jnp.zeros(50)}, opt_state={}, extra={"k": jnp.asarray(0.5)})
-        return RunState(step=0, train=train, host={"mean": np.asarray(0.0)})
+        return RunState(step=0, train=train, host={"mean": np.asarray(0.0), "observed": np.asarray(0)})
 
     def open(self):
         checkpoints = Checkpoints(self.folder / "checkpoints", 3)
@@ -115,7 +115,8 @@ class Walking:
         raise AssertionError("no export was asked for")
 
     def observe(self, state, numbers):
-        return state
+        count = np.asarray(state.host["observed"] + 1)
+        return dataclasses.replace(state, host={**state.host, "observed": count})
 
     def finish(self, state):
         self.finished += 1
@@ -201,6 +202,7 @@ def test_a_run_takes_its_steps_logs_each_once_and_saves_every_few(tmp_path):
         (7, "ppo"),
         (8, "evaluation"),
     ]
+    assert state.host["observed"] == 2  # before steps 0 and 4; nothing learns from the evaluation at the end
     assert run.finished == 1
 
 
@@ -222,15 +224,33 @@ def test_a_finished_run_does_nothing_more_and_writes_its_last_evaluation_again(u
     assert_goes_on_to(unbroken, tmp_path)
 
 
-def test_more_steps_continue_a_finished_run_as_if_it_had_been_longer_from_the_start(unbroken, tmp_path):
+def test_more_steps_continue_a_finished_run_as_if_it_had_been_longer_and_keep_its_last_evaluation(
+    unbroken, tmp_path
+):
     train(Walking(tmp_path, steps=5))
-    assert_goes_on_to(unbroken, tmp_path)
+    evaluation = [line for line in log_lines(tmp_path) if line["step"] == 5]
+    assert len(evaluation) == 2  # numbers and a sample
+    assert bits(train(Walking(tmp_path))) == unbroken[0]
+    lines = log_lines(tmp_path)
+    assert [line for line in lines if line["step"] == 5 and line["phase"] == "evaluation"] == evaluation
+    assert [line for line in lines if line not in evaluation] == unbroken[1]
 
 
-def test_fewer_steps_than_a_run_has_taken_end_it_at_once(tmp_path):
+def test_fewer_steps_than_a_run_has_taken_end_it_at_once_and_keep_its_last_evaluation(tmp_path):
     before = train(Walking(tmp_path))
+    lines = log_lines(tmp_path)
     after = train(Walking(tmp_path, steps=5, evaluate_at=()))
     assert bits(after) == bits(before)
+    assert log_lines(tmp_path) == lines
+    assert [line["step"] for line in lines if line["phase"] == "evaluation"] == [0, 4, 8, 0, 4, 8]
+
+
+def test_the_last_evaluation_of_a_finished_run_is_lost_by_none_that_fails_after_it(tmp_path):
+    train(Walking(tmp_path))
+    lines = log_lines(tmp_path)
+    with pytest.raises(UserError, match="no key"):
+        train(Walking(tmp_path, during_evaluation=at(8, fail(UserError("no key")))))
+    assert log_lines(tmp_path) == lines
 
 
 def test_a_fall_back_to_an_older_checkpoint_drops_the_lines_of_the_steps_after_it(unbroken, tmp_path):
@@ -253,6 +273,14 @@ def test_a_failing_step_leaves_the_state_before_it_saved(unbroken, tmp_path, cap
     assert saved_steps(tmp_path) == [3, 5]
     assert "saved the state after 5 steps" in caplog.messages
     assert [line["step"] for line in log_lines(tmp_path) if "sft/first" in line] == [0, 1, 2, 4]
+    assert_goes_on_to(unbroken, tmp_path)
+
+
+def test_a_step_that_fails_right_after_an_evaluation_is_repeated_from_before_it(unbroken, tmp_path):
+    with pytest.raises(UserError, match="the data fails"):
+        train(Walking(tmp_path, sft=Walk("sft", before=at(4, fail(UserError("the data fails"))))))
+    assert saved_steps(tmp_path) == [3, 4]
+    assert Checkpoints(tmp_path / "checkpoints", 3).newest(Walking(tmp_path).init()).host["observed"] == 1
     assert_goes_on_to(unbroken, tmp_path)
 
 

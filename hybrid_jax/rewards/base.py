@@ -3,7 +3,7 @@
 A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain
 function, or a frozen dataclass registered in `REWARDS` whose fields are its settings. ``columns`` are the
 other columns of the data, each a list of length B; a reward gets those it names, or all if it takes
-``**columns``.
+``**columns``, as copies of its own.
 """
 
 from __future__ import annotations
@@ -95,9 +95,21 @@ def start_reward(
     """`evaluate_reward` in two steps: a `StartedReward` begins now, any other when the result is called for."""
     begin = reward.start if isinstance(reward, StartedReward) else partial(partial, reward)
     accepts = reward.start if isinstance(reward, StartedReward) else reward
-    arguments = _accepted_columns(name, accepts, columns or {})
+    arguments = _copied(_accepted_columns(name, accepts, columns or {}))
     finish = _explained(name, begin, list(prompts), list(responses), **arguments)
     return lambda: _check_scores(name, _explained(name, finish), responses)
+
+
+def _copied(value: Any) -> Any:
+    """A copy down to what cannot be changed in place: a reward may do with its columns what it likes.
+
+    A list that several rows share, as the answers to one prompt do, is another one for each of them.
+    """
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) in (list, tuple, set):
+        return type(value)(_copied(item) for item in value)
+    return value.copy() if isinstance(value, np.ndarray) else value
 
 
 def _explained(name: str, function: Callable[..., Any], *inputs: Any, **columns: Any) -> Any:

@@ -156,3 +156,22 @@ def test_columns_of_examples_are_lists_with_none_where_a_row_has_none():
     examples = [Example("p", columns={"a": 1}), Example("q", columns={"b": 2}), Example("r")]
     assert columns_of(examples) == {"a": [1, None, None], "b": [None, 2, None]}
     assert columns_of([]) == {}
+
+
+def test_a_reward_that_changes_its_columns_changes_no_row_of_the_data_and_no_other_reward():
+    example = Example("p", "r", {"refs": ["a"], "facts": {"food": ["thai"]}, "vector": np.zeros(2)})
+    columns = columns_of([example, example])  # two answers to one prompt
+
+    def greedy(prompts, responses, refs, facts, vector):
+        for row, response in enumerate(responses):
+            refs[row].append(response)
+            facts[row]["food"].append(response)
+            vector[row] += 1
+        del responses[0], prompts[0]
+        return [float(len(refs[0])), float(len(facts[1]["food"]) + vector[1][0])]
+
+    for _ in range(2):
+        assert evaluate(greedy, **columns).tolist() == [2.0, 3.0]
+    assert (example.columns["refs"], example.columns["facts"]) == (["a"], {"food": ["thai"]})
+    assert example.columns["vector"].tolist() == [0.0, 0.0]
+    assert RESPONSES == ["first answer", "second answer"]

@@ -178,7 +178,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], new: Sequence[dict[str, Any]] = ()) -> None:
-    """Leaves the wanted records, and adds new ones: beside the file, and swapped in, so that a kill loses none."""
+    """Leaves the wanted records and adds new ones: in a file beside, swapped in, so that a kill loses none."""
     if not path.exists():
         return
     kept = path.with_suffix(".kept")

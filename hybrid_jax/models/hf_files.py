@@ -20,12 +20,16 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from hybrid_jax.core.files import MEBIBYTE, decode, open_regular
+from hybrid_jax.core.json_text import parse_json, read_json
 from hybrid_jax.core.registry import UserError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARDS = "model-?????-of-?????.safetensors"
+MOST_HEADER = 25 * MEBIBYTE  # of a safetensors file; 100,000 tensors need half of it
+MOST_AXES = 8  # of a tensor
 _UNFINISHED = ".unfinished"  # folder in which an export is written
 _DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
@@ -119,33 +123,33 @@ def open_safetensors(path: Path, check_finite: bool = False) -> dict[str, Stored
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The entries of a safetensors file, where its data begin, and the size of the file."""
-    if not path.is_file():
-        raise UserError(f"no weight file {str(path)!r}")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with open_regular(path, "weight file") as file:
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise UserError(f"{path}: not a whole safetensors file: it ends before its header does")
+        if length > MOST_HEADER:
+            raise UserError(
+                f"{path}: its header must have at most {MOST_HEADER // MEBIBYTE} MiB, got {length // MEBIBYTE}"
+            )
         content = file.read(length)
+    header = parse_json(decode(content, f"{path}: its header"), f"{path}: its header")
     try:
-        header = json.loads(content, object_pairs_hook=_once)
         header.pop("__metadata__", None)
         for entry in header.values():
             begin, stop = entry["data_offsets"]
             whole = [begin, stop, *entry["shape"]]
-            if not isinstance(entry["dtype"], str) or not all(isinstance(i, int) and i >= 0 for i in whole):
+            is_tensor = all(isinstance(i, int) and i >= 0 for i in whole) and _is_array(entry["shape"])
+            if not isinstance(entry["dtype"], str) or not is_tensor:
                 raise ValueError("an entry is not understood")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: not a whole safetensors file: its header is damaged: {error}") from error
     return header, 8 + length, size
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    entries = dict(pairs)
-    if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
-    return entries
+def _is_array(shape: list[int]) -> bool:
+    """Whether numpy can have such an array, one without elements too."""
+    return len(shape) <= MOST_AXES and math.prod(max(size, 1) for size in shape) < 2**48
 
 
 def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
@@ -185,23 +189,6 @@ def _from_torch(tensor: Any) -> np.ndarray:
     if tensor.dtype == torch.bfloat16:  # which numpy does not know
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: there is no such file, or no object in it.
-    """
-    if not path.is_file():
-        raise UserError(f"no file {str(path)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------ writing

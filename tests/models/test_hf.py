@@ -309,10 +309,13 @@ def _header(**changes):
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         header["transformer.ln_f.bias"] |= changes
-        written = json.dumps(header).encode()
-        return len(written).to_bytes(8, "little") + written + data[8 + length :]
+        return _written(json.dumps(header).encode(), data[8 + length :])
 
     return damage
+
+
+def _written(header: bytes, data: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
 
 
 @pytest.mark.parametrize(
@@ -321,13 +324,18 @@ def _header(**changes):
         (lambda data: data[:4], "it ends before its header does"),
         (lambda data: data[:100], "it ends before its header does"),
         (lambda data: (2**62).to_bytes(8, "little") + data[8:], "it ends before its header does"),
-        (lambda data: data[:8] + b"}" + data[9:], "its header is damaged: "),
+        (lambda data: data[:8] + b"}" + data[9:], "its header: not JSON: "),
+        (lambda data: _written(b"[" * 20_000, data), "its header: more than 100 objects and lists in one another"),
+        (lambda data: _written(b'{"a": 1, "a": 2}', data), "its header: key 'a' is there twice; keep one"),
+        (lambda data: _written(b" " * (25 * 2**20 + 1), data), "its header must have at most 25 MiB, got 25"),
         (lambda data: data[:-4], "it ends before tensor 'transformer."),
         (lambda data: data + b"1234", "4 bytes belong to no tensor"),
         (_header(shape=[9]), "tensor 'transformer.ln_f.bias' is not where it should be"),
         (_header(data_offsets=[0, 32]), "is not where it should be"),  # where another tensor is
         (_header(shape=[-8]), "its header is damaged: "),
         (_header(data_offsets=[0]), "its header is damaged: "),
+        (_header(shape=[0, 2**47, 2**47]), "its header is damaged: "),
+        (_header(shape=[8, *[1] * 70]), "its header is damaged: "),
         (_header(dtype="F4"), "tensor 'transformer.ln_f.bias' has the dtype F4, which is not supported"),
         (
             _header(dtype="I32"),

@@ -1,0 +1,114 @@
+"""JSON as RFC 8259 has it, read strictly: what is no JSON, or may mean two things, is an error.
+
+Python's own reader lets the last of two equal keys win, reads ``NaN`` and ``1e999``, keeps half a character
+(``"\\ud83d"`` alone), and ends in a traceback over 20,000 brackets or an integer of 5,000 digits.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hybrid_jax.core.files import MEBIBYTE, read_text
+from hybrid_jax.core.registry import UserError
+
+MOST_NESTED = 100  # objects and lists in one another: nobody's data or config comes near it
+MOST_BYTES = 32 * MEBIBYTE  # of a JSON file: the index of a model of 150,000 tensors has 15
+
+
+def parse_json(text: str, where: str) -> Any:
+    """The value that a JSON text holds.
+
+    Raises:
+        UserError: one line that begins with ``where``: it is no JSON, an object has a key twice, a number is NaN,
+            infinite or of thousands of digits, a text holds half a character, or it is nested too deeply.
+    """
+    try:
+        value = _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from error
+    except RecursionError:
+        raise _too_deep(where) from None
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+    if text.count("{") + text.count("[") > MOST_NESTED and _depth(value) > MOST_NESTED:
+        raise _too_deep(where)
+    if "\\ud" in text or "\\uD" in text:
+        _check_characters(value, where)
+    return value
+
+
+def read_json(path: Path, most: int = MOST_BYTES, kind: str = "file") -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: there is no such file, it is too large, or there is no object in it.
+    """
+    content = parse_json(read_text(path, most, kind), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise ValueError(f"key {_short(key)} is there twice; keep one")
+            seen.add(key)
+    return entries
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"number {_short(text)} is too large for 64 bits")
+    return number
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # of more digits than Python reads, which is slow
+        raise ValueError(f"number {text[:20]}… has {len(text)} digits") from None
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"not JSON: {name} is no number; write null, or leave the row out")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_once, parse_float=_number, parse_int=_integer, parse_constant=_no_number
+)
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in one another, without recursion."""
+    depth, level = 0, [value]
+    while containers := [item for item in level if isinstance(item, dict | list)]:
+        depth += 1
+        level = [item for held in containers for item in (held.values() if isinstance(held, dict) else held)]
+    return depth
+
+
+def _check_characters(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UserError(
+            f"{where}: {half} is half a character (a lone surrogate), so the text cannot be written as UTF-8"
+        ) from error
+
+
+def _too_deep(where: str) -> UserError:
+    return UserError(f"{where}: more than {MOST_NESTED} objects and lists in one another")
+
+
+def _short(value: str) -> str:
+    return repr(value) if len(value) <= 60 else f"{value[:60]!r}…"

@@ -325,7 +325,10 @@ def _written(header: bytes, data: bytes) -> bytes:
         (lambda data: data[:100], "it ends before its header does"),
         (lambda data: (2**62).to_bytes(8, "little") + data[8:], "it ends before its header does"),
         (lambda data: data[:8] + b"}" + data[9:], "its header: not JSON: "),
-        (lambda data: _written(b"[" * 20_000, data), "its header: more than 100 objects and lists in one another"),
+        (
+            lambda data: _written(b"[" * 20_000, data),
+            "its header: more than 100 objects and lists in one another",
+        ),
         (lambda data: _written(b'{"a": 1, "a": 2}', data), "its header: key 'a' is there twice; keep one"),
         (lambda data: _written(b" " * (25 * 2**20 + 1), data), "its header must have at most 25 MiB, got 25"),
         (lambda data: data[:-4], "it ends before tensor 'transformer."),

@@ -22,8 +22,8 @@ def parse_json(text: str, where: str) -> Any:
     """The value that a JSON text holds.
 
     Raises:
-        UserError: one line that begins with ``where``: it is no JSON, an object has a key twice, a number is NaN,
-            infinite or of thousands of digits, a text holds half a character, or it is nested too deeply.
+        UserError: one line that begins with ``where``: it is no JSON, an object has a key twice, a number is
+            NaN, infinite or of thousands of digits, a text holds half a character, or it is nested too deeply.
     """
     try:
         value = _DECODER.decode(text)

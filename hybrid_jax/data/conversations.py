@@ -9,7 +9,8 @@ from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose, json_rows
+from hybrid_jax.data.files import json_rows
+from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 RESPONSE_FIELDS = ("completion", "response")

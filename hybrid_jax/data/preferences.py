@@ -17,7 +17,8 @@ from typing import Annotated, Any, Protocol
 from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.registry import Registry, UserError, suggest
 from hybrid_jax.data.conversations import check_messages
-from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose, json_rows
+from hybrid_jax.data.files import json_rows
+from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 
 _COLUMNS = ("chosen", "rejected", "responses", "ranks", "margin", "tie")  # of the example of a preference
 

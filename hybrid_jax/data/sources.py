@@ -6,11 +6,9 @@ of its own, or a share of the training data. A source without held-out data says
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import string
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import Any, Literal, Protocol
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry, UserError, suggest
 from hybrid_jax.data.corpora import restaurants
+from hybrid_jax.data.files import json_rows, read_data
 
 Split = Literal["train", "held_out"]
 
@@ -147,7 +146,7 @@ class Text:
 
     def load(self, split: Split) -> Sequence[Example]:
         path = Path(self.held_out if split == "held_out" and self.held_out is not None else self.train)
-        text = _read(path).replace("\r\n", "\n")
+        text = read_data(path).replace("\r\n", "\n")
         if self.held_out is None:
             text = self._part(text, split, path)
         documents = text.split("\n") if self.lines else [text]
@@ -266,35 +265,6 @@ class TensorFlowDataset(Rows):
             raise UserError(
                 f"split {split!r} of the tfds dataset {self.dataset!r} cannot be loaded: {reason}"
             ) from error
-
-
-def _read(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"no data file {str(path)!r}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} must be UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def json_rows(path: Path) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    """Each row with ``file:line`` for messages."""
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: expected an object of fields, got {type(row).__name__}")
-        yield where, row
 
 
 def _text(row: Mapping[str, Any], field: str | None, template: str | None, where: str) -> str | None:

@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.data.sources import Text, json_rows
+from hybrid_jax.data.files import json_rows
+from hybrid_jax.data.sources import Text
 from hybrid_jax.metrics.text import words
 from hybrid_jax.rewards.base import evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part

@@ -28,9 +28,9 @@ def test_only_a_regular_file_is_opened_and_nothing_else_is_waited_for(short_path
         with pytest.raises(UserError) as caught:
             open_regular(name, "data file")
         assert str(caught.value) == f"data file {name!r} is {what}; expected a regular file"
-    with pytest.raises(UserError, match="^no data file 'gone'$"):
+    with pytest.raises(UserError, match=r"^no data file 'gone'$"):
         open_regular("gone", "data file")
-    with pytest.raises(UserError, match="cannot be read: embedded null byte"):
+    with pytest.raises(UserError, match=r"cannot be read: embedded null byte"):
         open_regular("a\0b")
 
 
@@ -46,7 +46,7 @@ def test_a_file_is_read_up_to_its_limit_and_without_a_byte_order_mark(tmp_path):
     with pytest.raises(UserError, match=r"config '.*' must have at most 1 MiB, got more"):
         read_text(file, 2**20, "config")
     file.write_bytes(b"a\xff")
-    with pytest.raises(UserError, match="file must be UTF-8 text, got byte 0xff at 1"):
+    with pytest.raises(UserError, match=r"file must be UTF-8 text, got byte 0xff at 1"):
         read_text(file, 5)
 
 
@@ -84,7 +84,7 @@ def test_all_else_of_json_is_read_as_it_is():
 def test_a_json_file_holds_one_object(tmp_path):
     file = tmp_path / "config.json"
     file.write_text("[1]")
-    with pytest.raises(UserError, match="config.json: expected an object, got list"):
+    with pytest.raises(UserError, match=r"config\.json: expected an object, got list"):
         read_json(file)
     file.write_text('{"a": 1}')
     assert read_json(file) == {"a": 1}

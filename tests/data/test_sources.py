@@ -192,7 +192,7 @@ def test_what_is_wrong_in_a_file_is_one_line_with_its_place(text, message, tmp_p
 def test_files_that_are_missing_broken_or_not_text_are_one_line_each(tmp_path):
     with pytest.raises(UserError, match=r"no data file '.*absent\.txt'"):
         Text(train=tmp_path / "absent.txt").load("train")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is a directory; expected a regular file"):
         Text(train=tmp_path).load("train")
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match=r"bad\.txt must be UTF-8 text, got byte 0xff at 3"):

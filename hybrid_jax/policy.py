@@ -42,6 +42,7 @@ from hybrid_jax.sampling.generation_config import (
 )
 from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.checkpoint import newest_params, newest_policy
+from hybrid_jax.training.compilation import free_programs
 from hybrid_jax.training.run_files import RunFiles, fetched
 
 EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
@@ -86,6 +87,7 @@ class Policy:
         examples = [example for example in asked for _ in range(num_samples)]
         if not examples:
             return []
+        free_programs()  # each other sampler compiles another one
         stream = PromptStream(examples, self.tokenizer, self._longest_prompt(asked))
         answers = []
         for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):

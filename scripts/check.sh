@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What CI runs: format, lint, types, tests. `scripts/check.sh fast` leaves the tests out.
+# The checks of CI: format, lint, types, tests. `scripts/check.sh fast` leaves the tests out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 ruff format --check .
 ruff check .
 pyright
-[ "${1:-}" = fast ] || pytest -n 2 --dist worksteal
+[ "${1:-}" = fast ] || pytest

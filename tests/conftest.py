@@ -24,6 +24,13 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_module():
+    """JAX keeps every program that it compiled, each in memory maps of its own, of which a process may have 65,530."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real data beside the checkout; a test that needs it skips where it is absent."""

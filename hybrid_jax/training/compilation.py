@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ import jax.monitoring
 # counted: JAX reports a function and those that it calls each with its own overlapping time.
 _LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 _COMPILING = "/jax/core/compile/backend_compile_duration"
+
+_MAPS = Path("/proc/self/maps")  # a line for each memory map of this process
+_MOST_MAPS = Path("/proc/sys/vm/max_map_count")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,40 @@ def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def free_programs(limit: int | None = None) -> bool:
+    """Lets go of all compiled programs once this process has more than ``limit`` memory maps.
+
+    JAX keeps every program that it has compiled. On a CPU each takes tens of memory maps, and a process that asks
+    for one map too many dies inside the compiler: a notebook that tries hundreds of settings would get there.
+    What is needed again is compiled again, or read from the folder of `keep_compiled`. Call it where no program runs
+    half-way, as between two steps; it costs nothing unless something was compiled since the last call.
+
+    Args:
+        limit: half of what the kernel allows, if None. Where the kernel does not tell, nothing is done.
+
+    Returns:
+        Whether programs were let go.
+    """
+    global _looked_at
+    _listen()
+    if limit is None and len(_compiled) == _looked_at:
+        return False
+    _looked_at = len(_compiled)
+    try:
+        with _MAPS.open("rb") as maps:
+            used = sum(1 for _ in maps)
+        limit = int(_MOST_MAPS.read_text()) // 2 if limit is None else limit
+    except (OSError, ValueError):  # no Linux
+        return False
+    if used <= limit:
+        return False
+    jax.clear_caches()
+    log.info("compiled programs took %d memory maps of this process and were let go", used)
+    return True
+
+
 _compiled: list[Compiled] = []
+_looked_at = 0  # how many of them `free_programs` has seen
 _lowered: dict[str, float] = {}  # seconds of lowering, until the same function has been compiled
 _listens = False
 

@@ -16,6 +16,7 @@ from jax import Array
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from hybrid_jax.training.compilation import free_programs
 from hybrid_jax.training.interrupts import Interrupted, Interrupts
 from hybrid_jax.training.nonfinite import NonFiniteError
 from hybrid_jax.training.offload import Idle, settled, with_idle, without_idle
@@ -133,6 +134,7 @@ def train(run: Run) -> RunState:
 
 def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None = None) -> RunState:
     """One step of ``phase`` with its randomness, counted and recorded."""
+    free_programs()  # prompts of ever new lengths compile without end
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
     started = contextlib.nullcontext() if recorder is None else recorder.step(state.step, phase.name)
     with started, out_of_memory.explained(phase.name):

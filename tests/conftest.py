@@ -26,7 +26,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 @pytest.fixture(autouse=True, scope="module")
 def compiled_programs_end_with_their_module():
-    """JAX keeps every program that it compiled, each in memory maps of its own, of which a process may have 65,530."""
+    """JAX keeps every compiled program, in memory maps of its own; a process may have 65,530 of them."""
     yield
     jax.clear_caches()
 

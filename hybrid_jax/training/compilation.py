@@ -86,10 +86,10 @@ def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:
 def free_programs(limit: int | None = None) -> bool:
     """Lets go of all compiled programs once this process has more than ``limit`` memory maps.
 
-    JAX keeps every program that it has compiled. On a CPU each takes tens of memory maps, and a process that asks
-    for one map too many dies inside the compiler: a notebook that tries hundreds of settings would get there.
-    What is needed again is compiled again, or read from the folder of `keep_compiled`. Call it where no program runs
-    half-way, as between two steps; it costs nothing unless something was compiled since the last call.
+    JAX keeps every program that it has compiled. On a CPU each takes tens of memory maps, and a process that
+    asks for one map too many dies inside the compiler: a notebook that tries hundreds of settings would get
+    there. What is needed again is compiled again, or read from the folder of `keep_compiled`. Call it where no
+    program is being traced, as between two steps; it is free unless something was compiled since the last call.
 
     Args:
         limit: half of what the kernel allows, if None. Where the kernel does not tell, nothing is done.

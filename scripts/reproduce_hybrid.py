@@ -1,4 +1,4 @@
-"""Hybrid training against examples alone with the same token budget, over seeds; prints the README's table.
+"""Hybrid training against examples alone with the same token budget, over seeds; prints the table of docs/results.md.
 
     python scripts/reproduce_hybrid.py --config configs/quickstart.yaml --output runs/reproduce_quickstart
 

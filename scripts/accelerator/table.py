@@ -1,4 +1,4 @@
-"""The README's table of what `bench_accelerator.py` measured; a row without a measurement says so."""
+"""The table in docs/results.md of what `bench_accelerator.py` measured; a row without a measurement says so."""
 
 from __future__ import annotations
 

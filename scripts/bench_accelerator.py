@@ -380,7 +380,9 @@ def parse(arguments: list[str]) -> Any:
     parser.add_argument("--peer-master", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed ones a turn")
-    parser.add_argument("--table", metavar="FILE", help="print the rows of docs/results.md from a file of such JSON lines")
+    parser.add_argument(
+        "--table", metavar="FILE", help="print the rows of docs/results.md from a file of such JSON lines"
+    )
     options = parser.parse_args(arguments)
     if (options.kind is None) == (options.table is None):
         parser.error("give either a kind of work or --table")

@@ -1,4 +1,4 @@
-"""Hybrid training against examples alone with the same token budget, over seeds; prints the table of docs/results.md.
+"""Hybrid training against examples alone with the same tokens, over seeds; the table of docs/results.md.
 
     python scripts/reproduce_hybrid.py --config configs/quickstart.yaml --output runs/reproduce_quickstart
 

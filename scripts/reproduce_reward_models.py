@@ -1,9 +1,9 @@
-"""Reward models of real preferences over seeds, beside the rule "the longer wins"; prints the table of docs/results.md.
+"""Reward models of real preferences over seeds, beside the rule "the longer wins": a table of docs/results.md.
 
     python scripts/reproduce_reward_models.py --output runs/reward_models --encoder DIR_OF_ALL_MINILM_L6_V2
 
 The configs were chosen on the training and validation splits. That of harmless was changed once after its test
-result was seen (n-grams before: 0.539 of all pairs, 0.550 balanced), which docs/results.md says too. ``balanced``
+result was seen (n-grams before: 0.539 of all pairs, 0.550 balanced), as docs/results.md says. ``balanced``
 weighs pairs so that length is right in half of them; ``matched`` takes pairs whose lengths differ by up to 22 %
 of the shorter. Runs that are there are only read.
 """

@@ -15,7 +15,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.listed import Listed
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
 from hybrid_jax.policy import Policy, load_policy
-from hybrid_jax.rewards.base import DeviceReward
+from hybrid_jax.rewards.base import DeviceReward, StartedReward
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import METRICS_FILE, read_records
@@ -191,7 +191,7 @@ def _takes_reward(name: str, phase: Any) -> bool:
 def _one_part(reward: Callable[..., Any]) -> Any:
     if isinstance(reward, CompositeReward):
         return reward
-    if not callable(reward) and not isinstance(reward, DeviceReward):
+    if not callable(reward) and not isinstance(reward, StartedReward | DeviceReward):
         raise UserError(f"reward must be a function, a component or {{parts: ...}}, got {reward!r}")
     name = getattr(reward, "__name__", type(reward).__name__)
     return {"parts": {name if name.isidentifier() else "reward": {"reward": reward}}}

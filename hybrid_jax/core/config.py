@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.registry import Registry, UserError, is_definition, suggest
 
 T = TypeVar("T")
 
@@ -206,9 +206,12 @@ def _parse_component(registry: Registry, value: Any, path: str) -> Any:
         raise UserError(f"{path}: {error}") from error
     if dataclasses.is_dataclass(entry):
         return _parse_dataclass(entry, settings, path)
-    if inspect.isfunction(entry) and not settings:
-        return entry
-    raise UserError(f"{path}: {name!r} takes no settings, got {', '.join(settings)}")
+    if inspect.isclass(entry) or not is_definition(entry):
+        kind = "a class" if inspect.isclass(entry) else f"an object of type {type(entry).__name__}"
+        raise UserError(f"{path}: {name!r} must be a function or a dataclass, got {kind}")
+    if settings:
+        raise UserError(f"{path}: {name!r} takes no settings, got {', '.join(settings)}")
+    return entry
 
 
 def _named(hint: Any, key: str, value: Any) -> Any:

@@ -61,8 +61,7 @@ class Registry(Generic[T]):
 
     def name_of(self, entry: Any) -> str:
         """The name under which a config finds ``entry`` (an instance, or the entry itself)."""
-        is_definition = inspect.isfunction(entry) or inspect.isclass(entry)
-        wanted = entry if is_definition else type(entry)
+        wanted = entry if is_definition(entry) else type(entry)
         for name, known in self._entries.items():
             if known is wanted:
                 return name
@@ -80,6 +79,11 @@ class Registry(Generic[T]):
                 ) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
+
+
+def is_definition(entry: Any) -> bool:
+    """Whether it is a class or a function (a compiled or decorated one, too), rather than an instance."""
+    return inspect.isclass(entry) or (callable(entry) and hasattr(entry, "__qualname__"))
 
 
 def suggest(name: str, known: Iterator[str] | dict | set | list | tuple) -> str:

@@ -117,7 +117,7 @@ class PromptStream:
         buckets: Sequence[int] | None = None,
     ):
         _check(examples, seed)
-        self._examples = tuple(examples)
+        self.examples = tuple(examples)
         self._prompts = [_prompt(example, tokenizer, row) for row, example in enumerate(examples, start=1)]
         for row, prompt in enumerate(self._prompts, start=1):
             if len(prompt) == 0:
@@ -160,7 +160,7 @@ class PromptStream:
             prompt = self._prompts[row]
             tokens[i, length - len(prompt) :] = prompt
             mask[i, length - len(prompt) :] = True
-        return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self._examples[row] for row in rows))
+        return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self.examples[row] for row in rows))
 
 
 def _prompt(example: Example, tokenizer: Tokenizer, row: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import current_placement
-from hybrid_jax.rewards.base import REWARDS, columns_of
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names, columns_of
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.responses import decode_responses, ended, join
@@ -59,8 +59,12 @@ class EvaluationConfig:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, judge in self.judges.items():
-            if not callable(judge):
+            if isinstance(judge, DeviceReward):
                 raise ValueError(f"judges.{name} must score texts, got {judge!r}")
+            try:
+                check_reward(judge)
+            except ValueError as error:
+                raise ValueError(f"judges.{name}: {error}") from None
 
 
 class Evaluator:
@@ -91,6 +95,10 @@ class Evaluator:
         pairs = isinstance(model, EncoderDecoder)
         self._rows = SFTStream(answered, tokenizer, self._row_length(), pairs=pairs) if answered else None
         self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
+        self._columns = column_names(asked)
+        if self._prompts is not None:
+            for scored_by in filter(None, (self._reward, self._judges)):
+                scored_by.check_columns(self._columns)
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
@@ -124,9 +132,9 @@ class Evaluator:
             examples += prompts.examples[:count]
         here = [examples[row] for row in answers["row"]]
         if self._reward is not None and not self._reward.on_device:
-            answers |= _raw("raw", self._reward, here, answers["response"])
+            answers |= _raw("raw", self._reward, here, answers["response"], self._columns)
         if self._judges is not None:
-            answers |= _raw("judge", self._judges, here, answers["response"])
+            answers |= _raw("judge", self._judges, here, answers["response"], self._columns)
         answers = _in_order(hosts.exchange(answers))
         responses = answers["response"]
         numbers = {
@@ -223,11 +231,15 @@ class Evaluator:
 
 
 def _raw(
-    kind: str, reward: CompositeReward, examples: Sequence[Example], responses: Sequence[str]
+    kind: str,
+    reward: CompositeReward,
+    examples: Sequence[Example],
+    responses: Sequence[str],
+    columns: Sequence[str],
 ) -> dict[str, list[float]]:
     """``<kind>/<part>``: raw values of the parts, none where this process holds no answers."""
     prompts = [example.prompt for example in examples]
-    raw = reward.raw(prompts, responses, columns_of(examples)) if examples else {}
+    raw = reward.raw(prompts, responses, columns_of(examples, columns)) if examples else {}
     return {f"{kind}/{name}": values.tolist() for name, values in raw.items()}
 
 

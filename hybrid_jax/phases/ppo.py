@@ -44,7 +44,7 @@ from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
-from hybrid_jax.rewards.base import columns_of
+from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.rewards.part_metrics import LENGTH
 from hybrid_jax.rewards.segments import TokenTexts, token_texts
 from hybrid_jax.sampling.responses import decode_responses
@@ -75,6 +75,9 @@ class PPOPhase:
         planned, mix = resources.examples is None, config.sft_mix
         self._ahead = RolloutAhead(self.name, self._placement) if config.rollout_ahead else None
         self.prompts = None if planned else prompt_stream(config, resources)
+        self._columns = [] if self.prompts is None else column_names(self.prompts.examples)
+        if self.prompts is not None:
+            config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
         self._examples = None if planned or mix is None else sft_stream(mix.as_sft(), resources)
         rollout = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
         self._rate = jax.jit(config.optimizer.rate)
@@ -288,7 +291,7 @@ class PPOPhase:
         here = [prompts.examples[row] for row in rows_here(samples.tokens)]
         others = [self._texts(other) for other in opponents]
         clock.lap("rollout")
-        columns = columns_of(here)
+        columns = columns_of(here, self._columns)
         if others:
             columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
         pieces = self._pieces(tokens, mask) if reward.is_placed else None

@@ -1,18 +1,17 @@
 """What a reward is: a callable on texts, or a pure function on tokens that stays on the device.
 
 A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain
-function, or a frozen dataclass registered in `REWARDS` whose fields are its settings. ``columns`` are the
-other columns of the data, each a list of length B; a reward gets those it names, or all if it takes
-``**columns``, as copies of its own.
+function, or a frozen dataclass registered in `REWARDS` whose fields are its settings. Its arguments are passed
+by name (see `arguments`): ``columns`` are the other columns of the data, each a list of length B; a reward gets
+those it names, or all if it takes ``**columns``, as copies of its own.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 import sysconfig
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.rewards.arguments import TOKENS, Arguments, check_places
 
 REWARDS = Registry("reward")
 
@@ -53,9 +53,17 @@ class StartedReward(Protocol):
         ...
 
 
-def columns_of(examples: Sequence[Example]) -> dict[str, list[Any]]:
-    """The columns of a batch as rewards receive them: lists of length B, None where a row has none."""
-    names = dict.fromkeys(name for example in examples for name in example.columns)
+def column_names(examples: Iterable[Example]) -> list[str]:
+    """The columns that any row has."""
+    return list(dict.fromkeys(name for example in examples for name in example.columns))
+
+
+def columns_of(examples: Sequence[Example], names: Iterable[str] | None = None) -> dict[str, list[Any]]:
+    """The columns of a batch as rewards receive them: lists of length B, None where a row has none.
+
+    ``names`` are those of the whole data, of which a batch may hold none; None takes those that it holds.
+    """
+    names = column_names(examples) if names is None else names
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
@@ -93,10 +101,15 @@ def start_reward(
     columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> Callable[[], np.ndarray]:
     """`evaluate_reward` in two steps: a `StartedReward` begins now, any other when the result is called for."""
-    begin = reward.start if isinstance(reward, StartedReward) else partial(partial, reward)
-    accepts = reward.start if isinstance(reward, StartedReward) else reward
-    arguments = _copied(_accepted_columns(name, accepts, columns or {}))
-    finish = _explained(name, begin, list(prompts), list(responses), **arguments)
+    begin = _begin(reward)
+    try:
+        arguments = Arguments.of(begin)
+    except ValueError as error:
+        raise RewardError(f"reward {name!r} {error}") from None
+    _check_columns(name, arguments, columns or {})
+    places, named = arguments.fill(prompts, responses, columns or {})
+    call = partial(begin, *_copied(places), **_copied(named))
+    finish = _explained(name, call) if isinstance(reward, StartedReward) else call
     return lambda: _check_scores(name, _explained(name, finish), responses)
 
 
@@ -112,33 +125,52 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, np.ndarray) else value
 
 
-def _explained(name: str, function: Callable[..., Any], *inputs: Any, **columns: Any) -> Any:
+def check_reward(reward: Any) -> None:
+    """That it is a reward which can be called; to be asked when it is given, before anything is sampled.
+
+    Raises:
+        ValueError: It is no reward, or takes other arguments than one.
+    """
+    if not (callable(reward) or isinstance(reward, StartedReward | DeviceReward)):
+        raise ValueError(f"reward must be callable or have start or score_tokens, got {reward!r}")
     try:
-        return function(*inputs, **columns)
+        if isinstance(reward, DeviceReward):
+            check_places(reward.score_tokens, TOKENS)
+        else:
+            Arguments.of(_begin(reward))
+    except ValueError as error:
+        raise ValueError(f"reward {error}") from None
+
+
+def check_columns(name: str, reward: Any, columns: Iterable[str]) -> None:
+    """That the data has the columns without which a text reward cannot be called.
+
+    Raises:
+        RewardError: One is missing.
+    """
+    if not isinstance(reward, DeviceReward):
+        _check_columns(name, Arguments.of(_begin(reward)), columns)
+
+
+def _begin(reward: Any) -> Callable[..., Any]:
+    """What of a text reward is called first."""
+    return reward.start if isinstance(reward, StartedReward) else reward
+
+
+def _check_columns(name: str, arguments: Arguments, columns: Iterable[str]) -> None:
+    known = list(columns)
+    for needed in arguments.needed_columns:
+        if needed not in known:
+            raise RewardError(
+                f"reward {name!r} needs the column {needed!r}, which the data lacks; {suggest(needed, known)}"
+            )
+
+
+def _explained(name: str, function: Callable[[], Any]) -> Any:
+    try:
+        return function()
     except Exception as error:
         raise RewardError(f"reward {name!r} raised {_describe_error(error)}") from error
-
-
-def _accepted_columns(
-    name: str, reward: Callable[..., Any], columns: Mapping[str, Sequence[Any]]
-) -> dict[str, Sequence[Any]]:
-    """The columns that ``reward`` takes beside prompts and responses."""
-    try:
-        parameters = list(inspect.signature(reward).parameters.values())
-    except ValueError:  # written in C, without a signature
-        return {}
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    texts = [parameter.name for parameter in parameters if parameter.kind in positional][:2]
-    others = [parameter for parameter in parameters if parameter.name not in texts]
-    named = {p.name: p for p in others if p.kind in (*positional, inspect.Parameter.KEYWORD_ONLY)}
-    for parameter in named.values():
-        if parameter.default is inspect.Parameter.empty and parameter.name not in columns:
-            nearest = suggest(parameter.name, list(columns))
-            raise RewardError(
-                f"reward {name!r} needs the column {parameter.name!r}, which the data lacks; {nearest}"
-            )
-    takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in others)
-    return {key: column for key, column in columns.items() if key in named or (takes_all and key not in texts)}
 
 
 def _describe_error(error: Exception) -> str:
@@ -146,6 +178,8 @@ def _describe_error(error: Exception) -> str:
     message = _shorten(str(error), 300)
     if isinstance(error, UserError):
         return message
+    if isinstance(error, TypeError) and "string indices" in message:
+        message += " (prompts and responses are texts here, not lists of messages)"
     installed = {sysconfig.get_path(key) for key in ("stdlib", "platstdlib", "purelib", "platlib")}
     frames = traceback.extract_tb(error.__traceback__)[1:]  # the first one is ours
     own = [f for f in frames if not f.filename.startswith((*installed, "<"))]

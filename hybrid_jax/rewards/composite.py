@@ -10,7 +10,7 @@ a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it wa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.rewards.base import StartedReward, columns_of, start_reward
+from hybrid_jax.rewards.base import StartedReward, check_columns, columns_of, start_reward
 from hybrid_jax.rewards.combine import (
     COMBINERS,
     Baseline,
@@ -87,6 +87,12 @@ class CompositeReward:
             )
             raise ValueError(f"parts must all score texts or all score tokens, got {kinds}")
         self._check_combiner()
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """That the data has every column without which a part cannot be called; else a `RewardError`."""
+        known = list(columns)
+        for name, part in self.parts.items():
+            check_columns(name, part.reward, known)
 
     def _check_combiner(self) -> None:
         self.combine.check(list(self.parts))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from hybrid_jax.rewards.base import REWARDS, DeviceReward
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward
 from hybrid_jax.rewards.postprocess import NORMALISERS, TRANSFORMS, Normaliser, Running, Transform
 from hybrid_jax.rewards.segments import Level
 
@@ -38,8 +38,7 @@ class Part:
     def __post_init__(self) -> None:
         if isinstance(self.normalise, bool):  # given from Python
             object.__setattr__(self, "normalise", Running() if self.normalise else None)
-        if not callable(self.reward) and not self.on_device:
-            raise ValueError(f"reward must be callable or have score_tokens, got {self.reward!r}")
+        check_reward(self.reward)
         if not math.isfinite(self.weight):
             raise ValueError(f"weight must be finite, got {self.weight}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from hybrid_jax.rewards.base import REWARDS, DeviceReward, start_reward
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, start_reward
 from hybrid_jax.rewards.model_based import needed_column, texts_of_rows
 
 
@@ -37,8 +37,9 @@ class WinRate:
     kind: Literal["scores", "preference"] = "scores"
 
     def __post_init__(self) -> None:
-        if isinstance(self.reward, DeviceReward) or not callable(self.reward):
+        if isinstance(self.reward, DeviceReward):
             raise ValueError(f"reward must be one on texts, got {self.reward!r}")
+        check_reward(self.reward)
         if self.scale <= 0:
             raise ValueError(f"scale must be above 0, got {self.scale}")
 

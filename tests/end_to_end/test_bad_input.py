@@ -164,11 +164,14 @@ def test_a_corrupt_config_in_the_run_directory_is_refused_and_left_as_it_is(run_
 def test_a_start_that_came_to_nothing_binds_nobody(tiny, tmp_path, mistake, command):
     """It ended before its first checkpoint, so the mended config may use the same directory."""
     start = ("--config", tiny / "config.yaml", f"run_dir={tmp_path}", "steps=1", "scheduler.cycle.ppo=0")
-    missing = "phases.ppo.reward.parts.length.reward=fact_coverage"
+    part = "phases.ppo.reward.parts.length.reward"
     assert (
-        mistake(train.main, *start, missing)
+        mistake(train.main, *start, f"{part}=fact_coverage")
         == "reward 'length' needs the column 'facts', which the data lacks; known: number"
     )
+    assert not (tmp_path / "config.yaml").exists()
+    late = mistake(train.main, *start, f"{part}={{name: win_rate, reward: {{name: length, target: 5}}}}")
+    assert late.endswith("the data must have the column 'opponents', got number")
     assert (tmp_path / "config.yaml").is_file()
     assert (
         command(train.main, *start, "tokenizer={name: bpe, vocab_size: 260}", "evaluation.num_prompts=0")[0]

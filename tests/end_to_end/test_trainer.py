@@ -12,7 +12,6 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.experiment import load_config
-from hybrid_jax.metrics.text import distinct_n
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.rewards.text import Length
 
@@ -74,11 +73,15 @@ def test_save_pretrained_and_report_write_what_the_commands_write(trained, tmp_p
     assert trainer.report().read_text().startswith("<!doctype html>")
 
 
+def letters(responses):
+    return [len(response) for response in responses]
+
+
 def test_an_importable_function_is_found_again_by_a_config_file(tiny, tmp_path):
-    trainer = HybridTrainer(tiny / "config.yaml", reward=distinct_n, run_dir=tmp_path)
+    trainer = HybridTrainer(tiny / "config.yaml", reward=letters, run_dir=tmp_path)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(trainer.config)))
-    again = load_config(tmp_path / "again.yaml").phases["ppo"].reward.parts["distinct_n"]
-    assert again.reward is distinct_n
+    again = load_config(tmp_path / "again.yaml").phases["ppo"].reward.parts["letters"]
+    assert again.reward is letters
 
 
 def test_a_lambda_is_noted_by_its_name_and_the_command_line_says_that_it_is_needed(tiny, tmp_path, command):

@@ -10,7 +10,7 @@ import torch
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.rewards.base import RewardError, columns_of, evaluate_reward
+from hybrid_jax.rewards.base import RewardError, column_names, columns_of, evaluate_reward
 
 PROMPTS = ["p", "q"]
 RESPONSES = ["first answer", "second answer"]
@@ -102,8 +102,15 @@ def test_an_exception_with_a_message_of_many_lines_stays_one_line():
     assert len(message_of(reward)) < 600
 
 
-def test_a_function_of_other_parameters_says_so():
-    assert "TypeError" in message_of(lambda response: [0, 0])
+def test_a_reward_that_reads_messages_is_told_that_it_gets_texts():
+    message = message_of(lambda completions, **_: [float(c[0]["content"] == "yes") for c in completions])
+    assert "(prompts and responses are texts here, not lists of messages)" in message
+
+
+def test_a_column_that_a_batch_lacks_but_the_data_has_is_none_in_every_row():
+    examples = [Example("p", columns={"a": 1}), Example("q")]
+    assert column_names([*examples, Example("r", columns={"b": 2})]) == ["a", "b"]
+    assert columns_of(examples, ["a", "b"]) == {"a": [1, None], "b": [None, None]}
 
 
 @pytest.mark.parametrize(

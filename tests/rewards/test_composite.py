@@ -236,5 +236,5 @@ def test_token_rewards_are_clipped_before_they_are_weighted():
 
 
 def test_a_part_that_is_no_reward_is_refused():
-    with pytest.raises(ValueError, match="reward must be callable or have score_tokens, got 3"):
+    with pytest.raises(ValueError, match="reward must be callable or have start or score_tokens, got 3"):
         Part(3)

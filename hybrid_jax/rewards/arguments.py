@@ -77,7 +77,7 @@ class Arguments:
 
         ``**columns`` receives what is not named: the columns, and those of the texts that nothing else takes.
         """
-        texts = {"prompts": list(prompts), **dict.fromkeys(RESPONSES, list(responses))}
+        texts = {"prompts": list(prompts), **{name: list(responses) for name in RESPONSES}}
         known = {**columns, **texts}
         places = []
         for name in self.by_place:

@@ -111,15 +111,17 @@ def load_rewards(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[st
 def score_texts(rewards: Mapping[str, Part | CompositeReward], texts: Texts) -> Scores:
     """The scores of every reward, float32 [B]; of a composite its parts' raw values and the total.
 
-    A composite is scored as if the file were one rollout: its normalisers take the statistics of the file.
+    A composite is scored as if the file were one rollout: its normalisers take the statistics of the file, and
+    a prompt is known by its text, since a file has no other name for it.
     """
+    _, groups = np.unique(np.array(texts.prompts, dtype=object).astype(str), return_inverse=True)
     scores: Scores = {}
     for label, reward in rewards.items():
         if isinstance(reward, Part):
             row = evaluate_reward(label, reward.reward, texts.prompts, texts.responses, texts.columns)
             scores[label] = row + 0.0  # -0.0 becomes 0.0
             continue
-        total, _, raw = reward.score(reward.init(), texts.prompts, texts.responses, texts.columns)
+        total, _, raw = reward.score(reward.init(), texts.prompts, texts.responses, texts.columns, groups)
         prefix = f"{label}/" if len(rewards) > 1 else ""
         scores |= {f"{prefix}{part}": np.asarray(values) + 0.0 for part, values in raw.items()}
         scores[f"{prefix}{TOTAL}"] = total + 0.0

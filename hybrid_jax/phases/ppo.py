@@ -301,7 +301,8 @@ class PPOPhase:
         raw |= {LENGTH: mask.sum(axis=1).astype(np.float32)}
         raw = {n: gather_rows(self._placement, part, len(prompts.examples)) for n, part in raw.items()}
         asked = [example.prompt for example in prompts.examples]
-        scores, reward_state = reward.weigh(reward_state, raw, asked, raw.pop(LENGTH))
+        groups = np.arange(len(asked)) // self.config.samples_per_prompt
+        scores, reward_state = reward.weigh(reward_state, raw, asked, groups, raw.pop(LENGTH))
         names = {name: name.removesuffix("_mean") for name in scores.metrics}
         metrics = {f"reward/{names[name]}": number for name, number in scores.metrics.items()}
         received = {"scores": scores.totals, "placed": scores.placed, "baseline": scores.baseline}

@@ -122,6 +122,11 @@ class PPO:
             )
         if self.discount != 1 and any(part.level == "potential" for part in self.reward.parts.values()):
             raise ValueError(f"discount must be 1 for a reward with level: potential, got {self.discount}")
+        in_groups = [f"parts.{n}.normalise: group" for n, p in self.reward.parts.items() if p.is_in_groups]
+        if self.reward.baseline is not None and self.reward.baseline.kind == "others":
+            in_groups.append("baseline: {kind: others}")
+        if in_groups and self.samples_per_prompt == 1:
+            raise ValueError(f"samples_per_prompt must be at least 2 for reward.{in_groups[0]}, got 1")
         if self.value_init is not None and self.value_network != "separate":
             raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
         if self.opponent is not None and self.opponent.reference not in self.references:

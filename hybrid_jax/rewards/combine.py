@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from hybrid_jax.core.registry import Registry
+from hybrid_jax.rewards.postprocess import Groups
 
 Values = Mapping[str, np.ndarray]  # part -> float64 [B]
 
@@ -277,10 +278,10 @@ class Baseline:
     def init(self) -> dict[str, np.ndarray]:
         return {"mean": np.zeros((), np.float64), "weight": np.zeros((), np.float64)}
 
-    def update(self, state: Any, scores: np.ndarray, prompts: Sequence[str]) -> tuple[np.ndarray, Any]:
-        """The baseline of each score, float64 [B], and the new state."""
+    def update(self, state: Any, scores: np.ndarray, groups: Groups) -> tuple[np.ndarray, Any]:
+        """The baseline of each score, float64 [B], and the new state; rows of one group answer one prompt."""
         if self.kind == "others":
-            return _mean_of_others(scores, prompts), state
+            return _mean_of_others(scores, groups), state
         if scores.size == 0:
             return scores, state
         mean = self.decay * state["mean"] + (1.0 - self.decay) * scores.mean()
@@ -289,11 +290,10 @@ class Baseline:
         return np.full(scores.shape, mean / weight), new
 
 
-def _mean_of_others(scores: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+def _mean_of_others(scores: np.ndarray, groups: Groups) -> np.ndarray:
     """0 for a response that is alone."""
-    _, group = np.unique(np.asarray(prompts, dtype=object).astype(str), return_inverse=True)
-    totals, counts = np.bincount(group, scores), np.bincount(group)
-    return (totals[group] - scores) / np.maximum(counts[group] - 1, 1) * (counts[group] > 1)
+    totals, counts = np.bincount(groups, scores), np.bincount(groups)
+    return (totals[groups] - scores) / np.maximum(counts[groups] - 1, 1) * (counts[groups] > 1)
 
 
 def _check_named(setting: str, name: str, names: Sequence[str]) -> None:

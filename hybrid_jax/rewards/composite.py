@@ -31,6 +31,7 @@ from hybrid_jax.rewards.combine import (
 )
 from hybrid_jax.rewards.part import Part
 from hybrid_jax.rewards.part_metrics import LENGTH, SCORE, correlations, describe, mean_weights
+from hybrid_jax.rewards.postprocess import Groups
 from hybrid_jax.rewards.segments import TokenTexts, start_segments
 
 RewardState = dict[
@@ -134,8 +135,9 @@ class CompositeReward:
         prompts: Sequence[str],
         responses: Sequence[str],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        groups: Groups | None = None,
     ) -> tuple[np.ndarray, RewardState, dict[str, np.ndarray]]:
-        """Scores one rollout; call it once a rollout, for the statistics count every call.
+        """Scores one rollout; call it once a rollout, for the statistics count every call. See `weigh`.
 
         Returns:
             Scores float32 [B] less the baseline, the new state, and the raw values float32 [B] of each part.
@@ -144,7 +146,7 @@ class CompositeReward:
             RewardError: A part failed, see `evaluate_reward`.
         """
         raw = self.raw(prompts, responses, columns)
-        scores, state = self.weigh(state, raw, prompts)
+        scores, state = self.weigh(state, raw, prompts, groups)
         less = 0.0 if scores.baseline is None else scores.baseline
         return (scores.totals - less).astype(np.float32), state, raw
 
@@ -184,7 +186,12 @@ class CompositeReward:
         return {name: finished[name] for name in self.parts}
 
     def weigh(
-        self, state: RewardState, raw: Raw, prompts: Sequence[str], lengths: np.ndarray | None = None
+        self,
+        state: RewardState,
+        raw: Raw,
+        prompts: Sequence[str],
+        groups: Groups | None = None,
+        lengths: np.ndarray | None = None,
     ) -> tuple[Scores, RewardState]:
         """The scores of a whole rollout, and the new state.
 
@@ -192,12 +199,14 @@ class CompositeReward:
             state: of the rollouts before.
             raw: Of each part, what `raw` gives.
             prompts: B texts.
+            groups: int [B], rows with one number answer one prompt, whatever the texts; None: no two rows do.
             lengths: Of the responses, [B], for their correlation with the parts.
         """
+        groups = np.arange(len(prompts)) if groups is None else groups
         state = {**state, **self._updated(state, raw)}
         values, segments, metrics = {}, {}, {}
         for name, part in self.parts.items():
-            unclipped = part.unclipped(state.get(name), raw[name], prompts)
+            unclipped = part.unclipped(state.get(name), raw[name], groups)
             value = part.clipped(unclipped)
             metrics |= describe(name, part, np.asarray(raw[name]), unclipped, value)
             if value.ndim == 2:
@@ -212,7 +221,7 @@ class CompositeReward:
         if COMBINER in state:
             state[COMBINER] = remembered
         if self.baseline is not None:
-            baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, prompts)
+            baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, groups)
             baseline = baseline.astype(np.float32)
         metrics |= {**weighing.metrics, **mean_weights(self.combine, weighing)}
         metrics |= correlations({**values, SCORE: totals}, lengths)
@@ -238,15 +247,22 @@ class CompositeReward:
         pairs = combiner.preferences.load("train")
         prompts = [pair.prompt for pair in pairs]
         columns = columns_of([pair.example for pair in pairs])
-        sides = [
-            {
-                name: self.parts[name].clipped(self.parts[name].unclipped(state.get(name), raw, prompts))
-                for name, raw in self.raw(prompts, [getattr(pair, side) for pair in pairs], columns).items()
-            }
-            for side in ("chosen", "rejected")
-        ]
+        sides = ([pair.chosen for pair in pairs], [pair.rejected for pair in pairs])
+        raw = [self.raw(prompts, side, columns) for side in sides]
+        # One group: a pair is too few for a mean and a scale of its own, and a response alone would be 0.
+        one_group = np.zeros(2 * len(pairs), int)
+        values = {
+            name: part.clipped(
+                part.unclipped(state.get(name), np.concatenate([side[name] for side in raw]), one_group)
+            )
+            for name, part in self.parts.items()
+        }
+        chosen, rejected = (
+            {name: both[half] for name, both in values.items()}
+            for half in (slice(len(pairs)), slice(len(pairs), None))
+        )
         weights = {name: part.weight for name, part in self.parts.items()}
-        return combiner.fit(sides[0], sides[1], weights, prompts)
+        return combiner.fit(chosen, rejected, weights, prompts)
 
     def _updated(self, state: RewardState, raw: Raw) -> RewardState:
         return {

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
 
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward
-from hybrid_jax.rewards.postprocess import NORMALISERS, TRANSFORMS, Normaliser, Running, Transform
+from hybrid_jax.rewards.postprocess import (
+    NORMALISERS,
+    TRANSFORMS,
+    Group,
+    Groups,
+    Normaliser,
+    Running,
+    Transform,
+)
 from hybrid_jax.rewards.segments import Level
 
 
@@ -59,12 +66,17 @@ class Part:
         """Whether it scores segments of a response."""
         return self.level != "sequence"
 
-    def unclipped(self, state: Any, raw: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    @property
+    def is_in_groups(self) -> bool:
+        """Whether its values mean something only beside others of the same prompt."""
+        return isinstance(self.normalise, Group)
+
+    def unclipped(self, state: Any, raw: np.ndarray, groups: Groups) -> np.ndarray:
         """raw → transform → normaliser, float64."""
         values = np.asarray(raw, np.float64)
         if self.transform is not None:
             values = np.asarray(self.transform(values), np.float64)
-        return values if self.normalise is None else self.normalise.apply(state, values, prompts)
+        return values if self.normalise is None else self.normalise.apply(state, values, groups=groups)
 
     def clipped(self, values: Any) -> Any:
         return values if self.clip is None else values.clip(*self.clip)

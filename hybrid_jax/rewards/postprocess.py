@@ -7,7 +7,6 @@ A transform is a plain function of one number. A normaliser sees a whole rollout
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 from hybrid_jax.core.registry import Registry
 
 Moments = dict[str, np.ndarray]  # float64 scalars
+Groups = np.ndarray  # int [B]: the number of the prompt that each row answers; equal texts have two numbers
 
 
 class Transform(Protocol):
@@ -102,8 +102,14 @@ class Normaliser(Protocol):
         """The state with one more rollout; called once for each, not for each minibatch."""
         ...
 
-    def apply(self, state: Any, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        """The values float64 [B] (or [B R], NaN where there is none) on their new scale."""
+    def apply(self, state: Any, values: np.ndarray, groups: Groups) -> np.ndarray:
+        """The values float64 [B] (or [B R], NaN where there is none) on their new scale.
+
+        Args:
+            state: with this rollout.
+            values: of the rollout.
+            groups: rows with one number answer one prompt.
+        """
         ...
 
 
@@ -132,7 +138,7 @@ class Running:
         m2 = state["M2"] + np.sum((new - new.mean()) ** 2) + shift**2 * state["count"] * new.size / count
         return {"count": np.asarray(count), "mean": np.asarray(mean), "M2": np.asarray(m2)}
 
-    def apply(self, state: Moments, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
         variance = state["M2"] / max(state["count"], 1.0)
         return _standardise(values, state["mean"], math.sqrt(variance))
 
@@ -172,7 +178,7 @@ class Ema:
         spread = (keep * state["spread"] + mine * new.var() + shift**2 * keep * mine / weight) / weight
         return {"weight": np.asarray(weight), "mean": np.asarray(mean), "spread": np.asarray(spread)}
 
-    def apply(self, state: Moments, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
         return _standardise(values, state["mean"], math.sqrt(state["spread"]))
 
 
@@ -181,7 +187,7 @@ class Ema:
 class Group:
     """``(r − mean) / std`` among the responses to the same prompt (GRPO: Shao et al. 2024).
 
-    Needs ``samples_per_prompt`` above 1: a response that is alone gets 0.
+    Needs ``samples_per_prompt`` above 1: a response that is alone gets 0. Two prompts of one text are two.
     """
 
     def init(self) -> Moments:
@@ -190,12 +196,10 @@ class Group:
     def update(self, state: Moments, values: np.ndarray) -> Moments:
         return state
 
-    def apply(self, state: Moments, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-        groups: dict[str, list[int]] = {}
-        for row, prompt in enumerate(prompts):
-            groups.setdefault(prompt, []).append(row)
+    def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
         result = np.array(values, np.float64)
-        for rows in groups.values():
+        for number in np.unique(groups):
+            rows = groups == number
             own = _present(values[rows])
             if own.size:
                 result[rows] = _standardise(values[rows], own.mean(), own.std())

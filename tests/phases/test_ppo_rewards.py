@@ -2,6 +2,11 @@
 
 import functools
 import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +15,20 @@ import pytest
 
 from hybrid_jax.algorithms.kl_control import FixedKL
 from hybrid_jax.algorithms.returns import gae
-from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.batches import Example, PromptBatch, Samples
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.other_models import read_like, read_value
+from hybrid_jax.phases.ppo import _Clock
 from hybrid_jax.phases.ppo_functions import PPOFunctions
 from hybrid_jax.phases.ppo_settings import PPO, Opponent, Reference
+from hybrid_jax.rewards.combine import Baseline
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.postprocess import Group
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.testing import SEQUENCES, PrefixTable, reference_params, sequence_probabilities
@@ -262,3 +272,38 @@ def test_settings_that_contradict_each_other_are_refused():
         Opponent("sft", num_samples=0)
     with pytest.raises(ValueError, match="it never changes"):
         Reference(path="folder", refresh_every_cycles=2)
+
+
+def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(tmp_path):
+    """Two chats that end "Go on.", two answers each: by text all four would be one group."""
+    config = Path(__file__).parents[2] / "configs" / "debug" / "hybrid.yaml"
+    settings = ["prompts_per_step=2", "samples_per_prompt=2", "reward.baseline={kind: others}"]
+    overrides = [f"phases.ppo.{setting}" for setting in settings]
+    built = build(load_config(config, [f"run_dir={tmp_path}", "compilation_cache=null", *overrides]))
+    phase = built.phases["ppo"]
+    given = CompositeReward({"given": Part(lambda responses: [10, 10, 0, 0])}, baseline=Baseline("others"))
+    phase.config = replace(phase.config, reward=given)
+    mask = np.ones((4, 3), bool)
+    asked = PromptBatch(np.ones((4, 2), np.int32), mask[:, :2], (Example("Go on."),) * 4)
+    samples = Samples(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
+    state: Any = SimpleNamespace(host={"ppo/reward": given.init()})
+    received, _, metrics = phase._reward(state, asked, samples, None, (), _Clock())
+    assert received["baseline"].tolist() == [10, 10, 0, 0]
+    assert metrics["reward/given"] == 5.0
+
+
+def zeros(responses):
+    return [0.0] * len(responses)
+
+
+@pytest.mark.parametrize(
+    ("reward", "setting"),
+    [
+        (CompositeReward({"a": Part(zeros, normalise=Group())}), "parts.a.normalise: group"),
+        (CompositeReward({"a": Part(zeros)}, baseline=Baseline("others")), "baseline: {kind: others}"),
+    ],
+)
+def test_what_compares_the_answers_to_one_prompt_needs_two_of_them(reward, setting):
+    with pytest.raises(ValueError, match=re.escape(f"at least 2 for reward.{setting}, got 1")):
+        PPO(reward=reward)
+    PPO(reward=reward, samples_per_prompt=2)

@@ -31,10 +31,10 @@ def composite(combine, baseline=None, **second_settings):
     return CompositeReward(parts, combine, baseline)
 
 
-def run(reward, rows, state=None, prompts=None):
+def run(reward, rows, state=None, groups=None):
     state = reward.init() if state is None else state
     raw = reward.raw([""] * len(rows), rows)
-    return reward.weigh(state, raw, prompts or [""] * len(rows))
+    return reward.weigh(state, raw, [""] * len(rows), groups)
 
 
 def test_a_product_is_zero_where_a_part_is():
@@ -100,8 +100,17 @@ def test_the_exponential_baseline_is_corrected_for_its_start():
 
 def test_a_baseline_of_the_others_leaves_each_response_out_of_its_own():
     reward = CompositeReward({"good": Part(first)}, baseline=Baseline(kind="others"))
-    scores, _ = run(reward, ["1", "2", "6", "5"], prompts=["a", "a", "a", "b"])
+    scores, _ = run(reward, ["1", "2", "6", "5"], groups=np.array([0, 0, 0, 1]))
     assert scores.baseline.tolist() == [4.0, 3.5, 1.5, 0.0]
+
+
+def test_prompts_of_one_text_are_two_prompts():
+    """All prompts here are "", as the last turns of two chats may be alike; by text: [3.3 3.3 6.7 6.7]."""
+    reward = CompositeReward({"good": Part(first)}, baseline=Baseline(kind="others"))
+    scores, _ = run(reward, ["10", "10", "0", "0"], groups=np.array([0, 0, 1, 1]))
+    assert scores.baseline.tolist() == [10.0, 10.0, 0.0, 0.0]
+    scores, _ = run(reward, ["10", "10", "0", "0"])  # each response answers a prompt of its own
+    assert scores.baseline.tolist() == [0.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hybrid_jax.data.preferences import JsonlPreferences
 from hybrid_jax.rewards.combine import COMBINERS
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.mixture import Bandit, Gated, entropy, fit_gate, gate_weights, hashed_words
+from hybrid_jax.rewards.postprocess import Group, Running
 
 PARTS = ("kind", "true", "short")
 UNIT = dict.fromkeys(PARTS, 1.0)
@@ -285,3 +286,29 @@ def test_the_composite_hands_the_bandit_the_change_of_its_metric():
     assert second["combiner/"]["last"] == 0.75
     with pytest.raises(UserError, match="did you mean 'evaluation/judge/tase'"):
         composite.observe(first, {"evaluation/judge/tase": 1.0})
+
+
+@pytest.mark.parametrize("normaliser", [Group(), Running()])
+def test_a_gate_is_fitted_on_values_that_a_normaliser_has_not_emptied(tmp_path, normaliser):
+    """The better answer has more vowels and as many letters, plus noise. Each response alone in a group of its
+    own would be 0, of which the gate learns nothing: accuracy ½ and weights ½."""
+    draw, rows = np.random.default_rng(0), []
+    for _ in range(60):
+        vowels = draw.permutation(12)[:2]
+        better, worse = ("a" * v + "x" * int(draw.integers(3, 20)) for v in sorted(vowels, reverse=True))
+        rows.append({"prompt": "sing", "chosen": better, "rejected": worse})
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+
+    def fitted(normalise):
+        parts = {"length": Part(length_of, normalise=normalise), "vowels": Part(vowels_of, normalise=normalise)}
+        composite = CompositeReward(parts, Gated(JsonlPreferences(train=path)))
+        state = composite.score(composite.init(), ["sing"] * 2, ["aaa", "xy"], groups=np.array([0, 0]))[1]
+        return state["combiner/"], composite.combine.weights(state["combiner/"], ["sing"], 2)[0]
+
+    (plain, plain_weights), (state, weights) = fitted(None), fitted(normaliser)
+    assert (plain["accuracy"], state["accuracy"]) == (1.0, 1.0)
+    np.testing.assert_allclose(weights, plain_weights, atol=1e-3)
+    assert weights.round(3).tolist() == [0.088, 0.912]
+    if normaliser == Group():  # the scale on which `combine` will see the values
+        assert state["scale"].tolist() == pytest.approx([1.0, 1.0])

@@ -19,11 +19,11 @@ def composite(**settings):
     return CompositeReward({"number": Part(number_in_response, **settings)})
 
 
-def scores_of(reward, chunks, prompts=None):
+def scores_of(reward, chunks, groups=None):
     state, found = reward.init(), []
     for chunk in chunks:
-        asked = prompts or [""] * len(chunk)
-        scores, state, _ = reward.score(state, asked, [repr(float(x)) for x in chunk])
+        responses = [repr(float(x)) for x in chunk]
+        scores, state, _ = reward.score(state, [""] * len(chunk), responses, groups=groups)
         found.append(scores)
     return found, state
 
@@ -66,13 +66,13 @@ def test_the_exponential_moments_are_those_of_the_weighted_sample():
     mean = np.average(values, weights=weights)
     assert state["mean"] == pytest.approx(mean, rel=1e-12)
     assert state["spread"] == pytest.approx(np.average((values - mean) ** 2, weights=weights), rel=1e-9)
-    applied = normaliser.apply(state, values, [""])
+    applied = normaliser.apply(state, values, np.zeros(20, int))
     assert np.average(applied**2, weights=weights) == pytest.approx(1.0)
 
 
 def test_a_group_is_normalised_among_the_responses_to_its_prompt():
-    prompts = ["a", "b", "a", "b", "alone"]
-    (scores,), state = scores_of(composite(normalise=Group()), [[1, 5, 3, 5, 9]], prompts)
+    groups = np.array([0, 1, 0, 1, 2])
+    (scores,), state = scores_of(composite(normalise=Group()), [[1, 5, 3, 5, 9]], groups)
     assert scores.tolist() == [-1.0, 0.0, 1.0, 0.0, 0.0]
     assert state == {"number": {}}
 
@@ -80,9 +80,9 @@ def test_a_group_is_normalised_among_the_responses_to_its_prompt():
 @pytest.mark.parametrize("normaliser", [Running(), Ema(decay=0.5), Group()])
 def test_an_affine_change_leaves_what_is_normalised_as_it_was(normaliser):
     rng = np.random.default_rng(1)
-    chunks, prompts = [rng.normal(size=6) for _ in range(4)], list("aabbcc")
-    plain, _ = scores_of(composite(normalise=normaliser), chunks, prompts)
-    moved, _ = scores_of(composite(normalise=normaliser), [37.0 * c - 400.0 for c in chunks], prompts)
+    chunks, groups = [rng.normal(size=6) for _ in range(4)], np.array([0, 0, 1, 1, 2, 2])
+    plain, _ = scores_of(composite(normalise=normaliser), chunks, groups)
+    moved, _ = scores_of(composite(normalise=normaliser), [37.0 * c - 400.0 for c in chunks], groups)
     np.testing.assert_allclose(moved, plain, atol=1e-5)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 EXPLANATION = """\
 Compiles every program of a step of every phase for devices that need not be there, and says what each needs. Of
 a pretrained model only its config.json is read; data are not. Topologies: local, and slices of TPUs (extra tpu)
-such as v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4, tpu7x:2x2x1.
+such as v5e:4x4, v6e:16x16, v4:2x2x4, v5p:4x4x4, tpu7x:2x2x1; 2xv5p:4x4x4 are two slices.
 
 examples:
   python -m hybrid_jax.plan --config configs/quickstart.yaml --topology local

@@ -101,8 +101,8 @@ def test_the_plan_needs_no_data_and_names_every_program(whole):
 
 def test_the_json_keeps_its_keys(whole):
     assert set(whole) == {
-        *("schema", "topology", "chips", "devices", "mesh", "accelerator", "price_per_chip_hour", "fits"),
-        *("fullest_program", "phases", "versions"),
+        *("schema", "topology", "chips", "devices", "slices", "mesh", "accelerator", "fits"),
+        *("price_per_chip_hour", "fullest_program", "phases", "versions"),
     }
     phase = whole["phases"][1]
     assert set(phase) == {"name", "tokens", "programs", "predicted_by_formula"}
@@ -115,10 +115,11 @@ def test_the_json_keeps_its_keys(whole):
         *("peak_bytes", "beside_bytes", "argument_bytes", "temporary_bytes", "output_bytes", "alias_bytes"),
         *("live_bytes", "host_bytes"),
     }
-    assert set(program["counted"]) == {"flops", "bytes", "collective_bytes", "uncounted_calls"}
+    counted = {"flops", "bytes", "collective_bytes", "between_slices_bytes", "uncounted_calls"}
+    assert set(program["counted"]) == counted
     assert [part["name"] for part in program["parts"]] == ["prefill", "decode"]
     assert set(program["parts"][1]["predicted_by_formula"]) == {
-        *("compute_seconds", "memory_seconds", "interconnect_seconds", "bound_by"),
+        *("compute_seconds", "memory_seconds", "interconnect_seconds", "network_seconds", "bound_by"),
     }
 
 

@@ -15,6 +15,7 @@ from hybrid_jax.core.registry import UserError
 
 ADDRESS, SIZE, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _TPU_PORT = 8482
+_SLICES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
 _GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -116,22 +117,41 @@ def _open_mpi(environment: Environment) -> Cluster | None:
 
 
 def _tpu(environment: Environment, ask: Callable[[str], str | None] | None = None) -> Cluster | None:
-    """The hosts of a TPU slice: on GKE by the environment, on TPU VMs by the metadata server."""
+    """The hosts of TPU slices: on GKE by the environment, on TPU VMs by the metadata server."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms) or not (ask or _has_tpu()):
         return None
     hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES")
-    index = environment.get("TPU_WORKER_ID")
+    index, slices = environment.get("TPU_WORKER_ID"), {name: environment.get(name) or "" for name in _SLICES}
     if not (hosts and index) and not environment.get("TPU_SKIP_MDS_QUERY"):
-        hosts, index = (
-            (ask or _metadata)(name) for name in ("worker-network-endpoints", "agent-worker-number")
-        )
+        ask = ask or _metadata
+        hosts, index = (ask(name) for name in ("worker-network-endpoints", "agent-worker-number"))
+        if hosts and not any(slices.values()):
+            slices = _slices_in(ask("tpu-env") or "")
     if not (hosts and index):
         return None
     workers = [worker.split(":") for worker in hosts.split(",")]  # host, host:port, or name:number:host
     first = workers[0][2] if len(workers[0]) == 3 else workers[0][0]
+    number, count = int(index), 1
+    if any(slices.values()):
+        first, count, own = _place_of_slice(slices)
+        number += own * len(workers)
     port = environment.get("JAX_COORDINATOR_PORT") or _TPU_PORT
-    return _launched(environment, f"{first}:{port}", len(workers), int(index), "the TPU VM", None)
+    return _launched(environment, f"{first}:{port}", count * len(workers), number, "the TPU VM", None)
+
+
+def _place_of_slice(slices: dict[str, str]) -> tuple[str, int, int]:
+    """The host of process 0, which is in slice 0, how many slices there are, and which one this host is in."""
+    if missing := [name for name, value in slices.items() if not value]:
+        there = next(name for name, value in slices.items() if value)
+        raise UserError(f"{there} is set, so {' and '.join(missing)} must be, too")
+    return slices[_SLICES[0]].split(":")[0], _number(slices, _SLICES[1]), _number(slices, _SLICES[2])
+
+
+def _slices_in(metadata: str) -> dict[str, str]:
+    """What lines such as ``MEGASCALE_NUM_SLICES: '2'`` say."""
+    found = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", metadata, re.MULTILINE))
+    return {name: found.get(name, "") for name in _SLICES}
 
 
 def _launched(

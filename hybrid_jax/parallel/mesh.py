@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, Sharding
 
 from hybrid_jax.core.registry import UserError
@@ -20,6 +22,10 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class MeshConfig:
     """How the devices share the work; their product is the number of devices used.
+
+    Over several slices of TPUs, or hosts of GPUs, which a slower network joins, ``data`` goes first: make it a
+    multiple of their number, and little but gradients travels between them. What ``data`` cannot take of the
+    slices goes to ``fsdp``, and the rest to ``tensor``.
 
     Attributes:
         data: Copies of the model, each reading its own rows.
@@ -44,7 +50,8 @@ class MeshConfig:
         """The mesh over the first of ``devices`` (default: all that JAX sees).
 
         Raises:
-            UserError: there are too few, or, with several processes, some would be left out.
+            UserError: there are too few, or, with several processes, some would be left out, or those of a
+                part of a TPU form no block, or the slices would have unequal parts.
         """
         there = jax.devices() if devices is None else list(devices)
         wanted = int(np.prod(self.shape))
@@ -55,12 +62,60 @@ class MeshConfig:
             )
         if jax.process_count() > 1 and devices is None and wanted < len(there):
             raise UserError(f"{product} must use all {len(there)} devices of all processes, got {wanted}")
-        return Placement(_mesh(self.shape, there[:wanted]))
+        arranged = arrange(self.shape, there[:wanted], product)
+        return Placement(Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES)))
 
 
-def _mesh(shape: tuple[int, ...], devices: list[Any]) -> Mesh:
-    """In the order that suits the network between the devices; GSPMD places what is not constrained."""
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+def arrange(shape: tuple[int, ...], devices: Sequence[Any], name: str) -> np.ndarray:
+    """The devices as an array of this shape, in the order that suits the networks between them.
+
+    A physical axis of a TPU slice is split where it must be, which `jax.make_mesh` does on some TPUs only.
+
+    Args:
+        shape: sizes of the mesh axes, those that communicate most last.
+        devices: as many as the product of ``shape``.
+        name: of the mesh, for an error.
+
+    Raises:
+        UserError: the devices of a TPU form no block, or the slices do not have equally many.
+    """
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    if len(sizes := {len(members) for members in slices.values()}) > 1:
+        raise UserError(
+            f"{name} must use equally many devices of each of the {len(slices)} slices, got "
+            f"{' and '.join(map(str, sorted(sizes)))}; make data a multiple of the slices, or use all devices"
+        )
+    between = split_over_slices(shape, len(slices))
+    within = tuple(size // parts for size, parts in zip(shape, between, strict=True))
+    try:
+        arranged = [
+            mesh_utils.create_device_mesh(within, slices[index], allow_split_physical_axes=True)
+            for index in sorted(slices)
+        ]
+    except AssertionError:  # what JAX says is longer than a screen
+        raise UserError(
+            f"{name} takes {math.prod(within)} devices of a TPU slice, which form no block; use all of them"
+        ) from None
+    # [slices of data, of fsdp, of tensor, data, fsdp, tensor] -> each axis its slices first
+    blocks = np.stack(arranged).reshape(*between, *within)
+    axes = [
+        axis for pair in zip(range(len(shape)), range(len(shape), 2 * len(shape)), strict=True) for axis in pair
+    ]
+    return blocks.transpose(axes).reshape(shape)
+
+
+def split_over_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """Over how many slices each mesh axis goes: the first takes what it can, then the next.
+
+    Their product is the number of slices wherever that divides the product of ``shape``.
+    """
+    between = []
+    for size in shape:
+        between.append(math.gcd(size, slices))
+        slices //= between[-1]
+    return tuple(between)
 
 
 def put_rows(placement: Placement, batch: T) -> T:

@@ -2,7 +2,8 @@
 
 Peaks are those that the makers publish for a chip. TPUs: https://docs.cloud.google.com/tpu/docs, the pages v4,
 v5e, v5p, v6e and tpu7x. GPUs: the data sheets of A100 (80 GB SXM), H100 SXM and H200 SXM, dense bfloat16. The
-interconnect's is one way: half of a TPU's bidirectional figure over all its links, half of NVLink's.
+interconnect's is one way: half of a TPU's bidirectional figure over all its links, half of NVLink's. What a
+chip has of the data centre's network is published for v5p, and for v5e and v6e as that of a pod of 256 chips.
 
 A TPU's ``memory_bytes`` are not the published ones but what XLA can use: its compiler (libtpu 0.0.42) named it
 when it refused a program that was too large. A GPU's are what its runtime says, where there is one.
@@ -28,9 +29,10 @@ class Accelerator:
         memory_bytes: of one of its devices, that a program can use.
         peak_flops: bfloat16, a second.
         memory_bandwidth: bytes a second.
-        interconnect_bandwidth: bytes a second that it sends to other chips.
+        interconnect_bandwidth: bytes a second that it sends to other chips of its slice.
         devices: that JAX sees in one chip; they share all but the memory.
         source: "published", or "measured" on this machine.
+        network_bandwidth: bytes a second that it sends to other slices; None where nothing is published.
     """
 
     name: str
@@ -40,12 +42,13 @@ class Accelerator:
     interconnect_bandwidth: float
     devices: int = 1
     source: Literal["published", "measured"] = "published"
+    network_bandwidth: float | None = None
 
 
 V4 = Accelerator("v4", 30.75 * GIB, 275e12, 1200e9, 300e9)
-V5E = Accelerator("v5e", 15.75 * GIB, 197e12, 819e9, 200e9)
-V5P = Accelerator("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9)
-V6E = Accelerator("v6e", 31.25 * GIB, 918e12, 1638e9, 400e9)
+V5E = Accelerator("v5e", 15.75 * GIB, 197e12, 819e9, 200e9, network_bandwidth=3.125e9)
+V5P = Accelerator("v5p", 95.74 * GIB, 459e12, 2765e9, 600e9, network_bandwidth=6.25e9)
+V6E = Accelerator("v6e", 31.25 * GIB, 918e12, 1638e9, 400e9, network_bandwidth=12.5e9)
 TPU7X = Accelerator("tpu7x", 94.75 * GIB, 2307e12, 7380e9, 600e9, devices=2)
 A100 = Accelerator("A100", 80e9, 312e12, 2039e9, 300e9)
 H100 = Accelerator("H100", 80e9, 989e12, 3350e9, 450e9)

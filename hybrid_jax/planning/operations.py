@@ -14,6 +14,7 @@ from hybrid_jax.planning.traffic import COLLECTIVES
 # Splash attention says nothing of its costs: products of queries and keys in each kernel. The gradient kernels
 # compute the weights again.
 _SPLASH = {"_fwd": 2, "_dkv": 4, "_dq": 3}
+_SLICE = 100_000  # device d of slice s is s · 100,000 + d
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 
 
@@ -123,11 +124,28 @@ def bytes_sent(module: Module, computation: Computation, instruction: Instructio
     where b are the bytes of a device's operand (Thakur et al. 2005, sections 4.1-4.5).
     """
     operand = sum(shape.bytes for shape in computation.operand_shapes(instruction))
-    if kind == "collective-permute":
-        return operand
-    size = group_size(instruction.attributes, module.num_devices)
-    factors = {"all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
-    return operand * factors.get(kind, (size - 1) / size)
+    return operand * _share_sent(kind, group_size(instruction.attributes, module.num_devices))
+
+
+def bytes_between_slices(instruction: Instruction) -> float:
+    """Bytes that each device sends to other slices, by the formulas of `bytes_sent`.
+
+    A TPU's compiler leaves a collective over slices to the runtime of its host, to which a ``send`` hands the
+    operand; the groups are slices × devices, or lists of devices whose first digits are their slice.
+    """
+    kind = instruction.text("_xla_megascale_transfer_type")
+    if instruction.opcode != "send" or kind is None:
+        return 0.0
+    target = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', instruction.attributes)
+    members = [int(number) for number in target.group(1).split(",")] if target else []
+    slices = {member // _SLICE if member >= _SLICE else member for member in members}
+    return instruction.shapes[0].bytes * _share_sent(kind.lower().replace("_", "-"), max(len(slices), 2))
+
+
+def _share_sent(kind: str, size: int) -> float:
+    """Of a device's operand, in a collective of so many."""
+    factors = {"collective-permute": 1.0, "all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
+    return factors.get(kind, (size - 1) / size)
 
 
 def group_size(attributes: str, num_devices: int) -> int:

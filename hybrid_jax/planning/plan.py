@@ -155,6 +155,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "topology": plan.topology.name,
         "chips": plan.topology.chips,
         "devices": len(plan.topology.devices),
+        "slices": plan.topology.slices,
         "mesh": dict(plan.mesh),
         "accelerator": None if chip is None else asdict(chip),
         "price_per_chip_hour": plan.price,
@@ -232,5 +233,6 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
         "flops": cost.flops,
         "bytes": cost.bytes,
         "collective_bytes": dict(cost.collectives),
+        "between_slices_bytes": cost.between_slices,
         "uncounted_calls": sorted(cost.uncounted),
     }

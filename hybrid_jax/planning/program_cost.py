@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from hybrid_jax.planning.hlo import Computation, Instruction, Module
 from hybrid_jax.planning.loops import Value, known_value, turns_of
-from hybrid_jax.planning.operations import bytes_sent, collective_kind, flops_of
+from hybrid_jax.planning.operations import bytes_between_slices, bytes_sent, collective_kind, flops_of
 from hybrid_jax.planning.traffic import Traffic, is_later_part
 
 
@@ -21,14 +21,16 @@ class Cost:
     Attributes:
         flops: of matrix products; element-wise work is not counted, it is bound by memory.
         bytes: read from and written to the main memory.
-        collectives: bytes sent to other devices, by the kind of collective.
+        collectives: bytes sent to other devices of the slice, by the kind of collective.
         uncounted: library calls whose FLOPs are not known and are missing in ``flops``.
+        between_slices: bytes sent to other slices.
     """
 
     flops: float = 0.0
     bytes: float = 0.0
     collectives: Mapping[str, float] = field(default_factory=dict)
     uncounted: frozenset[str] = frozenset()
+    between_slices: float = 0.0
 
     @property
     def collective_bytes(self) -> float:
@@ -37,11 +39,17 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         kinds = sorted({*self.collectives, *other.collectives})
         sent = {kind: self.collectives.get(kind, 0.0) + other.collectives.get(kind, 0.0) for kind in kinds}
-        return Cost(self.flops + other.flops, self.bytes + other.bytes, sent, self.uncounted | other.uncounted)
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            sent,
+            self.uncounted | other.uncounted,
+            self.between_slices + other.between_slices,
+        )
 
     def __mul__(self, times: float) -> Cost:
         sent = {kind: number * times for kind, number in self.collectives.items()}
-        return Cost(self.flops * times, self.bytes * times, sent, self.uncounted)
+        return Cost(self.flops * times, self.bytes * times, sent, self.uncounted, self.between_slices * times)
 
 
 @dataclass(frozen=True)
@@ -152,7 +160,7 @@ class _Counter:
             return Cost(uncounted=frozenset({instruction.text("custom_call_target") or instruction.name}))
         kind = collective_kind(instruction.opcode)
         if kind is None:
-            return Cost(flops)
+            return Cost(flops, between_slices=bytes_between_slices(instruction))
         if kind == "all-reduce" and computation.name.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # how a TPU fuses it with the slice that it keeps
         return Cost(collectives={kind: bytes_sent(self._module, computation, instruction, kind)})

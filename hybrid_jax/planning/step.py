@@ -55,26 +55,28 @@ class Roofline:
     compute: float
     memory: float
     interconnect: float
+    network: float = 0.0  # between slices
 
     @classmethod
     def of(cls, cost: Cost, chip: Accelerator) -> Roofline:
-        """Each part as if the others cost nothing; the devices of a chip share it."""
+        """Each part as if the others cost nothing; the devices of a chip share it.
+
+        A network of unknown speed counts for nothing.
+        """
         return cls(
             compute=cost.flops * chip.devices / chip.peak_flops,
             memory=cost.bytes * chip.devices / chip.memory_bandwidth,
             interconnect=cost.collective_bytes * chip.devices / chip.interconnect_bandwidth,
+            network=cost.between_slices * chip.devices / (chip.network_bandwidth or math.inf),
         )
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.interconnect)
+        return max(self.compute, self.memory, self.interconnect, self.network)
 
     @property
     def bound_by(self) -> str:
-        return max(("compute", "memory", "interconnect"), key=lambda name: getattr(self, name))
-
-    def __mul__(self, times: float) -> Roofline:
-        return Roofline(self.compute * times, self.memory * times, self.interconnect * times)
+        return max(("compute", "memory", "interconnect", "network"), key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from hybrid_jax.parallel.mesh import split_over_slices
 from hybrid_jax.planning.plan import PhasePlan, Plan, versions
 from hybrid_jax.planning.program_cost import Cost
 from hybrid_jax.planning.step import Roofline, Step
@@ -69,12 +70,26 @@ def _heading(plan: Plan) -> Iterator[str]:
         used *= count
     devices = f"{len(topology.devices)} devices of {topology.devices[0].device_kind}"
     memory = "" if chip is None else f", {size(chip.memory_bytes)} each"
-    yield f"{topology.name}: {devices}{memory}"
+    slices = "" if topology.slices == 1 else f" in {topology.slices} slices"
+    yield f"{topology.name}: {devices}{slices}{memory}"
     mesh = " × ".join(f"{axis} {count}" for axis, count in plan.mesh.items())
     idle = (
         "" if used == len(topology.devices) else f": {len(topology.devices) - used} devices have nothing to do"
     )
     yield f"mesh: {mesh}{idle}"
+    if topology.slices > 1:
+        yield from _between_slices(plan)
+
+
+def _between_slices(plan: Plan) -> Iterator[str]:
+    """Which axes go over the network, and whether its speed is known."""
+    chip, slices = plan.topology.accelerator, plan.topology.slices
+    parts = split_over_slices(tuple(plan.mesh.values()), slices)
+    spans = " × ".join(f"{axis} {n}" for axis, n in zip(plan.mesh, parts, strict=True) if n > 1)
+    slow = "" if spans.startswith(f"data {slices}") else "; a mesh.data that the slices divide would send less"
+    yield f"between slices: {spans}{slow}"
+    if chip is not None and chip.network_bandwidth is None:
+        yield f"{chip.name}: no speed between slices is published, what they exchange takes no time here"
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -120,6 +135,8 @@ def _sent(plan: Plan) -> Iterator[str]:
         if total.collective_bytes:
             kinds = ", ".join(f"{kind} {size(sent)}" for kind, sent in total.collectives.items() if sent)
             yield f"{step.name} sends {kinds}"
+        if total.between_slices:
+            yield f"{step.name} sends {size(total.between_slices)} to other slices"
         if total.uncounted:
             yield f"{step.name} calls {', '.join(sorted(total.uncounted))}, whose FLOPs are not counted"
         if step.problem:

@@ -1,4 +1,4 @@
-"""The devices that a plan is for: those of a TPU slice that is not here, or the local ones."""
+"""The devices that a plan is for: those of TPU slices that are not here, or the local ones."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.planning.accelerators import TPUS, Accelerator, local_accelerator
 
 LOCAL = "local"
+_MOST_SLICES = 256
 # Chips along each axis of the largest slice. libtpu ends the process where a slice is larger or has another
 # number of axes, so both are checked before.
 _LARGEST = {
@@ -54,9 +55,16 @@ class Topology:
     def chips(self) -> int:
         return math.ceil(len(self.devices) / self.devices_per_chip)
 
+    @property
+    def slices(self) -> int:
+        """Groups of devices that only the network between machines joins."""
+        return len({getattr(device, "slice_index", 0) for device in self.devices})
+
 
 def find_topology(name: str) -> Topology:
     """``local``, or a TPU slice such as ``v5e:4x4`` (2 axes: v5e, v6e) or ``v5p:4x4x4`` (3: v4, v5p, tpu7x).
+
+    ``2xv5p:4x4x4`` are two such slices.
 
     Raises:
         UserError: there is no such slice, or no compiler for it (extra ``tpu``).
@@ -66,15 +74,20 @@ def find_topology(name: str) -> Topology:
 
         devices = tuple(jax.devices())
         return Topology(name, devices, local_accelerator(devices))
-    kind, sizes = _parse(name)
-    return Topology(name, tuple(_tpu_devices(name, kind, sizes)), TPUS[kind])
+    slices, kind, sizes = _parse(name)
+    return Topology(name, tuple(_tpu_devices(name, slices, kind, sizes)), TPUS[kind])
 
 
-def _parse(name: str) -> tuple[str, tuple[int, ...]]:
-    kind, _, shape = name.partition(":")
+def _parse(name: str) -> tuple[int, str, tuple[int, ...]]:
+    """The number of slices, the kind of TPU and the chips along each axis of a slice."""
+    found = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([^:]*):?(.*)", name, re.DOTALL)
+    assert found is not None, name
+    slices, kind, shape = int(found[1] or 1), found[2], found[3]
     if kind not in _LARGEST:
         known = suggest(kind, [LOCAL, *_LARGEST])
         raise UserError(f"topology must be local or <TPU>:<chips>, as in v5e:4x4, got {name!r}; {known}")
+    if slices > _MOST_SLICES:
+        raise UserError(f"topology must have at most {_MOST_SLICES} slices, got {slices} in {name!r}")
     largest = _LARGEST[kind]
     example = f"{kind}:{'x'.join(['4'] * len(largest))}"
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape) or shape.count("x") + 1 != len(largest):
@@ -84,10 +97,10 @@ def _parse(name: str) -> tuple[str, tuple[int, ...]]:
     sizes = tuple(map(int, shape.split("x")))
     if any(size > most for size, most in zip(sorted(sizes), sorted(largest), strict=True)):
         raise UserError(f"topology {kind} must be at most {'x'.join(map(str, largest))} chips, got {name!r}")
-    return kind, sizes
+    return slices, kind, sizes
 
 
-def _tpu_devices(name: str, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
+def _tpu_devices(name: str, slices: int, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPUs needs their compiler: pip install 'hybrid_jax[tpu]'")
     for variable, value in _ENVIRONMENT.items():
@@ -95,11 +108,15 @@ def _tpu_devices(name: str, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
     from jax.experimental import topologies
 
     bounds = (*(min(size, 2) for size in sizes[:2]), 1)  # chips of a host
-    config = "megacore" if kind in ("v4", "v5p") else "default"
+    options: dict[str, Any] = {
+        "chip_config_name": "megacore" if kind in ("v4", "v5p") else "default",
+        "chips_per_host_bounds": bounds,
+    }
+    if slices > 1:
+        options["num_slices"] = slices
+    one = f"{kind}:{'x'.join(map(str, sizes))}"
     try:
-        found = topologies.get_topology_desc(
-            topology_name=name, platform="tpu", chip_config_name=config, chips_per_host_bounds=bounds
-        )
+        found = topologies.get_topology_desc(topology_name=one, platform="tpu", **options)
     except Exception as error:  # whatever libtpu says
         reason = " ".join(str(error).split()).removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"topology {name!r} is impossible: {reason}") from error

@@ -68,6 +68,26 @@ def test_the_hosts_of_a_tpu_slice_are_found_in_the_environment_or_in_the_metadat
     assert cluster._tpu({"JAX_PLATFORMS": "cpu"}, answers.get) is None
 
 
+def test_the_hosts_of_several_slices_are_one_run_and_process_0_is_in_the_first_slice():
+    of_slices = {
+        "MEGASCALE_COORDINATOR_ADDRESS": "slice-0-0.svc:8080",
+        "MEGASCALE_NUM_SLICES": "3",
+        "MEGASCALE_SLICE_ID": "2",
+    }
+    on_gke = {"TPU_WORKER_HOSTNAMES": "w-0.svc,w-1.svc", "TPU_WORKER_ID": "1", **of_slices}
+    assert cluster._tpu(on_gke, {}.get) == Cluster("slice-0-0.svc:8482", 6, 5, "the TPU VM")
+    answers = {
+        "worker-network-endpoints": "u:1:10.0.1.2,u:2:10.0.1.3",
+        "agent-worker-number": "0",
+        "tpu-env": "ZONE: 'us-west4-a'\n" + "".join(f"{name}: '{of_slices[name]}'\n" for name in of_slices),
+    }
+    assert cluster._tpu({}, answers.get) == Cluster("slice-0-0.svc:8482", 6, 4, "the TPU VM")
+    with pytest.raises(
+        UserError, match=r"^MEGASCALE_COORDINATOR_ADDRESS is set, so MEGASCALE_SLICE_ID must be, too"
+    ):
+        cluster._tpu({**on_gke, "MEGASCALE_SLICE_ID": ""}, {}.get)
+
+
 @pytest.mark.parametrize(
     ("environment", "message"),
     [

@@ -188,3 +188,33 @@ def test_a_collective_on_another_core_is_counted_where_it_is_called():
     counted = program_cost(OTHER_CORE, "tpu").total
     assert counted.collectives == {"all-gather": 3 * 2 * 8 * 4}
     assert counted.bytes == 2 * 8 * 4 + 8 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "factor"),
+    [
+        ("ALL_REDUCE", '"{1,2}x{0:15}"', 1),  # 2 · (2 − 1)/2
+        ("ALL_GATHER", '"{1,2,3}x{0:3}"', 2),
+        ("ALL_REDUCE", "{{100000,300000},{100001,300001},{200000,400000},{200001,400001}}", 1),
+        ("ALL_TO_ALL", "{{100000,100003,200000,200003},{100001,100002,200001,200002}}", 1 / 2),
+    ],
+)
+def test_what_the_host_sends_to_other_slices_is_counted_apart(kind, target, factor):
+    text = f"""\
+HloModule step, is_scheduled=true, num_partitions=8
+
+ENTRY %main (x: bf16[16,8,128]) -> bf16[16,8,128] {{
+  %x = bf16[16,8,128]{{2,1,0}} parameter(0)
+  %after = token[] after-all()
+  %send = (bf16[16,8,128]{{2,1,0}}, u32[], token[]) send(%x, %after), channel_id=2, is_host_transfer=true, \
+frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %recv = (bf16[16,8,128]{{2,1,0}}, u32[], token[]) recv(%after), channel_id=1, is_host_transfer=true, \
+frontend_attributes={{_xla_megascale_target={target},_xla_megascale_transfer_type="{kind}"}}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %got = (bf16[16,8,128]{{2,1,0}}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %out = bf16[16,8,128]{{2,1,0}} get-tuple-element(%got), index=0
+}}
+"""
+    counted = program_cost(text, "tpu").total
+    assert counted.between_slices == factor * 2 * 16 * 8 * 128
+    assert counted.collectives == {}

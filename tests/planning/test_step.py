@@ -1,5 +1,6 @@
 """Memory, rooflines and refusals of single programs."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -29,6 +30,10 @@ def test_the_slowest_of_three_binds():
     assert (roofline.compute, roofline.memory, roofline.interconnect) == (4, 3, 2)
     assert (roofline.seconds, roofline.bound_by) == (4, "compute")
     assert Roofline.of(Cost(flops=4000, bytes=500), CHIP).bound_by == "memory"
+    slow = replace(CHIP, network_bandwidth=2)
+    assert Roofline.of(Cost(flops=4000, between_slices=24), slow).seconds == 24 / 2
+    assert Roofline.of(Cost(flops=4000, between_slices=24), slow).bound_by == "network"
+    assert Roofline.of(Cost(flops=4000, between_slices=24), CHIP).seconds == 4  # of unknown speed
 
 
 def test_the_devices_of_a_chip_share_its_peaks():

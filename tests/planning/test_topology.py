@@ -10,7 +10,11 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.experiment import ExperimentConfig, plan_phases
+from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.planning.search import meshes
 from hybrid_jax.planning.step import compile_step
 from hybrid_jax.planning.topology import find_topology
 from hybrid_jax.training.phase import Program
@@ -114,3 +118,99 @@ def test_a_program_that_no_chip_can_hold_is_refused_with_numbers():
     assert step.problem.endswith("of 15.75 GiB")
     assert step.refused is not None
     assert step.refused >= 32 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("2xv5x:4x4", "topology must be local or <TPU>:<chips>, as in v5e:4x4, got '2xv5x:4x4'; did you mean"),
+        ("2xlocal", "topology must be local or <TPU>:<chips>, as in v5e:4x4, got '2xlocal'; did you mean"),
+        ("0xv5e:4x4", "topology must be local or <TPU>:<chips>, as in v5e:4x4, got '0xv5e:4x4'; did you mean"),
+        ("9999xv5e:4x4", "topology must have at most 256 slices, got 9999 in '9999xv5e:4x4'"),
+        ("2xv5p:4x4", "topology v5p must have 3 axes of chips, as in v5p:4x4x4, got '2xv5p:4x4'"),
+    ],
+)
+def test_impossible_slices_are_one_clear_line(name, line):
+    with pytest.raises(UserError) as error:
+        find_topology(name)
+    assert str(error.value).startswith(line)
+
+
+GENERATIONS = {
+    "v4": ("2x2x4", "4x4x4", "4x8x8"),
+    "v5p": ("2x2x4", "4x4x4", "4x8x8"),
+    "v5e": ("4x4", "8x8", "16x16"),
+    "v6e": ("4x4", "8x8", "16x16"),
+    "tpu7x": ("2x2x4", "4x4x4", "4x8x8"),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("slices", [1, 2])
+@pytest.mark.parametrize("kind", GENERATIONS)
+def test_every_mesh_of_the_search_builds_on_what_libtpu_describes(kind, slices):
+    for shape in GENERATIONS[kind]:
+        found = find_topology(f"{slices}x{kind}:{shape}")
+        assert found.slices == slices
+        for mesh in meshes(len(found.devices)):
+            arranged = MeshConfig(**mesh).placement(found.devices).mesh.devices
+            assert len(set(arranged.flat)) == len(found.devices)
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [
+        ("v4:2x2x1", {"data": 2, "fsdp": 2}),
+        ("v5e:2x2", {"fsdp": 2, "tensor": 2}),
+        ("v5p:2x2x1", {"data": 2, "tensor": 2}),
+        ("v6e:2x4", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("tpu7x:2x2x1", {"data": 2, "fsdp": 4}),
+        ("2xv4:2x2x1", {"data": 2, "fsdp": 4}),
+        ("2xv5e:2x2", {"data": 2, "fsdp": 2, "tensor": 2}),
+        ("2xv5e:2x2", {"fsdp": 8}),  # parameters over both slices
+        ("2xv5p:2x2x1", {"data": 4, "fsdp": 2}),
+        ("2xv6e:2x2", {"data": 8}),
+        ("2xtpu7x:2x2x1", {"data": 2, "fsdp": 8}),
+    ],
+)
+def test_a_step_compiles_for_every_generation_and_for_two_slices(name, mesh):
+    model = {"name": "decoder", "num_layers": 2, "width": 256, "num_heads": 4, "max_length": 128}
+    settings = {
+        "run_dir": "unused",
+        "steps": 1,
+        "mesh": mesh,
+        "model": {**model, "position": "rotary", "vocab_size": 512, "dtype": "bfloat16"},
+        "tokenizer": "bytes",
+        "data": {"name": "jsonl", "train": "there/is/no/such/file.jsonl"},
+        "phases": {"sft": {"batch_size": 16, "length": 128}},
+        "scheduler": {"name": "alternation", "cycle": {"sft": 1}},
+    }
+    found = find_topology(name)
+    phases, state = plan_phases(parse(ExperimentConfig, settings), found.devices)
+    step = compile_step(phases["sft"].programs(state)[0], "tpu")
+    assert step.problem is None
+    assert step.cost is not None
+    total = step.cost.total
+    assert total.flops > 0
+    assert (total.between_slices > 0) == (found.slices == 2)
+
+
+@needs_libtpu
+def test_bytes_between_slices_are_counted_by_hand():
+    placement = MeshConfig(data=2, fsdp=4).placement(find_topology("2xv5e:2x2").devices)
+    size = 2048
+
+    def array(dtype, *spec):
+        return jax.ShapeDtypeStruct((size, size), dtype, sharding=NamedSharding(placement.mesh, P(*spec)))
+
+    def gradient(w, x):
+        return jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w).astype(jnp.float32)))(w)
+
+    weight = array(jnp.bfloat16, "fsdp")
+    function = jax.jit(gradient, out_shardings=weight.sharding)
+    step = compile_step(Program("sft/update", function, (weight, array(jnp.bfloat16, ("data", "fsdp")))), "tpu")
+    assert step.cost is not None
+    # Each slice has the sum of its own gradients, a part on each chip; of two slices each sends its part once.
+    assert step.cost.total.between_slices == 2 * size * size / 4

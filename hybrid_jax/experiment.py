@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import yaml
 from jax import Array
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.conversations import Chat
@@ -78,8 +79,7 @@ class ExperimentConfig:
     def __post_init__(self):
         if self.steps < 0:
             raise ValueError(f"steps must be at least 0, got {self.steps}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        check_seed(self.seed)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
         for phase in self.scheduler.phases:
@@ -287,7 +287,7 @@ class Experiment:
         folder, settings = self.files.folder, to_dict(self.config)
         if resume_step is None:
             self.files.remove("tokenizer")  # of a start that came to nothing
-        write_text(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_text(folder / "config.yaml", dump_yaml(settings))
         write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
         self.files.upload()

@@ -16,6 +16,7 @@ import numpy as np
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
@@ -83,6 +84,10 @@ class Policy:
         """
         if num_samples < 1:
             raise UserError(f"num_samples must be at least 1, got {num_samples}")
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
         asked = [_example(prompt, row) for row, prompt in enumerate(prompts, start=1)]
         examples = [example for example in asked for _ in range(num_samples)]
         if not examples:

@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hybrid_jax.core.cli import ArgumentParser, run_command
+from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.report_charts import phase_class, short_number
 from hybrid_jax.report_flags import find_flags
 from hybrid_jax.report_glossary import glossary_entry
@@ -182,7 +181,7 @@ def _details(run: Run, figures: Figures) -> list[str]:
 def _particulars(run: Run) -> str:
     folds = []
     if run.config:
-        text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
+        text = dump_yaml(run.config, unicode=True)
         folds.append(("Config", f"<pre>{escaped(text, 100_000)}</pre>"))
     if run.environment:
         rows = "".join(

@@ -16,9 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
-
 from hybrid_jax.core.registry import Registry, UserError, is_definition, suggest
+from hybrid_jax.core.yaml_text import MOST_BITS, NUMBER, parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -45,11 +44,11 @@ def local_path(value: str | Path, name: str) -> Path:
 
 def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a YAML file with its optional ``base:`` file, then applies ``a.b=value`` overrides."""
-    settings = _read(Path(path))
+    settings = read_yaml(path)
     if base := settings.pop("base", None):
         if not isinstance(base, str):
             raise _wrong_type("base", "a path", base)
-        settings = merge(_read(Path(path).parent / base), settings)
+        settings = merge(read_yaml(Path(path).parent / base), settings)
     return apply_overrides(settings, overrides)
 
 
@@ -101,32 +100,11 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
     return str(value) if isinstance(value, Path | Url) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(
-            f"{path} is a directory, no config file" if path.is_dir() else f"no config file {str(path)!r}"
-        )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where else ""
-        raise UserError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected a mapping of settings, got {type(settings).__name__}")
-    return settings
-
-
 def _parse_override(override: str) -> dict[str, Any]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"an override is written a.b=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not YAML") from error
+    value = parse_yaml(text, f"override {dotted!r}")
     for key in reversed(dotted.split(".")):
         value = {key: value}
     return value
@@ -140,7 +118,7 @@ def _parse_value(hint: Any, value: Any, path: str) -> Any:
         return _parse_optional(arguments, value, path)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}, got {value!r}")
+            raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
         return value
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, typing.cast(type, hint)) else _parse_dataclass(hint, value, path)
@@ -251,17 +229,27 @@ def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is Any:
         return value
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as a string
-        except ValueError:
-            raise _wrong_type(path, "a number", value) from None
+        return _number(value, path)
     if hint is Path and isinstance(value, str | Path):
         return local_path(value, path)
     if hint is Url and isinstance(value, str) and "://" in value:
         return Url(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _wrong_type(path, _describe(hint), value)
+    if isinstance(value, int) and value.bit_length() > MOST_BITS:
+        raise UserError(f"{path} must have at most {MOST_BITS} bits, got {value.bit_length()}")
     return value
+
+
+def _number(value: int | str, path: str) -> float:
+    """A whole number, or a text such as 1e-4, as a float; Python itself would take ``1_0`` and ``nan``, too."""
+    try:
+        number = float(value) if isinstance(value, int) or NUMBER.fullmatch(value) else None
+    except OverflowError:
+        number = None
+    if number is None:
+        raise _wrong_type(path, "a number", value)
+    return number
 
 
 def _describe(hint: Any) -> str:
@@ -277,7 +265,18 @@ def _describe(hint: Any) -> str:
 
 
 def _wrong_type(path: str, expected: str, value: Any) -> UserError:
-    return UserError(f"{path} must be {expected}, got {value!r}")
+    is_number = expected.startswith(("a text", "a path", "a URL")) and isinstance(value, int | float)
+    hint = "; in quotes it is a text" if is_number else ""
+    return UserError(f"{path} must be {expected}, got {_shown(value)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    """A value as an error names it: in one short line."""
+    try:
+        text = repr(value)
+    except ValueError:  # of a whole number that is too long to write
+        return "a long number"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def _join(path: str, key: object) -> str:

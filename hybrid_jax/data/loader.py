@@ -16,6 +16,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.packing import (
     Encoded,
     encode_examples,
@@ -330,5 +331,4 @@ def _checked_buckets(
 def _check(examples: Sequence[Example], seed: int) -> None:
     if not examples:
         raise UserError("the data is empty: a stream needs at least one example")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
+    check_seed(seed)

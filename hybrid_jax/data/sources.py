@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.files import json_rows, read_data
 
@@ -47,6 +48,7 @@ class Restaurants:
     def __post_init__(self):
         if not 0 <= self.omission <= 1:
             raise ValueError(f"omission must be in [0, 1], got {self.omission}")
+        check_seed(self.seed)
 
     def load(self, split: Split) -> Sequence[Example]:
         return restaurants(split, self.omission, self.seed)

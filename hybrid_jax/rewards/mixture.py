@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from jaxtyping import Float
 
+from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.preferences import PREFERENCES
 from hybrid_jax.metrics.text import ngrams, words
 from hybrid_jax.rewards.combine import COMBINERS, Values, Weighing
@@ -234,8 +235,7 @@ class Bandit:
             raise ValueError(f"gain_range must be above 0, got {self.gain_range}")
         if not 0 <= self.focus <= 1:
             raise ValueError(f"focus must be in [0, 1], got {self.focus}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        check_seed(self.seed)
 
     def check(self, names: Sequence[str]) -> None:
         if len(names) < 2:

@@ -107,12 +107,15 @@ def test_a_prompt_longer_than_the_context_is_named_by_its_row(tiny, tmp_path, mi
 
 def test_a_config_file_that_is_missing_or_no_config_is_named(tmp_path, mistake):
     assert mistake(train.main, "--config", "gone.yaml") == "no config file 'gone.yaml'"
-    assert mistake(train.main, "--config", tmp_path) == f"{tmp_path} is a directory, no config file"
+    assert (
+        mistake(train.main, "--config", tmp_path)
+        == f"config file '{tmp_path}' is a directory; expected a regular file"
+    )
     broken = tmp_path / "broken.yaml"
     for content, message in [
         (b"steps: [1\nb: 2\n", "broken.yaml line 2: not YAML:"),
         (b"- 1\n", "broken.yaml: expected a mapping of settings, got list"),
-        (b"\xff\xfe\x00", "broken.yaml cannot be read:"),
+        (b"\xff\xfe\x00", "broken.yaml must be UTF-8 text, got byte 0xff at 0"),
         (b"base: 3\n", "base must be a path, got 3"),
     ]:
         broken.write_bytes(content)

@@ -5,12 +5,24 @@ from __future__ import annotations
 # Metric: what it is, and what to think of when it looks wrong.
 GLOSSARY = {
     "score": (
-        "Mean reward of the sampled responses.",
+        "Mean reward of the responses: all parts as they are, before normalisers, penalty and baseline.",
         "Flat: the reward has no signal yet, or the KL coefficient holds the policy back.",
     ),
     "score_std": (
         "Spread of the scores within a batch.",
         "Near zero: all responses earn the same, nothing is left to learn from.",
+    ),
+    "shaped_score": (
+        "What training received: the score after normalisers, less penalty and baseline.",
+        "Far below the score: the penalty weighs more than the reward.",
+    ),
+    "penalty": (
+        "What was taken for responses that did not end by themselves, on average over all responses.",
+        "Staying up: responses run to max_new_tokens; raise it, or the penalty.",
+    ),
+    "baseline": (
+        "What was taken from every score for comparison; it changes no optimum.",
+        "Far from the score: responses differ much from what was usual until now.",
     ),
     "reward": (
         "One part of the score, before weighting.",

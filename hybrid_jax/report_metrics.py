@@ -89,6 +89,11 @@ CHARTS = [
     _alone("Response length", "response_length"),
     _alone("Responses that end", "eos_fraction"),
     _alone("Spread of the scores", "score_std", 0.0),
+    Chart(
+        "What training receives",
+        [([Line("ppo/shaped_score", "shaped score"), Line("ppo/penalty", "penalty", "fourth")], None)],
+        "shaped_score",
+    ),
     _alone("KL, k3 estimate", "kl_k3", 0.0),
     Chart("Learning rate", [(_both("learning_rate"), 0.0)], "learning_rate"),
     Chart("Gradient norm", [(_both("grad_norm"), 0.0)], "grad_norm"),

@@ -85,8 +85,6 @@ class Evaluator:
         self.config = config
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
         self.sampler, self._reward = config.sampler or sampler, config.reward or reward
-        if self._reward is not None:
-            self._reward = self._reward.plain()
         judges = {name: Part(judge) for name, judge in config.judges.items()}
         self._judges = CompositeReward(judges) if judges else None
         self._key = jax.random.key(seed)
@@ -194,8 +192,7 @@ class Evaluator:
         if self._reward.on_device:
             return np.asarray(answers["score"], np.float32), {}
         raw = {name: np.asarray(answers[f"raw/{name}"], np.float32) for name in self._reward.parts}
-        scores, _ = self._reward.weigh(self._reward.init(), raw, prompts)
-        return scores.totals, raw
+        return self._reward.plain_scores(raw, prompts), raw
 
     def _sample_row(self, index: int, examples, responses, scores, parts) -> dict[str, Any]:
         return {

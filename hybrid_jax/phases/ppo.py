@@ -305,7 +305,12 @@ class PPOPhase:
         scores, reward_state = reward.weigh(reward_state, raw, asked, groups, raw.pop(LENGTH))
         names = {name: name.removesuffix("_mean") for name in scores.metrics}
         metrics = {f"reward/{names[name]}": number for name, number in scores.metrics.items()}
-        received = {"scores": scores.totals, "placed": scores.placed, "baseline": scores.baseline}
+        received = {
+            "scores": scores.totals,
+            "plain": scores.plain,
+            "placed": scores.placed,
+            "baseline": scores.baseline,
+        }
         received = {name: array for name, array in received.items() if array is not None}
         clock.lap("reward")
         return put_rows(self._placement, received), reward_state, metrics

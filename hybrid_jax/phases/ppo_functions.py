@@ -135,18 +135,18 @@ class PPOFunctions:
         rate: Array | float,
         *,
         groups: tuple[str, ...] = ("model", "value"),
+        plain: Float[Array, "B"] | None = None,
         placed: Float[Array, "B R"] | None = None,
         baseline: Float[Array, "B"] | None = None,
     ) -> tuple[TrainState, dict[str, Array]]:
         """All updates of one step, and the new KL coefficient.
 
         ``placed`` is what of the ``scores`` is received with earlier tokens than the last; a ``baseline`` is
-        taken from them.
+        taken from them. ``plain`` is what they were before any normaliser, to log; None if there is none.
         """
         control, control_state = self.config.kl_control, state.extra[self.kl_key]
         coef = control.coefficient(control_state)
-        scores, score_metrics = self._final_scores(scores, scored)
-        scores = scores if baseline is None else scores - baseline
+        scores, score_metrics = self._shaped_scores(scores, plain, baseline, scored)
         rollout, rollout_metrics = self.advantages(scored, scores, coef, placed)
         state, update_metrics = self.update(state, rollout, examples, key, rate, groups)
         if "model" in groups:  # a policy at rest says nothing about the strength of its leash
@@ -163,14 +163,21 @@ class PPOFunctions:
         work = ppo_flops(self.config, self.model, rows, prompt_length, length, tokens, groups)
         return {"tokens": tokens, **work}
 
-    def _final_scores(self, scores: Array, scored: Scored) -> tuple[Array, dict[str, Array]]:
+    def _shaped_scores(
+        self, scores: Array, plain: Array | None, baseline: Array | None, scored: Scored
+    ) -> tuple[Array, dict[str, Array]]:
+        """What training receives: the scores less penalty and baseline, each logged under a name of its own."""
         length = scored.response_mask.shape[1]
         complete = ended(scored.tokens[:, -length:], scored.response_mask, self.eos_ids)
-        if self.config.missing_eos_penalty is not None:
-            scores = scores - self.config.missing_eos_penalty * ~complete
-        return scores, {
-            "score": scores.mean(),
-            "score_std": scores.std(),
+        penalty = (self.config.missing_eos_penalty or 0.0) * ~complete
+        plain = scores if plain is None else plain
+        shaped = scores - penalty - (0.0 if baseline is None else baseline)
+        return shaped, {
+            "score": plain.mean(),
+            "score_std": plain.std(),
+            "shaped_score": shaped.mean(),
+            "penalty": penalty.mean(),
+            **({} if baseline is None else {"baseline": baseline.mean()}),
             "eos_fraction": complete.mean(),
             "response_length": scored.response_mask.sum(axis=1).mean(),
         }

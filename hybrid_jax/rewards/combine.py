@@ -260,7 +260,7 @@ class Lagrangian:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What is taken from every score before PPO sees it; the logged score is that before.
+    """What is taken from every score before PPO sees it; its mean is logged as ``baseline``.
 
     Attributes:
         kind: ``ema``, the bias-corrected exponential mean of the scores before this rollout and with it;

@@ -10,6 +10,7 @@ a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it wa
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from hybrid_jax.rewards.combine import (
     Combiner,
     FittedCombiner,
     ObservingCombiner,
+    Weighing,
     WeightedSum,
 )
 from hybrid_jax.rewards.part import Part
@@ -47,7 +49,8 @@ class Scores:
     """A rollout with its reward.
 
     Attributes:
-        totals: float32 [B].
+        totals: float32 [B], what training receives, but for baseline and penalties.
+        plain: float32 [B], what is logged as ``score``: see `CompositeReward.plain_scores`.
         placed: float32 [B R], what of it is received with earlier tokens: the parts on segments, if any. The
             rest is received with the last token.
         baseline: float32 [B], to be taken from the totals, if there is one.
@@ -55,6 +58,7 @@ class Scores:
     """
 
     totals: np.ndarray
+    plain: np.ndarray
     placed: np.ndarray | None
     baseline: np.ndarray | None
     metrics: Mapping[str, float]
@@ -209,12 +213,9 @@ class CompositeReward:
             unclipped = part.unclipped(state.get(name), raw[name], groups)
             value = part.clipped(unclipped)
             metrics |= describe(name, part, np.asarray(raw[name]), unclipped, value)
-            if value.ndim == 2:
-                segments[name] = np.nan_to_num(value, nan=0.0)
-            values[name] = segments[name].sum(axis=1) if value.ndim == 2 else value
-        weights = {name: part.weight for name, part in self.parts.items()}
-        remembered = self._fitted(state)
-        weighing, remembered = self.combine.combine(remembered, values, weights, prompts)
+            segments |= {name: np.nan_to_num(value, nan=0.0)} if value.ndim == 2 else {}
+            values[name] = _of_responses(value)
+        weighing, remembered = self._combined(self._fitted(state), values, prompts)
         totals = weighing.score(values)
         placed = sum(weighing.coefficients[n][:, None] * segment for n, segment in segments.items())
         baseline = None
@@ -224,9 +225,43 @@ class CompositeReward:
             baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, groups)
             baseline = baseline.astype(np.float32)
         metrics |= {**weighing.metrics, **mean_weights(self.combine, weighing)}
-        metrics |= correlations({**values, SCORE: totals}, lengths)
+        plain = self.plain_scores(raw, prompts)
+        metrics |= correlations({**values, SCORE: plain}, lengths)
         dense = np.asarray(placed, np.float32) if segments else None
-        return Scores(totals.astype(np.float32), dense, baseline, metrics), state
+        return Scores(totals.astype(np.float32), plain, dense, baseline, metrics), state
+
+    def plain_scores(self, raw: Raw, prompts: Sequence[str]) -> np.ndarray:
+        """The metric ``score``, float32 [B]: the parts as they are, on one scale for all time and every split.
+
+            raw → transform → clip → weight → combine
+
+        There is no normaliser, no clip in the units of one and no baseline, and the combiner is as it was when
+        the run began, or was fitted: the same responses get the same in every step.
+        """
+        plain, remembered = self._plain
+        values = {
+            name: _of_responses(part.clipped(np.asarray(part.transformed(np.asarray(raw[name], np.float64)))))
+            for name, part in plain.parts.items()
+        }
+        return plain._combined(remembered, values, prompts)[0].score(values).astype(np.float32)
+
+    @functools.cached_property
+    def _plain(self) -> tuple[CompositeReward, Any]:
+        """The same reward without normalisers and baseline, and what its combiner remembers."""
+        parts = {
+            n: p if p.normalise is None else replace(p, normalise=None, clip=None)
+            for n, p in self.parts.items()
+        }
+        plain = replace(self, parts=parts, baseline=None)
+        return plain, plain._fit({}) if isinstance(self.combine, FittedCombiner) else plain.init().get(
+            COMBINER, {}
+        )
+
+    def _combined(
+        self, remembered: Any, values: Mapping[str, np.ndarray], prompts: Sequence[str]
+    ) -> tuple[Weighing, Any]:
+        weights = {name: part.weight for name, part in self.parts.items()}
+        return self.combine.combine(remembered, values, weights, prompts)
 
     def observe(self, state: RewardState, evaluation: Mapping[str, float]) -> RewardState:
         """The state once these numbers were measured, ``evaluation/<metric>``."""
@@ -244,6 +279,12 @@ class CompositeReward:
         remembered, combiner = state.get(COMBINER, {}), self.combine
         if not isinstance(combiner, FittedCombiner) or combiner.is_fitted(remembered):
             return remembered
+        is_normalised = any(part.normalise is not None for part in self.parts.values())
+        return self._fit(state) if is_normalised else self._plain[1]
+
+    def _fit(self, state: RewardState) -> Any:
+        """What the combiner has learnt from its preferences, by parts with these statistics."""
+        combiner: Any = self.combine
         pairs = combiner.preferences.load("train")
         prompts = [pair.prompt for pair in pairs]
         columns = columns_of([pair.example for pair in pairs])
@@ -271,12 +312,6 @@ class CompositeReward:
             if part.normalise is not None
         }
 
-    def plain(self) -> CompositeReward:
-        """The same parts without normalisers and baseline: one scale for all time, for evaluation."""
-        return replace(
-            self, parts={n: replace(part, normalise=None) for n, part in self.parts.items()}, baseline=None
-        )
-
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
     ) -> Float[Array, "B"]:
@@ -286,3 +321,8 @@ class CompositeReward:
             raw = part.reward.score_tokens(tokens, attention_mask, response_mask)
             scores += part.weight * part.clipped(part.transformed(raw))
         return scores
+
+
+def _of_responses(values: np.ndarray) -> np.ndarray:
+    """[B] of [B], or of segments [B R], NaN where none ends: their sum."""
+    return np.nan_to_num(values, nan=0.0).sum(axis=1) if values.ndim == 2 else values

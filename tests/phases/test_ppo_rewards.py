@@ -168,7 +168,9 @@ def test_a_baseline_is_taken_from_the_scores_but_not_from_what_is_logged(rolled_
     key = jax.random.key(1)
     state_with, with_baseline = ppo.learn(state, scored, scores, None, key, 1e-2, baseline=baseline)
     state_less, less = ppo.learn(state, scored, scores - baseline, None, key, 1e-2)
-    assert (with_baseline["score"], less["score"]) == (3.5, 0.0)
+    assert (with_baseline["score"], with_baseline["baseline"], with_baseline["shaped_score"]) == (3.5, 3.5, 0.0)
+    assert (less["score"], less["shaped_score"]) == (0.0, 0.0)
+    assert "baseline" not in less
     assert bits(state_with.params) == bits(state_less.params)
 
 
@@ -272,6 +274,21 @@ def test_settings_that_contradict_each_other_are_refused():
         Opponent("sft", num_samples=0)
     with pytest.raises(ValueError, match="it never changes"):
         Reference(path="folder", refresh_every_cycles=2)
+
+
+def test_raw_reward_shaped_reward_and_penalty_are_logged_under_names_of_their_own(rolled_out):
+    """Of eight responses the first ends (token 2 is EOS here), the others are taken 0.5 for not ending."""
+    ppo, state, scored = rolled_out
+    ppo = replace(ppo, config=replace(ppo.config, missing_eos_penalty=0.5), eos_ids=(2,))
+    tokens = scored.tokens.at[:, -3:].set(0).at[0, -3:].set(2)
+    scored = replace(scored, tokens=tokens, response_mask=jnp.ones((ROWS, 3), bool).at[0, 1:].set(False))
+    plain, normalised = jnp.arange(8.0), jnp.arange(8.0) - 3.5
+    key = jax.random.key(0)
+    _, metrics = ppo.learn(state, scored, normalised, None, key, 1e-2, plain=plain)
+    assert (metrics["score"], metrics["score_std"]) == (3.5, pytest.approx(np.std(np.arange(8.0))))
+    assert (metrics["penalty"], metrics["shaped_score"]) == (7 / 16, -7 / 16)
+    _, metrics = ppo.learn(state, scored, plain, None, key, 1e-2)  # no normaliser, as on the device
+    assert (metrics["score"], metrics["penalty"], metrics["shaped_score"]) == (3.5, 7 / 16, 3.5 - 7 / 16)
 
 
 def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(tmp_path):

@@ -6,7 +6,9 @@ import pytest
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.rewards.base import RewardError
+from hybrid_jax.rewards.combine import Baseline, Lagrangian, Limit
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.postprocess import Affine, Running
 from hybrid_jax.rewards.text import Length, Repetition
 from hybrid_jax.rewards.tokens import TokenLength
 
@@ -126,14 +128,14 @@ def test_metrics_tell_mean_spread_and_how_much_was_clipped():
     composite = normalised(clip=(-1.0, 1.0))
     raw = composite.raw([""] * 4, ["0", "1", "1", "6"])
     # mean 2, variance (4 + 1 + 1 + 16) / 4 = 5.5: -0.85 -0.43 -0.43 1.71
-    scores, _ = composite.weigh(composite.init(), raw, [""] * 4, lengths=np.array([0.0, 1.0, 1.0, 6.0]))
+    scores, _ = composite.weigh(composite.init(), raw, [""] * 4, lengths=np.array([0.0, 1.0, 1.0, 9.0]))
     assert scores.metrics == pytest.approx(
         {
             "number_mean": 2.0,
             "number_std": 5.5**0.5,
             **{"number_p10": 0.3, "number_p50": 1.0, "number_p90": 4.5},
             "number_clip_fraction": 0.25,
-            "score~response_length": 0.99712,  # of -0.853 -0.426 -0.426 1 and 0 1 1 6
+            "score~response_length": 0.99806,  # of the raw 0 1 1 6 and 0 1 1 9
         },
         abs=1e-5,
     )
@@ -238,3 +240,28 @@ def test_token_rewards_are_clipped_before_they_are_weighted():
 def test_a_part_that_is_no_reward_is_refused():
     with pytest.raises(ValueError, match="reward must be callable or have start or score_tokens, got 3"):
         Part(3)
+
+
+def test_the_score_is_the_raw_reward_in_training_as_in_the_evaluation():
+    """Rewards in [0, 1.2]: normalised they sum to 0, clipped in the normaliser's units they say even less."""
+    number = Part(number_in_response, normalise=Running(), clip=(-0.5, 0.5), weight=2.0)
+    bounded = Part(number_in_response, transform=Affine(shift=1.0), clip=(0.0, 1.5))
+    composite = CompositeReward({"a": number, "b": bounded}, baseline=Baseline("ema"))
+    raw = composite.raw([""] * 3, ["0", "0.6", "1.2"])
+    first, state = composite.weigh(composite.init(), raw, [""] * 3)
+    expected = [2 * 0.0 + 1.0, 2 * 0.6 + 1.5, 2 * 1.2 + 1.5]
+    assert first.plain == pytest.approx(expected)
+    assert first.totals == pytest.approx([-1.0 + 1.0, 0.0 + 1.5, 1.0 + 1.5])
+    later, _ = composite.weigh(state, composite.raw([""] * 3, ["5", "7", "9"]), [""] * 3)
+    assert later.plain == pytest.approx([11.5, 15.5, 19.5])
+    assert composite.plain_scores(raw, [""] * 3) == pytest.approx(expected)  # the same before, now and later
+
+
+def test_a_multiplier_that_has_moved_does_not_move_the_score():
+    combine = Lagrangian({"b": Limit(at_most=0.0)}, learning_rate=10.0)
+    composite = CompositeReward({"a": Part(number_in_response), "b": Part(number_in_response)}, combine)
+    raw = composite.raw([""], ["1"])
+    (first, state), found = composite.weigh(composite.init(), raw, [""]), []
+    found = [first, composite.weigh(state, raw, [""])[0]]
+    assert [scores.plain.tolist() for scores in found] == [[1.0], [1.0]]
+    assert [scores.totals.tolist() for scores in found] == [[1.0], [pytest.approx((1 - 10 * 1) / 11)]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +43,7 @@ from hybrid_jax.training.compilation import cache_folder, keep_compiled
 from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
+from hybrid_jax.training.optimizers import waits_for_horizon
 from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase
 from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
@@ -150,7 +152,7 @@ def _build_phases(
     examples: Sequence[Example] | None,
     eos_ids: tuple[int, ...],
 ) -> dict[str, Phase]:
-    horizons = planned_steps(config.scheduler, config.steps)
+    horizons = _horizons(config)
     return {
         name: phase.build(
             Resources(
@@ -159,7 +161,7 @@ def _build_phases(
                 tokenizer=tokenizer,
                 examples=examples,
                 seed=config.seed,
-                horizon=max(horizons[name], 1),
+                horizon=horizons[name],
                 placement=placement,
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
@@ -170,6 +172,24 @@ def _build_phases(
         for name, phase in config.phases.items()
         if name in horizons and _fits(name, phase, model)
     }
+
+
+def _horizons(config: ExperimentConfig) -> dict[str, float]:
+    """The steps of each phase, at least 1; infinite where the scheduler waits for a metric."""
+    planned = planned_steps(config.scheduler, config.steps)
+    return {name: math.inf if steps is None else max(steps, 1) for name, steps in planned.items()}
+
+
+def _say_what_stays(config: ExperimentConfig) -> None:
+    """Names the learning rates that cannot decay, since nobody knows how many steps their phase will get."""
+    for name, horizon in _horizons(config).items():
+        optimizer = config.phases[name].optimizer
+        if waits_for_horizon(optimizer.schedule, horizon):
+            log.info(
+                "the learning rate of %s stays at %g: a metric decides how many steps the phase gets; "
+                "phases.%s.optimizer.schedule.steps=N lets it decay over N of them",
+                *(name, optimizer.learning_rate, name),
+            )
 
 
 def _fits(name: str, phase: Any, model: Any) -> bool:
@@ -275,6 +295,7 @@ class Experiment:
         state = saved or fresh
         if saved is not None:
             log.info("resumed %s at step %d of %d", files.name, state.step, self.steps)
+        _say_what_stays(self.config)
         logger = self._open_files(saved and saved.step) if hosts.is_first() else files.open(folder, {}, None)
         machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
         profiler = Profiler(self.config.profile, folder / "profile")

@@ -25,7 +25,7 @@ def sft_only_steps(config_path: str, overrides: list[str]) -> int:
     """How many SFT steps read as many tokens as the hybrid run."""
     config = load_config(config_path, overrides)
     phases = build(config).phases
-    steps = planned_steps(config.scheduler, config.steps)
+    steps = {name: count or 0 for name, count in planned_steps(config.scheduler, config.steps).items()}
     ppo = config.phases["ppo"]
     columns = phases["ppo"].prompts.batch(0, ppo.prompts_per_step).tokens.shape[1] + ppo.sampler.max_new_tokens
     ppo_tokens = steps["ppo"] * ppo.rows * columns * ppo.epochs

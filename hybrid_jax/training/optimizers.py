@@ -28,7 +28,10 @@ class Schedule(Protocol):
     """A function of the step: what the peak learning rate is multiplied by."""
 
     def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
-        """The multiplier, in [0, 1], of update number ``step`` (from 0) of ``horizon`` planned ones."""
+        """The multiplier, in [0, 1], of update number ``step`` (from 0) of ``horizon`` planned ones.
+
+        The horizon is infinite where nobody knows it, since a metric decides which phase comes next.
+        """
         ...
 
 
@@ -68,6 +71,19 @@ class _Decaying(_WarmedUp):
         return self.end + (1 - self.end) * remaining
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ToHorizon(_Decaying):
+    steps: int | None = None  # updates of this phase until ``end``; None takes what the scheduler plans for it
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be at least 1 or null, got {self.steps}")
+
+    def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
+        return super().__call__(step, horizon if self.steps is None else self.steps)
+
+
 @SCHEDULES.register("constant")
 @dataclass(frozen=True, kw_only=True)
 class Constant(_WarmedUp):
@@ -76,8 +92,8 @@ class Constant(_WarmedUp):
 
 @SCHEDULES.register("linear")
 @dataclass(frozen=True, kw_only=True)
-class Linear(_Decaying):
-    """Warm-up, then a straight line from 1 to ``end`` at the horizon."""
+class Linear(_ToHorizon):
+    """Warm-up, then a straight line from 1 to ``end`` at the horizon; without a horizon it stays 1."""
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(1 - _progress(step, self.warmup_steps, horizon))
@@ -85,8 +101,11 @@ class Linear(_Decaying):
 
 @SCHEDULES.register("cosine")
 @dataclass(frozen=True, kw_only=True)
-class Cosine(_Decaying):
-    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov, Hutter, arXiv 1608.03983)."""
+class Cosine(_ToHorizon):
+    """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov, Hutter, arXiv 1608.03983).
+
+    Without a horizon it stays 1.
+    """
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, self.warmup_steps, horizon)))
@@ -108,8 +127,11 @@ class InverseSqrt(_Decaying):
 
 @SCHEDULES.register("warmup_stable_decay")
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecay(_Decaying):
-    """Warm-up, then 1, then a straight line to ``end`` over the last ``decay_fraction`` of the horizon."""
+class WarmupStableDecay(_ToHorizon):
+    """Warm-up, then 1, then a straight line to ``end`` over the last ``decay_fraction`` of the horizon.
+
+    Without a horizon it stays 1.
+    """
 
     decay_fraction: float = 0.2
 
@@ -123,8 +145,14 @@ class WarmupStableDecay(_Decaying):
 
 
 def _progress(step, start, stop):
-    """How far ``step`` is from ``start`` to ``stop``, in [0, 1]."""
-    return jnp.clip((step - start) / jnp.maximum(stop - start, 1.0), 0.0, 1.0)
+    """How far ``step`` is from ``start`` to ``stop``, in [0, 1]; nowhere on an endless way."""
+    done = jnp.clip((step - start) / jnp.maximum(stop - start, 1.0), 0.0, 1.0)
+    return jnp.where(jnp.isinf(stop), 0.0, done)
+
+
+def waits_for_horizon(schedule: Schedule, horizon: float) -> bool:
+    """Whether a schedule stays where it is, since it decays to a horizon that nobody knows."""
+    return isinstance(schedule, _ToHorizon) and schedule.steps is None and math.isinf(horizon)
 
 
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")

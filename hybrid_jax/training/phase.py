@@ -103,7 +103,7 @@ class Resources:
     tokenizer: Any  # a `Tokenizer`; None where the phase is only planned
     examples: Sequence[Example] | None  # the training split; None where the phase is only planned
     seed: int
-    horizon: int  # how many steps the scheduler plans for this phase
+    horizon: float  # how many steps the scheduler plans for this phase; infinite where a metric decides
     placement: Placement
     optimizer_key: str
     eos_ids: tuple[int, ...]  # every token that ends a response

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.training.phase import Metrics
@@ -26,16 +26,42 @@ class Scheduler(Protocol):
 SCHEDULERS: Registry[Any] = Registry("scheduler")
 
 
-def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int]:
+def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int | None]:
     """How many of ``total`` steps each phase gets, by playing the scheduler through.
 
-    A scheduler that waits for a metric is taken never to see it.
+    None of all phases for a scheduler that looks at the metrics: they decide, and nobody knows them yet.
     """
-    state = ScheduleState()
-    for _ in range(total):
-        phase = scheduler.choose(state)
-        state = scheduler.update(state, phase, {})
+    state, metrics = ScheduleState(), _Unknown()
+    try:
+        for _ in range(total):
+            phase = scheduler.choose(state)
+            state = scheduler.update(state, phase, metrics)
+    except _LookedAt:
+        return dict.fromkeys(scheduler.phases)
     return {phase: state.steps.get(phase, 0) for phase in scheduler.phases}
+
+
+class _LookedAt(Exception):
+    """A scheduler looked at metrics that are not known yet."""
+
+
+class _Unknown(Mapping[str, Any]):
+    """Metrics before any step: whoever looks at them has no plan."""
+
+    def _look(self, *_: Any) -> NoReturn:
+        raise _LookedAt
+
+    def __getitem__(self, name: str) -> Any:
+        self._look()
+
+    def __contains__(self, name: object) -> bool:
+        self._look()
+
+    def __iter__(self) -> Iterator[str]:
+        self._look()
+
+    def __len__(self) -> int:
+        self._look()
 
 
 @SCHEDULERS.register("alternation")

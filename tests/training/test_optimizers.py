@@ -1,5 +1,7 @@
 """Optimizers against float64 numpy and torch, schedules at literal steps, the clip, the placement of ε."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -236,6 +238,14 @@ def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
             {0: 0.5, 1: 1.0, 8: 1.0, 9: 0.6, 11: 0.2},
         ),
         ({"name": "linear", "warmup_steps": 5}, 3, {0: 1 / 6, 2: 0.5}),  # ends before the warm-up does
+        # Where nobody knows the horizon, nothing decays, unless the user says over how many steps.
+        ({"name": "linear", "warmup_steps": 1}, math.inf, {0: 0.5, 1: 1.0, 10**6: 1.0}),
+        ({"name": "cosine"}, math.inf, {0: 1.0, 10**6: 1.0}),
+        ({"name": "warmup_stable_decay"}, math.inf, {0: 1.0, 10**6: 1.0}),
+        ({"name": "inverse_sqrt"}, math.inf, {0: 1.0, 3: 0.5}),
+        ({"name": "linear", "steps": 4}, math.inf, {0: 1.0, 1: 0.75, 4: 0.0, 99: 0.0}),
+        ({"name": "linear", "steps": 4}, 8, {0: 1.0, 1: 0.75, 4: 0.0}),
+        ({"name": "warmup_stable_decay", "steps": 10}, math.inf, {7: 1.0, 9: 0.5, 10: 0.0}),
     ],
     ids=lambda value: value.get("name") if isinstance(value, dict) else None,
 )

@@ -1,11 +1,15 @@
 import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hybrid_jax.experiment import _say_what_stays, load_config, plan_phases
 from hybrid_jax.training.scheduler import Alternation, Curriculum, Ratio, Triggered, planned_steps
 from hybrid_jax.training.state import ScheduleState
 
+CONFIG = Path(__file__).parents[2] / "configs" / "debug" / "hybrid.yaml"
 LETTERS = {"sft": "s", "ppo": "p"}
 
 
@@ -92,6 +96,7 @@ SCHEDULERS = [
     Curriculum(end_step=20, start=0.1, end=0.9, shape="cosine"),
     Triggered(metric="sft/loss", below=2.0, before=0.1, after=0.7),
 ]
+PLANNED = [scheduler for scheduler in SCHEDULERS if not isinstance(scheduler, Triggered)]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
@@ -108,12 +113,56 @@ def test_a_schedule_goes_on_from_its_state_in_json_as_if_it_had_never_stopped(sc
     assert resumed_end == end
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("scheduler", PLANNED, ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("total", [0, 1, 10, 33])
 def test_planned_steps_are_those_that_are_played(scheduler, total):
     chosen, _ = play(scheduler, total)
     planned = planned_steps(scheduler, total)
     assert planned == {phase: chosen.count(LETTERS[phase]) for phase in scheduler.phases}
+
+
+LOOKS = {
+    "an item": lambda metrics: metrics["sft/loss"],
+    "an item that may be missing": lambda metrics: metrics.get("sft/loss", 0.0),
+    "whether there is one": lambda metrics: "sft/loss" in metrics,
+    "whether there are any": bool,
+    "all of them": dict,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_steps_that_a_metric_decides_are_not_guessed(look):
+    class Users(Alternation):
+        """Any scheduler of a user that looks at what it is given, however late."""
+
+        def update(self, state, phase, metrics):
+            if sum(state.steps.values()) == 5:
+                look(metrics)
+            return super().update(state, phase, metrics)
+
+    scheduler = Users(cycle={"sft": 1, "ppo": 1})
+    assert planned_steps(scheduler, 5) == {"sft": 3, "ppo": 2}
+    assert planned_steps(scheduler, 6) == {"sft": None, "ppo": None}
+    assert planned_steps(Triggered(metric="sft/loss", below=1.0), 9) == {"sft": None, "ppo": None}
+
+
+def test_a_rate_does_not_decay_to_a_horizon_that_a_metric_decides(caplog):
+    """The rates of PPO were 1e-5 and then 0: it was taken to have one step."""
+    overrides = ["steps=10", "scheduler={name: triggered, metric: sft/loss, below: 100.0, before: 0.0}"]
+    config = load_config(CONFIG, overrides)
+    ppo: Any = plan_phases(config)[0]["ppo"]
+    assert [float(ppo._rate(step, ppo._horizon)) for step in range(4)] == pytest.approx([1e-5] * 4)
+    with caplog.at_level("INFO"):
+        _say_what_stays(config)
+    assert caplog.messages == [
+        f"the learning rate of {name} stays at {rate}: a metric decides how many steps the phase gets; "
+        f"phases.{name}.optimizer.schedule.steps=N lets it decay over N of them"
+        for name, rate in (("sft", "0.001"), ("ppo", "1e-05"))
+    ]
+    config = load_config(CONFIG, [*overrides, "phases.ppo.optimizer.schedule.steps=4"])
+    ppo = plan_phases(config)[0]["ppo"]
+    rates = [float(ppo._rate(step, ppo._horizon)) for step in range(6)]
+    assert rates == pytest.approx([1e-5, 7.5e-6, 5e-6, 2.5e-6, 0, 0])
 
 
 def test_entries_count_how_often_each_phase_was_entered():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.attention_rule import PLAIN, AttentionRule
+from hybrid_jax.models.layers import product
 
 HIDDEN = -1e30  # finite: exp gives exactly 0 and no NaN can arise
 
@@ -23,9 +24,9 @@ def plain_attention(q, k, v, segment_ids=None, rule=PLAIN, sinks=None):
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     grouped = q.reshape(batch, length, k.shape[2], -1, channels)
-    scores = jnp.einsum("btkgc,bskc->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = product("btkgc,bskc->bkgts", grouped, k)
     weights = _weights(scores, visible[:, None, None], distance, rule, channels, sinks)
-    out = jnp.einsum("bkgts,bskc->btkgc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    out = product("bkgts,bskc->btkgc", weights.astype(v.dtype), v)
     return out.reshape(q.shape).astype(q.dtype)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.models.layers import layer_norm, rms_norm
+from hybrid_jax.models.layers import layer_norm, product, rms_norm
 
 _HIDDEN = -1e30  # finite: exp gives exactly 0, and a row that sees nothing gives no NaN
 
@@ -27,10 +27,10 @@ def masked_attention(
 
     ``drop`` is what dropout does to the weights.
     """
-    scores = jnp.einsum("bthc,bshc->bhts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = product("bthc,bshc->bhts", q, k) * scale
     scores = scores if bias is None else scores + bias
     weights = drop(jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1))
-    mixed = jnp.einsum("bhts,bshc->bthc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    mixed = product("bhts,bshc->bthc", weights.astype(v.dtype), v)
     return mixed.astype(q.dtype)
 
 

@@ -88,7 +88,7 @@ class Dispatch:
     def product(self, x: Array, kernel: Float[Array, "E I O"], bias: Array | None) -> Float[Array, "N*K O"]:
         """``x W_e + b_e``, each copy with its own expert's."""
         y = lax.ragged_dot(x, kernel, self.group_sizes.astype(jnp.int32))
-        return y if bias is None else y + bias[self.experts]
+        return y if bias is None else (y + bias[self.experts]).astype(y.dtype)
 
     def gather(self, y: Float[Array, "N*K D"], weights: Float[Array, "N K"]) -> Float[Array, "N D"]:
         """The weighted sum of each token's copies, in float32."""

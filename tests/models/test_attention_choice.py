@@ -3,6 +3,7 @@
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models import attention
 from hybrid_jax.models.attention import IMPLEMENTATIONS, AttentionCall, AttentionRule, causal_attention, choose
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.parallel.rules import AXES, Placement, under
+from hybrid_jax.phases.sft import sft_losses
 
 CPU = AttentionCall("cpu", "float32", length=512, channels=64)
 TPU = replace(CPU, platform="tpu", dtype="bfloat16")
@@ -52,6 +56,32 @@ SOFTCAP, ALIBI, WINDOW = AttentionRule(softcap=30.0), AttentionRule(slopes=(0.5,
 )
 def test_a_call_is_served_by_the_fastest_that_can(call, expected):
     assert choose(call) == expected
+
+
+@pytest.mark.parametrize(
+    ("platform", "masked", "chosen"),
+    [("gpu", True, "einsum"), ("gpu", False, "cudnn"), ("tpu", True, "splash"), ("cpu", True, "blocked")],
+)
+def test_what_training_computes_with_is_what_the_docs_say(platform, masked, chosen, monkeypatch):
+    """docs/scale.md: training gives segments with every row, packed or padded, so a GPU takes einsum."""
+    made = []
+
+    def taken(call, asked):
+        made.append(choose(call, asked)[0])
+        return "einsum", None
+
+    monkeypatch.setattr(attention, "choose", taken)
+    monkeypatch.setattr(attention, "target_platform", lambda: platform)
+    monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
+    model = DecoderConfig(num_layers=1, width=64, num_heads=1, max_length=256, dtype="bfloat16").build(8)
+    params, tokens = jax.eval_shape(model.init, jax.random.key(0)), jnp.ones((2, 128), jnp.int32)
+    if masked:
+        batch: Any = TokenBatch
+        batch = batch(tokens=tokens, segment_ids=tokens, loss_mask=tokens > 0)
+        jax.eval_shape(lambda params: sft_losses(model, params, batch), params)
+    else:
+        jax.eval_shape(lambda params: model.apply(params, tokens), params)
+    assert made == [chosen]
 
 
 def test_an_implementation_that_is_asked_for_serves_or_says_why_it_cannot():

@@ -6,8 +6,8 @@ K key/value heads: head ``h`` reads key head ``h // G`` (Ainslie et al. 2023). A
 else a model's family does to the scores.
 
 Whole sequences have several implementations: "blocked" on CPUs, "splash" on TPUs, "cudnn" on GPUs of compute
-capability 9.0 for calls without segment ids, and "einsum" for what these cannot do. Training always has segment
-ids (rows are packed or padded), so on a GPU it computes with einsum unless "cudnn" is asked for. All compute the
+capability 9.0 for calls without segment ids, and "einsum" for what these cannot do. Training always has them
+(rows are packed or padded), so on a GPU it computes with einsum unless "cudnn" is asked for. All compute the
 same numbers up to rounding; the choice and its reason are logged. Decoding over a cache is `cached_attention`
 everywhere.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -33,7 +34,7 @@ from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
-from hybrid_jax.run_identity import check_same_run, environment
+from hybrid_jax.run_identity import ENVIRONMENT, WRITTEN, check_is_run, check_same_run, environment, owned
 from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
@@ -49,7 +50,7 @@ from hybrid_jax.training.profiler import ProfileConfig, Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
-from hybrid_jax.training.run_files import RunFiles, fetched, run_files
+from hybrid_jax.training.run_files import RunFiles, run_files
 from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
 from hybrid_jax.training.state import RunState
 
@@ -116,7 +117,9 @@ def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> Exper
 def build(config: ExperimentConfig) -> Experiment:
     """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
     keep_compiled(config.compilation_cache)
-    files = fetched(config.run_dir)
+    files = run_files(config.run_dir)
+    check_is_run(files)
+    files.fetch()
     check_same_run(files, to_dict(config), _spelled_out)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
@@ -280,13 +283,15 @@ class Experiment:
         """The state before the first step, a function of config and seed alone."""
         return fresh_state(self.model, self.phases, self.placement, init_key(self.config.seed))
 
+    def owned(self) -> contextlib.AbstractContextManager[None]:
+        """Around a training: nobody else writes the run directory meanwhile."""
+        return owned(self.files)
+
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
-        """The newest saved state, or a fresh one, with what writes the run directory."""
+        """The newest saved state, or a fresh one, with what writes the run directory, which must be `owned`."""
         files, folder = self.files, self.files.folder
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
+        files.fetch()  # another process may have trained here since this was built
+        check_same_run(files, to_dict(self.config), _spelled_out)
         checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload)
         with out_of_memory.explained("the state of a fresh run"):
             fresh = self.init()
@@ -307,15 +312,29 @@ class Experiment:
         """Writes what a run says of itself, and opens its logs."""
         folder, settings = self.files.folder, to_dict(self.config)
         if resume_step is None:
-            self.files.remove("tokenizer")  # of a start that came to nothing
+            self._keep_earlier()
+        # First of all: it says that the folder is ours.
+        write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
         write_text(folder / "config.yaml", dump_yaml(settings))
-        write_text(folder / "environment.json", json.dumps(environment(), indent=1))
         write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
         self.files.upload()
         try:
             return open_loggers((*self.config.loggers, self.files), folder, settings, resume_step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
+
+    def _keep_earlier(self) -> None:
+        """Makes room for a new run where one has trained whose checkpoints are gone."""
+        records = read_records(self.files.folder / METRICS_FILE)
+        if all(record.get("phase") == "evaluation" for record in records):
+            self.files.remove("tokenizer")  # of a start that came to nothing
+            return
+        aside = self.files.set_aside(WRITTEN)
+        log.warning(
+            "run_dir %s holds the records of a run but no checkpoint to go on from: they are kept in %s, and "
+            "training starts at step 0",
+            *(self.files.name, aside),
+        )
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +16,16 @@ import jax
 
 from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel import hosts
 from hybrid_jax.training.checkpoint import saved_steps
-from hybrid_jax.training.run_files import RunFiles
+from hybrid_jax.training.run_files import CHECKPOINTS, EARLIER, RunFiles
 
+ENVIRONMENT = "environment.json"
+# What a training writes beside its checkpoints.
+WRITTEN = (
+    *("config.yaml", ENVIRONMENT, "metrics.jsonl", "samples.jsonl", "report.html", "wandb_run_id"),
+    *("tokenizer", "tensorboard", "wandb", "profile", "exports", "model"),
+)
 # Settings that may change between two starts of one run: they decide what is written, not what is learnt.
 FREE_SETTINGS = (
     *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
@@ -46,6 +56,47 @@ def _commit() -> str | None:
         return None
 
 
+@contextlib.contextmanager
+def owned(files: RunFiles) -> Iterator[None]:
+    """Around a training: the run directory is ours, and nobody else writes it meanwhile.
+
+    Raises:
+        UserError: it holds something that is no run of ours, or another process trains there.
+    """
+    if hosts.is_first():
+        check_is_run(files)
+    with files.owned():
+        yield
+
+
+def check_is_run(files: RunFiles) -> None:
+    """A training may overwrite what it writes itself: so its directory is a new one, an empty one, or a run.
+
+    A run is known by the ``environment.json`` that every version has written at its start, or by a config with
+    checkpoints beside it.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    names = [name for name in files.names() if not re.fullmatch(rf"{EARLIER}\d+", name)]
+    if not names or _says_that_it_is_ours(files.read(ENVIRONMENT) if ENVIRONMENT in names else None):
+        return
+    if {"config.yaml", CHECKPOINTS} <= set(names) and saved_steps(files.checkpoints):
+        return
+    others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise UserError(
+        f"run_dir {files.name} is not empty and no run of ours: it holds {', '.join(names[:3])}{others}; "
+        "give a new or an empty folder"
+    )
+
+
+def _says_that_it_is_ours(environment: str | None) -> bool:
+    try:
+        return "hybrid_jax" in json.loads(environment or "{}")["packages"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def check_same_run(
     files: RunFiles, settings: dict[str, Any], spelled_out: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
@@ -61,8 +112,6 @@ def check_same_run(
     Raises:
         UserError: it holds a run of other settings.
     """
-    if files.folder.exists() and not files.folder.is_dir():
-        raise UserError(f"run_dir must be a directory, got the file {files.name}")
     path = files.folder / "config.yaml"
     if not saved_steps(files.checkpoints) or not path.is_file():
         return

@@ -30,9 +30,13 @@ def main(arguments: list[str]) -> None:
 
     with joined():  # before JAX looks at any device
         from hybrid_jax.experiment import build, load_config
+        from hybrid_jax.run_identity import owned
         from hybrid_jax.training.loop import train
+        from hybrid_jax.training.run_files import run_files
 
-        train(build(load_config(options.config, options.overrides)))
+        config = load_config(options.config, options.overrides)
+        with owned(run_files(config.run_dir)):  # so that a second trainer hears of it before it loads anything
+            train(build(config))
 
 
 if __name__ == "__main__":

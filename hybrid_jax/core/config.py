@@ -230,7 +230,7 @@ def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _number(value, path)
-    if hint is Path and isinstance(value, str | Path):
+    if hint is Path and isinstance(value, str | Path) and value != "":  # which would be the current folder
         return local_path(value, path)
     if hint is Url and isinstance(value, str) and "://" in value:
         return Url(value)

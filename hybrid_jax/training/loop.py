@@ -53,6 +53,10 @@ class Run(Protocol):
         """What waits in the host's memory while no phase uses it."""
         ...
 
+    def owned(self) -> contextlib.AbstractContextManager[None]:
+        """Around a training: nobody else writes the run directory meanwhile."""
+        ...
+
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
         """The newest saved state, or a fresh one, with what writes the run directory."""
         ...
@@ -81,7 +85,15 @@ def train(run: Run) -> RunState:
         NonFiniteError: a loss, gradient or parameter is not finite. The newest checkpoint is from before.
         Interrupted: SIGINT or SIGTERM came; the state was saved first.
         KeyboardInterrupt: a second Ctrl-C came; nothing more was saved.
+        UserError: another process trains in the run directory.
     """
+    with run.owned():
+        state = _train(run)
+        run.finish(state)
+    return state
+
+
+def _train(run: Run) -> RunState:
     state, checkpoints, recorder = run.open()
     saved, aborted = state.step, False
     with Interrupts() as interrupts:
@@ -128,7 +140,6 @@ def train(run: Run) -> RunState:
             finally:
                 if not aborted:
                     checkpoints.close()
-    run.finish(state)
     return state
 
 

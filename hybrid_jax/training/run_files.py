@@ -12,21 +12,24 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib
 import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hybrid_jax.core.config import is_url
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel import hosts
+from hybrid_jax.training import run_lock
+from hybrid_jax.training.bucket import BucketLockFile, explained, open_bucket
 
 CHECKPOINTS = "checkpoints"
+EARLIER = "earlier_"  # and a number: what trainings left whose checkpoints are gone
 
 _URL = re.compile(r"gs://[a-z0-9][a-z0-9._-]+(/[^/?#*\[\]]+)+")
 _FETCHED_FOLDERS = ("tokenizer",)  # beside the files at the top; exports and traces are only written
@@ -53,11 +56,69 @@ class RunFiles:
         """Brings what has changed elsewhere into ``folder``."""
 
     def upload(self) -> None:
-        """Brings what has changed in ``folder`` to where it belongs."""
+        """Brings what has changed in ``folder`` to where it belongs, if the run is still ours."""
+        run_lock.check_owned(self.name)
+
+    def names(self) -> list[str]:
+        """What lies at the top of the run directory, but the lock; nothing where there is no such folder.
+
+        Raises:
+            UserError: it is no folder, or cannot be read.
+        """
+        try:
+            names = sorted(path.name for path in self.folder.iterdir())
+        except FileNotFoundError:
+            return []
+        except NotADirectoryError:
+            if self.folder.exists():
+                raise UserError(f"run_dir must be a directory, got the file {self.name}") from None
+            return []  # below a file: it cannot be made
+        except OSError as error:
+            raise UserError(f"run_dir {self.name} cannot be read: {error.strerror}") from error
+        return [name for name in names if not name.startswith(run_lock.LOCK)]
+
+    def read(self, name: str) -> str | None:
+        """The text of a file where it belongs, without a `fetch`; None where there is none."""
+        try:
+            return (self.folder / name).read_text(errors="replace")
+        except OSError:
+            return None
 
     def remove(self, folder: str) -> None:
         """Removes a folder of the run."""
         shutil.rmtree(self.folder / folder, ignore_errors=True)
+
+    def set_aside(self, names: Iterable[str]) -> str:
+        """Moves what is there of ``names`` into a new folder ``earlier_1``, ``earlier_2``, …; returns its name."""
+        number = 1
+        while (folder := self.folder / f"{EARLIER}{number}").exists():
+            number += 1
+        try:
+            folder.mkdir()
+            for name in names:
+                if (path := self.folder / name).exists():
+                    path.rename(folder / name)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror}") from error
+        return folder.name
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Around a training: no other one writes here meanwhile. The first process locks for all of its run.
+
+        Raises:
+            UserError: another process trains here, or the folder holds something that is no run.
+        """
+        if not hosts.is_first():
+            hosts.barrier()  # the lock is taken, or this process is told why not
+            yield
+            return
+        with run_lock.owned(self._lock_file(), self.name):
+            hosts.barrier()
+            yield
+
+    def _lock_file(self) -> run_lock.LockFile:
+        return run_lock.DiskLockFile(self.folder)
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> _Uploads:
         """A logger that uploads after an evaluation and at the end; it comes last."""
@@ -88,8 +149,8 @@ class _InBucket(RunFiles):
     def __init__(self, url: str):
         if not _URL.fullmatch(url):
             raise UserError(f"a run directory must be a folder or a URL gs://bucket/path, got {url!r}")
-        with _explained(url, "opened"):
-            self._system, self._root = _open(url)
+        with explained(url, "opened"):
+            self._system, self._root = open_bucket(url)
             from etils import epath
 
             checkpoints = epath.Path(f"{url}/{CHECKPOINTS}")
@@ -101,7 +162,7 @@ class _InBucket(RunFiles):
         self._ours: set[str] = set()  # uploaded by this process, which alone writes them
 
     def fetch(self) -> None:
-        with _explained(self.name, "read"):
+        with explained(self.name, "read"):
             for name, generation in self._listed().items():
                 if name in self._ours or self._there.get(name) == generation:
                     continue
@@ -111,16 +172,39 @@ class _InBucket(RunFiles):
                 self._there[name], self._here[name] = generation, _stamp(local)
 
     def upload(self) -> None:
-        with _explained(self.name, "written"):
+        super().upload()
+        with explained(self.name, "written"):
             for name, stamp in _files(self.folder):
                 if self._here.get(name) != stamp:
                     self._system.put_file(str(self.folder / name), f"{self._root}/{name}")
                     self._here[name] = stamp
                     self._ours.add(name)
 
+    def _lock_file(self) -> run_lock.LockFile:
+        return BucketLockFile(f"{self.name}/{run_lock.LOCK}")
+
+    def names(self) -> list[str]:
+        with explained(self.name, "read"), contextlib.suppress(FileNotFoundError):
+            paths = self._system.ls(self._root, detail=False)
+            names = (path.rstrip("/").removeprefix(f"{self._root}/") for path in paths)
+            return sorted(name for name in names if not name.startswith(run_lock.LOCK))
+        return []
+
+    def read(self, name: str) -> str | None:
+        with explained(self.name, "read"), contextlib.suppress(FileNotFoundError):
+            return self._system.cat_file(f"{self._root}/{name}").decode(errors="replace")
+        return None
+
+    def set_aside(self, names: Iterable[str]) -> str:
+        """The copies in the bucket are replaced as the new run writes its own; a tokenizer's are removed."""
+        aside = super().set_aside(names)
+        self.upload()
+        self.remove("tokenizer")
+        return aside
+
     def remove(self, folder: str) -> None:
         super().remove(folder)
-        with _explained(self.name, "written"):
+        with explained(self.name, "written"):
             for path in self._system.find(f"{self._root}/{folder}"):
                 self._system.rm_file(path)
         known = [name for name in (*self._here, *self._there) if name.startswith(f"{folder}/")]
@@ -136,9 +220,11 @@ class _InBucket(RunFiles):
         with contextlib.suppress(FileNotFoundError):  # of a new run
             found += self._system.ls(self._root, detail=True)
         return {
-            info["name"].removeprefix(f"{self._root}/"): info.get("generation")
+            name: info.get("generation")
             for info in found
-            if info["type"] == "file" and not info["name"].endswith("/")
+            if (name := info["name"].removeprefix(f"{self._root}/")) != run_lock.LOCK
+            and info["type"] == "file"
+            and not name.endswith("/")
         }
 
 
@@ -147,12 +233,12 @@ _in_bucket = functools.cache(_InBucket)  # one a process: what it writes, it mus
 
 @dataclass(frozen=True)
 class _Uploads:
-    """A logger whose log is the bucket."""
+    """A logger whose log is the bucket; and that ends a run which another process has taken over."""
 
     files: RunFiles
 
     def metrics(self, record: dict[str, Any]) -> None:
-        pass  # they go up before the next checkpoint
+        run_lock.check_owned(self.files.name)  # they go up before the next checkpoint
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         self.files.upload()
@@ -181,18 +267,6 @@ def _private_folder(name: str) -> Path:
     return folder
 
 
-def _open(url: str) -> tuple[Any, str]:
-    """The file system of a URL, and the path of the URL there."""
-    from fsspec.config import conf
-    from fsspec.core import url_to_fs
-
-    # What the other processes write must be seen at once; Orbax opens the bucket by the same settings.
-    conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it says at every request what it does not know
-    importlib.import_module("google.cloud.storage")  # Orbax needs it to remove an old checkpoint
-    return url_to_fs(url)
-
-
 def _files(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
     """Names and stamps of all files in a folder that are finished."""
     for parent, folders, names in os.walk(folder):
@@ -206,31 +280,3 @@ def _files(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
 def _stamp(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
-
-
-@contextlib.contextmanager
-def _explained(url: str, what: str) -> Iterator[None]:
-    """Says in one line why a bucket could not be used."""
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(f"{url} needs gcsfs, which is not installed: pip install 'hybrid_jax[gcs]'") from error
-    except Exception as error:  # gcsfs, aiohttp and google-auth have each their own
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{url} cannot be {what}: {reason}{_advice(error, url)}") from error
-
-
-def _advice(error: Exception, url: str) -> str:
-    bucket = url.split("/")[2]
-    if isinstance(error, FileNotFoundError):
-        return f"; is there a bucket gs://{bucket}?"
-    if re.search(r"(?i)anonymous|credentials|unauthenticated|invalid_grant|\b401\b", str(error)):
-        return "; log in by `gcloud auth application-default login`"
-    if re.search(r"(?i)forbidden|permission|\b403\b", str(error)):
-        return (
-            f"; give this machine's account the roles storage.objectUser and storage.legacyBucketReader "
-            f"on gs://{bucket}"
-        )
-    return ""

@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.training.run_directory import write_text
 
 EXPLANATION = """\
 suites:
@@ -56,6 +57,8 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
+    if options.json is not None:
+        _check_free(Path(options.json))
     if options.suite == "rewards":
         _score_file(options)
     else:
@@ -75,7 +78,7 @@ def _measure_run(options: argparse.Namespace) -> None:
     print(f"{result['suite']} of {options.run} at step {result['step']}\n")
     print(table(result["numbers"]))
     if options.json is not None:
-        _write(Path(options.json), result)
+        write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
 
 
 def _score_file(options: argparse.Namespace) -> None:
@@ -91,7 +94,8 @@ def _score_file(options: argparse.Namespace) -> None:
     print(f"rewards of the {numbers['num_texts']} texts of {options.data}\n")
     print(reward_suite.report(numbers))
     if options.json is not None:
-        _write(Path(options.json), {"suite": "rewards", "data": options.data, **numbers})
+        result = {"suite": "rewards", "data": options.data, **numbers}
+        write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
 
 
 def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -131,11 +135,18 @@ def table(numbers: Mapping[str, float]) -> str:
     return "\n".join(f"{name:<{width}}  {value:>12.5g}" for name, value in numbers.items())
 
 
-def _write(path: Path, result: dict[str, Any]) -> None:
+def _check_free(path: Path) -> None:
+    """Checks, before anything is measured, that no file of the user lies where the numbers go.
+
+    Raises:
+        UserError: there is a file that is none of this command.
+    """
     try:
-        path.write_text(json.dumps(result, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+        ours = not path.exists() or "suite" in dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise UserError(f"--json {path} is there and holds no earlier result: give a new file")
 
 
 if __name__ == "__main__":

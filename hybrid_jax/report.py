@@ -25,6 +25,7 @@ from hybrid_jax.report_rewards import rewards_section
 from hybrid_jax.report_run import Run, read_run
 from hybrid_jax.report_samples import samples_section
 from hybrid_jax.report_speed import speed_figures
+from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.run_files import fetched
 
 _TEMPLATE = Path(__file__).with_name("report_template.html")
@@ -41,7 +42,7 @@ def write_report(run_dir: str | Path) -> Path:
     body = "\n".join([_headline(run), _progress(run, figures), samples_section(run), *_details(run, figures)])
     page = _fill(body, {"end": run.end, "panels": figures.hover}, run.name)
     path = files.folder / "report.html"
-    path.write_text(page, encoding="utf-8", errors="replace")  # a model may write half a surrogate pair
+    write_text(path, page)
     files.upload()
     return path
 

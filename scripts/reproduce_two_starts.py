@@ -2,10 +2,10 @@
 
     python scripts/reproduce_two_starts.py [--trials 10] [--seed 0]
 
-The second start comes a random time after the first, from the same moment to after its end. In every second trial
-``kill -9`` meets whichever trains, at a random moment, and a third start follows at once. Each directory must end
-with the state, metrics.jsonl and samples.jsonl of a run that was alone, timings aside; whoever was refused must
-have ended with 2 and one line. Prints a table; the exit code is 1 where anything differs.
+The second start comes a random time after the first, from the same moment to after its end. In every second
+trial ``kill -9`` meets whichever trains, at a random moment, and a third start follows at once. Each directory
+must end with the state, metrics.jsonl and samples.jsonl of a run that was alone, timings aside; whoever was
+refused must have ended with 2 and one line. Prints a table; the exit code is 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def main() -> int:
         print(f"{'trial':>5} {'distance':>9} {'killed':>9}  exit codes  records")
         for trial in range(1, options.trials + 1):
             run_dir = Path(folder, str(trial))
-            distance = draw.uniform(0, 1.1 * length) ** draw.choice((0, 1, 1))  # some at the same moment
-            distance = 0.0 if distance == 1.0 else distance
+            distance = draw.choice((0.0, draw.uniform(0, 3), draw.uniform(0, 1.1 * length)))
             kill_after = draw.uniform(0, length) if trial % 2 == 0 else None
             starts = _trial(run_dir, options, distance, kill_after)
             found = _problems(starts, killed=kill_after is not None)
@@ -51,9 +50,8 @@ def main() -> int:
             wrong += [f"trial {trial}: {problem}" for problem in found]
             killed = "-" if kill_after is None else f"{kill_after:.1f} s"
             codes = " ".join(str(start.code) for start in starts)
-            print(
-                f"{trial:>5} {distance:>7.1f} s {killed:>9}  {codes:<11} {len(_records(run_dir / 'metrics.jsonl'))}"
-            )
+            records = len(_records(run_dir / "metrics.jsonl"))
+            print(f"{trial:>5} {distance:>7.1f} s {killed:>9}  {codes:<11} {records}", flush=True)
     print("\n".join(wrong) or "no difference: every record and number is that of a run that was alone")
     return 1 if wrong else 0
 

@@ -18,7 +18,8 @@ def write_text(path: Path, text: str) -> None:
     """
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(text)
+        # A model may write half a surrogate pair.
+        beside.write_text(text, encoding="utf-8", errors="replace")
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

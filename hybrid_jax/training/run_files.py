@@ -89,10 +89,11 @@ class RunFiles:
         shutil.rmtree(self.folder / folder, ignore_errors=True)
 
     def set_aside(self, names: Iterable[str]) -> str:
-        """Moves what is there of ``names`` into a new folder ``earlier_1``, ``earlier_2``, …; returns its name."""
-        number = 1
-        while (folder := self.folder / f"{EARLIER}{number}").exists():
+        """Moves what is there of ``names`` into a new folder ``earlier_<number>``; returns its name."""
+        there, number = set(self.names()), 1
+        while f"{EARLIER}{number}" in there:
             number += 1
+        folder = self.folder / f"{EARLIER}{number}"
         try:
             folder.mkdir()
             for name in names:

@@ -1,7 +1,8 @@
 """One trainer at a time in a run directory: a lock that says who it is, and that no dead one keeps.
 
-The lock is the file ``lock.json``: host, process and since when. The trainer renews it while it runs and removes
-it at its end, however it ends; only a process that is killed leaves it behind. Then the next trainer takes it over:
+The lock is the file ``lock.json``: host, process and since when. The trainer renews it while it runs and
+removes it at its end, however it ends; only a process that is killed leaves it behind. Then the next trainer
+takes it over:
 
 - on the same host at once, since there is no such process any more, or it is a younger one of the same number;
 - on another host (or in another container) when it has not been renewed for `GONE_SECONDS`. The newcomer
@@ -222,7 +223,10 @@ class DiskLockFile:
         return text, text
 
     def swap(self, version: str | None, text: str) -> str | None:
-        """Writes ``text`` in the place of ``version`` (None: of nothing); None where something else lies there."""
+        """Writes ``text`` in the place of ``version`` (None: of nothing), and returns its version.
+
+        None where something else lies there by now.
+        """
         self._make_folder()
         with self._alone():
             found = self.read()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 
 import pytest
@@ -80,8 +81,6 @@ def test_a_trainer_renews_its_lock_and_ends_when_another_machine_has_it(bucket):
 
 
 def test_a_lock_of_a_living_process_of_this_machine_is_refused_at_once(bucket):
-    import os
-
     held_elsewhere(bucket, run_lock.socket.gethostname())
     lock = json.loads(bucket[LOCK])
     parent = os.getppid()
@@ -93,5 +92,5 @@ def test_a_lock_of_a_living_process_of_this_machine_is_refused_at_once(bucket):
 
 def test_a_bucket_that_refuses_the_lock_is_one_line_with_what_to_do(bucket):
     bucket.refusal = (403, "no storage.objects.create access")
-    with pytest.raises(UserError, match="cannot be locked: .*; give this machine's account the roles"):
+    with pytest.raises(UserError, match=r"cannot be locked: .*; give this machine's account the roles"):
         run_files(RUN).owned().__enter__()

@@ -49,6 +49,7 @@ def test_a_machine_that_is_lost_while_it_saves_is_replaced_by_another_to_the_las
 ):
     here = train(build(config(tmp_path, f"run_dir={tmp_path / 'here'}")))
     bucket.snapshots[LOST] = {}
+    bucket.put("runs/one/environment.json", b'{"packages": {"hybrid_jax": "0.4.0"}}')
     bucket.put("runs/one/tokenizer/old.json", b"{}")  # of a start that came to nothing
     train(build(config(tmp_path)))
     bucket.objects = dict(bucket.snapshots.pop(LOST))

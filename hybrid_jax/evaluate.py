@@ -12,7 +12,6 @@ from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.training.run_directory import write_text
 
 EXPLANATION = """\
 suites:
@@ -78,7 +77,7 @@ def _measure_run(options: argparse.Namespace) -> None:
     print(f"{result['suite']} of {options.run} at step {result['step']}\n")
     print(table(result["numbers"]))
     if options.json is not None:
-        write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
+        _write(Path(options.json), result)
 
 
 def _score_file(options: argparse.Namespace) -> None:
@@ -94,8 +93,7 @@ def _score_file(options: argparse.Namespace) -> None:
     print(f"rewards of the {numbers['num_texts']} texts of {options.data}\n")
     print(reward_suite.report(numbers))
     if options.json is not None:
-        result = {"suite": "rewards", "data": options.data, **numbers}
-        write_text(Path(options.json), json.dumps(result, indent=1) + "\n")
+        _write(Path(options.json), {"suite": "rewards", "data": options.data, **numbers})
 
 
 def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -142,11 +140,18 @@ def _check_free(path: Path) -> None:
         UserError: there is a file that is none of this command.
     """
     try:
-        ours = not path.exists() or "suite" in dict(json.loads(path.read_text()))
+        ours = not path.is_file() or "suite" in dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:
         raise UserError(f"--json {path} is there and holds no earlier result: give a new file")
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 if __name__ == "__main__":

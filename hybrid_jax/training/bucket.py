@@ -24,7 +24,7 @@ class BucketLockFile:
             from google.cloud import storage
 
             bucket, self._name = url.removeprefix("gs://").split("/", 1)
-            self._bucket = storage.Client().bucket(bucket)
+            self._bucket: Any = storage.Client().bucket(bucket)  # typed as if it could be empty
 
     def read(self) -> tuple[str, int] | None:
         """Text and version; None where there is no such object."""

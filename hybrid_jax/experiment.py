@@ -237,6 +237,7 @@ def make_evaluator(
 ) -> Evaluator:
     """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
     trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
+    length, long_rows = sft.examples_read(config.phases)
     return Evaluator(
         config.evaluation,
         model,
@@ -244,6 +245,9 @@ def make_evaluator(
         config.data.load("held_out"),
         sampler=getattr(trained_by, "sampler", None),
         reward=getattr(trained_by, "reward", None),
+        length=length,
+        long_rows=long_rows,
+        long_prompts=getattr(trained_by, "long_prompts", "drop"),
         seed=config.seed,
         eos_ids=eos_ids,
     )

@@ -31,6 +31,7 @@ class Example:
     response: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
+    where: str = field(default="", repr=False, compare=False)  # its file and line, for messages
 
     @property
     def question(self) -> tuple[Message, ...]:

@@ -83,7 +83,7 @@ def chat_example(messages: Sequence[Message], where: str, columns: Mapping[str, 
         raise UserError(f"{where}: no user message before an answer; a conversation begins with a question")
     response = messages[-1]["content"] if len(asked) < len(messages) else None
     columns = {**(columns or {}), "messages": list(asked)}
-    return Example(asked[-1]["content"], response, columns, tuple(messages))
+    return Example(asked[-1]["content"], response, columns, tuple(messages), where)
 
 
 def check_messages(value: Any, where: str, field: str = "messages") -> tuple[Message, ...]:

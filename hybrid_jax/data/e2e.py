@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
@@ -54,7 +54,8 @@ def delexicalised(example: Example, slots: Sequence[str]) -> Example:
     columns = dict(example.columns)
     if "references" in columns:
         columns["references"] = [replaced(reference) for reference in columns["references"]]
-    return Example(
+    return replace(
+        example,
         prompt=replaced(example.prompt),
         response=None if example.response is None else replaced(example.response),
         columns={**columns, "values": values},

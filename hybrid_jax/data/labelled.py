@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -42,7 +42,7 @@ class Labelled(Jsonl):
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         example = super().example(row, where)
         response = None if example.response is None else self._replaced(example.response)
-        return Example(self._replaced(example.prompt), response, example.columns)
+        return replace(example, prompt=self._replaced(example.prompt), response=response)
 
     def _replaced(self, text: str) -> str:
         for old, new in self.replace.items():

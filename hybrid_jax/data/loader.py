@@ -7,6 +7,7 @@ size changed, reads exactly what is left. A batch may straddle two epochs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Protocol
@@ -17,6 +18,7 @@ import numpy as np
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.data.long_rows import DEFAULT, LongRows
 from hybrid_jax.data.packing import (
     Encoded,
     encode_examples,
@@ -24,10 +26,12 @@ from hybrid_jax.data.packing import (
     number_pairs,
     pack,
     pad,
+    places_of,
     token_batch,
 )
 from hybrid_jax.data.tokenizer import Tokenizer
 
+_REFUSED = LongRows("error", "max_prompt_length")
 ORDER, OFFSET = 0, 1  # what an epoch draws: the order of its rows, where its windows start
 
 
@@ -37,7 +41,7 @@ class SFTStream:
     Prompts and responses, and short documents, are packed several to a row (``packing``), once and for all,
     or stand one to a row, a batch being padded to the smallest of ``buckets`` that holds it. Where all
     examples are documents and one is longer than ``max_length``, the documents are joined and cut into
-    windows of exactly ``max_length`` tokens, and every epoch moves the cuts.
+    windows of exactly ``max_length`` tokens, and every epoch moves the cuts: nothing of them is lost.
 
     Args:
         examples: rows of a source, each with a response (a document is a response to an empty prompt).
@@ -47,10 +51,10 @@ class SFTStream:
         seed: of the order of rows, at least 0.
         buckets: lengths to pad to without packing; `length_buckets` of the data if None.
         pairs: number prompts and responses apart, for an encoder-decoder; see `number_pairs`.
+        long_rows: what becomes of longer ones; see `encode_examples`.
 
     Raises:
-        UserError: no examples, an example without a response, a prompt longer than ``max_length``; among pairs
-            one without a prompt.
+        UserError: no examples, an example without a response; among pairs one without a prompt.
     """
 
     def __init__(
@@ -63,15 +67,16 @@ class SFTStream:
         seed: int = 0,
         buckets: Sequence[int] | None = None,
         pairs: bool = False,
+        long_rows: LongRows = DEFAULT,
     ):
         _check(examples, seed)
         if max_length < 2:
             raise UserError(f"max_length must be at least 2 tokens, got {max_length}")
-        for row, example in enumerate(examples if pairs else (), start=1):
-            if not example.prompt and not example.messages:
-                raise UserError(f"row {row}: an encoder-decoder needs a prompt to encode, got none")
+        for place, example in zip(places_of(examples), examples, strict=True):
+            if pairs and not example.prompt and not example.messages:
+                raise UserError(f"{place}: an encoder-decoder needs a prompt to encode, got none")
         self._pairs = pairs
-        self._rows = _arrange(examples, tokenizer, max_length, packing, seed, buckets)
+        self._rows = _arrange(examples, tokenizer, max_length, packing, seed, buckets, long_rows)
         self._seed = seed
 
     @property
@@ -103,9 +108,10 @@ class PromptStream:
         seed: of the order of rows, at least 0.
         buckets: lengths to pad to; `length_buckets` of the data if None. One bucket means one compiled
             rollout.
+        long_rows: what becomes of a longer prompt. Cut at its start it keeps its end, which says what is asked.
 
     Raises:
-        UserError: no examples, an empty prompt, a prompt longer than ``max_prompt_length``.
+        UserError: no examples, an empty prompt, or long ones that ``long_rows`` does not allow.
     """
 
     def __init__(
@@ -116,20 +122,17 @@ class PromptStream:
         *,
         seed: int = 0,
         buckets: Sequence[int] | None = None,
+        long_rows: LongRows = _REFUSED,
     ):
         _check(examples, seed)
-        self.examples = tuple(examples)
-        self._prompts = [_prompt(example, tokenizer, row) for row, example in enumerate(examples, start=1)]
-        for row, prompt in enumerate(self._prompts, start=1):
-            if len(prompt) == 0:
-                raise UserError(
-                    f"row {row}: a prompt must have at least 1 token, got none; give the row a prompt"
-                )
-            if max_prompt_length is not None and len(prompt) > max_prompt_length:
-                raise UserError(
-                    f"row {row}: a prompt must have at most {max_prompt_length} tokens, got {len(prompt)}; "
-                    "raise max_prompt_length, leave it more context (max_new_tokens), or shorten it"
-                )
+        places = places_of(examples)
+        prompts = [_prompt(row, tokenizer, place) for row, place in zip(examples, places, strict=True)]
+        most = max_prompt_length or max(map(len, prompts))
+        kept = [len(prompt) <= most or long_rows.policy.startswith("truncate") for prompt in prompts]
+        long_rows.report([len(prompt) for prompt in prompts], [not keep for keep in kept], places, most)
+        self.examples = tuple(itertools.compress(examples, kept))
+        part = slice(most) if long_rows.policy == "truncate_end" else slice(-most, None)
+        self._prompts = [prompt[part] for prompt in itertools.compress(prompts, kept)]
         self._buckets = _checked_buckets(buckets, [len(prompt) for prompt in self._prompts], max_prompt_length)
         self._seed = seed
 
@@ -164,11 +167,14 @@ class PromptStream:
         return PromptBatch(tokens=tokens, mask=mask, examples=tuple(self.examples[row] for row in rows))
 
 
-def _prompt(example: Example, tokenizer: Tokenizer, row: int) -> np.ndarray:
+def _prompt(example: Example, tokenizer: Tokenizer, place: str) -> np.ndarray:
     try:
-        return np.asarray(encode_prompt(example, tokenizer), np.int32)
+        prompt = np.asarray(encode_prompt(example, tokenizer), np.int32)
     except UserError as error:
-        raise UserError(f"row {row}: {error}") from error
+        raise UserError(f"{place}: {error}") from error
+    if len(prompt) == 0:
+        raise UserError(f"{place}: a prompt must have at least 1 token, got none; give the row a prompt")
+    return prompt
 
 
 def length_buckets(longest: int, limit: int | None = None, smallest: int = 32) -> tuple[int, ...]:
@@ -280,12 +286,13 @@ def _arrange(
     packing: bool,
     seed: int,
     buckets: Sequence[int] | None,
+    long_rows: LongRows,
 ) -> _Rows:
     if all(e.prompt == "" and e.response is not None and not e.messages for e in examples):
         documents = encode_examples(examples, tokenizer, None)
         if max(len(document.tokens) for document in documents) > max_length:
             return _Windows(documents, max_length, seed)
-    sequences = encode_examples(examples, tokenizer, max_length)
+    sequences = encode_examples(examples, tokenizer, max_length, long_rows)
     if packing:
         return _Packed(pack(sequences, max_length))
     return _Bucketed(sequences, _checked_buckets(buckets, [len(s.tokens) for s in sequences], max_length))

@@ -10,7 +10,8 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.chat import Conversation, encode_conversation, encode_question
+from hybrid_jax.data.chat import encode_conversation, encode_question
+from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -25,39 +26,73 @@ class Encoded(NamedTuple):
 
     tokens: np.ndarray
     loss_mask: np.ndarray
+    is_document: bool = False  # learned as a whole, whatever it begins with
 
 
-def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer, max_length: int | None) -> list[Encoded]:
+def encode_examples(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    max_length: int | None,
+    long_rows: LongRows = DEFAULT,
+) -> list[Encoded]:
     """Tokens and loss mask of every example: prompt, response, end token; or a whole conversation.
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
     learned from its second token on, for nothing precedes the first. Of a conversation, all turns of the
-    assistant are learned; it may become several sequences (see `hybrid_jax.data.chat`). What reaches beyond
-    ``max_length`` is cut, and then has no end token, since it did not end there; a line in the log counts them.
+    assistant are learned; it may become several sequences (see `hybrid_jax.data.chat`).
+
+    What becomes of a sequence of more than ``max_length`` tokens is said by ``long_rows``. Cut at its end, it
+    keeps its first tokens: the response then has no end token, since it did not end there. Cut at its start, it
+    keeps its last tokens, and a response whose own start or whole prompt is lost is read, not learned. One that
+    is left without anything to learn is left out. A line in the log counts them.
 
     Raises:
-        UserError: for an example without a response, or whose prompt leaves no room for one token of it, or
-            a conversation that cannot be encoded; it names the row.
+        UserError: for an example without a response, or a conversation that cannot be encoded; it names the
+            row. Also where ``long_rows`` does not allow long ones, or all would be left out.
     """
     encoded: list[Encoded] = []
+    places: list[str] = []
     straddled = 0
-    for row, example in enumerate(examples, start=1):
+    for place, example in zip(places_of(examples), examples, strict=True):
         try:
             if example.messages:
-                conversations = _encode_messages(example, tokenizer, max_length)
+                conversations = encode_conversation(example.messages, tokenizer)
                 encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
                 straddled += sum(conversation.straddled for conversation in conversations)
             else:
-                encoded.append(_encode_pair(example, tokenizer, max_length))
+                encoded.append(_encode_pair(example, tokenizer))
         except UserError as error:
-            raise UserError(f"row {row}: {error}") from error
+            raise UserError(f"{place}: {error}") from error
+        places += [place] * (len(encoded) - len(places))
     if straddled:
         log.warning("%d answers begin inside a token of their header, which is not learned", straddled)
-    if max_length is None:
-        return encoded
-    if cuts := sum(len(sequence.tokens) > max_length for sequence in encoded):
-        log.warning("%d of %d responses were cut to fit %d tokens", cuts, len(encoded), max_length)
-    return [Encoded(tokens[:max_length], mask[:max_length]) for tokens, mask in encoded]
+    return encoded if max_length is None else _fitted(encoded, max_length, long_rows, places)
+
+
+def _fitted(
+    sequences: Sequence[Encoded], most: int, long_rows: LongRows, places: Sequence[str]
+) -> list[Encoded]:
+    """The sequences, those of more than ``most`` tokens cut or left out."""
+    fitted: list[Encoded | None] = []
+    for sequence in sequences:
+        long = len(sequence.tokens) > most
+        fitted.append(_cut(sequence, most, long_rows.policy) if long else sequence)
+    lengths = [len(sequence.tokens) for sequence in sequences]
+    long_rows.report(lengths, [sequence is None for sequence in fitted], places, most)
+    return [sequence for sequence in fitted if sequence is not None]
+
+
+def _cut(sequence: Encoded, most: int, policy: Policy) -> Encoded | None:
+    tokens, mask = sequence.tokens, sequence.loss_mask
+    if policy == "truncate_end":
+        tokens, mask = tokens[:most], mask[:most]
+    elif policy == "truncate_start":
+        tokens, mask = tokens[-most:], mask[-most:].copy()
+        # What begins without its own start, or without any prompt, would be taught as a beginning.
+        mask[: 1 if sequence.is_document else int(np.argmin(np.append(mask, False)))] = False
+    else:
+        return None
+    return Encoded(tokens, mask) if mask.any() else None
 
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
@@ -67,27 +102,18 @@ def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     )
 
 
-def _encode_messages(example: Example, tokenizer: Tokenizer, max_length: int | None) -> list[Conversation]:
-    conversations = encode_conversation(example.messages, tokenizer)
-    for conversation in conversations:
-        if not conversation.loss_mask[:max_length].any():
-            raise UserError(
-                f"no answer begins within max_length {max_length} tokens; raise it or shorten the question"
-            )
-    return conversations
+def places_of(rows: Sequence[Example]) -> list[str]:
+    """Where each row stands, for messages."""
+    return [row.where or f"row {number}" for number, row in enumerate(rows, start=1)]
 
 
-def _encode_pair(example: Example, tokenizer: Tokenizer, max_length: int | None) -> Encoded:
+def _encode_pair(example: Example, tokenizer: Tokenizer) -> Encoded:
     if example.response is None:
         raise UserError("no response to learn from; set response_field, or use it for prompts only")
     prompt = tokenizer.encode(example.prompt)
-    if max_length is not None and len(prompt) >= max_length:
-        raise UserError(
-            f"the prompt must have fewer than max_length {max_length} tokens, got {len(prompt)}; "
-            "raise max_length or shorten the prompt"
-        )
     tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
-    return Encoded(np.asarray(tokens, np.int32), np.arange(len(tokens)) >= max(len(prompt), 1))
+    mask = np.arange(len(tokens)) >= max(len(prompt), 1)
+    return Encoded(np.asarray(tokens, np.int32), mask, is_document=not prompt)
 
 
 def pack(sequences: Sequence[Encoded], length: int) -> TokenBatch:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 import jax
@@ -13,13 +13,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Message
+from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import length_buckets, visits
+from hybrid_jax.data.long_rows import DEFAULT, LongRows
 from hybrid_jax.data.preferences import Preference
-from hybrid_jax.data.scored_text import encode_scored
+from hybrid_jax.data.scored_text import Cut, ScoredRow, measure_scored
 from hybrid_jax.data.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 BOOTSTRAP = 2  # what the generator of a seed draws: beside the order of rows and their windows (`data.loader`)
 
@@ -32,16 +32,22 @@ class Reading:
         prompt: what it answers stands before it; else the response stands alone.
         chat: the prompt is a conversation, rendered by the chat template; a plain prompt is its one message.
         max_length: tokens a row at most; None has no bound.
+        cut: the end at which a response is cut that is too long by itself; a prompt is cut at its start first.
     """
 
     prompt: bool = True
     chat: bool = False
     max_length: int | None = None
+    cut: Cut = "truncate_end"
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Reading:
-        """The inverse of `settings`; of a scorer that says nothing, the default."""
-        return Reading(**settings)
+        """The inverse of `settings`; of a scorer that says nothing, the default.
+
+        Raises:
+            UserError: a folder holds something else.
+        """
+        return parse(Reading, settings, "reading")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -56,16 +62,25 @@ class Reading:
         messages: Sequence[Sequence[Message] | None] | None = None,
     ) -> list[np.ndarray]:
         """The row of tokens of each response, int32 [T]; see `encode_scored`."""
-        if not self.prompt:
-            return encode_scored(tokenizer, None, responses, self.max_length)
-        if not self.chat:
-            return encode_scored(tokenizer, prompts, responses, self.max_length)
-        given = messages or [None] * len(prompts)
-        asked = [
-            turns or ({"role": "user", "content": prompt},)
-            for prompt, turns in zip(prompts, given, strict=True)
-        ]
-        return encode_scored(tokenizer, prompts, responses, self.max_length, asked)
+        return [row.tokens for row in self.measured(tokenizer, prompts, responses, messages)]
+
+    def measured(
+        self,
+        tokenizer: Tokenizer,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        messages: Sequence[Sequence[Message] | None] | None = None,
+    ) -> list[ScoredRow]:
+        """As `rows`, each with the tokens that it had before it was cut."""
+        before = prompts if self.prompt else None
+        asked = None
+        if self.prompt and self.chat:
+            given = messages or [None] * len(prompts)
+            asked = [
+                turns or ({"role": "user", "content": prompt},)
+                for prompt, turns in zip(prompts, given, strict=True)
+            ]
+        return measure_scored(tokenizer, before, responses, self.max_length, asked, self.cut)
 
 
 @struct.dataclass
@@ -102,6 +117,8 @@ class PreferenceStream:
         seed: of the order of rows and of the bootstrap, at least 0.
         members: M. Each of several learns a bootstrap sample of its own: a prompt counts Poisson(1) times, the
             limit of drawing n of n rows with replacement (Oza and Russell 2001). One alone learns all rows.
+        long_rows: what becomes of a prompt with a response that ``reading`` cuts. It is left out, too, where
+            nothing tells a better response from a worse one any more.
     """
 
     def __init__(
@@ -112,9 +129,11 @@ class PreferenceStream:
         *,
         seed: int = 0,
         members: int = 1,
+        long_rows: LongRows = DEFAULT,
     ):
         if not preferences:
             raise UserError("the data is empty: a stream needs at least one preference")
+        preferences, self.flat = _encode(preferences, tokenizer, reading, long_rows)
         self.preferences, self._seed = tuple(preferences), seed
         rankings = [row.ranking for row in preferences]
         most = max(len(responses) for responses, _ in rankings)
@@ -125,7 +144,6 @@ class PreferenceStream:
         margins = np.array([row.margin or 0.0 for row in preferences], np.float32)
         weights = bootstrap_weights(len(preferences), members, seed)
         self.labels = _labels(ranks=ranks, present=present, margins=margins, weights=weights)
-        self.flat = _encode(preferences, tokenizer, reading)
         starts = np.cumsum([0, *present.sum(axis=1)[:-1]])[:, None]
         self.places = starts + np.where(present, np.arange(most), 0)
         self._lengths = np.array([len(row) for row in self.flat])
@@ -167,15 +185,39 @@ def bootstrap_weights(num_rows: int, members: int, seed: int) -> np.ndarray:
     return generator.poisson(1.0, (num_rows, members)).astype(np.float32)
 
 
-def _encode(preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading) -> list[np.ndarray]:
-    """The rows of all responses, one preference after the other."""
+def _encode(
+    preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading, long_rows: LongRows
+) -> tuple[list[Preference], list[np.ndarray]]:
+    """The preferences that are learned, and the rows of all their responses, one preference after the other."""
     flat = [(row, response) for row in preferences for response in row.ranking[0]]
-    rows = reading.rows(
-        tokenizer,
-        [row.prompt for row, _ in flat],
-        [response for _, response in flat],
-        [row.messages for row, _ in flat],
+    encoded = iter(
+        reading.measured(
+            tokenizer,
+            [row.prompt for row, _ in flat],
+            [response for _, response in flat],
+            [row.messages for row, _ in flat],
+        )
     )
-    if full := sum(len(row) == reading.max_length for row in rows):
-        log.warning("%d of %d rows fill all %d tokens: more was cut", full, len(rows), reading.max_length)
-    return rows
+    rows = [[next(encoded) for _ in row.ranking[0]] for row in preferences]
+    most = reading.max_length
+    if most is not None:
+        lengths = [max(response.whole for response in responses) for responses in rows]
+        policy = long_rows.policy
+        left_out = [
+            length > most and (policy in ("drop", "error") or _alike(responses, row.ranking[1]))
+            for row, responses, length in zip(preferences, rows, lengths, strict=True)
+        ]
+        places = [row.where or f"row {number}" for number, row in enumerate(preferences, start=1)]
+        long_rows.report(lengths, left_out, places, most, "cut, the better and the worse would be the same")
+        keep = [not out for out in left_out]
+        preferences, rows = list(compress(preferences, keep)), list(compress(rows, keep))
+    return list(preferences), [response.tokens for responses in rows for response in responses]
+
+
+def _alike(responses: Sequence[ScoredRow], places: Sequence[int]) -> bool:
+    """Whether two responses of different places have the same tokens."""
+    known: dict[bytes, int] = {}
+    return any(
+        known.setdefault(response.tokens.tobytes(), place) != place
+        for response, place in zip(responses, places, strict=True)
+    )

@@ -48,6 +48,7 @@ class Preference:
     columns: Mapping[str, Any] = field(default_factory=dict)
     responses: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
+    where: str = field(default="", repr=False, compare=False)  # its file and line, for messages
 
     @property
     def ranking(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -65,7 +66,7 @@ class Preference:
         if messages:
             columns["messages"] = list(messages)
             messages = (*messages, {"role": "assistant", "content": self.chosen})
-        return Example(self.prompt, self.chosen, columns, messages)
+        return Example(self.prompt, self.chosen, columns, messages, self.where)
 
     @staticmethod
     def of(example: Example) -> Preference:
@@ -81,7 +82,8 @@ class Preference:
             )
         own = {name: example.columns[name] for name in _COLUMNS}
         others = {n: value for n, value in example.columns.items() if n not in (*_COLUMNS, "messages")}
-        return Preference(example.prompt, messages=example.question, columns=others, **own)
+        asked = example.question
+        return Preference(example.prompt, messages=asked, columns=others, where=example.where, **own)
 
 
 class PreferenceSource(Protocol):
@@ -144,7 +146,7 @@ class PreferenceRows:
         used = {name for name in fields if name is not None}
         columns = {key: value for key, value in row.items() if key not in used}
         margin = self._margin(row, where)
-        return Preference(prompt, chosen, rejected, messages, margin, tie, columns, responses, ranks)
+        return Preference(prompt, chosen, rejected, messages, margin, tie, columns, responses, ranks, where)
 
     def _asked(self, row: Mapping[str, Any], where: str) -> tuple[str | None, tuple[Message, ...]]:
         """The prompt and the conversation of a row, as far as they stand beside the answers."""

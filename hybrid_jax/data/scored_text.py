@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from hybrid_jax.core.batches import Message
 from hybrid_jax.data.chat import encode_question, end_of_turn
+from hybrid_jax.data.long_rows import Policy
 from hybrid_jax.data.tokenizer import Tokenizer
+
+Cut = Literal["truncate_end", "truncate_start"]
+
+
+class ScoredRow(NamedTuple):
+    """The tokens of a row, int32 [T], and how many it had before it was cut."""
+
+    tokens: np.ndarray
+    whole: int
 
 
 def encode_scored(
@@ -17,6 +28,7 @@ def encode_scored(
     responses: Sequence[str],
     max_length: int | None,
     messages: Sequence[Sequence[Message]] | None = None,
+    cut: Cut = "truncate_end",
 ) -> list[np.ndarray]:
     """The row of tokens of each text, int32 [T].
 
@@ -28,17 +40,36 @@ def encode_scored(
         tokenizer: of the scorer.
         prompts: what the texts answer; None where a text stands alone.
         responses: the texts.
-        max_length: tokens a row at most. A longer row loses the start of its prompt, then the end of its
-            response; never a mark, nor the end token.
+        max_length: tokens a row at most. A longer row loses the start of its prompt, then the end (or the
+            start) of its response; never a mark, nor the end token.
         messages: the conversation that each text answers, in place of its prompt where it is not empty.
+        cut: the end at which a response is cut that is too long by itself.
     """
+    rows = measure_scored(tokenizer, prompts, responses, max_length, messages, cut)
+    return [row.tokens for row in rows]
+
+
+def measure_scored(
+    tokenizer: Tokenizer,
+    prompts: Sequence[str] | None,
+    responses: Sequence[str],
+    max_length: int | None,
+    messages: Sequence[Sequence[Message]] | None = None,
+    cut: Cut = "truncate_end",
+) -> list[ScoredRow]:
+    """As `encode_scored`, each row with the tokens that it had before it was cut."""
     rows: Sequence[str | None] = [None] * len(responses) if prompts is None else prompts
     asked = [()] * len(responses) if messages is None else messages
     frame = _Frame(tokenizer)
     return [
-        frame.row(prompt, response, conversation, max_length)
+        frame.row(prompt, response, conversation, max_length, cut)
         for prompt, response, conversation in zip(rows, responses, asked, strict=True)
     ]
+
+
+def cut_of(policy: Policy) -> Cut:
+    """The end at which a text is cut that must be read, whatever becomes of long rows in training."""
+    return "truncate_start" if policy == "truncate_start" else "truncate_end"
 
 
 def padded(
@@ -76,8 +107,13 @@ class _Frame:
         self._chat_end: int | None = None
 
     def row(
-        self, prompt: str | None, response: str, messages: Sequence[Message], max_length: int | None
-    ) -> np.ndarray:
+        self,
+        prompt: str | None,
+        response: str,
+        messages: Sequence[Message],
+        max_length: int | None,
+        cut: Cut,
+    ) -> ScoredRow:
         text = self._plain(response)
         if messages:
             before = encode_question(messages, self._tokenizer)
@@ -88,13 +124,14 @@ class _Frame:
         else:
             start, end = [self._start], [self._separator]
             middle = [] if before is None else end * (2 if self._doubled() else 1)
+        whole = sum(map(len, (start, before or (), middle, text, end)))
         if max_length is not None:
             room = max_length - len(start) - len(middle) - len(end)
             if room < 1:
                 raise ValueError(f"max_length must leave room for a token of the text, got {max_length}")
-            text = text[:room]
+            text = text[:room] if cut == "truncate_end" else text[-room:]
             before = before and before[max(len(before) - (room - len(text)), 0) :]
-        return np.asarray([*start, *(before or ()), *middle, *text, *end], np.int32)
+        return ScoredRow(np.asarray([*start, *(before or ()), *middle, *text, *end], np.int32), whole)
 
     def _plain(self, text: str) -> list[int]:
         """Without special tokens, whatever is written in the text."""

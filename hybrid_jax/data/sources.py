@@ -7,6 +7,7 @@ of its own, or a share of the training data. A source without held-out data says
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -93,7 +94,8 @@ class Rows:
             )
             if template is None
         }
-        return Example(prompt or "", response, {key: value for key, value in row.items() if key not in used})
+        columns = {key: value for key, value in row.items() if key not in used}
+        return Example(prompt or "", response, columns, where=where)
 
 
 @SOURCES.register("jsonl")
@@ -152,7 +154,12 @@ class Text:
         if self.held_out is None:
             text = self._part(text, split, path)
         documents = text.split("\n") if self.lines else [text]
-        examples = [Example("", document) for document in documents if document.strip()]
+        places = (f"{path}:{line}" if self.lines else str(path) for line in itertools.count(1))
+        examples = [
+            Example("", document, where=where)
+            for document, where in zip(documents, places, strict=False)
+            if document.strip()
+        ]
         return _not_empty(examples, split, str(path))
 
     def _part(self, text: str, split: Split, path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 import jax
@@ -15,6 +15,7 @@ from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_ent
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, PromptBatch
 from hybrid_jax.data.loader import PromptStream, SFTStream
+from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
 from hybrid_jax.models.base import LanguageModel, Params
@@ -26,6 +27,8 @@ from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.responses import decode_responses, ended, join
+
+WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class EvaluationConfig:
     num_examples: int = 256  # for the loss
     num_shown: int = 8  # samples written into samples.jsonl
     batch_size: int = 64
-    length: int = 256  # tokens a row for the loss
+    length: int | None = None  # tokens a row for the loss; None takes what SFT reads
     sampler: Sampler | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
@@ -81,6 +84,9 @@ class Evaluator:
         reward: CompositeReward | None,
         seed: int,
         eos_ids: tuple[int, ...],
+        length: int | None = None,
+        long_rows: LongRows = DEFAULT,
+        long_prompts: Policy = "drop",
     ):
         self.config = config
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
@@ -91,8 +97,18 @@ class Evaluator:
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
         pairs = isinstance(model, EncoderDecoder)
-        self._rows = SFTStream(answered, tokenizer, self._row_length(), pairs=pairs) if answered else None
-        self._prompts = PromptStream(asked, tokenizer, self._room()) if asked and self.sampler else None
+        self._rows = self._prompts = None
+        if answered:
+            most, long_rows = self._row_length(length, long_rows)
+            self._rows = SFTStream(answered, tokenizer, most, pairs=pairs, long_rows=long_rows)
+        if asked and self.sampler:
+            long = LongRows(
+                long_prompts,
+                "the model's max_length less sampler.max_new_tokens",
+                None,
+                rows="held-out prompts",
+            )
+            self._prompts = PromptStream(asked, tokenizer, self._room(), long_rows=long)
         self._columns = column_names(asked)
         if self._prompts is not None:
             for scored_by in filter(None, (self._reward, self._judges)):
@@ -217,13 +233,21 @@ class Evaluator:
     def _batch_size(self) -> int:
         return min(self.config.batch_size, self.config.num_prompts)
 
-    def _row_length(self) -> int:
-        return min(self.config.length, self._model.max_length or self.config.length)
+    def _row_length(self, trained: int | None, long_rows: LongRows) -> tuple[int, LongRows]:
+        """Tokens a row, and what becomes of a longer one: as in training unless the settings differ."""
+        context = self._model.max_length
+        length = self.config.length or trained or context or WITHOUT_BOUND
+        if self.config.length is not None:
+            long_rows = replace(long_rows, limit="evaluation.length", advice=None)
+        if context is not None and length >= context:
+            length = context
+            long_rows = replace(long_rows, limit="the model's max_length", advice=None)
+        return length, replace(long_rows, rows="held-out rows")
 
-    def _room(self) -> int:
+    def _room(self) -> int | None:
         """The longest prompt that leaves room for a whole response."""
         if self._model.max_length is None or self.sampler is None:
-            return 2**30
+            return None
         return max(self._model.max_length - self.sampler.max_new_tokens, 1)
 
 

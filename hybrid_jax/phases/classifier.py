@@ -18,7 +18,10 @@ from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
+from hybrid_jax.data.long_rows import LongRows, Policy
+from hybrid_jax.data.packing import places_of
 from hybrid_jax.data.preference_stream import Reading
+from hybrid_jax.data.scored_text import ScoredRow, cut_of
 from hybrid_jax.data.sources import SOURCES, choose
 from hybrid_jax.metrics.labels import classification_report, fit_temperature, regression_report, softmax
 from hybrid_jax.models.base import Params
@@ -48,6 +51,8 @@ class Classification:
     Attributes:
         batch_size: texts a step.
         length: tokens a text at most, with its prompt; None reads all that the model can.
+        long_rows: what becomes of a longer one. To truncate takes the start of its prompt, then the end
+            ("truncate_end") or the start of the text, here and where the model is a reward.
         prompt: a text is read behind its prompt, where the data has any; else alone.
         label_field: the column with the label: its number from 0 or its name; for a regression a number.
         class_weights: what the rows of each label count; "balanced" is B / (Y · rows of the label); None is 1.
@@ -64,6 +69,7 @@ class Classification:
 
     batch_size: int = 32
     length: int | None = None
+    long_rows: Policy = "truncate_end"
     prompt: bool = True
     label_field: str = "label"
     class_weights: tuple[float, ...] | Literal["balanced"] | None = None
@@ -203,7 +209,8 @@ class ClassifierPhase:
     def _reading(self) -> Reading:
         chat = any(example.messages for example in self._examples)
         asked = chat or any(example.prompt for example in self._examples)
-        return Reading(self.config.prompt and asked, self.config.prompt and chat, self._length)
+        cut = cut_of(self.config.long_rows)
+        return Reading(self.config.prompt and asked, self.config.prompt and chat, self._length, cut)
 
     def _split(self, split: Literal["train", "held_out"]) -> Sequence[Example]:
         """The training data without, or only, what is kept back for the temperature."""
@@ -223,7 +230,18 @@ class ClassifierPhase:
             raise UserError(f"phases.{self.name}: {what} data: {error}") from error
         prompts, texts = ([e.prompt for e in examples], [e.response or "" for e in examples])
         messages = [e.question for e in examples]
-        return self._reading.rows(self._resources.tokenizer, prompts, texts, messages), targets
+        rows = self._reading.measured(self._resources.tokenizer, prompts, texts, messages)
+        left_out = [self._is_left_out(row) for row in rows]
+        if self._length is not None:
+            lengths = [row.whole for row in rows]
+            long_rows = LongRows.of_phase(self.name, self.config.long_rows, f"{what} rows")
+            long_rows.report(lengths, left_out, places_of(examples), self._length)
+        keep = np.flatnonzero(~np.array(left_out, bool))
+        return [rows[i].tokens for i in keep], targets[keep]
+
+    def _is_left_out(self, row: ScoredRow) -> bool:
+        is_long = self._length is not None and row.whole > self._length
+        return is_long and not self.config.long_rows.startswith("truncate")
 
     def _training_stream(self) -> LabelledStream:
         rows, targets = self._read(self._split("train"), "training")
@@ -245,7 +263,7 @@ class ClassifierPhase:
 
     @functools.cached_property
     def _kept_back(self) -> tuple[Rows, np.ndarray]:
-        return self._read(self._split("held_out"), "training")
+        return self._read(self._split("held_out"), "calibration")
 
     @functools.cached_property
     def _held_out(self) -> tuple[Rows, np.ndarray]:

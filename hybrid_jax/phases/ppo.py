@@ -78,7 +78,8 @@ class PPOPhase:
         self._columns = [] if self.prompts is None else column_names(self.prompts.examples)
         if self.prompts is not None:
             config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
-        self._examples = None if planned or mix is None else sft_stream(mix.as_sft(), resources)
+        where = f"phases.{self.name}.sft_mix"
+        self._examples = None if planned or mix is None else sft_stream(mix.as_sft(), resources, where)
         rollout = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
         self._rate = jax.jit(config.optimizer.rate)
         self._sample = jax.jit(under(rollout, self._above_base("sample")))
@@ -366,17 +367,8 @@ def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
         raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
     assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
-    context = resources.model.max_length
-    room = None if context is None else context - config.sampler.max_new_tokens
-    limits = [limit for limit in (room, config.max_prompt_length) if limit is not None]
-    if limits and min(limits) < 1:
-        raise UserError(
-            f"{resources.name}.sampler.max_new_tokens must leave room for a prompt in the context of {context} "
-            f"tokens, got {config.sampler.max_new_tokens}"
-        )
-    return PromptStream(
-        examples, resources.tokenizer, seed=resources.seed, max_prompt_length=min(limits, default=None)
-    )
+    most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
+    return PromptStream(examples, resources.tokenizer, most, seed=resources.seed, long_rows=long_rows)
 
 
 @partial(jax.jit, static_argnums=1)

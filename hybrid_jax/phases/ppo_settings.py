@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from hybrid_jax.algorithms.kl_control import KL_CONTROLS, FixedKL, KLControl
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.phases.sft import SFT
 from hybrid_jax.rewards.composite import CompositeReward
@@ -57,6 +59,7 @@ class SFTMix:
     coef: float
     batch_size: int = 16  # rows a minibatch
     length: int = 256
+    long_rows: Policy = "truncate_end"  # as in `SFT`
     packing: bool = True
 
     def __post_init__(self):
@@ -64,7 +67,8 @@ class SFTMix:
             raise ValueError(f"coef must be positive, got {self.coef}")
 
     def as_sft(self) -> SFT:
-        return SFT(batch_size=self.batch_size, length=self.length, packing=self.packing)
+        rows: Any = {"length": self.length, "long_rows": self.long_rows, "packing": self.packing}
+        return SFT(batch_size=self.batch_size, **rows)
 
 
 @PHASES.register("ppo")
@@ -76,6 +80,7 @@ class PPO:
     prompts_per_step: int = 64
     samples_per_prompt: int = 1
     max_prompt_length: int | None = None  # tokens; None takes what the model's context leaves
+    long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
     sampler: Sampler = Sampler(max_new_tokens=64)
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
 
@@ -141,6 +146,32 @@ class PPO:
     @property
     def rows(self) -> int:
         return self.prompts_per_step * self.samples_per_prompt
+
+    def longest_prompt(self, name: str, context: int | None) -> tuple[int | None, LongRows]:
+        """Tokens of a prompt at most, and what becomes of a longer one.
+
+        Args:
+            name: of the phase.
+            context: tokens that the model can read; a whole response must fit behind a prompt.
+
+        Raises:
+            UserError: the context leaves no room for a prompt.
+        """
+        here, new = f"phases.{name}", self.sampler.max_new_tokens
+        room = None if context is None else context - new
+        if room is not None and room < 1:
+            raise UserError(
+                f"{here}.sampler.max_new_tokens must leave room for a prompt in the context of {context} "
+                f"tokens, got {new}"
+            )
+        limits = [limit for limit in (room, self.max_prompt_length) if limit is not None]
+        most, choice = min(limits, default=None), f"{here}.long_prompts"
+        if most == self.max_prompt_length:
+            return most, LongRows(self.long_prompts, f"{here}.max_prompt_length", choice, rows="prompts")
+        limit = f"the model's max_length less {here}.sampler.max_new_tokens"
+        return most, LongRows(
+            self.long_prompts, limit, choice, f"lower {here}.sampler.max_new_tokens", "prompts"
+        )
 
     def build(self, resources: Resources) -> Phase:
         from hybrid_jax.phases.ppo import PPOPhase

@@ -23,8 +23,10 @@ from hybrid_jax.algorithms.preference import (
 )
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
 from hybrid_jax.data.preferences import PREFERENCES, Preference
+from hybrid_jax.data.scored_text import cut_of
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
@@ -55,6 +57,9 @@ class RewardModel:
     Attributes:
         batch_size: prompts a step, each with all its responses.
         length: tokens a row, prompt and response together.
+        long_rows: what becomes of a longer one. To truncate takes the start of its prompt, then the end
+            ("truncate_end") or the start of its response, here and where the model is a reward; to drop leaves
+            out the prompt with all its responses.
         prompt: a response is read behind what it answers; else alone.
         microbatches: parts in which a batch is read, to save memory; the gradient is the same.
         dropout: apply the model's dropout, if it has any.
@@ -76,6 +81,7 @@ class RewardModel:
 
     batch_size: int = 16
     length: int = 256
+    long_rows: Policy = "truncate_end"
     prompt: bool = True
     microbatches: int = 1
     dropout: bool = True
@@ -218,7 +224,8 @@ class RewardModelPhase:
     def _reading(self) -> Reading:
         limits = (self.config.length, self._model.max_length or self.config.length)
         chat = any(row.messages for row in self._preferences("train"))
-        return Reading(self.config.prompt, self.config.prompt and chat, min(limits))
+        cut = cut_of(self.config.long_rows)
+        return Reading(self.config.prompt, self.config.prompt and chat, min(limits), cut)
 
     def _preferences(self, split: Literal["train", "held_out"]) -> list[Preference]:
         if self.config.source is not None:
@@ -244,14 +251,17 @@ class RewardModelPhase:
                 f"phases.{self.name}: length must be at most the model's max_length {self._model.max_length}, "
                 f"got {self.config.length}"
             )
-        resources, members = self._resources, len(self._model.labels)
-        return PreferenceStream(
-            preferences, resources.tokenizer, self._reading, seed=resources.seed, members=members
-        )
+        members = len(self._model.labels)
+        return self._stream_of(preferences, "rows", seed=self._resources.seed, members=members)
 
     @functools.cached_property
     def _held_out(self) -> PreferenceStream:
-        return PreferenceStream(self._preferences("held_out"), self._resources.tokenizer, self._reading)
+        return self._stream_of(self._preferences("held_out"), "held-out rows")
+
+    def _stream_of(self, preferences: list[Preference], rows: str, **settings: Any) -> PreferenceStream:
+        long_rows = LongRows.of_phase(self.name, self.config.long_rows, rows)
+        tokenizer, reading = self._resources.tokenizer, self._reading
+        return PreferenceStream(preferences, tokenizer, reading, long_rows=long_rows, **settings)
 
     def _with_features(self, state: RunState, batch: Any) -> Any:
         """The batch with features in place of tokens, where the body of the scorer is frozen."""

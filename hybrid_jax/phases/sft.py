@@ -16,6 +16,7 @@ from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
+from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
@@ -41,6 +42,7 @@ class SFT:
 
     batch_size: int = 16  # rows a step
     length: int = 256  # tokens a row
+    long_rows: Policy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
     packing: bool = True  # several examples a row
     microbatches: int = 1  # parts in which a batch is read, to save memory; the gradient is the same
     dropout: bool = True  # apply the model's dropout, if it has any
@@ -71,7 +73,9 @@ class SFTPhase:
         self._horizon = resources.horizon
         self._placement = resources.placement
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
-        self._stream = None if resources.examples is None else sft_stream(config, resources)
+        self._stream = (
+            None if resources.examples is None else sft_stream(config, resources, f"phases.{self.name}")
+        )
         self._rate = jax.jit(config.optimizer.rate)
         self._model, self._offload = resources.model, resources.offload
         update: Any = functools.partial(_update, config, resources)
@@ -116,8 +120,8 @@ def example_shapes(placement: Placement, rows: int, length: int) -> TokenBatch:
     return batch(tokens=shape(dtype="int32"), segment_ids=shape(dtype="int32"), loss_mask=shape(dtype="bool"))
 
 
-def sft_stream(config: SFT, resources: Resources) -> SFTStream:
-    """The rows that a supervised loss learns from.
+def sft_stream(config: SFT, resources: Resources, where: str) -> SFTStream:
+    """The rows that a supervised loss learns from; ``where`` its settings stand, such as ``phases.sft``.
 
     Raises:
         UserError: a row is longer than what the model can read, or the data cannot be arranged in such rows.
@@ -125,14 +129,35 @@ def sft_stream(config: SFT, resources: Resources) -> SFTStream:
     context = resources.model.max_length
     if context is not None and config.length > context:
         raise UserError(
-            f"phases.{resources.name}: length must be at most the model's max_length {context}, "
-            f"got {config.length}"
+            f"{where}: length must be at most the model's max_length {context}, got {config.length}"
         )
     assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
     pairs = isinstance(resources.model, EncoderDecoder)
-    seed, packing = resources.seed, config.packing
-    return SFTStream(examples, resources.tokenizer, config.length, seed=seed, packing=packing, pairs=pairs)
+    settings: dict[str, Any] = {"seed": resources.seed, "packing": config.packing, "pairs": pairs}
+    long_rows = long_examples(config, where, at_limit=config.length == context)
+    return SFTStream(examples, resources.tokenizer, config.length, long_rows=long_rows, **settings)
+
+
+def long_examples(config: SFT, where: str, *, at_limit: bool = False) -> LongRows:
+    """What becomes of long examples, by the settings at ``where``; ``at_limit`` the model reads no more."""
+    limit = f"{where}.length"
+    advice = f"raise {limit} and the model's max_length" if at_limit else None
+    return LongRows(config.long_rows, limit, f"{where}.long_rows", advice)
+
+
+def examples_read(phases: Mapping[str, Any]) -> tuple[int | None, LongRows]:
+    """How long the examples are that the phases of a run learn from, and what becomes of longer ones.
+
+    Where several learn from examples, that of the longest; None where none does.
+    """
+    found: list[tuple[int, LongRows]] = []
+    for name, phase in phases.items():
+        if isinstance(phase, SFT):
+            found.append((phase.length, long_examples(phase, f"phases.{name}")))
+        if (mix := getattr(phase, "sft_mix", None)) is not None:
+            found.append((mix.length, long_examples(mix.as_sft(), f"phases.{name}.sft_mix")))
+    return max(found, key=lambda one: one[0], default=(None, DEFAULT))
 
 
 def sft_losses(

@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import UserError, suggest
-from hybrid_jax.data.scored_text import encode_scored
+from hybrid_jax.data.preference_stream import Reading
+from hybrid_jax.data.scored_text import Cut, encode_scored
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.hf_files import CONFIG, read_json
@@ -46,6 +47,7 @@ class LoadedScorer(NamedTuple):
     temperature: float  # what the logits are divided by, so that the probabilities are those that occur
     longest: int  # tokens of a row in training
     independent: bool  # every label is a yes or no of its own, else exactly one of them is true
+    cut: Cut = "truncate_end"  # where a text is cut that is too long by itself
 
 
 @REWARDS.register("classifier")
@@ -119,7 +121,7 @@ def start_logits(
     longest = min(max_length, scorer.model.max_length or max_length)
     finish = run_in_batches(
         partial(_logits, scorer.model, scorer.params),
-        _rows(scorer.tokenizer, before, responses, longest),
+        _rows(scorer.tokenizer, before, responses, longest, scorer.cut),
         batch_size=batch_size,
         longest=longest,
     )
@@ -150,12 +152,14 @@ def _loaded_scorer(folder: Path) -> LoadedScorer:
     model, params = load_scorer(folder)
     extra = read_extra(folder)
     temperature = extra.get("temperature", 1.0)
-    longest = extra.get("reading", {}).get("max_length") or model.max_length or USUAL_LENGTH
+    reading = Reading.of(extra.get("reading") or {})
+    longest = reading.max_length or model.max_length or USUAL_LENGTH
     if not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise UserError(f"{folder}: temperature must be a number above 0, got {temperature!r}")
     independent = read_json(folder / CONFIG).get("problem_type") == "multi_label_classification"
     params = jax.tree.map(jnp.asarray, params)
-    return LoadedScorer(model, params, load_tokenizer(folder), float(temperature), int(longest), independent)
+    tokenizer = load_tokenizer(folder)
+    return LoadedScorer(model, params, tokenizer, float(temperature), longest, independent, reading.cut)
 
 
 @partial(jax.jit, static_argnames="model")
@@ -166,12 +170,12 @@ def _logits(
 
 
 def _rows(
-    tokenizer: Tokenizer, before: Sequence[str] | None, responses: Sequence[str], longest: int
+    tokenizer: Tokenizer, before: Sequence[str] | None, responses: Sequence[str], longest: int, cut: Cut
 ) -> Iterator[Rows]:
     for start in range(0, len(responses), TEXTS_AT_A_TIME):
         part = slice(start, start + TEXTS_AT_A_TIME)
         prompts = None if before is None else before[part]
-        for row in encode_scored(tokenizer, prompts, responses[part], longest):
+        for row in encode_scored(tokenizer, prompts, responses[part], longest, cut=cut):
             yield row, np.full(len(row), COUNTED)
 
 

@@ -647,8 +647,8 @@ def test_a_conversation_too_long_is_cut_and_refused_where_no_answer_is_left(capl
     question = len("User: Hi\nAssistant:")
     (encoded,) = encode_examples([chat("Hi", "Yo", "More", "Much")], tokenizer, question + 2)
     assert encoded.loss_mask.tolist() == [False] * question + [True, True]
-    assert "1 of 1 responses were cut to fit" in caplog.text
-    with pytest.raises(
-        UserError, match=f"^row 1: no answer begins within max_length {question} tokens; raise it"
-    ):
+    assert "1 of 1 rows (all) of the data has more than 21 tokens (max_length), the longest 52 (row 1): " in (
+        caplog.text
+    )
+    with pytest.raises(UserError, match=r"so that none is left; raise max_length$"):
         encode_examples([chat("Hi", "Yo")], tokenizer, question)

@@ -7,6 +7,7 @@ import pytest
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream, SFTStream, length_buckets
+from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.packing import encode_examples
 from hybrid_jax.data.tokenizer import EOS_TOKEN, Bpe, Bytes, HuggingFace
 
@@ -235,13 +236,26 @@ def test_masks_ignore_token_values_so_a_pad_that_is_the_end_changes_nothing(tmp_
 
 def test_a_prompt_too_long_or_empty_is_an_error_with_row_got_and_fix(tokenizer):
     with pytest.raises(
-        UserError, match=r"^row 2: a prompt must have at most 3 tokens, got 4; raise max_prompt_length"
+        UserError,
+        match=r"more than 3 tokens \(max_prompt_length\), the longest 4 \(row 2\); raise max_prompt_le",
     ):
         PromptStream([Example("abc"), Example("abcd")], tokenizer, 3)
     with pytest.raises(
         UserError, match=r"^row 1: a prompt must have at least 1 token, got none; give the row a prompt"
     ):
         PromptStream([Example("", "a document")], tokenizer, 3)
+
+
+def test_a_long_prompt_is_left_out_with_its_example_or_keeps_its_end(tokenizer, caplog):
+    examples = [Example("abcd", where="a:1"), Example("xy", where="a:2"), Example("abc", where="a:3")]
+    batch, _ = next(PromptStream(examples, tokenizer, 3, long_rows=LongRows("drop")).sequential(2))
+    assert [example.prompt for example in batch.examples] == ["xy", "abc"]
+    assert (
+        "1 of 3 rows (33.3 %) of a has more than 3 tokens (max_length), the longest 4 (line 1): 1 left out"
+        in (caplog.text)
+    )
+    stream = PromptStream(examples, tokenizer, 3, long_rows=LongRows("truncate_start"))
+    assert bytes(next(stream.sequential(3))[0].tokens[0, -3:].tolist()) == b"bcd"
 
 
 def test_without_a_bound_any_prompt_fits(tokenizer):

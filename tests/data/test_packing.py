@@ -3,6 +3,7 @@ import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.packing import Encoded, encode_examples, number_pairs, pack, pad, token_batch
 from hybrid_jax.data.tokenizer import Bytes
 
@@ -38,7 +39,10 @@ def test_an_empty_response_teaches_to_end(tokenizer):
 def test_a_cut_response_keeps_its_first_tokens_has_no_end_and_one_line_counts_the_cuts(tokenizer, caplog):
     examples = [Example("ab", "cdefgh"), Example("a", "b"), Example("abc", "de")]
     first, second, third = encode_examples(examples, tokenizer, 5)
-    assert [record.getMessage() for record in caplog.records] == ["2 of 3 responses were cut to fit 5 tokens"]
+    assert [record.getMessage() for record in caplog.records] == [
+        "2 of 3 rows (66.7 %) of the data have more than 5 tokens (max_length), the longest 9 (row 1): "
+        "2 cut at the end; long_rows is truncate_end, or raise max_length"
+    ]
     assert first.tokens.tolist() == [97, 98, 99, 100, 101]
     assert first.loss_mask.tolist() == [False, False, True, True, True]
     assert second.tokens.tolist() == [97, 98, END]
@@ -50,11 +54,66 @@ def test_a_response_that_just_fits_is_not_cut(tokenizer):
     assert encoded.tokens.tolist() == [97, 98, 99, 100, END]
 
 
-def test_a_prompt_that_leaves_no_room_is_an_error_that_names_the_row(tokenizer):
-    with pytest.raises(
-        UserError, match=r"^row 2: the prompt must have fewer than max_length 4 tokens, got 4; raise"
-    ):
-        encode_examples([Example("ab", "d"), Example("abcd", "e")], tokenizer, 4)
+def test_a_prompt_that_leaves_no_room_for_its_response_is_left_out_and_counted(tokenizer, caplog):
+    examples = [Example("ab", "d"), Example("abcd", "e", where="a.jsonl:7"), Example("abc", "ef")]
+    first, third = encode_examples(examples, tokenizer, 4)
+    assert [first.tokens.tolist(), third.tokens.tolist()] == [[97, 98, 100, END], [97, 98, 99, 101]]
+    assert ": 1 cut at the end, 1 left out (cut, nothing to learn would remain);" in caplog.text
+
+
+def test_a_row_cut_at_its_start_keeps_the_end_of_its_prompt_and_the_whole_response(tokenizer):
+    (row,) = encode_examples([Example("abcd", "ef")], tokenizer, 5, LongRows("truncate_start"))
+    assert row.tokens.tolist() == [99, 100, 101, 102, END]
+    assert row.loss_mask.tolist() == [False, False, True, True, True]
+
+
+def test_a_response_without_its_start_or_its_prompt_is_not_taught(tokenizer, caplog):
+    examples = [Example("a", "cdef"), Example("ab", "cdef"), Example("a", "b")]
+    (row,) = encode_examples(examples, tokenizer, 5, LongRows("truncate_start"))
+    assert row.tokens.tolist() == [97, 98, END]
+    assert ": 2 left out (cut, nothing to learn would remain);" in caplog.text
+
+
+def test_of_a_conversation_cut_at_its_start_only_whole_answers_are_taught():
+    tokenizer = Bytes(chat_template="plain").build()
+    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "More"), ("assistant", "Much")]
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    whole = tokenizer.encode_rendered(
+        "User: Hi\nAssistant: Yo<|endoftext|>\nUser: More\nAssistant: Much<|endoftext|>\n"
+    ).ids
+    example = Example("More", "Much", messages=messages)
+    for kept, taught in [(len(whole) - 20, 6), (len(whole) - 5, 10)]:  # within the first answer; within "User"
+        (row,) = encode_examples([example], tokenizer, kept, LongRows("truncate_start"))
+        assert row.tokens.tolist() == whole[-kept:]
+        assert tokenizer.decode(row.tokens[row.loss_mask]) == {6: " Much", 10: " Yo Much"}[taught]
+
+
+def test_a_document_among_pairs_is_cut_at_either_end_and_learned_from_its_second_token(tokenizer):
+    examples = [Example("", "abcdef"), Example("a", "b")]
+    start, _ = encode_examples(examples, tokenizer, 4, LongRows("truncate_start"))
+    end, _ = encode_examples(examples, tokenizer, 4, LongRows("truncate_end"))
+    assert (start.tokens.tolist(), end.tokens.tolist()) == ([100, 101, 102, END], [97, 98, 99, 100])
+    assert start.loss_mask.tolist() == end.loss_mask.tolist() == [False, True, True, True]
+
+
+def test_long_rows_are_dropped_or_refused_with_all_counts_at_once(tokenizer, caplog):
+    examples = [Example("ab", "c" * n, where=f"dir/a.jsonl:{n}") for n in range(1, 9)]
+    settings = ("phases.sft.length", "phases.sft.long_rows")
+    kept = encode_examples(examples, tokenizer, 5, LongRows("drop", *settings))
+    assert [len(row.tokens) for row in kept] == [4, 5]
+    found = (
+        "6 of 8 rows (75 %) of dir/a.jsonl have more than 5 tokens (phases.sft.length), the longest 11 (line 8)"
+    )
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{found}: 6 left out; phases.sft.long_rows is drop, or raise phases.sft.length"
+    ]
+    with pytest.raises(UserError) as caught:
+        encode_examples(examples, tokenizer, 5, LongRows("error", *settings))
+    assert str(caught.value) == (
+        f"{found}; raise phases.sft.length, or let phases.sft.long_rows be drop or truncate"
+    )
+    with pytest.raises(UserError, match=r"^8 of 8 rows \(all\) .* so that none is left; raise phases\.sft\.le"):
+        encode_examples(examples, tokenizer, 3, LongRows("drop", *settings))
 
 
 def test_an_example_without_response_is_an_error_that_names_the_row(tokenizer):

@@ -49,7 +49,11 @@ def mistake(command):
             "phases.ppo.sampler.max_new_tokens=48",
             "ppo.sampler.max_new_tokens must leave room for a prompt in the context of 48 tokens, got 48",
         ),
-        ("phases.ppo.sampler.max_new_tokens=42", "a prompt must have at most 6 tokens, got 7"),
+        (
+            "phases.ppo.sampler.max_new_tokens=43",
+            "have more than 5 tokens (the model's max_length less phases.ppo.sampler.max_new_tokens), "
+            "the longest 7 (line 11), so that none is left; lower phases.ppo.sampler.max_new_tokens",
+        ),
         (
             "phases.ppo.minibatches=3",
             "must divide the prompts_per_step × samples_per_prompt = 4 responses, got 3",
@@ -96,13 +100,47 @@ def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, mistake, lines, mess
     assert message in mistake(train.main, *arguments)
 
 
-def test_a_prompt_longer_than_the_context_is_named_by_its_row(tiny, tmp_path, mistake):
-    rows = [{"prompt": "a" * (60 if i == 6 else 3), "completion": "b"} for i in range(8)]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    data = [f"data.train={tmp_path / 'data.jsonl'}", "data.held_out_fraction=null"]
-    data.append(f"data.held_out={tiny / 'data.jsonl'}")
-    message = mistake(train.main, "--config", tiny / "config.yaml", f"run_dir={tmp_path / 'run'}", *data)
-    assert message.startswith("row 7: the prompt must have fewer than max_length 32 tokens, got 60")
+def test_long_rows_are_counted_once_with_file_and_setting_in_training_mix_prompts_and_evaluation(
+    tiny, tmp_path, command, caplog, mistake
+):
+    rows = [
+        {"prompt": "a" * (60 if i == 6 else 3), "completion": "b" * (40 if i == 2 else 1)} for i in range(8)
+    ]
+    data, held_out = tmp_path / "data.jsonl", tmp_path / "held_out.jsonl"
+    for file in (data, held_out):
+        file.write_text("\n".join(map(json.dumps, rows)))
+    settings = (f"data.train={data}", "data.held_out_fraction=null", f"data.held_out={held_out}")
+    settings += (
+        "steps=0",
+        "evaluation={num_prompts: 8, length: null}",
+        "phases.ppo.sft_mix={coef: 1, length: 20}",
+    )
+    start = ("--config", tiny / "config.yaml", f"run_dir={tmp_path / 'run'}", *settings)
+    assert command(train.main, *start)[0] == 0
+    long = "2 of 8 rows (25 %) of"
+    cut = "1 cut at the end, 1 left out (cut, nothing to learn would remain)"
+    prompts = "the model's max_length less phases.ppo.sampler.max_new_tokens"
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{long} {data} have more than 32 tokens (phases.sft.length), the longest 62 (line 7): {cut}; "
+        "phases.sft.long_rows is truncate_end, or raise phases.sft.length",
+        f"1 of 8 prompts (12.5 %) of {data} has more than 40 tokens ({prompts}), the longest 60 (line 7): "
+        "1 left out; phases.ppo.long_prompts is drop, or lower phases.ppo.sampler.max_new_tokens",
+        f"{long} {data} have more than 20 tokens (phases.ppo.sft_mix.length), the longest 62 (line 7): {cut}; "
+        "phases.ppo.sft_mix.long_rows is truncate_end, or raise phases.ppo.sft_mix.length",
+        f"2 of 8 held-out rows (25 %) of {held_out} have more than 32 tokens (phases.sft.length), the longest "
+        f"62 (line 7): {cut}; phases.sft.long_rows is truncate_end, or raise phases.sft.length",
+        f"1 of 8 held-out prompts (12.5 %) of {held_out} has more than 40 tokens (the model's max_length less "
+        "sampler.max_new_tokens), the longest 60 (line 7): 1 left out",
+    ]
+    message = mistake(train.main, *start, "phases.sft.long_rows=error", f"run_dir={tmp_path / 'other'}")
+    assert message == (
+        f"{long} {data} have more than 32 tokens (phases.sft.length), the longest 62 (line 7); "
+        "raise phases.sft.length, or let phases.sft.long_rows be drop or truncate"
+    )
+    message = mistake(train.main, *start, "phases.ppo.long_prompts=error", f"run_dir={tmp_path / 'other'}")
+    assert message.endswith(
+        "lower phases.ppo.sampler.max_new_tokens, or let phases.ppo.long_prompts be drop or truncate"
+    )
 
 
 def test_a_config_file_that_is_missing_or_no_config_is_named(tmp_path, mistake):
@@ -331,7 +369,9 @@ def test_a_mistake_ends_a_process_with_code_2(tiny):
 def test_what_training_notices_is_a_line_in_the_log_and_no_python_warning(tiny, tmp_path, command, caplog):
     overrides = (f"run_dir={tmp_path}", "steps=0", "phases.sft.length=9")
     assert command(train.main, "--config", tiny / "config.yaml", *overrides)[0] == 0
-    assert "32 of 32 responses were cut to fit 9 tokens" in [record.getMessage() for record in caplog.records]
+    lines = [record.getMessage() for record in caplog.records]
+    found = "have more than 9 tokens (phases.sft.length), the longest 16 (line 11): 32 cut at the end;"
+    assert lines[0].startswith(f"32 of 32 rows (all) of {tiny / 'data.jsonl'} {found}")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -90,7 +90,7 @@ def test_a_planted_rule_is_learnt_and_measured(planted):
     extra = phase.extra(trained)
     assert extra["temperature"] == report["temperature"]
     assert extra["calibration_rows"] == 40
-    assert extra["reading"] == {"prompt": False, "chat": False, "max_length": None}
+    assert extra["reading"] == {"prompt": False, "chat": False, "max_length": None, "cut": "truncate_end"}
 
 
 def test_what_is_kept_back_for_the_temperature_is_not_learnt(planted):

@@ -153,7 +153,7 @@ def test_the_exported_rewards_of_the_training_responses_have_mean_0_and_deviatio
     assert reward.diagnostics()["uncertainty"] > 0
     extra = json.loads((folder / "extra.json").read_text())
     assert extra["normaliser"]["samples"] == len(asked)
-    assert extra["reading"] == {"prompt": True, "chat": False, "max_length": 128}
+    assert extra["reading"] == {"prompt": True, "chat": False, "max_length": 128, "cut": "truncate_end"}
 
     raw = np.array(RewardModelReward(str(folder), normalised=False)(prompts, responses))
     assert np.corrcoef(raw, scores)[0, 1] > 0.999

@@ -1,0 +1,108 @@
+"""What becomes of rows that have more tokens than are read, and the one line that says how many they were."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from hybrid_jax.core.registry import UserError
+
+log = logging.getLogger(__name__)
+
+Policy = Literal["truncate_end", "truncate_start", "drop", "error"]
+_PLACE = re.compile(r"(:\d+|, row \d+)$")  # of a row in its file
+
+
+@dataclass(frozen=True)
+class LongRows:
+    """What to do with the long rows of some data, and how to speak of it.
+
+    Attributes:
+        policy: "truncate_end" cuts a row at its end, "truncate_start" at its start, "drop" leaves it out,
+            "error" stops.
+        limit: the setting that bounds the tokens of a row.
+        choice: the setting that holds the policy; None where there is none.
+        advice: how to read longer rows; None says to raise ``limit``.
+        rows: what they are.
+    """
+
+    policy: Policy = "truncate_end"
+    limit: str = "max_length"
+    choice: str | None = "long_rows"
+    advice: str | None = None
+    rows: str = "rows"
+
+    @staticmethod
+    def of_phase(name: str, policy: Policy, rows: str = "rows") -> LongRows:
+        """For ``rows`` that the settings ``length`` and ``long_rows`` of a phase speak of."""
+        return LongRows(policy, f"phases.{name}.length", f"phases.{name}.long_rows", rows=rows)
+
+    def report(
+        self,
+        lengths: Sequence[int],
+        left_out: Sequence[bool],
+        places: Sequence[str],
+        most: int,
+        why: str = "cut, nothing to learn would remain",
+    ) -> None:
+        """Says, once for all rows, how many are longer than ``most`` tokens and what becomes of them.
+
+        Args:
+            lengths: tokens of each row, uncut.
+            left_out: whether a row is left out.
+            places: where each row stands, as ``file:line`` or the like.
+            most: tokens that are read.
+            why: a row that is cut may be left out nevertheless.
+
+        Raises:
+            UserError: there is such a row and the policy is "error", or no row is left.
+        """
+        long = [row for row, length in enumerate(lengths) if length > most]
+        if not long:
+            return
+        longest = max(long, key=lambda row: lengths[row])
+        have = "has" if len(long) == 1 else "have"
+        share = _share(len(long), len(lengths))
+        advice = self.advice or f"raise {self.limit}"
+        found = (
+            f"{len(long):,} of {len(lengths):,} {self.rows} ({share}) of {_file(places)} "
+            f"{have} more than {most:,} tokens ({self.limit}), the longest {lengths[longest]:,} "
+            f"({_line(places[longest])})"
+        )
+        if self.policy == "error":
+            choice = f", or let {self.choice} be drop or truncate" if self.choice else ""
+            raise UserError(f"{found}; {advice}{choice}")
+        if all(left_out):
+            raise UserError(f"{found}, so that none is left; {advice}")
+        dropped = sum(left_out[row] for row in long)
+        fate = self._fate(len(long) - dropped, dropped, why)
+        choice = f"; {self.choice} is {self.policy}, or {advice}" if self.choice else ""
+        log.warning("%s: %s%s", found, fate, choice)
+
+    def _fate(self, cut: int, dropped: int, why: str) -> str:
+        if self.policy == "drop":
+            return f"{dropped:,} left out"
+        end = "end" if self.policy == "truncate_end" else "start"
+        parts = [f"{cut:,} cut at the {end}"] if cut else []
+        return ", ".join([*parts, *([f"{dropped:,} left out ({why})"] if dropped else [])])
+
+
+DEFAULT = LongRows()
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g} %" if part < whole else "all"
+
+
+def _line(place: str) -> str:
+    """Where in its file a row stands."""
+    match = _PLACE.search(place)
+    return match.group().lstrip(", ").replace(":", "line ") if match else place
+
+
+def _file(places: Sequence[str]) -> str:
+    """The file of most rows; they come from one, as a rule."""
+    return _PLACE.sub("", places[0]) if places[0] and not places[0].startswith("row ") else "the data"

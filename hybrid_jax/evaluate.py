@@ -12,6 +12,7 @@ from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel.devices import check_devices
 
 EXPLANATION = """\
 suites:
@@ -73,6 +74,7 @@ def _measure_run(options: argparse.Namespace) -> None:
     if options.num_prompts is not None:
         overrides.append(f"evaluation.num_prompts={options.num_prompts}")
 
+    check_devices()
     result = evaluate(options.run, options.suite, overrides)
     print(f"{result['suite']} of {options.run} at step {result['step']}\n")
     print(table(result["numbers"]))

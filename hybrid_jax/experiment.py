@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,13 @@ from typing import Annotated, Any
 import jax
 from jax import Array
 
+from hybrid_jax.banner import banner
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
-from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
@@ -35,7 +36,7 @@ from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
 from hybrid_jax.run_identity import ENVIRONMENT, WRITTEN, check_is_run, check_same_run, environment, owned
-from hybrid_jax.sampling.generation_config import read_eos_ids, write_generation_config
+from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
@@ -53,6 +54,7 @@ from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.run_files import RunFiles, run_files
 from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
 from hybrid_jax.training.state import RunState
+from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
 
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,7 @@ def build(config: ExperimentConfig) -> Experiment:
     check_same_run(files, to_dict(config), _spelled_out)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
+    held_out = functools.cache(partial(config.data.load, "held_out"))
     saved_tokenizer = files.folder / "tokenizer"
     if saved_steps(files.checkpoints) and saved_tokenizer.is_dir():
         tokenizer = load_tokenizer(saved_tokenizer)
@@ -133,10 +136,11 @@ def build(config: ExperimentConfig) -> Experiment:
     sources = [getattr(phase, "source", None) for phase in config.phases.values()]
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
     eos_ids = end_tokens(model, tokenizer, chat=chat)
-    phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids)
+    phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
     evaluator = make_evaluator(config, model, tokenizer, eos_ids) if isinstance(model, LanguageModel) else None
-    return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement)
+    rows = {"train": len(examples), "held_out": len(held_out())}
+    return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement, rows)
 
 
 def _check_hosts(config: ExperimentConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
@@ -154,6 +158,7 @@ def _build_phases(
     tokenizer: Tokenizer | None,
     examples: Sequence[Example] | None,
     eos_ids: tuple[int, ...],
+    held_out: Callable[[], Sequence[Example]] | None = None,
 ) -> dict[str, Phase]:
     horizons = _horizons(config)
     return {
@@ -169,7 +174,7 @@ def _build_phases(
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
                 offload=config.offload,
-                held_out=partial(config.data.load, "held_out"),
+                held_out=held_out,
             )
         )
         for name, phase in config.phases.items()
@@ -224,14 +229,6 @@ def plan_phases(
     return phases, state_shapes(model, phases, placement, sorted(names))
 
 
-def end_tokens(model: LanguageModel, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
-    """Every token that ends a response: those of the model's folder if it has one, those that SFT teaches."""
-    folder = getattr(model, "folder", None)
-    of_folder = read_eos_ids(folder) if folder is not None and Path(folder).is_dir() else ()
-    of_chat = end_of_turn(tokenizer) if chat else None
-    return tuple(dict.fromkeys((*of_folder, tokenizer.eos_id, *([] if of_chat is None else [of_chat]))))
-
-
 def make_evaluator(
     config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer, eos_ids: tuple[int, ...]
 ) -> Evaluator:
@@ -266,6 +263,7 @@ class Experiment:
     key: Array  # the root of all randomness in training; every step folds its number in
     eos_ids: tuple[int, ...]  # every token that ends a response
     placement: Placement
+    num_rows: Mapping[str, int]  # of the data, by split
 
     @property
     def steps(self) -> int:
@@ -296,6 +294,11 @@ class Experiment:
         files, folder = self.files, self.files.folder
         files.fetch()  # another process may have trained here since this was built
         check_same_run(files, to_dict(self.config), _spelled_out)
+        names = sorted({name for phase in self.phases.values() for name in phase.references})
+        shapes = state_shapes(self.model, self.phases, self.placement, names)
+        if hosts.is_first():
+            at = max(saved_steps(files.checkpoints), default=None)
+            log.info("%s", banner(self.config, self.placement, shapes, self.num_rows, at))
         checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload)
         with out_of_memory.explained("the state of a fresh run"):
             fresh = self.init()
@@ -309,7 +312,9 @@ class Experiment:
         machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
         profiler = Profiler(self.config.profile, folder / "profile")
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
-        progress = Progress(self.steps, state.step, None if hosts.is_first() else io.StringIO())
+        stream = None if hosts.is_first() else io.StringIO()
+        time_left = TimeLeft(steps_ahead(self, state), relative_work(self.phases, shapes))
+        progress = Progress(self.steps, state.step, stream, time_left=time_left)
         return state, checkpoints, Recorder(logger, progress, elapsed, machine, profiler)
 
     def _open_files(self, resume_step: int | None) -> Logger:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel.devices import check_devices
 
 EXAMPLES = """\
   python -m hybrid_jax.export --run runs/quickstart --output my_model
@@ -39,6 +40,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     set_up_logging()
+    check_devices(expect_accelerator=False)
 
     from hybrid_jax.policy import load_policy, save_value
     from hybrid_jax.scorer_commands import export_scorer, trains_scorer

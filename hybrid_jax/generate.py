@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel.devices import check_devices
 
 EXAMPLES = """\
   python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"
@@ -51,6 +52,7 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
+    check_devices()
 
     from hybrid_jax.policy import load_policy, load_pretrained_policy, run_settings
     from hybrid_jax.training.compilation import cache_folder, keep_compiled

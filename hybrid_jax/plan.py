@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.parallel.devices import check_devices
 
 if TYPE_CHECKING:
     from hybrid_jax.experiment import ExperimentConfig
@@ -53,6 +54,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over those of the file")
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
+    check_devices(expect_accelerator=False)
 
     from hybrid_jax.planning.plan import as_json
     from hybrid_jax.planning.search import render_search

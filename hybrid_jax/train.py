@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.parallel.devices import check_devices
 from hybrid_jax.parallel.hosts import joined
 
 EXPLANATION = """\
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
 
     with joined():  # before JAX looks at any device
+        check_devices()
         from hybrid_jax.experiment import build, load_config
         from hybrid_jax.run_identity import owned
         from hybrid_jax.training.loop import train

@@ -14,6 +14,7 @@ from hybrid_jax.core.config import load_yaml, parse
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.listed import Listed
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
+from hybrid_jax.parallel.devices import check_devices
 from hybrid_jax.policy import Policy, load_policy
 from hybrid_jax.rewards.base import DeviceReward, StartedReward
 from hybrid_jax.rewards.composite import CompositeReward
@@ -58,6 +59,7 @@ class HybridTrainer:
         **settings: Any,
     ):
         set_up_logging()
+        check_devices()
         given = _settings_of(config, overrides)
         if model is not None:
             given |= _model_settings(model)

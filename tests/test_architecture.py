@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(["planning"], 5),
 }
 TOP = {
-    **dict.fromkeys(["start", "testing", "policy", "run_identity"], 5),
+    **dict.fromkeys(["start", "banner", "testing", "policy", "run_identity"], 5),
     **{"scorer_run": 5.5, "experiment": 6, "scorer_commands": 7, "trainer": 7, "__init__": 9},
 }
 # The report reads run directories and knows no model.

@@ -176,8 +176,11 @@ def _number(environment: Environment, name: str) -> int:
 
 def _has_tpu() -> bool:
     """Whether JAX could use a TPU of this machine."""
-    if importlib.util.find_spec("libtpu") is None:
-        return False
+    return importlib.util.find_spec("libtpu") is not None and has_tpu_device()
+
+
+def has_tpu_device() -> bool:
+    """Whether this machine has a TPU."""
     vendors = (Path(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
 

@@ -161,7 +161,7 @@ class ClassifierPhase:
         beside = {"optimizer_states": idle, "references": state.references}
         beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
         tokens = rows * self._length
-        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with the labels of the held-out data, and calibration before and after the temperature."""

@@ -194,6 +194,7 @@ class PPOPhase:
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
         config, placement, rows = self.config, self._placement, self.config.rows
         length = prompt_length or config.max_prompt_length
+        length = length or (self.prompts and self.prompts.batch(0, config.prompts_per_step).tokens.shape[1])
         if length is None:
             raise UserError(
                 f"phases.{self.name}.max_prompt_length must be set to plan without data; or use --prompt-length"
@@ -237,6 +238,7 @@ class PPOPhase:
                 (state.base, train, scored, scores, examples, key, rate),
                 settings={"groups": ("model", "value")},
                 tokens=config.epochs * rows * (length + responses),
+                learns=True,
                 beside=(references, waiting),
             ),
         ]

@@ -180,7 +180,7 @@ class RewardModelPhase:
         beside = {"optimizer_states": idle, "references": state.references}
         beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
         tokens = 2 * rows * length
-        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with held-out preferences, calibration, and the part of length in it."""

@@ -110,7 +110,7 @@ class SFTPhase:
         tokens = self.config.batch_size * self.config.length
         beside = {"optimizer_states": idle, "references": state.references}
         beside = {name: trees for name, trees in beside.items() if name not in self._offload}
-        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, beside=beside)]
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
 
 def example_shapes(placement: Placement, rows: int, length: int) -> TokenBatch:

@@ -14,6 +14,8 @@ from typing import Any
 
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.chat import end_of_turn
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.sampling.decode import Sampler
 
 log = logging.getLogger(__name__)
@@ -139,3 +141,11 @@ def _one_or_all(ids: Sequence[int]) -> int | list[int] | None:
 
 def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
+
+
+def end_tokens(model: Any, tokenizer: Tokenizer, *, chat: bool) -> tuple[int, ...]:
+    """Every token that ends a response: those of the model's folder if it has one, those that SFT teaches."""
+    folder = getattr(model, "folder", None)
+    of_folder = read_eos_ids(folder) if folder is not None and Path(folder).is_dir() else ()
+    of_chat = end_of_turn(tokenizer) if chat else None
+    return tuple(dict.fromkeys((*of_folder, tokenizer.eos_id, *([] if of_chat is None else [of_chat]))))

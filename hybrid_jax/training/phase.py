@@ -38,6 +38,7 @@ class Program:
     settings: Mapping[str, Any] = field(default_factory=dict)  # static keyword arguments
     loop_steps: int = 1  # the most turns of a loop that may stop early, as decoding does
     tokens: int = 0  # learned, scored or sampled in one call
+    learns: bool = False  # whether it computes gradients of what it reads
     beside: Any = ()  # trees that lie on the devices meanwhile without being arguments
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -9,8 +10,10 @@ import unicodedata
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from hybrid_jax.training.loggers import without_extremes
+from hybrid_jax.training.time_left import TimeLeft
 
 # Shown in this order, the first name that the latest records hold.
 _SHOWN = {
@@ -28,14 +31,22 @@ class Progress:
         total: the number of updates of the whole run.
         initial: the number already done when this process resumed.
         line_seconds: how often a line is written when the stream is no terminal.
+        time_left: estimates the time left; its plan is what the run has before it.
     """
 
-    def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None, line_seconds: float = 30.0):
+    def __init__(
+        self,
+        total: int,
+        initial: int = 0,
+        stream: TextIO | None = None,
+        line_seconds: float = 30.0,
+        time_left: TimeLeft | None = None,
+    ):
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
-        self._total, self._initial, self._done = total, initial, initial
+        self._total, self._done = total, initial
         self._line_seconds = line_seconds
-        self._started = time.monotonic()
+        self.time_left = time_left or TimeLeft()
         self._last_line: float | None = None
         self._latest: dict[str, Any] = {}
         self._bar = tqdm(
@@ -44,18 +55,22 @@ class Progress:
             file=self._stream,
             disable=not self._is_terminal,
             dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
+        self._open = contextlib.ExitStack()
+        if self._is_terminal:  # what is logged meanwhile stands above the bar, not in it
+            self._open.enter_context(logging_redirect_tqdm())
 
     def update(self, record: dict[str, Any]) -> None:
         """Takes a metrics record; an evaluation changes the numbers but finishes no update."""
         self._latest |= record
         if record["phase"] == "evaluation":
             return
-        self._bar.update(record["step"] + 1 - self._done)
-        self._done = record["step"] + 1
+        finished, self._done = record["step"] + 1 - self._done, record["step"] + 1
         self._bar.set_description_str(record["phase"], refresh=False)
-        self._bar.set_postfix_str(self._numbers(record["phase"]), refresh=False)
+        shown = [text for text in (self._left(), self._numbers(record["phase"])) if text]
+        self._bar.set_postfix_str(", ".join(shown), refresh=False)
+        self._bar.update(finished)
         due = self._last_line is None or time.monotonic() - self._last_line >= self._line_seconds
         if not self._is_terminal and (due or self._done == self._total):
             self._write_line(record["phase"])
@@ -66,7 +81,12 @@ class Progress:
         if shown := without_extremes(records)[:limit]:
             self._write(sample_table(shown, width))
 
+    def busy(self, what: str) -> None:
+        """Says on the bar what keeps the run from its next step."""
+        self._bar.set_description_str(what)
+
     def close(self) -> None:
+        self._open.close()
         self._bar.close()
 
     def _numbers(self, phase: str) -> str:
@@ -80,9 +100,16 @@ class Progress:
 
     def _write_line(self, phase: str) -> None:
         self._last_line = time.monotonic()
-        pace = (self._last_line - self._started) / max(self._done - self._initial, 1)
-        left = tqdm.format_interval(int(pace * (self._total - self._done)))
-        self._write(f"step {self._done}/{self._total}  {phase}  {self._numbers(phase)}  {left} left")
+        shown = [f"step {self._done}/{self._total}", phase, self._numbers(phase), self._left()]
+        self._write("  ".join(text for text in shown if text))
+
+    def _left(self) -> str:
+        """``01:30 left``; ``about 01:30 left`` while a phase to come has never run; nothing before any has."""
+        seconds = self.time_left.seconds(self._total - self._done)
+        if seconds is None:
+            return ""
+        about = "about " if self.time_left.is_guess else ""
+        return f"{about}{tqdm.format_interval(round(seconds))} left"
 
     def _write(self, text: str) -> None:
         self._bar.write(text, file=self._stream)

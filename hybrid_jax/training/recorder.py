@@ -17,6 +17,7 @@ from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.phase import Metrics
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
+from hybrid_jax.training.time_left import EVALUATION
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,8 @@ class Recorder:
         self._machine = machine
         self._profiler = profiler or Profiler()
         self._compilations = Compilations()
-        self._started: set[str] = set()  # phases that have taken a step in this process
+        self._since_stamp = Compilations()
+        self._started: set[str] = set()  # phases, and what stands beside them, that have run in this process
         self._pending: tuple[int, str, Metrics] | None = None
         self._params: Mapping[str, Any] = {}
         self._beside: dict[str, float] = {}  # seconds between two steps, for the next record
@@ -58,13 +60,27 @@ class Recorder:
     @contextlib.contextmanager
     def step(self, step: int, phase: str) -> Iterator[None]:
         """Around what starts a step: marks it for a profiler and notices what is compiled in it."""
+        is_first = phase not in self._started
         self._compilations.new()
-        with self._profiler.step(step, phase):
+        with self._profiler.step(step, phase), self._first_time(phase, "step"):
             yield
         compiled = self._compilations.new()
-        if compiled and phase in self._started:
+        if compiled and not is_first:
             log.warning("step %d: %s met new shapes and compiled %s", step, phase, summary(compiled))
-        self._started.add(phase)
+
+    @contextlib.contextmanager
+    def _first_time(self, name: str, what: str) -> Iterator[None]:
+        """Around what compiles when it runs for the first time: says that it does, and how long it took."""
+        if name in self._started:
+            yield
+            return
+        self._started.add(name)
+        log.info("compiling %s … (first %s)", name, what)
+        self._progress.busy(f"compiling {name}")
+        compilations, started = Compilations(), time.monotonic()
+        yield
+        seconds = time.monotonic() - started
+        log.info("compiled %s in %.1f s (its first %s took %.1f s)", name, compilations.seconds, what, seconds)
 
     def add(self, step: int, phase: str, metrics: Metrics, params: Mapping[str, Any] | None = None) -> None:
         """Takes the metrics of a step that has been started, and the parameters that come out of it."""
@@ -84,8 +100,9 @@ class Recorder:
         with out_of_memory.explained(phase):  # a step that was only started may fail here
             numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._profiler.finished(step)
-        now = time.monotonic()
-        seconds, self._stamp = now - self._stamp, now
+        seconds, compiling = self._lap()
+        now = self._stamp
+        self._progress.time_left.took(phase, seconds, compiling)
         bad = numbers.pop(f"{phase}/{nonfinite.METRIC}", nonfinite.FINE)
         numbers |= self._speed(phase, numbers, seconds)
         self._write({"step": step, "phase": phase, "seconds": now - self._begin, **numbers})
@@ -98,12 +115,16 @@ class Recorder:
         The next record, which may be the evaluation's own, holds them as ``time/<name>_seconds``.
         """
         self.flush()
-        started = time.monotonic()
+        self._lap()
+        compiles = name == EVALUATION
         try:
-            yield
+            with self._first_time(name, "time") if compiles else contextlib.nullcontext():
+                yield
         finally:
-            self._beside[f"time/{name}_seconds"] = time.monotonic() - started
-            self._stamp = time.monotonic()
+            seconds, compiling = self._lap()
+            self._beside[f"time/{name}_seconds"] = seconds
+            if compiles:
+                self._progress.time_left.took(name, seconds, compiling)
 
     def evaluation(self, step: int, numbers: dict[str, float], samples: list[dict[str, Any]]) -> None:
         self.flush()
@@ -111,7 +132,13 @@ class Recorder:
         self._write({"step": step, "phase": "evaluation", "seconds": seconds, **numbers})
         self._logger.samples(samples)
         self._progress.samples(samples)
-        self._stamp = time.monotonic()
+        self._lap()
+
+    def _lap(self) -> tuple[float, float]:
+        """Seconds since the last lap, and how many of them were spent on compiling."""
+        now = time.monotonic()
+        seconds, self._stamp = now - self._stamp, now
+        return seconds, sum(program.seconds for program in self._since_stamp.new())
 
     def close(self, flush: bool = True) -> None:
         """Closes the logs, after the pending metrics unless ``flush`` is false."""

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.training import loggers
 from hybrid_jax.training.loggers import LOGGERS, JsonLines, TensorBoard, WeightsAndBiases, open_loggers
 from hybrid_jax.training.progress import Progress, sample_table
+from hybrid_jax.training.time_left import TimeLeft
 
 
 def sft_record(step: int, loss: float = 0.5) -> dict:
@@ -210,28 +212,59 @@ def test_without_a_terminal_progress_is_a_plain_line_now_and_then():
     stream = io.StringIO()
     progress = Progress(total=5, initial=1, stream=stream, line_seconds=1e9)
     for step in range(1, 5):
+        progress.time_left.took("sft", 21.0, compiling=0.0 if step > 1 else 20.0)
         progress.update(sft_record(step))
     progress.close()
     first, last = stream.getvalue().splitlines()  # the first step and the last one, none in between
-    assert first.startswith("step 2/5  sft  loss 0.500, tokens/s 9,000  00:0")
+    assert first == "step 2/5  sft  loss 0.500, tokens/s 9,000"  # a step that compiles says nothing of the rest
     assert last == "step 5/5  sft  loss 0.500, tokens/s 9,000  00:00 left"
 
 
-def test_on_a_terminal_progress_shows_phase_loss_score_kl_speed_and_time_left():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_on_a_terminal_progress_shows_phase_loss_score_kl_speed_and_time_left():
     stream = Terminal()
-    progress = Progress(total=10, initial=4, stream=stream)
+    progress = Progress(total=10, initial=4, stream=stream, time_left=TimeLeft(["ppo"] * 6))
+    progress.time_left.took("ppo", 18.0)
     record = {"step": 4, "phase": "ppo", "ppo/policy_loss": -0.02, "ppo/score": 0.81, "ppo/kl": 1.5}
     progress.update(record | {"ppo/tokens_per_second": 12345.0})
     progress.update({"step": 5, "phase": "evaluation", "evaluation/score": 0.9})
     progress.close()
     shown = stream.getvalue().split("\r")[-1]
     assert "5/10" in shown
-    for part in ("ppo", "loss -0.020", "score 0.810", "KL 1.500", "tokens/s 12,345", "left"):
+    for part in ("ppo", "loss -0.020", "score 0.810", "KL 1.500", "tokens/s 12,345", "01:30 left"):
         assert part in shown
+
+
+def test_the_time_left_says_that_it_is_a_guess_while_a_phase_has_not_run():
+    stream = io.StringIO()
+    plan = TimeLeft([*["sft"] * 2, "ppo"], work={"sft": 1.0, "ppo": 60.0})
+    progress = Progress(total=3, stream=stream, line_seconds=0, time_left=plan)
+    for step, phase in enumerate(["sft", "sft", "ppo"]):
+        plan.took(phase, 1.0)
+        progress.update({"step": step, "phase": phase})
+    assert stream.getvalue().splitlines() == [
+        "step 1/3  sft  about 01:01 left",
+        "step 2/3  sft  about 01:00 left",
+        "step 3/3  ppo  00:00 left",
+    ]
+
+
+def test_what_is_logged_while_a_bar_is_shown_stands_on_a_line_of_its_own():
+    stream = Terminal()
+    console = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(console)
+    try:
+        progress = Progress(total=10, stream=stream)
+        replaced = [h for h in logging.getLogger().handlers if type(h).__name__ == "_TqdmLoggingHandler"]
+        progress.close()
+        assert len(replaced) == 1
+        assert console in logging.getLogger().handlers
+    finally:
+        logging.getLogger().removeHandler(console)
 
 
 def test_the_table_of_samples_leaves_out_those_that_were_picked_for_their_scores():

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.planning.accelerators import accelerator_of
+from hybrid_jax.training import compilation
 from hybrid_jax.training.compilation import Compilations, Compiled, cache_folder, keep_compiled, summary
 from hybrid_jax.training.loggers import without_timings
 from hybrid_jax.training.machine import Machine, peak_flops, peak_memory
@@ -44,10 +46,10 @@ def clock(monkeypatch):
     return now
 
 
-def recorder_of(machine=None, profiler=None):
+def recorder_of(machine=None, profiler=None, total=10):
     logged = Logged()
     with open(os.devnull, "w") as nowhere:
-        progress = Progress(10, stream=nowhere)
+        progress = Progress(total, stream=nowhere)
     progress._write = lambda text: None
     return Recorder(logged, progress, machine=machine, profiler=profiler), logged.records
 
@@ -227,6 +229,42 @@ def test_a_program_that_is_compiled_after_a_phases_first_step_is_reported(caplog
     assert [said[step] for step in range(3)] == [[], [], []]  # the first step of a phase may compile
     assert len(said[3]) == 1
     assert said[3][0].startswith("step 3: sft met new shapes and compiled double (")
+
+
+def test_what_compiles_for_the_first_time_says_so_before_and_after(caplog):
+    recorder, _ = recorder_of()
+
+    @jax.jit
+    def triple(x):
+        return 3 * x
+
+    with caplog.at_level(logging.INFO):
+        for step in range(2):
+            with recorder.beside("evaluation"), recorder.beside("checkpoint"):
+                pass
+            with recorder.step(step, "sft"):
+                assert caplog.messages[-1] == "compiling sft … (first step)" or step
+                triple(np.ones(17, np.float32))
+    compiled = r"in \d+\.\d s \(its first {} took \d+\.\d s\)"
+    assert len(caplog.messages) == 4
+    assert caplog.messages[0] == "compiling evaluation … (first time)"
+    assert re.fullmatch(f"compiled evaluation {compiled.format('time')}", caplog.messages[1])
+    assert re.fullmatch(f"compiled sft {compiled.format('step')}", caplog.messages[3])
+
+
+def test_the_time_left_does_not_count_what_was_compiled(clock):
+    recorder, _ = recorder_of(total=590)
+    for step in range(20):
+        with recorder.step(step, "sft"):
+            if step == 0:
+                compilation._compiled.append(Compiled("update", 29.0))
+                clock.seconds += 29.0
+            clock.seconds += 0.1
+        recorder.add(step, "sft", {})
+        recorder.flush()
+    assert recorder._progress.time_left.seconds(570) == pytest.approx(
+        57.0
+    )  # not the 14 minutes of all 20 steps
 
 
 def test_memory_and_compilations_are_in_every_record_of_a_step(clock):

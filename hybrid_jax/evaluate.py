@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError
 from hybrid_jax.parallel.devices import check_devices
 
 EXPLANATION = """\
@@ -55,6 +55,7 @@ def main(arguments: list[str]) -> None:
         metavar="a.b=value",
         help="settings, evaluation.… of the run or NAME.… of a reward",
     )
+    add_trust(parser)
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
     if options.json is not None:
@@ -74,8 +75,11 @@ def _measure_run(options: argparse.Namespace) -> None:
     if options.num_prompts is not None:
         overrides.append(f"evaluation.num_prompts={options.num_prompts}")
 
+    from hybrid_jax.policy import names_to_trust
+
     check_devices()
-    result = evaluate(options.run, options.suite, overrides)
+    trust = names_to_trust(options.trust, options.config)
+    result = evaluate(options.run, options.suite, overrides, trust)
     print(f"{result['suite']} of {options.run} at step {result['step']}\n")
     print(table(result["numbers"]))
     if options.json is not None:
@@ -98,13 +102,19 @@ def _score_file(options: argparse.Namespace) -> None:
         _write(Path(options.json), {"suite": "rewards", "data": options.data, **numbers})
 
 
-def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def evaluate(
+    run_dir: str | Path,
+    suite: str = "held_out",
+    overrides: Sequence[str] = (),
+    trust: Container[str] = NOTHING,
+) -> dict[str, Any]:
     """Measures the newest policy of a run; returns suite, step and numbers.
 
     Args:
         run_dir: of a run with a checkpoint.
         suite: a name of `hybrid_jax.evaluation.suites.SUITES`.
         overrides: ``evaluation.a=value`` over the settings of the run.
+        trust: names in the run's config that may run code.
     """
     from hybrid_jax.evaluation.suites import SUITES
     from hybrid_jax.experiment import load_run_config, make_evaluator
@@ -115,13 +125,13 @@ def evaluate(run_dir: str | Path, suite: str = "held_out", overrides: Sequence[s
     for override in overrides:
         if not override.startswith("evaluation."):
             raise UserError(f"an override of evaluate must begin with 'evaluation.', got {override!r}")
-    measure = SUITES[suite]
-    if trains_scorer(run_dir):  # a classifier or a reward model has one suite
-        step, numbers = evaluate_scorer(run_dir)
+    measure = SUITES.find(suite, EVERYTHING)
+    if trains_scorer(run_dir, trust):  # a classifier or a reward model has one suite
+        step, numbers = evaluate_scorer(run_dir, trust)
         return {"suite": "held_out", "step": step, "numbers": numbers}
-    config = load_run_config(run_dir, overrides)
+    config = load_run_config(run_dir, overrides, trust)
     keep_compiled(config.compilation_cache)
-    policy = load_policy(run_dir)
+    policy = load_policy(run_dir, trust=trust)
     evaluator = make_evaluator(config, policy.model, policy.tokenizer, policy.eos_ids)
     numbers = measure(evaluator, policy.params)
     if not numbers:

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,8 @@ from jax import Array
 from hybrid_jax.banner import banner
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.merging import MERGED
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError, names_in
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
@@ -34,7 +35,7 @@ from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings
+from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings, trust_explained
 from hybrid_jax.run_identity import ENVIRONMENT, WRITTEN, check_is_run, check_same_run, environment, owned
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
@@ -68,7 +69,9 @@ class ExperimentConfig:
     model: Annotated[Any, BACKBONES]
     tokenizer: Annotated[Any, TOKENIZERS]
     data: Annotated[Any, SOURCES]
-    phases: dict[str, Annotated[Any, PHASES]]  # by the names that the scheduler uses
+    phases: dict[str, Annotated[Any, PHASES]] = field(  # by the names that the scheduler uses
+        metadata={MERGED: True}  # one that no scheduler chooses does nothing
+    )
     scheduler: Annotated[Any, SCHEDULERS]
     seed: int = 0
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
@@ -104,16 +107,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
     Raises:
         UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
     """
-    return parse(ExperimentConfig, load_yaml(path, overrides))
+    settings = load_yaml(path, overrides, ExperimentConfig, EVERYTHING)
+    return parse(ExperimentConfig, settings, trust=EVERYTHING)
 
 
-def load_run_config(run_dir: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler."""
+def load_run_config(
+    run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING
+) -> ExperimentConfig:
+    """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler.
+
+    Args:
+        run_dir: of the run, whose config may be anybody's.
+        overrides: ``a.b=value`` texts over it.
+        trust: names in it that may run code.
+
+    Raises:
+        Untrusted: the config has a name that runs code and is not in ``trust``.
+    """
     settings = run_settings(run_dir)
     measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
     sampler = next((phase["sampler"] for phase in phases.values() if "sampler" in phase), None)
     settings["evaluation"] = {**measured, "sampler": measured.get("sampler") or sampler}
-    return parse(ExperimentConfig, {**apply_overrides(settings, overrides), "run_dir": str(run_dir)})
+    settings = apply_overrides(settings, overrides, ExperimentConfig, trust)
+    with trust_explained(run_dir):
+        return parse(ExperimentConfig, {**settings, "run_dir": str(run_dir)}, trust=trust)
 
 
 def build(config: ExperimentConfig) -> Experiment:
@@ -122,7 +139,7 @@ def build(config: ExperimentConfig) -> Experiment:
     files = run_files(config.run_dir)
     check_is_run(files)
     files.fetch()
-    check_same_run(files, to_dict(config), _spelled_out)
+    check_same_run(files, settings := to_dict(config), partial(_spelled_out, trust=names_in(settings)))
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     held_out = functools.cache(partial(config.data.load, "held_out"))
@@ -412,9 +429,9 @@ def has_checkpoint(run_dir: str | Path) -> bool:
     return bool(saved_steps(run_files(run_dir).checkpoints))
 
 
-def _spelled_out(settings: dict[str, Any]) -> dict[str, Any]:
+def _spelled_out(settings: dict[str, Any], trust: Container[str]) -> dict[str, Any]:
     """Settings that came up after a run was written have their defaults there."""
     try:
-        return to_dict(parse(ExperimentConfig, settings))
+        return to_dict(parse(ExperimentConfig, settings, trust=trust))
     except UserError:  # of settings that are gone, or of objects that only a notebook has
         return settings

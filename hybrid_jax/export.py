@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.devices import check_devices
 
@@ -38,25 +38,27 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="also write the value function, as a classifier with one label in the folder value",
     )
+    add_trust(parser)
     options = parser.parse_args(arguments)
     set_up_logging()
     check_devices(expect_accelerator=False)
 
-    from hybrid_jax.policy import load_policy, save_value
+    from hybrid_jax.policy import load_policy, names_to_trust, save_value
     from hybrid_jax.scorer_commands import export_scorer, trains_scorer
 
-    if trains_scorer(options.run):
+    trust = names_to_trust(options.trust, options.config)
+    if trains_scorer(options.run, trust):
         if options.adapter or options.value or options.dtype != "float32":
             raise UserError(
                 f"{options.run} trains a scorer: --adapter, --value and --dtype are for a policy's run"
             )
-        print(export_scorer(options.run, options.output))
+        print(export_scorer(options.run, options.output, trust))
         return
-    policy = load_policy(options.run)
+    policy = load_policy(options.run, trust=trust)
     folder = policy.save_pretrained(options.output, adapter=options.adapter, dtype=options.dtype)
     print(f"{folder}  (step {policy.step})")
     if options.value:
-        print(save_value(options.run, folder, options.dtype))
+        print(save_value(options.run, folder, options.dtype, trust))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.devices import check_devices
 
@@ -44,6 +44,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers to each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a response")
+    add_trust(parser)
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -54,12 +55,13 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
     check_devices()
 
-    from hybrid_jax.policy import load_policy, load_pretrained_policy, run_settings
+    from hybrid_jax.policy import load_policy, load_pretrained_policy, names_to_trust, run_settings
     from hybrid_jax.training.compilation import cache_folder, keep_compiled
 
     if options.run is not None:
         keep_compiled(run_settings(options.run).get("compilation_cache"))
-        policy = load_policy(options.run, options.overrides)
+        trust = names_to_trust(options.trust, options.config)
+        policy = load_policy(options.run, options.overrides, trust)
     else:
         keep_compiled(cache_folder(), instead=False)
         policy = load_pretrained_policy(options.model, options.overrides)

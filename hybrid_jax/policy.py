@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, Untrusted, UserError, names_in
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
@@ -168,16 +169,21 @@ class Policy:
         return max(room, 2)
 
 
-def load_policy(run_dir: str | Path, overrides: Sequence[str] = ()) -> Policy:
+def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING) -> Policy:
     """The newest policy of a run; it needs neither the run's data nor its reward.
 
     Args:
         run_dir: of a run that has saved a checkpoint.
         overrides: ``sampler.a=value`` over the settings that the run samples with.
+        trust: names in the run's config that may run code.
+
+    Raises:
+        Untrusted: the model's name runs code and is not in ``trust``.
     """
     files = fetched(run_dir)
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
-    model, trained, base = _run_model(settings, tokenizer)
+    with trust_explained(run_dir):
+        model, trained, base = _run_model(settings, tokenizer, trust)
     found = newest_policy(files.checkpoints, trained, base)
     if found is None:
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
@@ -193,7 +199,9 @@ def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params
     return (model.as_list(), model.listed(params)) if isinstance(model, Decoder) else (model, params)
 
 
-def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32") -> Path:
+def save_value(
+    run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32", trust: Container[str] = NOTHING
+) -> Path:
     """Writes the newest value function of a run beside its exported policy; returns the folder ``value``.
 
     It is a classifier with one label (`classifier.load_classifier`): the network that the value reads, the
@@ -204,7 +212,8 @@ def save_value(run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32"
     """
     files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
-    model, trained, base = _run_model(settings, tokenizer)
+    with trust_explained(run_dir):
+        model, trained, base = _run_model(settings, tokenizer, trust)
     kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
     if not kinds:
         raise UserError(
@@ -264,6 +273,25 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
     return load_yaml(folder / "config.yaml")
 
 
+def names_to_trust(trust: bool, config: str | None) -> Container[str]:
+    """What the options ``--trust`` and ``--config FILE`` of a command let a run's config name."""
+    if trust:
+        return EVERYTHING
+    return NOTHING if config is None else names_in(load_yaml(config))
+
+
+@contextlib.contextmanager
+def trust_explained(run_dir: str | Path) -> Iterator[None]:
+    """Says how to let a run's config run code, where it may not."""
+    try:
+        yield
+    except Untrusted as error:
+        raise Untrusted(
+            f"{run_dir}/config.yaml: {error}; if you trust this run, give --trust, or --config with the file "
+            "that you trained it by"
+        ) from error
+
+
 def run_tokenizer(files: RunFiles) -> Tokenizer:
     """The tokenizer that a run saved when it started."""
     if not (files.folder / "tokenizer").is_dir():
@@ -273,7 +301,7 @@ def run_tokenizer(files: RunFiles) -> Tokenizer:
 
 def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
     """``sampler`` with ``sampler.a=value`` settings over its own."""
-    settings = apply_overrides({"sampler": to_dict(sampler)}, overrides)
+    settings = apply_overrides({"sampler": to_dict(sampler)}, overrides, _SamplerSettings)
     return parse(_SamplerSettings, settings).sampler
 
 
@@ -287,9 +315,12 @@ class _SamplerSettings:
     sampler: Sampler
 
 
-def _run_model(settings: dict[str, Any], tokenizer: Tokenizer) -> tuple[LanguageModel, Params, Params]:
+def _run_model(
+    settings: dict[str, Any], tokenizer: Tokenizer, trust: Container[str]
+) -> tuple[LanguageModel, Params, Params]:
     """The model of a run, the shapes of what trains, and the parameters below adapters."""
-    model = parse(_ModelSettings, {"model": settings.get("model")}).model.build(tokenizer.vocab_size)
+    named = parse(_ModelSettings, {"model": settings.get("model")}, trust=trust)
+    model = named.model.build(tokenizer.vocab_size)
     if not isinstance(model, LanguageModel):
         raise UserError("this run trains a scorer of texts, which gives no answers; export or evaluate it")
     trained, base = split(hf.abstract_params(model))

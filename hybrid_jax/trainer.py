@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.cli import set_up_logging
-from hybrid_jax.core.config import load_yaml, parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.config import load_yaml, parse, to_dict
+from hybrid_jax.core.registry import EVERYTHING, UserError, names_in
 from hybrid_jax.data.listed import Listed
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
 from hybrid_jax.parallel.devices import check_devices
@@ -69,7 +69,7 @@ class HybridTrainer:
             given["phases"] = _with_reward(given.get("phases"), reward)
         if "run_dir" in settings:
             settings["run_dir"] = str(settings["run_dir"])
-        self.config = parse(ExperimentConfig, {**given, **settings})
+        self.config = parse(ExperimentConfig, {**given, **settings}, trust=EVERYTHING)
         self.experiment: Experiment = build(self.config)
         self._policy: Policy | None = None
 
@@ -131,7 +131,7 @@ class HybridTrainer:
         """The newest policy: just trained, or out of the run directory, or untrained."""
         if self._policy is None:
             try:
-                self._policy = load_policy(self.config.run_dir)
+                self._policy = load_policy(self.config.run_dir, trust=names_in(to_dict(self.config)))
             except UserError:
                 if has_checkpoint(self.config.run_dir):
                     raise
@@ -142,7 +142,7 @@ class HybridTrainer:
 def _settings_of(config: str | Path | ExperimentConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """The top level of an experiment, each setting as a mapping or as the object that it is."""
     if not isinstance(config, ExperimentConfig):
-        return load_yaml(config, overrides)
+        return load_yaml(config, overrides, ExperimentConfig, EVERYTHING)
     if overrides:
         raise UserError("overrides must be empty for an ExperimentConfig: change it by dataclasses.replace")
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
@@ -165,7 +165,8 @@ def _with_reward(phases: Any, reward: Callable[..., Any] | Mapping[str, Any]) ->
     rewarded = [name for name, phase in phases.items() if _takes_reward(name, phase)]
     if not rewarded:
         raise UserError(f"reward has no phase to go to; phases: {', '.join(phases) or 'none'}")
-    composite = parse(_Rewarded, {"reward": reward if isinstance(reward, Mapping) else _one_part(reward)})
+    given = reward if isinstance(reward, Mapping) else _one_part(reward)
+    composite = parse(_Rewarded, {"reward": given}, trust=EVERYTHING)
     for name in rewarded:
         old = phases[name]
         phases[name] = (
@@ -183,7 +184,7 @@ class _Rewarded:
 
 def _takes_reward(name: str, phase: Any) -> bool:
     component = (
-        PHASES[(phase or {}).get("name", name)]
+        PHASES.find((phase or {}).get("name", name), EVERYTHING)
         if (phase is None or isinstance(phase, Mapping))
         else type(phase)
     )

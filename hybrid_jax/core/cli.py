@@ -25,6 +25,16 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of commands that read a run, whose config may be anybody's."""
+    parser.add_argument(
+        "--trust", action="store_true", help="let the run's config name code (module:thing), which then runs"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config of your own: what it names, the run's config may name, too"
+    )
+
+
 def set_up_logging() -> None:
     """What the package has to say goes to stderr, a line each; other packages speak only to warn."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -12,11 +12,12 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from hybrid_jax.core.registry import Registry, UserError, is_definition, suggest
+from hybrid_jax.core.merging import Place, merge, put
+from hybrid_jax.core.registry import NOTHING, Registry, Untrusted, UserError, is_definition, suggest
 from hybrid_jax.core.yaml_text import MOST_BITS, NUMBER, parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -42,39 +43,54 @@ def local_path(value: str | Path, name: str) -> Path:
     return Path(value)
 
 
-def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a YAML file with its optional ``base:`` file, then applies ``a.b=value`` overrides."""
-    settings = read_yaml(path)
-    if base := settings.pop("base", None):
-        if not isinstance(base, str):
-            raise _wrong_type("base", "a path", base)
-        settings = merge(read_yaml(Path(path).parent / base), settings)
-    return apply_overrides(settings, overrides)
+def load_yaml(
+    path: str | Path, overrides: Sequence[str] = (), kind: Any = Any, trust: Container[str] = NOTHING
+) -> dict[str, Any]:
+    """Reads a YAML file with its optional ``base:`` file, then applies ``a.b=value`` overrides.
+
+    A key with dots at the top of a file means what it means on the command line.
+
+    Args:
+        path: of the file.
+        overrides: texts over it, one after the other.
+        kind: the dataclass that the settings are of, whose hints say what merges (`hybrid_jax.core.merging`).
+        trust: names that may be imported to know their hints.
+    """
+    settings, place = read_yaml(path), Place(kind, trust, to_dict)
+    base = settings.pop("base", None)
+    if base is not None and not isinstance(base, str):
+        raise _wrong_type("base", "a path", base)
+    dotted = {key: settings.pop(key) for key in [*settings] if "." in key}
+    settings = merge(read_yaml(Path(path).parent / base), settings, place) if base else settings
+    for key, value in dotted.items():
+        settings = put(settings, key.split("."), value, place)
+    return apply_overrides(settings, overrides, kind, trust)
 
 
-def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``settings`` with ``a.b=value`` texts over them, one after the other."""
+def apply_overrides(
+    settings: dict[str, Any], overrides: Sequence[str], kind: Any = Any, trust: Container[str] = NOTHING
+) -> dict[str, Any]:
+    """``settings`` with ``a.b=value`` texts over them, one after the other; the rest as in `load_yaml`."""
     for override in overrides:
-        settings = merge(settings, _parse_override(override))
+        path, value = _parse_override(override)
+        settings = put(settings, path, value, Place(kind, trust, to_dict))
     return settings
 
 
-def merge(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """Deep merge of ``new`` over ``old``; naming another component drops the settings of the old one."""
-    merged = dict(old)
-    for key, value in new.items():
-        before = merged.get(key)
-        both = isinstance(before, Mapping) and isinstance(value, Mapping)
-        if both and value.get("name", before.get("name")) == before.get("name"):  # type: ignore
-            merged[key] = merge(before, value)  # type: ignore
-        else:
-            merged[key] = value
-    return merged
+def parse(cls: type[T], settings: Any, path: str = "", trust: Container[str] = NOTHING) -> T:
+    """Builds a dataclass from a mapping.
 
+    Args:
+        cls: the dataclass.
+        settings: the mapping.
+        path: where it stands, for errors.
+        trust: names that may run code: `EVERYTHING` only for what the user has given to this very command.
 
-def parse(cls: type[T], settings: Any, path: str = "") -> T:
-    """Builds the dataclass ``cls`` from a mapping; raises `UserError` with the dotted path of what is wrong."""
-    return _parse_dataclass(cls, settings, path)
+    Raises:
+        Untrusted: a component runs code and its name is not in ``trust``.
+        UserError: a setting is wrong; the line begins with its dotted path.
+    """
+    return _parse_dataclass(cls, settings, path, trust)
 
 
 def to_dict(value: Any, hint: Any = Any) -> Any:
@@ -100,41 +116,40 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
     return str(value) if isinstance(value, Path | Url) else value
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str) -> tuple[list[str], Any]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"an override is written a.b=value, got {override!r}")
-    value = parse_yaml(text, f"override {dotted!r}")
-    for key in reversed(dotted.split(".")):
-        value = {key: value}
-    return value
+    return dotted.split("."), parse_yaml(text, f"override {dotted!r}")
 
 
-def _parse_value(hint: Any, value: Any, path: str) -> Any:
+def _parse_value(hint: Any, value: Any, path: str, trust: Container[str]) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is typing.Annotated:
-        return _parse_component(hint.__metadata__[0], value, path)
+        return _parse_component(hint.__metadata__[0], value, path, trust)
     if origin in (Union, types.UnionType):
-        return _parse_optional(arguments, value, path)
+        return _parse_optional(arguments, value, path, trust)
     if origin is Literal:
         if value not in arguments:
             raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
         return value
     if dataclasses.is_dataclass(hint):
-        return value if isinstance(value, typing.cast(type, hint)) else _parse_dataclass(hint, value, path)
+        return (
+            value if isinstance(value, typing.cast(type, hint)) else _parse_dataclass(hint, value, path, trust)
+        )
     if origin in (list, tuple, Sequence):
-        return _parse_sequence(origin, arguments, value, path)
+        return _parse_sequence(origin, arguments, value, path, trust)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _wrong_type(path, "a mapping", value)
         return {
-            str(key): _parse_value(arguments[1], _named(arguments[1], str(key), item), _join(path, key))
+            str(key): _parse_value(arguments[1], _named(arguments[1], str(key), item), _join(path, key), trust)
             for key, item in value.items()
         }
     return _parse_scalar(hint, value, path)
 
 
-def _parse_dataclass(cls: Any, settings: Any, path: str) -> Any:
+def _parse_dataclass(cls: Any, settings: Any, path: str, trust: Container[str]) -> Any:
     if not isinstance(settings, Mapping):
         raise _wrong_type(path or "config", "a mapping", settings)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
@@ -148,26 +163,26 @@ def _parse_dataclass(cls: Any, settings: Any, path: str) -> Any:
             raise UserError(f"{_join(path, name)} is missing")
     values = {}
     for key, value in settings.items():
-        value = _over_default(fields[key], hints[key], value)
-        values[key] = _parse_value(hints[key], value, _join(path, key))
+        value = _over_default(fields[key], hints[key], value, trust)
+        values[key] = _parse_value(hints[key], value, _join(path, key), trust)
     try:
         return cls(**values)
     except ValueError as error:
         raise UserError(_join(path, str(error)) if path else str(error)) from error
 
 
-def _over_default(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+def _over_default(field: dataclasses.Field, hint: Any, value: Any, trust: Container[str]) -> Any:
     """Settings of a component without its name change the default component, if there is one."""
     if get_origin(hint) is not typing.Annotated or not isinstance(value, Mapping) or "name" in value:
         return value
     default = field.default_factory() if callable(field.default_factory) else field.default
     has_default = dataclasses.is_dataclass(default) and not isinstance(default, type)
-    return merge(to_dict(default, hint), value) if has_default else value
+    return merge(to_dict(default, hint), value, Place(hint, trust, to_dict)) if has_default else value
 
 
-def _parse_component(registry: Registry, value: Any, path: str) -> Any:
+def _parse_component(registry: Registry, value: Any, path: str, trust: Container[str]) -> Any:
     if isinstance(value, bool) and registry.default is not None:
-        return _parse_component(registry, registry.default, path) if value else None
+        return _parse_component(registry, registry.default, path, trust) if value else None
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
@@ -179,11 +194,11 @@ def _parse_component(registry: Registry, value: Any, path: str) -> Any:
     if not isinstance(name, str):
         raise UserError(f"{path}.name is missing; known {registry.kind}s: {', '.join(registry)}")
     try:
-        entry = registry[name]
+        entry = registry.find(name, trust)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise type(error)(f"{path}: {error}") from error
     if dataclasses.is_dataclass(entry):
-        return _parse_dataclass(entry, settings, path)
+        return _parse_dataclass(entry, settings, path, trust)
     if inspect.isclass(entry) or not is_definition(entry):
         kind = "a class" if inspect.isclass(entry) else f"an object of type {type(entry).__name__}"
         raise UserError(f"{path}: {name!r} must be a function or a dataclass, got {kind}")
@@ -199,29 +214,34 @@ def _named(hint: Any, key: str, value: Any) -> Any:
     return {"name": key, **value}
 
 
-def _parse_optional(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+def _parse_optional(choices: tuple[Any, ...], value: Any, path: str, trust: Container[str]) -> Any:
     if value is None and type(None) in choices:
         return None
     inner = [choice for choice in choices if choice is not type(None)]
     problems = []
     for choice in inner:
         try:
-            return _parse_value(choice, value, path)
+            return _parse_value(choice, value, path, trust)
+        except Untrusted:
+            raise
         except UserError as error:
             problems.append(error)
     raise problems[0] if len(inner) == 1 else _wrong_type(path, " or ".join(map(_describe, inner)), value)
 
 
-def _parse_sequence(origin: Any, arguments: tuple[Any, ...], value: Any, path: str) -> Any:
+def _parse_sequence(
+    origin: Any, arguments: tuple[Any, ...], value: Any, path: str, trust: Container[str]
+) -> Any:
     if not isinstance(value, list | tuple):
         raise _wrong_type(path, "a list", value)
     if origin is tuple and arguments[-1] is not Ellipsis:
         if len(value) != len(arguments):
             raise UserError(f"{path} must hold {len(arguments)} values, got {len(value)}")
         return tuple(
-            _parse_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(arguments, value, strict=True))
+            _parse_value(h, v, f"{path}[{i}]", trust)
+            for i, (h, v) in enumerate(zip(arguments, value, strict=True))
         )
-    items = [_parse_value(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    items = [_parse_value(arguments[0], item, f"{path}[{i}]", trust) for i, item in enumerate(value)]
     return items if origin is list else tuple(items)
 
 

@@ -7,7 +7,8 @@ A component is a frozen dataclass, its fields are its settings. It enters a regi
     class Length: ...
 
 and a config says ``{name: length, target: 20}``. Code outside the package needs no registration: ``name:
-my_package.my_module:MyReward`` imports it.
+my_package.my_module:MyReward`` imports it, where the name is trusted. No name is unless the caller says so, for
+what a file that came with a model or a run names would otherwise run on this machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import difflib
 import importlib
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
@@ -25,6 +26,30 @@ E = TypeVar("E")
 
 class UserError(Exception):
     """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
+
+
+class Untrusted(UserError):
+    """A name that would run code, in a file that the user has not written."""
+
+
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+NOTHING: Container[str] = frozenset()
+EVERYTHING: Container[str] = _Everything()  # for what the user gives on the command line or from Python
+
+
+def names_in(settings: Any) -> frozenset[str]:
+    """Every word of nested settings, whatever it stands for: the names that who wrote them has chosen."""
+    if isinstance(settings, str):
+        return frozenset({settings})
+    if isinstance(settings, Mapping):
+        settings = [*settings, *settings.values()]
+    if isinstance(settings, list | tuple):
+        return frozenset().union(*map(names_in, settings))
+    return frozenset()
 
 
 class Registry(Generic[T]):
@@ -39,19 +64,40 @@ class Registry(Generic[T]):
         self.kind = kind
         self.default = default
         self._entries: dict[str, Any] = {}
+        self._risks: dict[str, str] = {}
 
-    def register(self, name: str) -> Callable[[E], E]:
+    def register(self, name: str, risk: str | None = None) -> Callable[[E], E]:
+        """Adds an entry.
+
+        Args:
+            name: in a config.
+            risk: what it does that only the user may ask for, such as "unpickles its checkpoint".
+        """
+
         def add(entry: E) -> E:
             if name in self._entries:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._entries[name] = entry
+            if risk is not None:
+                self._risks[name] = risk
             return entry
 
         return add
 
+    def find(self, name: str, trust: Container[str] = NOTHING) -> Any:
+        """The entry that a config names; one of other code is imported if its name is in ``trust``.
+
+        Raises:
+            Untrusted: the name runs code or is risky, and is not in ``trust``.
+            UserError: there is no such entry.
+        """
+        risk = "runs code of its own" if ":" in name else self._risks.get(name)
+        if risk is not None and name not in trust:
+            asked = "which only a config that you give yourself may ask for"
+            raise Untrusted(f"{self.kind} {name!r} {risk}, {asked}")
+        return self._import(name) if ":" in name else self[name]
+
     def __getitem__(self, name: str) -> Any:
-        if ":" in name:
-            return self._import(name)
         if name not in self._entries:
             raise UserError(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")
         return self._entries[name]

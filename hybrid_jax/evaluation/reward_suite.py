@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import EVERYTHING, UserError, suggest
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.sources import Text
 from hybrid_jax.metrics.text import words
@@ -104,7 +104,12 @@ def load_rewards(names: Sequence[str], overrides: Sequence[str] = ()) -> dict[st
             label, override = labels[0], labels[0] + override.removeprefix("reward")
         if label is None:
             raise UserError(f"an override of a reward is {labels[0]}.setting=value, got {override!r}")
-        settings[label] = apply_overrides(settings[label], [override.removeprefix(f"{label}.")])
+        setting = override.removeprefix(f"{label}.")
+        if "parts" in settings[label]:
+            settings[label] = apply_overrides(settings[label], [setting], CompositeReward, EVERYTHING)
+        else:
+            part = apply_overrides({"reward": settings[label]}, [f"reward.{setting}"], Part, EVERYTHING)
+            settings[label] = part["reward"]
     return {label: _build(label, settings[label]) for label in labels}
 
 
@@ -177,9 +182,9 @@ def _is_file(name: str) -> bool:
 def _build(label: str, settings: Mapping[str, Any]) -> Part | CompositeReward:
     try:
         if "parts" in settings:
-            built = parse(CompositeReward, settings)
+            built = parse(CompositeReward, settings, trust=EVERYTHING)
         elif "name" in settings:
-            built = parse(Part, {"reward": settings})
+            built = parse(Part, {"reward": settings}, trust=EVERYTHING)
         else:
             raise UserError(
                 f"a file of a reward holds 'parts' or 'name', got {', '.join(settings) or 'nothing'}"

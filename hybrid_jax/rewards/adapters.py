@@ -19,7 +19,7 @@ from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import at_least_one, texts_of_rows
 
 
-@REWARDS.register("comet")
+@REWARDS.register("comet", risk="unpickles its checkpoint")
 @dataclass(frozen=True)
 class Comet:
     """COMET's score of the response as a translation (Rei et al. 2020, arXiv:2009.09025): the best reference's.
@@ -57,7 +57,7 @@ class Comet:
         )
 
 
-@REWARDS.register("bleurt")
+@REWARDS.register("bleurt", risk="runs the program in its checkpoint")
 @dataclass(frozen=True)
 class Bleurt:
     """BLEURT's score of the response (Sellam et al. 2020, arXiv:2004.04696), of the best of ``references``.
@@ -81,7 +81,7 @@ class Bleurt:
         return _best(scorer.score(references=flat, candidates=candidates) if flat else [], accepted)
 
 
-@REWARDS.register("detoxify")
+@REWARDS.register("detoxify", risk="unpickles its checkpoint")
 @dataclass(frozen=True)
 class Detoxify:
     """Detoxify's probability that the response has a label, in [0, 1]: give it a negative weight.

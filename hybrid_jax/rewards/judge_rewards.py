@@ -21,7 +21,7 @@ def _new_log() -> Any:
     return field(default_factory=dict, init=False, repr=False, compare=False)
 
 
-@REWARDS.register("rubric_judge")
+@REWARDS.register("rubric_judge", risk="sends a key to the address in its settings")
 @dataclass(frozen=True)
 class RubricJudge:
     """The score that a language model gives the response by a rubric, scaled to [0, 1].
@@ -73,7 +73,7 @@ class RubricJudge:
         return Question(key, messages, lambda answer: read_score(answer, lowest, highest))
 
 
-@REWARDS.register("pairwise_judge")
+@REWARDS.register("pairwise_judge", risk="sends a key to the address in its settings")
 @dataclass(frozen=True)
 class PairwiseJudge:
     """How often the judge prefers the response to others: the mean over them of P(response wins), in [0, 1].

@@ -1,0 +1,156 @@
+"""How the settings of a config file, its base and the command line come together, by what the type hints say.
+
+Settings merge: of a dataclass or a component, what is not named stays; naming another component drops the
+settings of the old one. Collections are replaced: a mapping of entries under names of the user's own (every
+field of type ``dict`` or ``Mapping``: reward parts, the phases of a cycle, references, judges) holds what it
+says and no more, for each of its entries takes effect. ``a.b.c=value`` reaches into one entry and leaves the
+others; null there removes it. Only a field with the metadata `MERGED` is merged by name all the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Union, get_args, get_origin
+
+from hybrid_jax.core.registry import Registry, UserError, suggest
+
+MERGED = "merged"  # key of a field's metadata
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value stands among the settings, and what may stand there.
+
+    Attributes:
+        hint: the type of the value.
+        trust: names that may be imported to learn the type of a component.
+        plain: brings a default into the form of a file (`config.to_dict`).
+        key: under which the value stands, which names a component in a collection.
+        default: of the value, in the form of a file; None where there is none.
+        merged: it is a collection whose mappings merge.
+    """
+
+    hint: Any
+    trust: Container[str]
+    plain: Callable[[Any, Any], Any]
+    key: str | None = None
+    default: Any = None
+    merged: bool = False
+
+    @property
+    def registry(self) -> Registry | None:
+        return registry_of(self.hint)
+
+    @property
+    def is_collection(self) -> bool:
+        return get_origin(without_extras(self.hint)) in (dict, Mapping)
+
+    def child(self, key: str, settings: Settings) -> Place:
+        """The place of ``key`` in ``settings``, which stand here."""
+        hint = without_extras(self.hint)
+        if self.is_collection:
+            return self._place(get_args(hint)[1], key=key)
+        cls = self._component(settings) if self.registry is not None else hint
+        fields = {f.name: f for f in dataclasses.fields(cls) if f.init} if dataclasses.is_dataclass(cls) else {}
+        if key not in fields:
+            return self._place(Any)
+        hint, field = typing.get_type_hints(cls, include_extras=True)[key], fields[key]
+        factory = field.default_factory
+        default = None if factory is dataclasses.MISSING else factory()
+        default = default if field.default is dataclasses.MISSING else field.default
+        return self._place(hint, default=self.plain(default, hint), merged=field.metadata.get(MERGED, False))
+
+    def named(self, value: Any) -> Any:
+        """A component in its long form."""
+        if self.registry is None:
+            return value
+        if value is True and self.registry.default is not None:
+            value = self.registry.default
+        return {"name": value} if isinstance(value, str) else value
+
+    def name(self, settings: Settings) -> Any:
+        default = self.default.get("name") if isinstance(self.default, Mapping) else None
+        return settings.get("name", default or self.key)
+
+    def _place(self, hint: Any, **more: Any) -> Place:
+        return Place(without_none(hint), self.trust, self.plain, **more)
+
+    def _component(self, settings: Settings) -> Any:
+        try:
+            return self.registry.find(str(self.name(settings)), self.trust)  # type: ignore
+        except UserError:  # `parse` will say so
+            return None
+
+
+def merge(old: Any, new: Any, place: Place) -> Any:
+    """``new`` over ``old``."""
+    new = place.named(new) if isinstance(place.named(old), Mapping) else new
+    old = place.named(old)
+    if not isinstance(new, Mapping) or not isinstance(old, Mapping):
+        return new
+    if place.is_collection and not place.merged:
+        return new
+    if place.registry is not None or "name" in old:  # the latter is one that only its module knows
+        name = place.name(old)
+        if new.get("name", name) != name:
+            return new
+    merged = dict(old)
+    for key, value in new.items():
+        if value is None and place.is_collection and key in merged:
+            del merged[key]
+        else:
+            merged[key] = merge(merged.get(key), value, place.child(key, merged))
+    return merged
+
+
+def put(settings: Settings, path: Sequence[str], value: Any, place: Place, before: str = "") -> dict[str, Any]:
+    """``settings`` with ``value`` at a dotted ``path`` in them.
+
+    Raises:
+        UserError: null is put in place of an entry that a collection does not have.
+    """
+    key, *rest = path
+    key = next((known for known in settings if str(known) == key), key)  # 5 for "5"
+    dotted, child = f"{before}{key}", place.child(key, settings)
+    if rest:
+        inner = child.named(settings.get(key))
+        if inner is None and child.is_collection:
+            inner = child.default  # else one entry would take the place of all that are there by default
+        inner = inner if isinstance(inner, Mapping) else {}
+        return {**settings, key: put(inner, rest, value, child, f"{dotted}.")}
+    if value is None and place.is_collection:
+        if key not in settings:
+            raise UserError(f"{dotted}=null removes nothing; {suggest(key, [str(k) for k in settings])}")
+        return {known: entry for known, entry in settings.items() if known != key}
+    return {**settings, key: merge(settings.get(key), value, child)}
+
+
+def registry_of(hint: Any) -> Registry | None:
+    """The registry that a field's component comes from, if it holds one."""
+    return next((extra for extra in getattr(hint, "__metadata__", ()) if isinstance(extra, Registry)), None)
+
+
+def without_extras(hint: Any) -> Any:
+    """A hint without what `typing.Annotated` adds."""
+    return get_args(hint)[0] if get_origin(hint) is typing.Annotated else hint
+
+
+def without_none(hint: Any) -> Any:
+    """The hint of an optional value that is there; of several, the one that a mapping can be."""
+    bare = without_extras(hint) if registry_of(hint) is None else hint
+    if get_origin(bare) not in (Union, types.UnionType):
+        return hint
+    choices = [choice for choice in get_args(bare) if choice is not type(None)]
+    mappings = [
+        choice
+        for choice in choices
+        if registry_of(choice) is not None
+        or dataclasses.is_dataclass(without_extras(choice))
+        or get_origin(without_extras(choice)) in (dict, Mapping)
+    ]
+    return next(iter(mappings or choices))

@@ -93,6 +93,8 @@ class Registry(Generic[T]):
         """
         risk = "runs code of its own" if ":" in name else self._risks.get(name)
         if risk is not None and name not in trust:
+            if _lives_only_in_python(name):  # no trust would help
+                raise self._given_from_python(name)
             asked = "which only a config that you give yourself may ask for"
             raise Untrusted(f"{self.kind} {name!r} {risk}, {asked}")
         return self._import(name) if ":" in name else self[name]
@@ -118,13 +120,20 @@ class Registry(Generic[T]):
         try:
             return operator.attrgetter(attribute)(importlib.import_module(module_name))
         except Exception as error:  # whatever the module does when it is imported
-            if module_name == "__main__" or "<" in attribute:
-                raise UserError(
-                    f"{self.kind} {name!r} was given from Python and lives only there: go on with "
-                    "HybridTrainer in that program, or move it into a module"
-                ) from error
+            if _lives_only_in_python(name):
+                raise self._given_from_python(name) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise UserError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
+
+    def _given_from_python(self, name: str) -> UserError:
+        return UserError(
+            f"{self.kind} {name!r} was given from Python and lives only there: go on with "
+            "HybridTrainer in that program, or move it into a module"
+        )
+
+
+def _lives_only_in_python(name: str) -> bool:
+    return name.startswith("__main__:") or "<" in name
 
 
 def is_definition(entry: Any) -> bool:

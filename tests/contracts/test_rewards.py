@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
+from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.models.scorer_folder import save_scorer
@@ -102,7 +103,8 @@ ORDER = np.array([2, 0, 3, 1])
 
 def build(name):
     settings = REQUIRED.get(name, {})
-    return parse(Part, {"reward": {"name": name, **(settings() if callable(settings) else settings)}}).reward
+    named = {"name": name, **(settings() if callable(settings) else settings)}
+    return parse(Part, {"reward": named}, trust=EVERYTHING).reward
 
 
 def scorer(name):
@@ -161,7 +163,7 @@ def test_no_rows_give_no_scores(name):
 
 def test_its_config_survives_a_round_trip(name):
     composite = CompositeReward({"part": Part(build(name), clip=(-1.0, 1.0))})
-    assert parse(CompositeReward, to_dict(composite, CompositeReward)) == composite
+    assert parse(CompositeReward, to_dict(composite, CompositeReward), trust=EVERYTHING) == composite
 
 
 def test_it_says_what_it_is(name):

@@ -148,7 +148,7 @@ def test_every_mapping_in_any_setting_is_a_collection_that_a_mapping_replaces():
     for cls in dataclasses_of(ExperimentConfig, set()):
         place = Place(cls, EVERYTHING, to_dict)
         for field in dataclasses.fields(cls):
-            child = place.child(field.name, {})
+            child = place.child(field.name, {}) if field.init else Place(None, NOTHING, to_dict)
             if child.is_collection:
                 found.add(f"{cls.__name__}.{field.name}")
                 merged = merge({"old": 1}, {"new": 2}, child)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.registry import EVERYTHING, UserError
 from hybrid_jax.rewards.base import RewardError
 from hybrid_jax.rewards.combine import Baseline, Lagrangian, Limit
 from hybrid_jax.rewards.composite import CompositeReward, Part
@@ -187,7 +187,7 @@ def test_a_config_names_parts_of_the_package_and_of_the_user(tmp_path, monkeypat
             "stutter": {"reward": "repetition"},
         }
     }
-    composite = parse(CompositeReward, settings)
+    composite = parse(CompositeReward, settings, trust=EVERYTHING)
     assert composite.parts["length"] == Part(Length(target=2), weight=2.0, clip=(-1.0, 0.0))
     scores, _, _ = composite.score(composite.init(), ["", ""], ["THE EAGLE", "the owl"])
     assert scores.tolist() == [2.0, -1.0]
@@ -207,7 +207,7 @@ def test_a_config_names_parts_of_the_package_and_of_the_user(tmp_path, monkeypat
             {"parts": {"a": {"reward": "repetition", "clip": [1, -1]}}},
             r"clip must be \(lowest, highest\), got \(1.0, -1.0\)",
         ),
-        ({"parts": {"a": {"reward": "repetition", "weight": "nan"}}}, "weight must be finite, got nan"),
+        ({"parts": {"a": {"reward": "repetition", "weight": float("nan")}}}, "weight must be finite, got nan"),
         (
             {"parts": {"a": {"reward": {"name": "token_length", "target": 2}, "normalise": True}}},
             "parts.a.normalise must be false for a reward on tokens",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.registry import EVERYTHING, UserError
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.judge import Endpoint, Judge, _seconds
@@ -385,7 +385,7 @@ def test_the_key_is_nowhere_but_in_the_header(server, endpoint, tmp_path, caplog
     seen += [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
     assert len(list((tmp_path / "cache").rglob("*.json"))) == 2  # an answer, and what was spent
     assert not [text for text in seen if SECRET in text or "tell-nobody" in text]
-    assert parse(CompositeReward, to_dict(part, CompositeReward)) == part
+    assert parse(CompositeReward, to_dict(part, CompositeReward), trust=EVERYTHING) == part
 
 
 def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
@@ -418,6 +418,7 @@ def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
                     "endpoint": {"url": "https://h", "model": "m", "api_key_env": SECRET},
                 }
             },
+            trust=EVERYTHING,
         )
     assert SECRET not in str(caught.value)
     with pytest.raises(ValueError, match="scale must be"):

@@ -8,129 +8,55 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import jax
 from jax import Array
 
 from hybrid_jax.banner import banner
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
-from hybrid_jax.core.merging import MERGED
-from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError, names_in
-from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.core.config import to_dict
+from hybrid_jax.core.registry import UserError, names_in
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.conversations import Chat
-from hybrid_jax.data.sources import SOURCES
-from hybrid_jax.data.tokenizer import TOKENIZERS, Tokenizer, load_tokenizer
-from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
+from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_jax.evaluation.evaluate import Evaluator
+from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
+from hybrid_jax.experiment_config import load_config as load_config
+from hybrid_jax.experiment_config import load_run_config as load_run_config
 from hybrid_jax.models import decoder, encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
-from hybrid_jax.models.base import BACKBONES, LanguageModel
+from hybrid_jax.models.base import LanguageModel
 from hybrid_jax.parallel import hosts
-from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import Policy, as_list, default_sampler, init_key, run_settings, trust_explained
+from hybrid_jax.policy import Policy, as_list, default_sampler, init_key
 from hybrid_jax.run_identity import ENVIRONMENT, WRITTEN, check_is_run, check_same_run, environment, owned
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
-from hybrid_jax.training.compilation import cache_folder, keep_compiled
-from hybrid_jax.training.loggers import LOGGERS, METRICS_FILE, Logger, open_loggers, read_records
+from hybrid_jax.training.compilation import keep_compiled
+from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
 from hybrid_jax.training.optimizers import waits_for_horizon
-from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase
-from hybrid_jax.training.profiler import ProfileConfig, Profiler
+from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPhase
+from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.run_files import RunFiles, run_files
-from hybrid_jax.training.scheduler import SCHEDULERS, planned_steps
+from hybrid_jax.training.scheduler import planned_steps
 from hybrid_jax.training.state import RunState
 from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ExperimentConfig:
-    """A whole experiment, as its YAML file says it."""
-
-    run_dir: Path | Url  # gs://bucket/path
-    steps: int  # of all phases together
-    model: Annotated[Any, BACKBONES]
-    tokenizer: Annotated[Any, TOKENIZERS]
-    data: Annotated[Any, SOURCES]
-    phases: dict[str, Annotated[Any, PHASES]] = field(  # by the names that the scheduler uses
-        metadata={MERGED: True}  # one that no scheduler chooses does nothing
-    )
-    scheduler: Annotated[Any, SCHEDULERS]
-    seed: int = 0
-    share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
-    offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
-    mesh: MeshConfig = MeshConfig()
-    compilation_cache: Path | Url | None = field(default_factory=cache_folder)
-    peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
-    profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
-
-    def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {self.steps}")
-        check_seed(self.seed)
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
-        for phase in self.scheduler.phases:
-            if phase not in self.phases:
-                raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
-        optimizers = [phase.optimizer for phase in self.phases.values()]
-        kinds = {(type(optimizer), getattr(optimizer, "state_dtype", None)) for optimizer in optimizers}
-        if self.share_optimizer_state and len(kinds) > 1:
-            raise ValueError(
-                "share_optimizer_state needs phases with the same kind of optimizer and the same state_dtype"
-            )
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
-    """Reads a config file with ``a.b=value`` overrides.
-
-    Raises:
-        UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
-    """
-    settings = load_yaml(path, overrides, ExperimentConfig, EVERYTHING)
-    return parse(ExperimentConfig, settings, trust=EVERYTHING)
-
-
-def load_run_config(
-    run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING
-) -> ExperimentConfig:
-    """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler.
-
-    Args:
-        run_dir: of the run, whose config may be anybody's.
-        overrides: ``a.b=value`` texts over it.
-        trust: names in it that may run code.
-
-    Raises:
-        Untrusted: the config has a name that runs code and is not in ``trust``.
-    """
-    settings = run_settings(run_dir)
-    measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
-    sampler = next((phase["sampler"] for phase in phases.values() if "sampler" in phase), None)
-    settings["evaluation"] = {**measured, "sampler": measured.get("sampler") or sampler}
-    settings = apply_overrides(settings, overrides, ExperimentConfig, trust)
-    with trust_explained(run_dir):
-        return parse(ExperimentConfig, {**settings, "run_dir": str(run_dir)}, trust=trust)
 
 
 def build(config: ExperimentConfig) -> Experiment:
@@ -139,7 +65,7 @@ def build(config: ExperimentConfig) -> Experiment:
     files = run_files(config.run_dir)
     check_is_run(files)
     files.fetch()
-    check_same_run(files, settings := to_dict(config), partial(_spelled_out, trust=names_in(settings)))
+    _check_same_run(files, config)
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     held_out = functools.cache(partial(config.data.load, "held_out"))
@@ -158,6 +84,12 @@ def build(config: ExperimentConfig) -> Experiment:
     evaluator = make_evaluator(config, model, tokenizer, eos_ids) if isinstance(model, LanguageModel) else None
     rows = {"train": len(examples), "held_out": len(held_out())}
     return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement, rows)
+
+
+def _check_same_run(files: RunFiles, config: ExperimentConfig) -> None:
+    """A run goes on by the config that it began with, and its own may name no other code than this one."""
+    settings = to_dict(config)
+    check_same_run(files, settings, partial(spelled_out, trust=names_in(settings)))
 
 
 def _check_hosts(config: ExperimentConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
@@ -310,7 +242,7 @@ class Experiment:
         """The newest saved state, or a fresh one, with what writes the run directory, which must be `owned`."""
         files, folder = self.files, self.files.folder
         files.fetch()  # another process may have trained here since this was built
-        check_same_run(files, to_dict(self.config), _spelled_out)
+        _check_same_run(files, self.config)
         names = sorted({name for phase in self.phases.values() for name in phase.references})
         shapes = state_shapes(self.model, self.phases, self.placement, names)
         if hosts.is_first():
@@ -427,11 +359,3 @@ class Experiment:
 def has_checkpoint(run_dir: str | Path) -> bool:
     """Whether training has left anything there to go on from."""
     return bool(saved_steps(run_files(run_dir).checkpoints))
-
-
-def _spelled_out(settings: dict[str, Any], trust: Container[str]) -> dict[str, Any]:
-    """Settings that came up after a run was written have their defaults there."""
-    try:
-        return to_dict(parse(ExperimentConfig, settings, trust=trust))
-    except UserError:  # of settings that are gone, or of objects that only a notebook has
-        return settings

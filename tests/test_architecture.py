@@ -17,7 +17,14 @@ LAYERS = {
 }
 TOP = {
     **dict.fromkeys(["start", "banner", "testing", "policy", "run_identity"], 5),
-    **{"scorer_run": 5.5, "experiment": 6, "scorer_commands": 7, "trainer": 7, "__init__": 9},
+    **{
+        "scorer_run": 5.5,
+        "experiment_config": 5.5,
+        "experiment": 6,
+        "scorer_commands": 7,
+        "trainer": 7,
+        "__init__": 9,
+    },
 }
 # The report reads run directories and knows no model.
 REPORT_TOPICS = ["charts", "flags", "glossary", "metrics", "page", "rewards", "run", "samples", "speed"]

@@ -11,7 +11,7 @@ from hybrid_jax import evaluate, export, generate, report
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import EVERYTHING, Registry, Untrusted, UserError, names_in
 from hybrid_jax.data.tokenizer import Bytes
-from hybrid_jax.experiment import ExperimentConfig, _spelled_out, load_config, load_run_config
+from hybrid_jax.experiment_config import ExperimentConfig, load_config, load_run_config, spelled_out
 from hybrid_jax.models.scorer_folder import load_scorer
 from hybrid_jax.rewards.composite import CompositeReward
 
@@ -95,7 +95,7 @@ def test_no_command_imports_what_a_run_names(place, foreign_run, planted, comman
         command(main, "--run", run, *more)  # whatever it says, for it may need none of that
     with pytest.raises(UserError):
         load_run_config(run)
-    _spelled_out(yaml.safe_load((run / "config.yaml").read_text()), trust=frozenset())  # of a run that goes on
+    spelled_out(yaml.safe_load((run / "config.yaml").read_text()), trust=frozenset())  # of a run that goes on
     assert not planted.exists()
 
 

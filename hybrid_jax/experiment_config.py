@@ -1,0 +1,110 @@
+"""The config of a whole experiment: what its YAML file says, read from the user's file or from a run."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
+from hybrid_jax.core.merging import MERGED
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError
+from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
+from hybrid_jax.data.sources import SOURCES
+from hybrid_jax.data.tokenizer import TOKENIZERS
+from hybrid_jax.evaluation.evaluate import EvaluationConfig
+from hybrid_jax.models import decoder, encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models.base import BACKBONES
+from hybrid_jax.parallel.mesh import MeshConfig
+from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
+from hybrid_jax.policy import run_settings, trust_explained
+from hybrid_jax.training.checkpoint import CheckpointConfig
+from hybrid_jax.training.compilation import cache_folder
+from hybrid_jax.training.loggers import LOGGERS
+from hybrid_jax.training.offload import Idle
+from hybrid_jax.training.phase import PHASES
+from hybrid_jax.training.profiler import ProfileConfig
+from hybrid_jax.training.scheduler import SCHEDULERS
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment, as its YAML file says it."""
+
+    run_dir: Path | Url  # gs://bucket/path
+    steps: int  # of all phases together
+    model: Annotated[Any, BACKBONES]
+    tokenizer: Annotated[Any, TOKENIZERS]
+    data: Annotated[Any, SOURCES]
+    phases: dict[str, Annotated[Any, PHASES]] = field(  # by the names that the scheduler uses
+        metadata={MERGED: True}  # one that no scheduler chooses does nothing
+    )
+    scheduler: Annotated[Any, SCHEDULERS]
+    seed: int = 0
+    share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
+    offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
+    mesh: MeshConfig = MeshConfig()
+    compilation_cache: Path | Url | None = field(default_factory=cache_folder)
+    peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
+    profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps must be at least 0, got {self.steps}")
+        check_seed(self.seed)
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
+        for phase in self.scheduler.phases:
+            if phase not in self.phases:
+                raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
+        optimizers = [phase.optimizer for phase in self.phases.values()]
+        kinds = {(type(optimizer), getattr(optimizer, "state_dtype", None)) for optimizer in optimizers}
+        if self.share_optimizer_state and len(kinds) > 1:
+            raise ValueError(
+                "share_optimizer_state needs phases with the same kind of optimizer and the same state_dtype"
+            )
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads a config file with ``a.b=value`` overrides.
+
+    Raises:
+        UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
+    """
+    settings = load_yaml(path, overrides, ExperimentConfig, EVERYTHING)
+    return parse(ExperimentConfig, settings, trust=EVERYTHING)
+
+
+def load_run_config(
+    run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING
+) -> ExperimentConfig:
+    """The config of a run directory, wherever it lies now; ``evaluation.sampler`` is the run's sampler.
+
+    Args:
+        run_dir: of the run, whose config may be anybody's.
+        overrides: ``a.b=value`` texts over it.
+        trust: names in it that may run code.
+
+    Raises:
+        Untrusted: the config has a name that runs code and is not in ``trust``.
+    """
+    settings = run_settings(run_dir)
+    measured, phases = settings.get("evaluation") or {}, settings.get("phases") or {}
+    sampler = next((phase["sampler"] for phase in phases.values() if "sampler" in phase), None)
+    settings["evaluation"] = {**measured, "sampler": measured.get("sampler") or sampler}
+    settings = apply_overrides(settings, overrides, ExperimentConfig, trust)
+    with trust_explained(run_dir):
+        return parse(ExperimentConfig, {**settings, "run_dir": str(run_dir)}, trust=trust)
+
+
+def spelled_out(settings: dict[str, Any], trust: Container[str]) -> dict[str, Any]:
+    """Settings that came up after a run was written have their defaults there."""
+    try:
+        return to_dict(parse(ExperimentConfig, settings, trust=trust))
+    except UserError:  # of settings that are gone, or of objects that only a notebook has
+        return settings

@@ -300,17 +300,19 @@ class Experiment:
         on_time = every is not None and state.step % every == 0
         return state.step == self.steps or first_of_phase or on_time
 
-    def evaluate(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Numbers and samples on the held-out split."""
-        numbers, samples = {}, []
+    def evaluate(
+        self, state: RunState
+    ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
+        """Numbers and samples on the held-out split, and the values by prompt behind some of the numbers."""
+        numbers, samples, by_prompt = {}, [], {}
         if self.evaluator is not None:
-            numbers, samples = under(self.placement, self.evaluator.run)(state.policy)
+            numbers, samples, by_prompt = under(self.placement, self.evaluator.run)(state.policy)
         for phase in self.phases.values():
             if isinstance(phase, ScorerPhase):
                 found = under(self.placement, phase.evaluate)(state)
                 numbers |= {f"evaluation/{name}": value for name, value in found.items()}
         where = {"step": state.step, "phase": "evaluation"}
-        return numbers, [{**where, **sample} for sample in samples]
+        return numbers, [{**where, **sample} for sample in samples], by_prompt
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
         """The state once these numbers were measured: a mixture of rewards may learn from them."""

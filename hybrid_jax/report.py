@@ -16,6 +16,7 @@ from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.yaml_text import dump_yaml
+from hybrid_jax.report_change import METHOD, Change, change_of, signed
 from hybrid_jax.report_charts import phase_class, short_number
 from hybrid_jax.report_flags import find_flags
 from hybrid_jax.report_glossary import glossary_entry
@@ -91,28 +92,74 @@ def _headline(run: Run) -> str:
     )
 
 
-def _sft_level(run: Run) -> tuple[int, float] | None:
-    """The held-out score before PPO began: an evaluation at step s is made before update s."""
-    return run.value("evaluation/score", until=run.first_ppo_step) if run.first_ppo_step is not None else None
+def _score_change(run: Run) -> Change | None:
+    """From the last evaluation before PPO to the last: an evaluation at step s is made before update s."""
+    return None if run.first_ppo_step is None else change_of(run, "evaluation/score", run.first_ppo_step)
 
 
 def _verdict(run: Run) -> str:
-    before, after = _sft_level(run), run.value("evaluation/score")
-    if before is None or after is None or before[0] == after[0]:
-        return ""
-    change = after[1] - before[1]
-    verb = "raised" if change > 0 else "lowered" if change < 0 else "left"
-    start = "SFT alone" if before[0] > 0 else "the untrained start"
-    return (
-        f'<p class="verdict">Training with reward {verb} the held-out score from {before[1]:.3f} '
-        f"({start}, step {before[0]:,}) to <b>{after[1]:.3f}</b> at step {after[0]:,}.</p>"
+    sentences = []
+    if run.first_ppo_step is not None and not run.has_signal:
+        sentences.append(
+            "The reward gave no signal: in each rollout all responses scored the same, "
+            "and PPO had nothing to learn."
+        )
+    kind, method = "", ""
+    if change := _score_change(run):
+        sentences.append(_change_sentence(run, change))
+        kind = {1: " up", -1: " down", 0: ""}[change.direction]
+        has_method = change.interval and not change.is_exactly_zero
+        method = f'<p class="method">{METHOD.format(change.num_prompts)}.</p>' if has_method else ""
+    return f'<p class="verdict{kind}">{" ".join(sentences)}</p>{method}' if sentences else ""
+
+
+def _change_sentence(run: Run, change: Change) -> str:
+    (step, before), (last, after) = change.before, change.after
+    start = (
+        "SFT alone" if step > 0 else "the pretrained model" if _is_pretrained(run) else "the untrained start"
     )
+    numbers = f"from {_score(before)} ({start}, step {step:,}) to <b>{_score(after)}</b> at step {last:,}"
+    if change.interval is None:
+        why = (
+            f"only {change.num_prompts} prompts" if change.num_prompts else "this run kept no scores by prompt"
+        )
+        return (
+            f"The held-out score went {numbers}; whether that is more than chance cannot be told ({why})."
+            if before != after
+            else f"The held-out score is {_score(after)}, as it was before PPO."
+        )
+    if change.is_exactly_zero:
+        same = f"Training with reward left the held-out score at <b>{_score(after)}</b>"
+        return f"{same}: no prompt scored differently."
+    difference = f"{signed(change.difference)}, 95 % interval {change.range}"
+    if change.direction == 0:
+        return (
+            f"Training with reward made no clear difference: the held-out score went {numbers} ({difference}), "
+            "which may be chance."
+        )
+    verb = "raised" if change.direction > 0 else "lowered"
+    return f"Training with reward {verb} the held-out score {numbers} ({difference})."
+
+
+def _is_pretrained(run: Run) -> bool:
+    """Whether the model came out of a folder."""
+    model = run.config.get("model")
+    return isinstance(model, Mapping) and bool(model.get("path"))
+
+
+def _score(value: float) -> str:
+    """Three decimals with a true minus; what rounds to 0 has no sign."""
+    return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 
 def _warning(run: Run) -> str:
-    count = len(find_flags(run).found)
-    signs = "1 sign" if count == 1 else f"{count} signs"
-    return f'<p class="warning">{signs} of reward hacking: see Rewards.</p>' if count else ""
+    flags = find_flags(run)
+    lines = []
+    if count := len(flags.gaming):
+        lines.append(f"{'1 sign' if count == 1 else f'{count} signs'} of reward hacking: see Rewards.")
+    if (silent := list(run.silent_parts)) and run.has_signal:
+        lines.append(f"No signal in training from {escaped(', '.join(silent), 200)}: see Rewards.")
+    return "".join(f'<p class="warning">{line}</p>' for line in lines)
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
@@ -126,14 +173,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     seconds = max((r["seconds"] for r in run.records if isinstance(r.get("seconds"), int | float)), default=0)
     tiles = []
     if score := run.value("evaluation/score"):
-        before = _sft_level(run)
-        tiles.append(
-            ("Held-out score", f"{score[1]:.3f}", f"{before[1]:.3f} before PPO" if before else "at the end")
-        )
+        tiles.append(("Held-out score", _score(score[1]), _score_note(_score_change(run))))
     if accuracy := run.value("evaluation/accuracy"):
         tiles.append(("Held-out accuracy", f"{accuracy[1]:.1%}", "at the end"))
     if kl := run.value("evaluation/kl") or run.value("ppo/kl"):
-        tiles.append(("KL to the reference", f"{short_number(kl[1])} nats", "a response, at the end"))
+        note = "a response, at the end" if kl[1] >= 0 else "a response: an estimate, 0 within its noise"
+        tiles.append(("KL to the reference", f"{short_number(kl[1]).replace('-', '−')} nats", note))
     if perplexity := run.value("evaluation/perplexity"):
         tiles.append(("Held-out perplexity", short_number(perplexity[1]), "at the end"))
     elif loss := run.value("sft/loss"):
@@ -141,6 +186,15 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     tiles.append(("Steps", f"{run.num_steps:,}", shares))
     tiles.append(("Duration", _duration(seconds), "wall clock"))
     return tiles
+
+
+def _score_note(change: Change | None) -> str:
+    if change is None:
+        return "at the end"
+    if change.interval is None:
+        return f"{_score(change.before[1])} before PPO"
+    difference = "the same for each prompt" if change.is_exactly_zero else change.range
+    return f"{_score(change.before[1])} before PPO, {difference}"
 
 
 def _duration(seconds: float) -> str:

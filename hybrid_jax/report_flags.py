@@ -1,4 +1,7 @@
-"""Signs that a policy games its reward, as sentences with numbers; each rule says itself when it speaks.
+"""Signs that a policy games its reward or that the reward says nothing, as sentences with numbers.
+
+Each rule says itself when it speaks. Those of `GAMING` are signs of reward hacking; those of `WEAKNESS` say
+that a part of the reward teaches little or nothing, whatever the policy does.
 
 A rule that lacks its numbers gives None, one that finds nothing gives no sentences.
 
@@ -65,20 +68,26 @@ def trend(values: Sequence[float]) -> Trend | None:
 class Flags:
     """What the rules found, and the names of those that had nothing to look at."""
 
-    found: list[str]
+    gaming: list[str]
+    weakness: list[str]
     looked_at: list[str]
     not_looked_at: list[str]
 
 
 def find_flags(run: Run) -> Flags:
-    """Every rule on a run; none has anything to look at without PPO."""
-    answers = {name: rule(run) if run.first_ppo_step is not None else None for name, rule in RULES.items()}
-    found = [sentence for sentences in answers.values() for sentence in sentences or ()]
+    """Every rule on a run; none has anything to look at without PPO, and without a signal none is gamed."""
+    rules = {**(GAMING if run.has_signal else {}), **WEAKNESS}
+    answers = {name: rule(run) if run.first_ppo_step is not None else None for name, rule in rules.items()}
     return Flags(
-        found,
+        _sentences(answers, GAMING),
+        _sentences(answers, WEAKNESS),
         [name for name, sentences in answers.items() if sentences is not None],
         [name for name, sentences in answers.items() if sentences is None],
     )
+
+
+def _sentences(answers: Mapping[str, list[str] | None], rules: Mapping[str, Callable]) -> list[str]:
+    return [sentence for name in rules for sentence in answers.get(name) or ()]
 
 
 # --- rules -----------------------------------------------------------------------------------------------
@@ -165,7 +174,11 @@ def constant_parts(run: Run) -> list[str] | None:
     }
     return _each(
         known,
-        lambda part, seen: f"{part} gave all responses of a rollout the same {_LATE}: it teaches nothing.",
+        lambda part, seen: (
+            f"{part} gives no signal: in all of training every response got {_value(run, part)}."
+            if part in run.silent_parts
+            else f"{part} gave all responses of a rollout the same {_LATE}: it teaches nothing more."
+        ),
         lambda seen: seen[0] <= 1e-9 * max(1.0, abs(seen[1])),
     )
 
@@ -210,14 +223,16 @@ def single_part(run: Run) -> list[str] | None:
     )
 
 
-RULES: Mapping[str, Callable[[Run], list[str] | None]] = {
+GAMING: Mapping[str, Callable[[Run], list[str] | None]] = {
     "score against judges": against_judges,
     "score at equal length": against_length,
     "parts against each other": one_part_for_another,
-    "clipped parts": dead_parts,
-    "constant parts": constant_parts,
     "growing responses": growing_responses,
     "score with length": score_for_length,
+}
+WEAKNESS: Mapping[str, Callable[[Run], list[str] | None]] = {
+    "clipped parts": dead_parts,
+    "constant parts": constant_parts,
     "entropy of the weights": single_part,
 }
 
@@ -238,6 +253,10 @@ def _since_ppo(run: Run, metric: str) -> list[tuple[int, float]]:
 
 def _trend(run: Run, metric: str) -> Trend | None:
     return trend([y for _, y in _since_ppo(run, metric)])
+
+
+def _value(run: Run, part: str) -> str:
+    return short_number(run.silent_parts[part])
 
 
 def _part_trend(run: Run, part: str) -> Trend | None:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from hybrid_jax.report_change import METHOD, Change, change_of, signed
+from hybrid_jax.report_charts import short_number
 from hybrid_jax.report_flags import Flags, find_flags
 from hybrid_jax.report_glossary import GLOSSARY
 from hybrid_jax.report_metrics import combination_charts, judge_chart, part_chart
@@ -26,7 +28,7 @@ def rewards_section(run: Run, figures: Figures) -> str:
     drawn = [figures.chart(chart) for chart in [*charts, *combination_charts(run.parts)]]
     drawn += [figures.chart(chart) for chart in figures.rest("reward/")]
     grid = f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
-    pieces = [_flags(find_flags(run)), grid, _heat_table(_correlations(run)), _extremes(run)]
+    pieces = [_flags(find_flags(run)), grid, _changes(run), _heat_table(_correlations(run)), _extremes(run)]
     note = f"<p>{escaped(' '.join(GLOSSARY['reward']))}</p>"
     return section("Rewards", "".join(pieces), note)
 
@@ -42,12 +44,56 @@ def _flags(flags: Flags) -> str:
         "Numbers from and to are means of the first and of the last third of the evaluations since PPO began. "
     )
     note = (
-        f'<p class="note">{thirds if flags.found else ""}Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
+        f'<p class="note">{thirds if flags.gaming else ""}Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
     )
-    if not flags.found:
+    found = {"Signs of reward hacking": flags.gaming, "Little or no signal": flags.weakness}
+    lists = "".join(
+        f"<h3>{title}</h3><ul>{''.join(f'<li>{escaped(sentence)}</li>' for sentence in sentences)}</ul>"
+        for title, sentences in found.items()
+        if sentences
+    )
+    if not lists:
         return f'<div class="flags"><h3>Nothing suspicious</h3>{note}</div>'
-    items = "".join(f"<li>{escaped(sentence)}</li>" for sentence in flags.found)
-    return f'<div class="flags found"><h3>Signs of reward hacking</h3><ul>{items}</ul>{note}</div>'
+    return f'<div class="flags found">{lists}{note}</div>'
+
+
+# --- what changed ----------------------------------------------------------------------------------------
+
+
+def _changes(run: Run) -> str:
+    """A table of score, parts and judges before PPO and at the end, each difference with its interval."""
+    if run.first_ppo_step is None:
+        return ""
+    names = {"score": "score", **{part: f"reward/{part}" for part in run.parts}}
+    names |= {f"judge: {judge}": f"judge/{judge}" for judge in run.judges}
+    found = {
+        name: change
+        for name, metric in names.items()
+        if (change := change_of(run, f"evaluation/{metric}", run.first_ppo_step)) and change.interval
+    }
+    if not found:
+        return ""
+    rows = "".join(_change_row(name, change, name in run.silent_parts) for name, change in found.items())
+    head = "".join(
+        f"<th>{title}</th>" for title in ("", "before PPO", "at the end", "difference", "95 % interval", "")
+    )
+    method = METHOD.format(next(iter(found.values())).num_prompts)
+    return (
+        '<div class="wide-table"><h3>Held-out change</h3><div class="scroll"><table class="speed"><thead>'
+        f"<tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<p class="note">The {method}. Another seed of the run may differ by more.</p></div>'
+    )
+
+
+def _change_row(name: str, change: Change, is_silent: bool) -> str:
+    words = {1: "up", -1: "down", 0: "within chance"}[change.direction]
+    cells = [
+        *(short_number(value) for _, value in (change.before, change.after)),
+        signed(change.difference),
+        change.range,
+        "no signal in training" if is_silent else "unchanged" if change.is_exactly_zero else words,
+    ]
+    return f"<tr><td>{_name(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
 
 
 # --- correlations ----------------------------------------------------------------------------------------

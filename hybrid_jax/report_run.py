@@ -13,6 +13,7 @@ from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.report_charts import Block, phase_blocks
 from hybrid_jax.training.loggers import (
+    BY_PROMPT,
     METRICS_FILE,
     SAMPLES_FILE,
     read_records,
@@ -95,6 +96,38 @@ class Run:
         """The (step, value) of a metric from the step ``since`` on, without gaps."""
         xs, ys = self.curves.get(metric, ([], []))
         return [(x, y) for x, y in zip(xs, ys, strict=True) if y is not None and x >= since]
+
+    def by_prompt(self, metric: str, step: int) -> list[float]:
+        """The value of each held-out prompt at the evaluation of a step; none where the run stored none."""
+        for record in self.records:
+            values = record.get(BY_PROMPT)
+            if record["step"] == step and record["phase"] == "evaluation" and isinstance(values, dict):
+                found = values.get(metric)
+                if isinstance(found, list) and all(isinstance(value, int | float) for value in found):
+                    return found
+        return []
+
+    @cached_property
+    def silent_parts(self) -> dict[str, float]:
+        """Parts that gave the same to all responses of each rollout of the run, with what they gave on average.
+
+        The same is a standard deviation of at most a billionth of the mean.
+        """
+        found = {}
+        for part in self.parts:
+            spreads = self.points(f"ppo/reward/{part}_std")
+            means = dict(self.points(f"ppo/reward/{part}"))
+            if spreads and all(std <= 1e-9 * max(1.0, abs(means.get(step, 0.0))) for step, std in spreads):
+                found[part] = fmean(means.values()) if means else 0.0
+        return found
+
+    @cached_property
+    def has_signal(self) -> bool:
+        """Whether the reward ever told two responses of a rollout apart; true where that was not logged."""
+        if any(f"ppo/reward/{part}_std" in self.curves for part in self.parts):
+            return len(self.silent_parts) < len(self.parts)
+        spreads = self.points("ppo/score_std")
+        return not spreads or any(spread > 0 for _, spread in spreads)
 
     def late_mean(self, metric: str) -> float | None:
         """The mean of a metric of PPO over the last tenth of its steps."""

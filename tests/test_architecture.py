@@ -27,7 +27,18 @@ TOP = {
     },
 }
 # The report reads run directories and knows no model.
-REPORT_TOPICS = ["charts", "flags", "glossary", "metrics", "page", "rewards", "run", "samples", "speed"]
+REPORT_TOPICS = [
+    "change",
+    "charts",
+    "flags",
+    "glossary",
+    "metrics",
+    "page",
+    "rewards",
+    "run",
+    "samples",
+    "speed",
+]
 REPORT = {"report", *(f"report_{topic}" for topic in REPORT_TOPICS)}
 COMMANDS = {"train", "generate", "evaluate", "export", "plan"}
 ONLY_IN = {

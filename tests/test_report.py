@@ -14,6 +14,7 @@ import pytest
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.report import _data_block, main, write_report
+from hybrid_jax.report_change import paired_interval
 from hybrid_jax.report_charts import (
     Block,
     Panel,
@@ -61,6 +62,15 @@ class Page(HTMLParser):
 def evaluation(step: int, score: float | None = 0.5, **metrics: float) -> dict:
     record = {"step": step, "phase": "evaluation", "seconds": 2.0 * step, "evaluation/score": score}
     return record | {f"evaluation/{name}": value for name, value in metrics.items()}
+
+
+BEFORE = [0.2, 0.6] * 4
+RISE = [0.4] * 4 + [0.6] * 4
+
+
+def by_prompt(step: int, scores: list[float]) -> dict:
+    """An evaluation that knows the score of each prompt."""
+    return evaluation(step, sum(scores) / len(scores)) | {"by_prompt": {"evaluation/score": scores}}
 
 
 def sft(step: int, loss: float | None = 2.0) -> dict:
@@ -133,17 +143,76 @@ def test_the_page_reaches_for_nothing_and_runs_only_its_own_script(tmp_path):
 
 
 def test_the_headline_compares_the_end_with_the_last_evaluation_before_ppo(tmp_path):
-    metrics = [evaluation(0, 0.1), sft(0), sft(1), evaluation(2, 0.4), ppo(2), evaluation(3, 0.7), ppo(3)]
-    page = report(tmp_path, [*metrics, evaluation(4, 0.9)])
-    assert "raised the held-out score from 0.400 (SFT alone, step 2) to 0.900 at step 4." in page.text
-    assert "0.400 before PPO" in page.text
+    metrics = [evaluation(0, 0.1), sft(0), sft(1), by_prompt(2, BEFORE), ppo(2)]
+    metrics += [evaluation(3, 0.7), ppo(3)]
+    after = [score + d for score, d in zip(BEFORE, RISE, strict=True)]
+    page = report(tmp_path, [*metrics, by_prompt(4, after)])
+    # Differences of 0.4 and 0.6: mean 0.5, s = 0.1 √(8/7), t(0.975, 7) s / √8 = 2.3646 · 0.0378 = 0.0894.
+    assert (
+        "Training with reward raised the held-out score from 0.400 (SFT alone, step 2) to 0.900 at step 4 "
+        "(+0.5, 95 % interval +0.411 to +0.589). "
+        "95 % interval of the mean difference over the same 8 held-out prompts, paired t."
+    ) in page.text
+    assert 'class="verdict up"' in (tmp_path / "report.html").read_text()
+    assert "0.400 before PPO, +0.411 to +0.589" in page.text
     assert "Steps 4 2 SFT · 2 PPO" in page.text
     assert "Duration 8 s" in page.text
 
 
 def test_a_lower_score_is_called_lower_and_an_untrained_start_is_no_sft_level(tmp_path):
+    page = report(tmp_path, [by_prompt(0, [0.5] * 8), ppo(0), by_prompt(1, [0.25] * 7 + [0.2])])
+    assert "lowered the held-out score from 0.500 (the untrained start, step 0) to 0.244 at step 1" in page.text
+    assert 'class="verdict down"' in (tmp_path / "report.html").read_text()
+
+
+def test_a_pretrained_start_is_not_called_untrained(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {name: pretrained, path: some/folder}")
     page = report(tmp_path, [evaluation(0, 0.5), ppo(0), evaluation(1, 0.25)])
-    assert "lowered the held-out score from 0.500 (the untrained start, step 0) to 0.250 at step 1" in page.text
+    assert "(the pretrained model, step 0)" in page.text
+
+
+def test_a_difference_within_chance_is_no_success(tmp_path):
+    after = [score + d for score, d in zip(BEFORE, [0.04, -0.03] * 4, strict=True)]
+    page = report(tmp_path, [by_prompt(0, BEFORE), ppo(0), by_prompt(4, after)])
+    # d̄ = 0.005, s = 0.035 √(8/7): 2.3646 s / √8 = 0.0313
+    assert (
+        "Training with reward made no clear difference: the held-out score went from 0.400 (the untrained "
+        "start, step 0) to 0.405 at step 4 (+0.005, 95 % interval −0.0263 to +0.0363), which may be chance."
+    ) in page.text
+    assert 'class="verdict"' in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "why"),
+    [
+        (evaluation(0, 0.4), evaluation(4, 0.9), "(this run kept no scores by prompt)"),
+        (by_prompt(0, [0.4] * 7), by_prompt(4, [0.9] * 7), "(only 7 prompts)"),
+        (
+            by_prompt(0, [0.4] * 9),
+            by_prompt(4, [0.9] * 8),
+            "(this run kept no scores by prompt)",
+        ),  # other prompts
+    ],
+)
+def test_a_difference_without_an_interval_claims_nothing(tmp_path, before, after, why):
+    page = report(tmp_path, [before, ppo(0), after])
+    assert (
+        "The held-out score went from 0.400 (the untrained start, step 0) to 0.900 at step 4; whether that is "
+        f"more than chance cannot be told {why}."
+    ) in page.text
+    assert 'class="verdict"' in (tmp_path / "report.html").read_text()
+
+
+def test_the_paired_interval_is_that_of_students_t():
+    low, high = paired_interval([0.0] * 10, [float(i) for i in range(10)])
+    half = 2.2621571627 * (sum((i - 4.5) ** 2 for i in range(10)) / 9) ** 0.5 / 10**0.5  # t(0.975, 9)
+    assert (low, high) == pytest.approx((4.5 - half, 4.5 + half), rel=1e-9)
+    assert paired_interval([0.0] * 7, [1.0] * 7) is None
+
+
+def test_a_kl_below_zero_is_said_to_be_noise(tmp_path):
+    page = report(tmp_path, [ppo(0) | {"ppo/kl": -0.00826}])
+    assert "−0.00826 nats a response: an estimate, 0 within its noise" in page.text
 
 
 def test_steps_are_counted_by_phase_also_when_only_some_are_logged(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_jax.report import write_report
 from hybrid_jax.report_charts import Band, Panel, Series, draw
-from hybrid_jax.report_flags import RULES, find_flags, trend
+from hybrid_jax.report_flags import GAMING, WEAKNESS, find_flags, trend
 from hybrid_jax.report_glossary import glossary_entry
 from hybrid_jax.report_run import Run
 
@@ -53,9 +53,14 @@ def only(rule: str, planted: Run) -> str:
     """The one sentence of a rule, and of no other."""
     flags = find_flags(planted)
     assert rule in flags.looked_at
-    (sentence,) = flags.found
-    assert RULES[rule](planted) == [sentence]
+    (sentence,) = (*flags.gaming, *flags.weakness)
+    assert {**GAMING, **WEAKNESS}[rule](planted) == [sentence]
+    assert (rule in GAMING) == (sentence in flags.gaming)
     return sentence
+
+
+def found(flags) -> list[str]:
+    return [*flags.gaming, *flags.weakness]
 
 
 def line(start: float, end: float, count: int = 9, wobble: float = 0.0) -> list[float]:
@@ -122,19 +127,19 @@ def test_a_judge_that_falls_while_the_score_rises_is_told():
     ],
 )
 def test_a_judge_that_agrees_or_only_wobbles_is_not_told(score, judge):
-    assert find_flags(run(ppo(), evaluations(score=score, judge__taste=judge))).found == []
+    assert found(find_flags(run(ppo(), evaluations(score=score, judge__taste=judge)))) == []
 
 
 def test_what_happened_before_ppo_counts_for_nothing():
     before = evaluations(0, 1, score=line(0.1, 0.3), judge__taste=line(0.9, 0.5))
     after = evaluations(score=line(0.3, 0.7), judge__taste=line(0.5, 0.6))
-    assert find_flags(run(before, ppo(), after)).found == []
+    assert found(find_flags(run(before, ppo(), after))) == []
 
 
 def test_a_score_that_rises_by_length_alone_is_told():
     # At 20 tokens the score would be 0.3 + 0.4 t - 0.02 * 25 t = 0.3 - 0.1 t, with t from 0 to 1.
     curves = {"score": line(0.3, 0.7), "response_length": line(20, 45), "score_length_slope": [0.02] * 9}
-    sentences = RULES["score at equal length"](run(ppo(), evaluations(**curves)))
+    sentences = GAMING["score at equal length"](run(ppo(), evaluations(**curves)))
     assert sentences == [
         "The held-out score rose from 0.35 to 0.65, but at the length that responses had before PPO "
         "(20 tokens) it would have fallen from 0.287 to 0.212: the gain is one of length."
@@ -144,7 +149,7 @@ def test_a_score_that_rises_by_length_alone_is_told():
         {"response_length": line(20, 25)},
         {"score": line(0.3, 1)},
     ):
-        assert RULES["score at equal length"](run(ppo(), evaluations(**{**curves, **change}))) == []
+        assert GAMING["score at equal length"](run(ppo(), evaluations(**{**curves, **change}))) == []
 
 
 def test_parts_that_are_traded_for_each_other_are_told_from_the_held_out_values():
@@ -154,7 +159,7 @@ def test_parts_that_are_traded_for_each_other_are_told_from_the_held_out_values(
     assert only("parts against each other", planted) == (
         "Parts are traded: a rose from 0.125 to 0.875 while b fell from 0.875 to 0.125. Look at the weights."
     )
-    assert find_flags(run(ppo(), evaluations(reward__a=line(0, 1), reward__b=line(0, 2)))).found == []
+    assert found(find_flags(run(ppo(), evaluations(reward__a=line(0, 1), reward__b=line(0, 2))))) == []
 
 
 def test_without_evaluations_the_parts_are_watched_in_training():
@@ -172,7 +177,7 @@ def test_without_evaluations_the_parts_are_watched_in_training():
 def test_a_penalty_is_wanted_to_fall(reward):
     config = {"phases": {"ppo": {"reward": reward}}}
     fell, rose = (evaluations(reward__a=line(0, 1), reward__b=b) for b in (line(1, 0), line(0, 1)))
-    assert find_flags(run(ppo(), fell, config=config)).found == []
+    assert found(find_flags(run(ppo(), fell, config=config))) == []
     assert "a rose from 0.125 to 0.875 while b rose from" in only(
         "parts against each other", run(ppo(), rose, config=config)
     )
@@ -185,20 +190,25 @@ def test_a_part_that_is_clipped_in_most_rows_of_the_last_steps_is_told():
     assert only("clipped parts", clipped(0.51)).startswith(
         "a was clipped in 51 % of the rows over the last tenth"
     )
-    assert find_flags(clipped(0.5)).found == []
+    assert found(find_flags(clipped(0.5))) == []
 
 
 def test_a_part_that_is_the_same_for_all_is_told():
-    assert only("constant parts", run(ppo(20, a=3.0, a_std=0.0))).startswith(
-        "a gave all responses of a rollout"
+    assert only("constant parts", run(ppo(20, a=3.0, a_std=0.0))) == (
+        "a gives no signal: in all of training every response got 3."
     )
-    assert only("constant parts", run(ppo(20, a=3e9, a_std=0.5))).startswith("a gave")
-    assert find_flags(run(ppo(20, a=3.0, a_std=lambda i: float(i == 19)))).found == []
+    assert only("constant parts", run(ppo(20, a=3e9, a_std=0.5))).startswith("a gives no signal")
+    late = ppo(20, a=3.0, a_std=lambda i: float(i < 18))
+    assert only("constant parts", run(late)) == (
+        "a gave all responses of a rollout the same over the last tenth of the PPO steps: "
+        "it teaches nothing more."
+    )
+    assert found(find_flags(run(ppo(20, a=3.0, a_std=lambda i: float(i == 19))))) == []
 
 
 @pytest.mark.parametrize(("end", "count"), [(62.0, 1), (30.0, 0), (5.0, 0)])
 def test_responses_that_grow_are_told(end, count):
-    found = find_flags(run(ppo(), evaluations(response_length=line(20, end)))).found
+    found = find_flags(run(ppo(), evaluations(response_length=line(20, end)))).gaming
     assert len(found) == count
     assert not found or found == ["Responses grew from 25.2 to 56.8 tokens, 2.2 times as long."]
 
@@ -214,7 +224,7 @@ def test_a_score_that_goes_with_length_is_told(name):
     assert only("score with length", planted(-0.9)).startswith(
         "Shorter responses score higher: the correlation is -0.9"
     )
-    assert find_flags(planted(0.7)).found == []
+    assert found(find_flags(planted(0.7))) == []
 
 
 @pytest.mark.parametrize("kind", ["gate", "bandit"])
@@ -225,14 +235,14 @@ def test_weights_that_come_down_to_one_part_are_told(kind):
     assert "have come down to 1.11 of 2 parts (entropy 0.1 nats)" in only(
         "entropy of the weights", planted(0.1)
     )
-    assert find_flags(planted(0.2)).found == []
-    assert find_flags(planted(math.log(2))).found == []
+    assert found(find_flags(planted(0.2))) == []
+    assert found(find_flags(planted(math.log(2)))) == []
 
 
 def test_rules_without_numbers_say_so_and_a_run_without_ppo_has_none():
     flags = find_flags(run(ppo(), evaluations(score=line(0.3, 0.7))))
-    assert (flags.found, flags.looked_at) == ([], [])
-    assert set(flags.not_looked_at) == set(RULES)
+    assert (found(flags), flags.looked_at) == ([], [])
+    assert set(flags.not_looked_at) == set(GAMING) | set(WEAKNESS)
     sft = [{"step": 0, "phase": "sft", "seconds": 0.0, "sft/loss": 1.0}]
     grown = evaluations(response_length=line(20, 90))
     assert find_flags(run(sft, grown)).looked_at == []
@@ -337,7 +347,8 @@ def test_the_section_shows_each_part_the_combination_and_correlations_and_nothin
         *("Clipped rows", "A cost", "Correlations"),
     ]
     assert (
-        "Nothing suspicious Looked at: score against judges, parts against each other, clipped parts" in rewards
+        "Nothing suspicious Looked at: score against judges, parts against each other, score with length, "
+        "clipped parts, constant parts, entropy of the weights." in rewards
     )
     assert "Without numbers to look at: score at equal length, growing responses." in rewards
     assert page.html.count('class="area ppo"') == 2
@@ -352,6 +363,56 @@ def test_signs_are_told_in_the_section_and_at_the_top(tmp_path):
     assert "2 signs of reward hacking: see Rewards." in page.html
     assert "Signs of reward hacking The held-out score rose from 0.35 to 0.65 while" in page.sections["Rewards"]
     assert "Nothing suspicious" not in page.html
+
+
+def by_prompt(step: int, **values: list[float]) -> dict:
+    """An evaluation whose means are those of ``values``, by prompt."""
+    named = {"evaluation/" + name.replace("__", "/"): found for name, found in values.items()}
+    means = {name: sum(found) / len(found) for name, found in named.items()}
+    return {"step": step, "phase": "evaluation", "seconds": 1.0, **means, "by_prompt": named}
+
+
+def test_a_run_without_signal_says_so_and_is_not_said_to_be_gamed(tmp_path):
+    metrics = [
+        by_prompt(10, score=[0.0] * 9, reward__a=[0.0] * 9),
+        *ppo(20, **{**described("a"), "a": 0.0, "a_std": 0.0}),
+        *evaluations(20, response_length=line(10, 40)),
+        by_prompt(30, score=[0.0] * 9, reward__a=[0.0] * 9),
+    ]
+    page = Page(tmp_path, metrics)
+    assert (
+        "The reward gave no signal: in each rollout all responses scored the same, and PPO had nothing to "
+        "learn. Training with reward left the held-out score at <b>0.000</b>: no prompt scored differently."
+    ) in page.html
+    assert "reward hacking" not in page.html
+    assert (
+        "Little or no signal a gives no signal: in all of training every response got 0."
+        in page.sections["Rewards"]
+    )
+    assert "a 0 0 0 0 to 0 no signal in training" in page.sections["Rewards"]
+
+
+def test_a_part_without_signal_is_named_at_the_top_beside_one_that_has_some(tmp_path):
+    metrics = ppo(20, **{**described("a"), "a_std": 0.0}, **described("b"))
+    page = Page(tmp_path, metrics + evaluations(score=[0.5, 0.5]))
+    assert "No signal in training from a: see Rewards." in page.html
+    assert "The reward gave no signal" not in page.html
+    assert "reward hacking" not in page.html
+
+
+def test_parts_and_judges_have_an_interval_of_their_change(tmp_path):
+    rise = [0.1 * i for i in range(10)]
+    before = by_prompt(10, score=[0.0] * 10, reward__a=[0.5] * 10, judge__taste=[1.0] * 10)
+    # a differs by 0.1 in four prompts and by -0.3 in one: s² = 0.129 / 9, 2.2622 s / √10 = 0.0856
+    after = by_prompt(30, score=rise, reward__a=[0.5] * 5 + [0.6] * 4 + [0.2], judge__taste=[0.9] * 9 + [0.8])
+    page = Page(tmp_path, [before, *ppo(20, **described("a")), after])
+    assert (
+        "Held-out change before PPO at the end difference 95 % interval "
+        "score 0 0.45 +0.45 +0.233 to +0.667 up "
+        "a 0.5 0.51 +0.01 −0.0756 to +0.0956 within chance "
+        "judge: taste 1 0.89 −0.11 −0.133 to −0.0874 down "
+        "The 95 % interval of the mean difference over the same 10 held-out prompts, paired t."
+    ) in page.sections["Rewards"]
 
 
 def test_the_best_and_worst_answers_of_the_last_evaluation_are_folded_by_part(tmp_path):

@@ -118,11 +118,15 @@ class Evaluator:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
             self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=eos_ids))
 
-    def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """All measurements as ``evaluation/<metric>``, and samples to show."""
+    def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
+        """All measurements as ``evaluation/<metric>``, samples to show, and what each prompt has scored."""
         numbers = self.loss(params)
-        answers, samples = self.answers(params)
-        return {f"evaluation/{name}": value for name, value in {**numbers, **answers}.items()}, samples
+        answers, samples, by_prompt = self.answers(params)
+        return (
+            {f"evaluation/{name}": value for name, value in {**numbers, **answers}.items()},
+            samples,
+            {f"evaluation/{name}": values for name, values in by_prompt.items()},
+        )
 
     def loss(self, params: Params) -> dict[str, float]:
         """Mean cross-entropy over the tokens of the held-out responses, nats, and its exponential."""
@@ -134,10 +138,14 @@ class Evaluator:
         loss = total / max(weight, 1.0)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    def answers(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Samples an answer to each held-out prompt and scores it."""
+    def answers(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
+        """Samples an answer to each held-out prompt and scores it.
+
+        Returns:
+            Means, samples to show, and for score, parts and judges the value of each prompt.
+        """
         if self._prompts is None:
-            return {}, []
+            return {}, [], {}
         examples: list[Example] = []
         answers: dict[str, list[Any]] = {}  # of the rows that this process holds
         for index, (prompts, count) in enumerate(self._prompts.sequential(self._batch_size())):
@@ -167,7 +175,11 @@ class Evaluator:
         rows = [
             self._sample_row(i, examples, responses, scores, {**parts, **judged}) for i in range(len(examples))
         ]
-        return numbers, [*rows[: self.config.num_shown], *self._extremes(rows, {**parts, **judged})]
+        by_prompt = {f"reward/{name}": values for name, values in parts.items()}
+        by_prompt |= {f"judge/{name}": values for name, values in judged.items()}
+        by_prompt |= {} if scores is None else {"score": scores}
+        shown = [*rows[: self.config.num_shown], *self._extremes(rows, {**parts, **judged})]
+        return numbers, shown, {name: _short(values) for name, values in by_prompt.items()}
 
     def _answer(
         self, params: Params, prompts: PromptBatch, index: int, count: int, before: int
@@ -262,6 +274,11 @@ def _raw(
     prompts = [example.prompt for example in examples]
     raw = reward.raw(prompts, responses, columns_of(examples, columns)) if examples else {}
     return {f"{kind}/{name}": values.tolist() for name, values in raw.items()}
+
+
+def _short(values: np.ndarray) -> list[float]:
+    """As numbers of six digits, so that a line of the log stays short."""
+    return [float(f"{value:.6g}") for value in values]
 
 
 def _slope(scores: np.ndarray, lengths: Sequence[float]) -> float:

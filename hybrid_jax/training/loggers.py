@@ -1,6 +1,7 @@
 """Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
 
-A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``; a sample record is
+A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``, that of an evaluation with
+the values of each prompt, ``"by_prompt": {"evaluation/score": [float, ...], ...}``; a sample record is
 ``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, with a further ``"extreme":
 {"part", "rank"}`` where it was picked as one that a part likes best or least. Steps count from 0: the record of
 update s carries s, and so does an evaluation made just before that update. Thus a run that resumes at step s
@@ -25,6 +26,7 @@ from hybrid_jax.core.registry import Registry, UserError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+BY_PROMPT = "by_prompt"  # in the record of an evaluation: metric -> its value for each held-out prompt
 
 
 class Logger(Protocol):

@@ -12,7 +12,7 @@ import jax
 
 from hybrid_jax.training import nonfinite, out_of_memory
 from hybrid_jax.training.compilation import Compilations, summary
-from hybrid_jax.training.loggers import Logger
+from hybrid_jax.training.loggers import BY_PROMPT, Logger
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.phase import Metrics
 from hybrid_jax.training.profiler import Profiler
@@ -126,10 +126,18 @@ class Recorder:
             if compiles:
                 self._progress.time_left.took(name, seconds, compiling)
 
-    def evaluation(self, step: int, numbers: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    def evaluation(
+        self,
+        step: int,
+        numbers: dict[str, float],
+        samples: list[dict[str, Any]],
+        by_prompt: dict[str, list[float]] | None = None,
+    ) -> None:
+        """Logs an evaluation; ``by_prompt`` are the values behind some of its means, for paired comparisons."""
         self.flush()
         seconds = time.monotonic() - self._begin
-        self._write({"step": step, "phase": "evaluation", "seconds": seconds, **numbers})
+        record = {"step": step, "phase": "evaluation", "seconds": seconds, **numbers}
+        self._write(record | ({BY_PROMPT: by_prompt} if by_prompt else {}))
         self._logger.samples(samples)
         self._progress.samples(samples)
         self._lap()

@@ -41,6 +41,15 @@ def test_evaluate_repeats_the_last_evaluation_of_training(trained):
     assert trainer.evaluate() == numbers
 
 
+def test_an_evaluation_keeps_the_value_of_each_prompt_for_paired_comparisons(trained):
+    trainer, numbers = trained
+    lines = (trainer.config.run_dir / "metrics.jsonl").read_text().splitlines()
+    last = [record for record in map(json.loads, lines) if record["phase"] == "evaluation"][-1]
+    assert set(last["by_prompt"]) == {"evaluation/score", "evaluation/reward/vowels"}
+    for metric, values in last["by_prompt"].items():
+        assert sum(values) / len(values) == pytest.approx(numbers[metric], rel=1e-5)
+
+
 def test_generate_answers_each_prompt_with_the_settings_given(trained):
     trainer, _ = trained
     answers = trainer.generate(["say 1:", "say 2:"], num_samples=2, seed=4)

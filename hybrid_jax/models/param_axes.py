@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 Names = tuple[str | None, ...]
 
@@ -23,6 +24,7 @@ _MAPS: tuple[tuple[str, str | None, str | None], ...] = (
     (r"embedding_out", "embed", None),
 )
 AHEAD = "ahead"  # responses [B R] that wait in the state of a run for the next step
+VECTORS = ("bias", "scale", "sinks", "magnitude")  # of any shape: one for each expert or head is no matrix
 _LARGE = 2**16  # a parameter of this size that no row names is split anyway
 
 
@@ -37,6 +39,22 @@ def param_axes(path: str, shape: Sequence[int]) -> Names:
     if names is not None and len(names) <= len(shape):
         return (None,) * (len(shape) - len(names)) + names
     return _longest(shape)
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """The path of a parameter, of the keys that `jax.tree_util` gives."""
+    return "/".join(str(getattr(key, "key", key)) for key in keys)
+
+
+def is_vector(path: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter shifts or scales features and maps none to others, however many axes it has."""
+    return path.rpartition("/")[2] in VECTORS or len(shape) < 2
+
+
+def is_matrix(path: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is a linear map, or a stack of them with one for each expert."""
+    matrices = len(shape) - (param_axes(path, shape)[0] == "experts") if shape else 0
+    return not is_vector(path, shape) and matrices == 2
 
 
 def _named(module: str, leaf: str) -> Names | None:

@@ -33,15 +33,14 @@ from jax import Array
 
 from hybrid_jax.core.batches import PromptBatch, Samples, TokenBatch
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, Placement, shard_params, under
 from hybrid_jax.phases.other_models import read_like, read_value
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.prompts import prompt_stream, repeated
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import column_names, columns_of
@@ -156,7 +155,7 @@ class PPOPhase:
         """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""
         assert self.prompts is not None, "a planned phase takes no steps"
         batch = self.prompts.batch(cursor, self.config.prompts_per_step)
-        prompts = _repeat(batch, self.config.samples_per_prompt)
+        prompts = repeated(batch, self.config.samples_per_prompt)
         return prompts, put_rows(self._placement, (prompts.tokens, prompts.mask))
 
     def _answers(
@@ -363,28 +362,10 @@ class _Clock:
         self.seconds[name], self._last = self.seconds.get(name, 0.0) + now - self._last, now
 
 
-def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
-    """The prompts that the policy answers; they leave room for a whole response in the model's context."""
-    if isinstance(resources.model, EncoderDecoder):
-        raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
-    assert resources.examples is not None
-    examples = config.source.load("train") if config.source is not None else resources.examples
-    most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
-    return PromptStream(examples, resources.tokenizer, most, seed=resources.seed, long_rows=long_rows)
-
-
 @partial(jax.jit, static_argnums=1)
 def _opponent_keys(key: Array, count: int) -> list[Array]:
     """Noise that the policy's own answers do not share."""
     return list(jax.random.split(jax.random.fold_in(key, 1), count))
-
-
-def _repeat(prompts: PromptBatch, times: int) -> PromptBatch:
-    """Each prompt ``times`` times, one after the other."""
-    if times == 1:
-        return prompts
-    examples = tuple(example for example in prompts.examples for _ in range(times))
-    return PromptBatch(np.repeat(prompts.tokens, times, 0), np.repeat(prompts.mask, times, 0), examples)
 
 
 def _like_rows(placement: Placement, shapes: Any) -> Any:

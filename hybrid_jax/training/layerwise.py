@@ -1,6 +1,6 @@
 """Optimizers over layers that are kept as one stack (`models.stacking`).
 
-An optimizer may look at the shape of a parameter: vectors do not decay, Muon turns matrices, Adafactor keeps
+An optimizer may look at the shape of a parameter: Muon turns matrices, Adafactor keeps
 rows and columns. So a stack is updated a layer at a time, by `jax.vmap`: the numbers are those of a list.
 """
 

@@ -19,6 +19,8 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import Registry
+from hybrid_jax.models.param_axes import is_vector, path_of
+from hybrid_jax.training.muon import muon_or_adam, scale_by_muon
 from hybrid_jax.training.rounding import StateDtype, stored_in
 
 Step = int | Int[Array, ""] | Float[Array, ""]
@@ -213,7 +215,10 @@ class Adam(_WithMoments):
 @OPTIMIZERS.register("adamw")
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101); vectors do not decay."""
+    """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
+
+    Biases, scales of norms (also one for each head) and sinks do not decay, matrices and embeddings do.
+    """
 
     weight_decay: float = 0.01
 
@@ -284,8 +289,8 @@ class SGD(_WithMoments):
 class Muon(_WithMoments):
     """Muon for matrices, Adam for vectors, embeddings and heads (Jordan 2024; Liu et al., arXiv 2502.16982).
 
-    A matrix moves by its orthogonalised momentum, scaled to the size of an Adam update (by 0.2 · sqrt(longer
-    side)), so that one learning rate serves both.
+    A matrix, and each expert's, moves by its orthogonalised momentum, scaled to the size of an Adam update (by
+    0.2 · sqrt(longer side)), so that one learning rate serves both.
     """
 
     beta: float = 0.95
@@ -303,7 +308,7 @@ class Muon(_WithMoments):
     def transform(self) -> optax.GradientTransformation:
         muon = scale_by_muon(self.beta, self.num_iterations)
         adam = scale_by_adam(self.adam_beta1, self.adam_beta2, self.epsilon)
-        by_kind = optax.partition({"muon": muon, "adam": adam}, _muon_or_adam)
+        by_kind = optax.partition({"muon": muon, "adam": adam}, muon_or_adam)
         return optax.chain(self._stored(by_kind), _decay(self.weight_decay))
 
 
@@ -340,35 +345,6 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_muon(beta: float, num_iterations: int) -> optax.GradientTransformation:
-    """Muon's direction for a tree of matrices [I O], of root mean square about 0.2.
-
-    m ← β m + (1 − β) g      update = 0.2 √max(I, O) · orthogonal((1 − β) g + β m)     (Nesterov)
-    """
-
-    def update(updates: Any, state: Any, params: Any = None):
-        momentum = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.trace, updates)
-        ahead = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, momentum, updates)
-        scaled = jax.tree.map(lambda x: 0.2 * math.sqrt(max(x.shape)) * _orthogonal(x, num_iterations), ahead)
-        return scaled, optax.TraceState(trace=momentum)
-
-    return optax.GradientTransformation(optax.trace(beta).init, update)
-
-
-def _orthogonal(x: Float[Array, "I O"], num_iterations: int) -> Float[Array, "I O"]:
-    """U Vᵀ of the singular value decomposition, roughly: singular values end in about [0.7, 1.2].
-
-    Newton–Schulz iteration X ← a X + b A X + c A² X with A = X Xᵀ, from the coefficients of K. Jordan (2024).
-    """
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (jnp.linalg.norm(x) + 1e-8)
-    for _ in range(num_iterations):
-        square = x @ x.T
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.T if tall else x
-
-
 def sums_of_squares(grads: Any) -> Any:
     """Σ g² of each leaf, in float32."""
     return jax.tree.map(lambda g: jnp.sum(jnp.square(g.astype(jnp.float32))), grads)
@@ -399,25 +375,16 @@ def _one_minus_power(beta: float, count: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def _decay(weight_decay: float) -> optax.GradientTransformation:
-    """Adds ``weight_decay · p`` for matrices; stateless, so that phases with other decays can share a state."""
+    """Adds ``weight_decay · p`` but for vectors; stateless, so phases with other decays can share a state."""
     if weight_decay == 0:
         return optax.identity()
 
     def decayed(updates: Any, params: Any) -> Any:
-        return jax.tree.map(lambda u, p: u + weight_decay * p if p.ndim >= 2 else u, updates, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u, p: u if is_vector(path_of(path), p.shape) else u + weight_decay * p, updates, params
+        )
 
     return optax.stateless(decayed)
-
-
-def _muon_or_adam(params: Any) -> Any:
-    """Muon's label for matrices, but not for embeddings and heads: their rows are words, not features."""
-
-    def label(path: tuple[Any, ...], param: Array) -> str:
-        names = " ".join(str(getattr(key, "key", key)).lower() for key in path)
-        is_word_table = "embed" in names or "head" in names
-        return "muon" if param.ndim == 2 and not is_word_table else "adam"
-
-    return jax.tree_util.tree_map_with_path(label, params)
 
 
 def _check(component: Any, name: str, valid: bool, rule: str) -> None:

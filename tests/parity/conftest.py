@@ -110,6 +110,11 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def cases():
+    return CASES
+
+
 def make_transformer(case):
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM

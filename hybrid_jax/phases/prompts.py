@@ -1,0 +1,30 @@
+"""The prompts that a policy answers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hybrid_jax.core.batches import PromptBatch
+from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.training.phase import Resources
+
+
+def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
+    """The prompts that the policy answers; they leave room for a whole response in the model's context."""
+    if isinstance(resources.model, EncoderDecoder):
+        raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
+    assert resources.examples is not None
+    examples = config.source.load("train") if config.source is not None else resources.examples
+    most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
+    return PromptStream(examples, resources.tokenizer, most, seed=resources.seed, long_rows=long_rows)
+
+
+def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
+    """Each prompt ``times`` times, one after the other."""
+    if times == 1:
+        return prompts
+    examples = tuple(example for example in prompts.examples for _ in range(times))
+    return PromptBatch(np.repeat(prompts.tokens, times, 0), np.repeat(prompts.mask, times, 0), examples)

@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,17 +41,17 @@ from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
 from hybrid_jax.training.compilation import keep_compiled
+from hybrid_jax.training.horizons import horizons, say_what_stays
 from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.optimizers import waits_for_horizon
 from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPhase
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.run_files import RunFiles, run_files
-from hybrid_jax.training.scheduler import planned_steps
+from hybrid_jax.training.scheduler import phase_after
 from hybrid_jax.training.state import RunState
 from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
 
@@ -109,7 +108,7 @@ def _build_phases(
     eos_ids: tuple[int, ...],
     held_out: Callable[[], Sequence[Example]] | None = None,
 ) -> dict[str, Phase]:
-    horizons = _horizons(config)
+    planned = horizons(config.scheduler, config.steps)
     return {
         name: phase.build(
             Resources(
@@ -118,35 +117,18 @@ def _build_phases(
                 tokenizer=tokenizer,
                 examples=examples,
                 seed=config.seed,
-                horizon=horizons[name],
+                horizon=planned[name],
                 placement=placement,
                 optimizer_key="shared" if config.share_optimizer_state else name,
                 eos_ids=eos_ids,
                 offload=config.offload,
                 held_out=held_out,
+                following=partial(phase_after, config.scheduler, phase=name),
             )
         )
         for name, phase in config.phases.items()
-        if name in horizons and _fits(name, phase, model)
+        if name in planned and _fits(name, phase, model)
     }
-
-
-def _horizons(config: ExperimentConfig) -> dict[str, float]:
-    """The steps of each phase, at least 1; infinite where the scheduler waits for a metric."""
-    planned = planned_steps(config.scheduler, config.steps)
-    return {name: math.inf if steps is None else max(steps, 1) for name, steps in planned.items()}
-
-
-def _say_what_stays(config: ExperimentConfig) -> None:
-    """Names the learning rates that cannot decay, since nobody knows how many steps their phase will get."""
-    for name, horizon in _horizons(config).items():
-        optimizer = config.phases[name].optimizer
-        if waits_for_horizon(optimizer.schedule, horizon):
-            log.info(
-                "the learning rate of %s stays at %g: a metric decides how many steps the phase gets; "
-                "phases.%s.optimizer.schedule.steps=N lets it decay over N of them",
-                *(name, optimizer.learning_rate, name),
-            )
 
 
 def _fits(name: str, phase: Any, model: Any) -> bool:
@@ -256,7 +238,7 @@ class Experiment:
         state = saved or fresh
         if saved is not None:
             log.info("resumed %s at step %d of %d", files.name, state.step, self.steps)
-        _say_what_stays(self.config)
+        say_what_stays(self.config.phases, horizons(self.config.scheduler, self.steps))
         logger = self._open_files(saved and saved.step) if hosts.is_first() else files.open(folder, {}, None)
         machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
         profiler = Profiler(self.config.profile, folder / "profile")

@@ -72,7 +72,9 @@ class PPOPhase:
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
         planned, mix = resources.examples is None, config.sft_mix
-        self._ahead = RolloutAhead(self.name, self._placement) if config.rollout_ahead else None
+        self._ahead = (
+            RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
+        )
         self.prompts = None if planned else prompt_stream(config, resources)
         self._columns = [] if self.prompts is None else column_names(self.prompts.examples)
         if self.prompts is not None:
@@ -130,10 +132,13 @@ class PPOPhase:
             clock.lap("rollout")
         else:
             clock.restart()
-        if self._ahead is not None and following is not None:
-            train = self._ahead.keep(train, following)
+        cursors = self._advance(state.cursors)
+        if self._ahead is not None:
             host_metrics["staleness"] = self._ahead.staleness(state)
-            jax.block_until_ready(following.tokens)
+            waiting = self._ahead.waiting(state) if following is None else following
+            train = self._ahead.keep(train, waiting)
+            cursors |= {} if following is None else self._ahead.cursor(cursors[self.name])
+            jax.block_until_ready(waiting.tokens)
             clock.lap("rollout")
         jax.block_until_ready(scored.values)
         clock.lap("score")
@@ -141,7 +146,7 @@ class PPOPhase:
             state,
             train=train,
             host={**state.host, f"{self.name}/reward": reward_state},
-            cursors={**state.cursors, **self._advance(state.cursors)},
+            cursors={**state.cursors, **cursors},
         )
         metrics = {**metrics, **host_metrics, **clock.seconds, "learning_rate": rate}
         metrics["dispatch_seconds"] = time.perf_counter() - clock.started
@@ -161,7 +166,7 @@ class PPOPhase:
     def _answers(
         self, state: RunState, cursor: int, prompts: tuple[Array, Array], key: Array
     ) -> tuple[Samples, Samples | None]:
-        """Responses to the prompts of this step and, sampled ahead, to those of the next."""
+        """Responses to the prompts of this step and, if they are sampled ahead, to those of the next."""
         sample = partial(self._sample, state.base, state.train.params["model"])
         if self._ahead is None:
             return sample(*prompts, key), None
@@ -169,6 +174,8 @@ class PPOPhase:
         samples = self._ahead.of(state)
         if samples is None:
             samples = sample(*prompts, now_key)
+        if not self._ahead.is_wanted(state):
+            return samples, None
         _, following = self._prompt_batch(cursor + self.config.prompts_per_step)
         return samples, self._ahead.settled(sample(*following, next_key))
 

@@ -265,7 +265,7 @@ class PPOFunctions:
         inputs = (rows, parts, jax.random.split(loss_key, len(parts)))
         (own, _), (metrics, taken) = jax.lax.scan(minibatch, (own, jnp.asarray(False)), inputs)
         state = replace(own, opt_state={**state.opt_state, **own.opt_state})
-        first_ratio = metrics["ratio"][0]  # 1, or sampling and training disagree
+        first_ratio = metrics["ratio"][0]  # 1 unless sampled by an older policy, or they disagree
         bad = metrics.pop(nonfinite.METRIC)
         counted = taken | (bad != nonfinite.FINE)
         means = {name: Sum.of(values, counted).mean() for name, values in metrics.items()}

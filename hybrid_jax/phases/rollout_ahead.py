@@ -9,11 +9,13 @@ policy, so ratios start away from 1 and the clipped objective corrects for the u
 is for the KL of the policy that sampled. The metric ``staleness`` says how many updates lie between (0 or 1).
 
 What was sampled ahead is part of the run's state. It is used only if the next step is one of the same phase:
-after another phase the policy would be any number of updates away, so the prompts are answered anew.
+after another phase the policy would be any number of updates away, so the prompts are answered anew. Where the
+scheduler says that another phase comes next, nothing is sampled ahead; if a metric decides, it may be in vain.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import jax
@@ -22,14 +24,14 @@ from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.param_axes import AHEAD
 from hybrid_jax.parallel.rules import Placement, shard_rows, under
 from hybrid_jax.phases.ppo_settings import PPO
-from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 
 class RolloutAhead:
     """Keeps the responses of one phase for its next step, in ``TrainState.extra``."""
 
-    def __init__(self, phase: str, placement: Placement):
-        self._phase = phase
+    def __init__(self, phase: str, placement: Placement, following: Callable[[ScheduleState], str | None]):
+        self._phase, self._following = phase, following
         self._key = f"{phase}/{AHEAD}"
         self._split = jax.jit(under(placement, shard_rows))
 
@@ -37,13 +39,26 @@ class RolloutAhead:
         """What the phase adds to ``TrainState.extra``."""
         return {self._key: Samples.empty(settings.rows, settings.sampler.max_new_tokens)}
 
+    def is_wanted(self, state: RunState) -> bool:
+        """Whether the step after this one may be of the same phase."""
+        return self._following(state.schedule) in (self._phase, None)
+
     def staleness(self, state: RunState) -> int:
         """Updates between the policy that answers the prompts of this step and the one that it finds."""
-        return int(state.schedule.last == self._phase)
+        answered = state.cursors.get(self._key)  # the first of the prompts whose answers wait
+        return int(state.schedule.last == self._phase and answered == state.cursors.get(self._phase, 0))
 
     def of(self, state: RunState) -> Samples | None:
         """The responses to the prompts of this step, if they were sampled ahead."""
-        return state.train.extra[self._key] if self.staleness(state) else None
+        return self.waiting(state) if self.staleness(state) else None
+
+    def waiting(self, state: RunState) -> Samples:
+        """The responses that were sampled ahead last, whether they are of use or not."""
+        return state.train.extra[self._key]
+
+    def cursor(self, next_prompts: int) -> dict[str, int]:
+        """What marks the responses that wait as those to the prompts from ``next_prompts`` on."""
+        return {self._key: next_prompts}
 
     def settled(self, samples: Samples) -> Samples:
         """Lying as in a fresh state; to be called before the update is started, not to wait for it."""
@@ -54,5 +69,5 @@ class RolloutAhead:
         return replace(train, extra={name: x for name, x in train.extra.items() if name != self._key})
 
     def keep(self, train: TrainState, samples: Samples) -> TrainState:
-        """For the next step."""
+        """With ``samples`` for the next step."""
         return replace(train, extra={**train.extra, self._key: samples})

@@ -12,7 +12,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import Placement
-from hybrid_jax.training.state import RunState
+from hybrid_jax.training.state import RunState, ScheduleState
 
 Metrics = Mapping[str, Any]  # "<phase>/<metric>": a number, on the device or the host
 
@@ -110,6 +110,7 @@ class Resources:
     eos_ids: tuple[int, ...]  # every token that ends a response
     offload: Sequence[str] = ()  # what waits in the host's memory while no phase uses it
     held_out: Callable[[], Sequence[Example]] | None = None  # loads the held-out split
+    following: Callable[[ScheduleState], str | None] = lambda state: None  # the phase after a step of this one
 
 
 class PhaseConfig(Protocol):

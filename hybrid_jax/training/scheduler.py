@@ -41,6 +41,14 @@ def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int | None]:
     return {phase: state.steps.get(phase, 0) for phase in scheduler.phases}
 
 
+def phase_after(scheduler: Scheduler, state: ScheduleState, phase: str) -> str | None:
+    """Which phase comes after one more step of ``phase``; None where the metrics of that step decide."""
+    try:
+        return scheduler.choose(scheduler.update(state, phase, _Unknown()))
+    except _LookedAt:
+        return None
+
+
 class _LookedAt(Exception):
     """A scheduler looked at metrics that are not known yet."""
 

@@ -1,12 +1,14 @@
 """Rollouts one step ahead: the schedule that they claim, to the bit, resumed or not."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from hybrid_jax.core.batches import Samples
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.training.loop import take_step, train
 
@@ -69,7 +71,7 @@ def test_each_step_learns_from_the_policy_before_the_last_update(tmp_path, monke
         oracle = take_step(plain, phase, oracle)
     assert bits(state.train.params) == bits(oracle.train.params)
     assert bits(state.train.opt_state) == bits(oracle.train.opt_state)
-    assert state.cursors == oracle.cursors
+    assert state.cursors == {**oracle.cursors, "ppo/ahead": oracle.cursors["ppo"]}
     assert bits(state.host) == bits(oracle.host)
     stale = [numbers["ppo/staleness"] for numbers in metrics]
     assert stale == [0, 1, 1, 1]
@@ -82,6 +84,34 @@ def test_after_another_phase_the_prompts_are_answered_anew(tmp_path, monkeypatch
     assert [numbers["ppo/staleness"] for numbers in metrics] == [0, 1, 0, 1]
     assert metrics[2]["ppo/first_ratio"] == pytest.approx(1.0, abs=1e-5)
     assert state.cursors["ppo"] == 4 * 8  # none is left out
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "sampled"),
+    [
+        ("{name: alternation, warmup: {sft: 0}, cycle: {ppo: 1, sft: 1}}", [1, 1]),  # ppo sft ppo sft
+        ("{name: alternation, warmup: {sft: 0}, cycle: {ppo: 3, sft: 1}}", [2, 1, 0]),  # ppo ppo ppo sft
+        ("{name: triggered, metric: ppo/kl, above: 1e9, before: 0.5, after: 1.0}", [2, 2]),  # who knows
+    ],
+)
+def test_nothing_is_sampled_ahead_where_another_phase_comes_next(tmp_path, monkeypatch, scheduler, sampled):
+    """By alternation 1:1 every rollout was sampled twice, and thrown away once."""
+    built = experiment(tmp_path, f"scheduler={scheduler}", AHEAD)
+    phase, counts = built.phases["ppo"], []
+    fake = Samples.empty(phase.config.rows, phase.config.sampler.max_new_tokens)
+    monkeypatch.setattr(phase, "_sample", lambda *_: counts.append(1) or fake)
+    state = built.init()
+    for _ in range(4):
+        if built.scheduler.choose(state.schedule) == "ppo":
+            before, cursor = len(counts), state.cursors.get("ppo", 0)
+            _, following = phase._answers(state, cursor, phase._prompt_batch(cursor)[1], built.key)
+            assert len(counts) - before == sampled.pop(0)
+            cursors = phase._advance(state.cursors)
+            cursors |= {} if following is None else phase._ahead.cursor(cursors["ppo"])
+            state = replace(state, cursors={**state.cursors, **cursors})
+        chosen = built.scheduler.choose(state.schedule)
+        state = replace(state, schedule=built.scheduler.update(state.schedule, chosen, {}))
+    assert sampled == []
 
 
 def test_a_resumed_run_goes_on_with_the_responses_that_were_sampled_ahead(tmp_path):

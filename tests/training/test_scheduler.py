@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from hybrid_jax.experiment import _say_what_stays, load_config, plan_phases
+from hybrid_jax.experiment import load_config, plan_phases
+from hybrid_jax.training.horizons import horizons, say_what_stays
 from hybrid_jax.training.scheduler import Alternation, Curriculum, Ratio, Triggered, planned_steps
 from hybrid_jax.training.state import ScheduleState
 
@@ -153,7 +154,7 @@ def test_a_rate_does_not_decay_to_a_horizon_that_a_metric_decides(caplog):
     ppo: Any = plan_phases(config)[0]["ppo"]
     assert [float(ppo._rate(step, ppo._horizon)) for step in range(4)] == pytest.approx([1e-5] * 4)
     with caplog.at_level("INFO"):
-        _say_what_stays(config)
+        say_what_stays(config.phases, horizons(config.scheduler, config.steps))
     assert caplog.messages == [
         f"the learning rate of {name} stays at {rate}: a metric decides how many steps the phase gets; "
         f"phases.{name}.optimizer.schedule.steps=N lets it decay over N of them"

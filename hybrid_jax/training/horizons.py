@@ -1,0 +1,31 @@
+"""How many steps each phase will get, as far as anybody knows, and what follows for its learning rate."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hybrid_jax.training.optimizers import waits_for_horizon
+from hybrid_jax.training.scheduler import Scheduler, planned_steps
+
+log = logging.getLogger(__name__)
+
+
+def horizons(scheduler: Scheduler, steps: int) -> dict[str, float]:
+    """The steps of each phase, at least 1; infinite where the scheduler waits for a metric."""
+    planned = planned_steps(scheduler, steps)
+    return {name: math.inf if count is None else max(count, 1) for name, count in planned.items()}
+
+
+def say_what_stays(phases: Mapping[str, Any], planned: Mapping[str, float]) -> None:
+    """Names the learning rates that cannot decay, since nobody knows how many steps their phase will get."""
+    for name, horizon in planned.items():
+        optimizer = phases[name].optimizer
+        if waits_for_horizon(optimizer.schedule, horizon):
+            log.info(
+                "the learning rate of %s stays at %g: a metric decides how many steps the phase gets; "
+                "phases.%s.optimizer.schedule.steps=N lets it decay over N of them",
+                *(name, optimizer.learning_rate, name),
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -14,10 +14,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.scored_text import padded
 from hybrid_jax.data.sources import SOURCES, Jsonl
 
+log = logging.getLogger(__name__)
+
 LENGTH_STEP = 32  # rows are padded to this times a power of two
+MOST_NUMBER = 3.4e38  # of float32
 BLOCKS = 50  # batches whose rows are sorted by length together
 
 
@@ -68,28 +72,33 @@ def targets_of(examples: Sequence[Example], label_field: str, labels: Sequence[s
     """
     read = _number if len(labels) == 1 else _label
     found = []
-    for row, example in enumerate(examples, start=1):
+    places = places_of(examples)
+    for place, example in zip(places, examples, strict=True):
         if label_field not in example.columns:
             near = suggest(label_field, list(example.columns))
-            raise UserError(f"row {row}: no column {label_field!r} with the label; {near}")
+            raise UserError(f"{place}: no column {label_field!r} with the label; {near}")
         if example.response is None:
-            raise UserError(f"row {row}: no text; set response_field")
-        found.append(read(example.columns[label_field], labels, f"row {row}: {label_field}"))
+            raise UserError(f"{place}: no text; set response_field")
+        found.append(read(example.columns[label_field], labels, f"{place}: {label_field}"))
+    if empty := some_of([not (example.response or "").strip() for example in examples], places):
+        log.warning("%s have an empty text", empty)
     return np.array(found, np.float32 if len(labels) == 1 else np.int32)
 
 
 def _label(value: Any, labels: Sequence[str], what: str) -> int:
     if isinstance(value, str) and value in labels:
         return labels.index(value)
-    if isinstance(value, int | float) and value in range(len(labels)):  # also 1.0, as some files write it
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and value in range(len(labels)):  # also 1.0, as some files write it
         return int(value)
     raise UserError(f"{what} must be a name among {', '.join(labels)} or its number from 0, got {value!r}")
 
 
 def _number(value: Any, labels: Sequence[str], what: str) -> float:
-    if isinstance(value, int | float) and math.isfinite(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and abs(value) < MOST_NUMBER:
         return float(value)
-    raise UserError(f"{what} must be a finite number, got {value!r}")
+    raise UserError(f"{what} must be a finite number of 32 bits, got {value!r}")
 
 
 class LabelledStream:

@@ -26,9 +26,9 @@ from hybrid_jax.data.packing import (
     number_pairs,
     pack,
     pad,
-    places_of,
     token_batch,
 )
+from hybrid_jax.data.places import places_of
 from hybrid_jax.data.tokenizer import Tokenizer
 
 _REFUSED = LongRows("error", "max_prompt_length")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.places import line_of, share_of
 
 log = logging.getLogger(__name__)
 
 Policy = Literal["truncate_end", "truncate_start", "drop", "error"]
-_PLACE = re.compile(r"(:\d+|, row \d+)$")  # of a row in its file
 
 
 @dataclass(frozen=True)
@@ -65,12 +64,10 @@ class LongRows:
             return
         longest = max(long, key=lambda row: lengths[row])
         have = "has" if len(long) == 1 else "have"
-        share = _share(len(long), len(lengths))
         advice = self.advice or f"raise {self.limit}"
         found = (
-            f"{len(long):,} of {len(lengths):,} {self.rows} ({share}) of {_file(places)} "
-            f"{have} more than {most:,} tokens ({self.limit}), the longest {lengths[longest]:,} "
-            f"({_line(places[longest])})"
+            f"{share_of(len(long), places, self.rows)} {have} more than {most:,} tokens ({self.limit}), "
+            f"the longest {lengths[longest]:,} ({line_of(places[longest])})"
         )
         if self.policy == "error":
             choice = f", or let {self.choice} be drop or truncate" if self.choice else ""
@@ -91,18 +88,3 @@ class LongRows:
 
 
 DEFAULT = LongRows()
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.3g} %" if part < whole else "all"
-
-
-def _line(place: str) -> str:
-    """Where in its file a row stands."""
-    match = _PLACE.search(place)
-    return match.group().lstrip(", ").replace(":", "line ") if match else place
-
-
-def _file(places: Sequence[str]) -> str:
-    """The file of most rows; they come from one, as a rule."""
-    return _PLACE.sub("", places[0]) if places[0] and not places[0].startswith("row ") else "the data"

@@ -12,6 +12,7 @@ from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.chat import encode_conversation, encode_question
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
+from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def encode_examples(
         UserError: for an example without a response, or a conversation that cannot be encoded; it names the
             row. Also where ``long_rows`` does not allow long ones, or all would be left out.
     """
+    _report_empty(examples)
     encoded: list[Encoded] = []
     places: list[str] = []
     straddled = 0
@@ -67,6 +69,16 @@ def encode_examples(
     if straddled:
         log.warning("%d answers begin inside a token of their header, which is not learned", straddled)
     return encoded if max_length is None else _fitted(encoded, max_length, long_rows, places)
+
+
+def _report_empty(examples: Sequence[Example]) -> None:
+    """Says how many rows have an empty text: a response that ends at once, or a document instead of a pair."""
+    places = places_of(examples)
+    if found := some_of([example.response == "" for example in examples], places):
+        log.warning("%s have an empty response, which teaches to end at once", found)
+    alone = [not example.prompt and not example.messages for example in examples]
+    if not all(alone) and (found := some_of(alone, places)):
+        log.warning("%s have an empty prompt and are learned as documents", found)
 
 
 def _fitted(
@@ -100,11 +112,6 @@ def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     return (
         encode_question(example.question, tokenizer) if example.messages else tokenizer.encode(example.prompt)
     )
-
-
-def places_of(rows: Sequence[Example]) -> list[str]:
-    """Where each row stands, for messages."""
-    return [row.where or f"row {number}" for number, row in enumerate(rows, start=1)]
 
 
 def _encode_pair(example: Example, tokenizer: Tokenizer) -> Encoded:

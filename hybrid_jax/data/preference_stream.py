@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import compress
@@ -17,9 +18,12 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import length_buckets, visits
 from hybrid_jax.data.long_rows import DEFAULT, LongRows
+from hybrid_jax.data.places import places_of, share_of, some_of
 from hybrid_jax.data.preferences import Preference
 from hybrid_jax.data.scored_text import Cut, ScoredRow, measure_scored
 from hybrid_jax.data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 BOOTSTRAP = 2  # what the generator of a seed draws: beside the order of rows and their windows (`data.loader`)
 
@@ -200,22 +204,26 @@ def _encode(
     )
     rows = [[next(encoded) for _ in row.ranking[0]] for row in preferences]
     most = reading.max_length
+    lengths = [max(response.whole for response in responses) for responses in rows]
+    is_long = [most is not None and length > most for length in lengths]
+    alike = [_alike(responses, row.ranking[1]) for row, responses in zip(preferences, rows, strict=True)]
+    places = places_of(preferences)
+    short_alike = [same and not long for same, long in zip(alike, is_long, strict=True)]
+    if found := some_of(short_alike, places, long_rows.rows):
+        log.warning("%s have the same better and worse response: left out", found)
+    dropped = long_rows.policy in ("drop", "error")
+    left_out = [same or (long and dropped) for same, long in zip(alike, is_long, strict=True)]
     if most is not None:
-        lengths = [max(response.whole for response in responses) for responses in rows]
-        policy = long_rows.policy
-        left_out = [
-            length > most and (policy in ("drop", "error") or _alike(responses, row.ranking[1]))
-            for row, responses, length in zip(preferences, rows, lengths, strict=True)
-        ]
-        places = [row.where or f"row {number}" for number, row in enumerate(preferences, start=1)]
         long_rows.report(lengths, left_out, places, most, "cut, the better and the worse would be the same")
-        keep = [not out for out in left_out]
-        preferences, rows = list(compress(preferences, keep)), list(compress(rows, keep))
-    return list(preferences), [response.tokens for responses in rows for response in responses]
+    if all(left_out):
+        raise UserError(f"no preference is left: {share_of(len(places), places)} say the same twice")
+    keep = [not out for out in left_out]
+    kept = list(compress(rows, keep))
+    return list(compress(preferences, keep)), [response.tokens for responses in kept for response in responses]
 
 
 def _alike(responses: Sequence[ScoredRow], places: Sequence[int]) -> bool:
-    """Whether two responses of different places have the same tokens."""
+    """Whether two responses of different places have the same tokens: no tie, but a contradiction."""
     known: dict[bytes, int] = {}
     return any(
         known.setdefault(response.tokens.tobytes(), place) != place

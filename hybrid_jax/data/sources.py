@@ -281,13 +281,23 @@ def _text(row: Mapping[str, Any], field: str | None, template: str | None, where
         wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
         for name in wanted:
             _check_field(row, name, where)
+            if not isinstance(row[name], str | int | float):
+                raise UserError(
+                    f"{where}: field {name!r} must be a text or a number for a template, "
+                    f"got {_short(row[name])}"
+                )
         return template.format(**row)
     if field is None:
         return None
     _check_field(row, field, where)
     if not isinstance(row[field], str):
-        raise UserError(f"{where}: field {field!r} must be a text, got {row[field]!r}")
+        raise UserError(f"{where}: field {field!r} must be a text, got {_short(row[field])}")
     return row[field]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_field(row: Mapping[str, Any], field: str, where: str) -> None:

@@ -19,7 +19,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
 from hybrid_jax.data.long_rows import LongRows, Policy
-from hybrid_jax.data.packing import places_of
+from hybrid_jax.data.places import places_of
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import ScoredRow, cut_of
 from hybrid_jax.data.sources import SOURCES, choose

@@ -18,7 +18,7 @@ def test_texts_are_read_with_what_replaces_what(tmp_path):
 
 
 def test_labels_are_names_or_numbers():
-    rows = [Example("", "x", {"label": value}) for value in ("good", 0, True, 1.0)]
+    rows = [Example("", "x", {"label": value}) for value in ("good", 0, 1, 1.0)]
     found = targets_of(rows, "label", ("bad", "good"))
     assert found.tolist() == [1, 0, 1, 1]
     assert found.dtype == np.int32
@@ -27,11 +27,23 @@ def test_labels_are_names_or_numbers():
     assert numbers.dtype == np.float32
 
 
-@pytest.mark.parametrize("value", ["fine", 2, -1, 0.5, None, float("nan")])
+@pytest.mark.parametrize("value", ["fine", 2, -1, 0.5, None, float("nan"), True])
 def test_what_is_no_label_is_named_with_its_row(value):
     rows = [Example("", "x", {"label": 0}), Example("", "x", {"label": value})]
     with pytest.raises(UserError, match="row 2: label must be a name among bad, good or its number"):
         targets_of(rows, "label", ("bad", "good"))
+
+
+@pytest.mark.parametrize("value", [True, "2", None, float("inf"), 1e39, 10**400])
+def test_a_number_to_learn_is_a_finite_one_and_no_truth_value(value):
+    rows = [Example("", "x", {"score": value}, where="a.jsonl:3")]
+    with pytest.raises(UserError, match=r"^a\.jsonl:3: score must be a finite number of 32 bits, got"):
+        targets_of(rows, "score", ("quality",))
+
+
+def test_empty_texts_are_counted(caplog):
+    targets_of([Example("", text, {"label": 0}, where="a:1") for text in ("x", " ", "")], "label", ("a", "b"))
+    assert caplog.messages == ["2 of 3 rows (66.7 %) of a, first line 1, have an empty text"]
 
 
 def test_a_missing_column_is_named():

@@ -49,6 +49,21 @@ def test_a_long_preference_is_cut_dropped_or_refused_and_one_that_is_cut_to_a_ti
         PreferenceStream(ROWS, TOKENIZER, Reading(max_length=5), long_rows=LongRows("error"))
 
 
+def test_a_pair_whose_answers_are_the_same_teaches_nothing_and_is_left_out_unless_it_is_a_tie(caplog):
+    same = Preference("ab", "cd", "cd", where="p.jsonl:2")
+    tie = Preference("ab", "cd", "cd", tie=True, where="p.jsonl:3")
+    ranked = Preference("ab", "c", "e", responses=("c", "c", "e"), ranks=(0, 1, 2), where="p.jsonl:4")
+    stream = PreferenceStream([ROWS[0], same, tie, ranked], TOKENIZER, Reading())
+    assert stream.preferences == (ROWS[0], tie)
+    assert caplog.messages == [
+        "2 of 4 rows (50 %) of p.jsonl, first line 2, have the same better and worse response: left out"
+    ]
+    with pytest.raises(
+        UserError, match=r"^no preference is left: 1 of 1 rows \(all\) of p.jsonl say the same twice"
+    ):
+        PreferenceStream([same], TOKENIZER, Reading())
+
+
 def test_a_classifier_leaves_a_long_text_out_with_its_label(caplog):
     examples = [
         Example("", text, {"label": n}, where=f"t.jsonl:{n}") for n, text in enumerate(["a", "bcdef", "g"])

@@ -49,6 +49,15 @@ def test_a_cut_response_keeps_its_first_tokens_has_no_end_and_one_line_counts_th
     assert third.tokens.tolist() == [97, 98, 99, 100, 101]
 
 
+def test_rows_with_an_empty_text_are_counted(tokenizer, caplog):
+    texts = [("ab", "c"), ("ab", ""), ("", "c"), ("ab", "")]
+    encode_examples([Example(*pair, where=f"a.jsonl:{n}") for n, pair in enumerate(texts)], tokenizer, 8)
+    assert caplog.messages == [
+        "2 of 4 rows (50 %) of a.jsonl, first line 1, have an empty response, which teaches to end at once",
+        "1 of 4 rows (25 %) of a.jsonl, first line 2, have an empty prompt and are learned as documents",
+    ]
+
+
 def test_a_response_that_just_fits_is_not_cut(tokenizer):
     (encoded,) = encode_examples([Example("ab", "cd")], tokenizer, 5)
     assert encoded.tokens.tolist() == [97, 98, 99, 100, END]

@@ -237,3 +237,12 @@ def test_asking_for_held_out_data_that_no_one_set_aside_says_what_to_set(tmp_pat
 def test_impossible_settings_are_refused_before_any_file_is_read(source, settings, message):
     with pytest.raises(UserError, match=message):
         parse(source, {"train": "a.jsonl", **settings}, "data")
+
+
+@pytest.mark.parametrize("value", [None, [1], {"a": 1}])
+def test_a_template_takes_texts_and_numbers_alone(tmp_path, value):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"q": value, "completion": "b"}))
+    source = Jsonl(train=path, prompt_template="Q: {q}")
+    with pytest.raises(UserError, match="jsonl:1: field 'q' must be a text or a number for a template, got"):
+        source.load("train")

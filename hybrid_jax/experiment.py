@@ -34,7 +34,7 @@ from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key
-from hybrid_jax.run_identity import ENVIRONMENT, WRITTEN, check_is_run, check_same_run, environment, owned
+from hybrid_jax.run_identity import ENVIRONMENT, check_is_run, check_same_run, environment, keep_earlier, owned
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
@@ -252,7 +252,7 @@ class Experiment:
         """Writes what a run says of itself, and opens its logs."""
         folder, settings = self.files.folder, to_dict(self.config)
         if resume_step is None:
-            self._keep_earlier()
+            keep_earlier(self.files)
         # First of all: it says that the folder is ours.
         write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
         write_text(folder / "config.yaml", dump_yaml(settings))
@@ -262,19 +262,6 @@ class Experiment:
             return open_loggers((*self.config.loggers, self.files), folder, settings, resume_step)
         except OSError as error:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
-
-    def _keep_earlier(self) -> None:
-        """Makes room for a new run where one has trained whose checkpoints are gone."""
-        records = read_records(self.files.folder / METRICS_FILE)
-        if all(record.get("phase") == "evaluation" for record in records):
-            self.files.remove("tokenizer")  # of a start that came to nothing
-            return
-        aside = self.files.set_aside(WRITTEN)
-        log.warning(
-            "run_dir %s holds the records of a run but no checkpoint to go on from: they are kept in %s, and "
-            "training starts at step 0",
-            *(self.files.name, aside),
-        )
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
         every = self.config.evaluation.every
@@ -336,7 +323,7 @@ class Experiment:
         if self.evaluator is None:
             log.info("model: %s", self.export(state, self.files.folder / "model"))
         if hosts.is_first():
-            write_report(self.config.run_dir)
+            write_report(self.files.where)
             log.info("report: %s/report.html", self.files.name)
 
 

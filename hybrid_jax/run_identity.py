@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import platform
 import re
@@ -18,12 +19,15 @@ from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training.checkpoint import saved_steps
+from hybrid_jax.training.loggers import METRICS_FILE, SAMPLES_FILE, read_records
 from hybrid_jax.training.run_files import CHECKPOINTS, EARLIER, RunFiles
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = "environment.json"
 # What a training writes beside its checkpoints.
 WRITTEN = (
-    *("config.yaml", ENVIRONMENT, "metrics.jsonl", "samples.jsonl", "report.html", "wandb_run_id"),
+    *("config.yaml", ENVIRONMENT, METRICS_FILE, SAMPLES_FILE, "report.html", "wandb_run_id"),
     *("tokenizer", "tensorboard", "wandb", "profile", "exports", "model"),
 )
 # Settings that may change between two starts of one run: they decide what is written, not what is learnt.
@@ -95,6 +99,19 @@ def _says_that_it_is_ours(environment: str | None) -> bool:
         return "hybrid_jax" in json.loads(environment or "{}")["packages"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+def keep_earlier(files: RunFiles) -> None:
+    """Makes room for a new run where one has trained whose checkpoints are gone; the folder must be `owned`."""
+    if all(record.get("phase") == "evaluation" for record in read_records(files.folder / METRICS_FILE)):
+        files.remove("tokenizer")  # of a start that came to nothing
+        return
+    aside = files.set_aside(WRITTEN)
+    log.warning(
+        "run_dir %s holds the records of a run but no checkpoint to go on from: they are kept in %s, and "
+        "training starts at step 0",
+        *(files.name, aside),
+    )
 
 
 def check_same_run(

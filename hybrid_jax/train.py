@@ -8,13 +8,15 @@ from hybrid_jax.parallel.hosts import joined
 
 EXPLANATION = """\
 The run directory (setting run_dir) receives config.yaml, metrics.jsonl, samples.jsonl, checkpoints/ and, at the
-end, report.html. The same command goes on from the newest checkpoint there. Ctrl-C and SIGTERM save first.
+end, report.html. The same command goes on from the newest checkpoint there. Ctrl-C, SIGTERM and SIGHUP save
+first.
 
 examples:
   python -m hybrid_jax.train --config configs/quickstart.yaml
   python -m hybrid_jax.train --config configs/quickstart.yaml run_dir=runs/mine seed=1 phases.ppo.epochs=2
 
-exit codes: 0 done, 2 a mistake in usage, config or data (one line on stderr), 130 Ctrl-C, 143 SIGTERM
+exit codes: 0 done, 2 a mistake in usage, config or data (one line on stderr), 130 Ctrl-C, 143 SIGTERM,
+129 SIGHUP
 """
 
 

@@ -119,7 +119,7 @@ class HybridTrainer:
         """Writes ``report.html`` into the run directory and returns its path; in a bucket, that of a copy."""
         from hybrid_jax.report import write_report
 
-        return write_report(self.config.run_dir)
+        return write_report(self.experiment.files.where)
 
     def _last_evaluation(self) -> dict[str, float]:
         records = read_records(self.experiment.files.folder / METRICS_FILE)
@@ -131,9 +131,9 @@ class HybridTrainer:
         """The newest policy: just trained, or out of the run directory, or untrained."""
         if self._policy is None:
             try:
-                self._policy = load_policy(self.config.run_dir, trust=names_in(to_dict(self.config)))
+                self._policy = load_policy(self.experiment.files.where, trust=names_in(to_dict(self.config)))
             except UserError:
-                if has_checkpoint(self.config.run_dir):
+                if has_checkpoint(self.experiment.files.where):
                     raise
                 return self.experiment.policy(self.experiment.init())
         return self._policy

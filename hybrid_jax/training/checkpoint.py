@@ -109,6 +109,15 @@ class Checkpoints:
         self._pending = state.step, writing
         self._saving[self._folder] = writing
 
+    def check(self) -> None:
+        """Says at once that the last save has failed, without waiting for one that is under way.
+
+        Raises:
+            SaveError: it failed.
+        """
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
     def wait(self) -> None:
         """Until the last save is on the disk.
 
@@ -162,12 +171,16 @@ class Checkpoints:
             folder = self._folder / str(step)
             shutil.rmtree(folder) if isinstance(folder, Path) else folder.rmtree()
         hosts.barrier()
-        return _checkpointer(
-            self._folder,
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-        )
+        # A folder that cannot be made in the background would be waited for by a thread for five minutes.
+        context = ocp.Context()
+        context.asynchronous.create_directories_asynchronously = False
+        with context:
+            return _checkpointer(
+                self._folder,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
 
     def _finish(self, response: Any, step: int) -> None:
         response.result()  # every process has written its part
@@ -226,7 +239,8 @@ def _checkpointer(folder: Folder, **settings: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
     # Orbax narrates every save, and prints from its threads the errors that it also raises here.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return ocp.training.Checkpointer(str(folder), **settings)
 
 

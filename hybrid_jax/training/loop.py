@@ -87,7 +87,7 @@ def train(run: Run) -> RunState:
 
     Raises:
         NonFiniteError: a loss, gradient or parameter is not finite. The newest checkpoint is from before.
-        Interrupted: SIGINT or SIGTERM came; the state was saved first.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; the state was saved first.
         KeyboardInterrupt: a second Ctrl-C came; nothing more was saved.
         UserError: another process trains in the run directory.
     """
@@ -103,6 +103,7 @@ def _train(run: Run) -> RunState:
     with Interrupts() as interrupts:
         try:
             while True:
+                checkpoints.check()
                 phase = run.phases[run.scheduler.choose(state.schedule)]
                 finished = state.step >= run.steps
                 stop = interrupts.agreed()
@@ -112,6 +113,9 @@ def _train(run: Run) -> RunState:
                     with recorder.beside("checkpoint"):
                         checkpoints.save(state)
                 if stop is not None:
+                    checkpoints.wait()
+                    done = "saved; the same command goes on" if state.step else "nothing to save yet"
+                    log.info("stopped at step %d: %s", state.step, done)
                     raise Interrupted(stop)
                 _export_if_due(run, state)
                 # What is saved is always the state before the evaluation: a rerun evaluates and observes again.

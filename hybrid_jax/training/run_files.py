@@ -57,7 +57,12 @@ class RunFiles:
 
     def upload(self) -> None:
         """Brings what has changed in ``folder`` to where it belongs, if the run is still ours."""
-        run_lock.check_owned(self.name)
+        run_lock.check_owned(self.name, look=True)
+
+    @property
+    def where(self) -> str:
+        """What finds the run directory from whichever current folder."""
+        return self.name if is_url(self.name) else str(self.folder)
 
     def names(self) -> list[str]:
         """What lies at the top of the run directory, but the lock; nothing where there is no such folder.
@@ -133,7 +138,8 @@ def run_files(run_dir: str | Path) -> RunFiles:
         UserError: the URL is none of a bucket, or a package is missing that reads it.
     """
     if not is_url(run_dir):
-        return RunFiles(str(run_dir), Path(run_dir), Path(run_dir) / CHECKPOINTS)
+        folder = Path(run_dir).absolute()  # whatever becomes the current folder
+        return RunFiles(str(run_dir), folder, folder / CHECKPOINTS)
     return _in_bucket(str(run_dir).rstrip("/"))
 
 

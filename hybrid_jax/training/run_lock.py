@@ -104,16 +104,20 @@ def owned(file: LockFile, name: str) -> Iterator[None]:
         lock.release()
 
 
-def check_owned(name: str) -> None:
-    """Checks that no other process has taken over what this one trains.
+def check_owned(name: str, *, look: bool = False) -> None:
+    """Checks that what this process trains is still there, and that no other one has taken it over.
+
+    Args:
+        name: of the run directory.
+        look: whether to look now, before what cannot be taken back; else it is known from the last renewal.
 
     Raises:
-        UserError: one has, since this one stood still for too long.
+        UserError: this process must write nothing more.
     """
-    if (lock := _locks.get(name)) is not None and lock.is_lost:
+    if (lock := _locks.get(name)) is not None and (lock.is_lost or (look and lock.look())):
         raise UserError(
-            f"run_dir {name} was taken over by another process while this one stood still for more than "
-            f"{GONE_SECONDS:.0f} s: it ends and writes nothing more"
+            f"run_dir {name} was moved or removed while it was trained, or another process has taken it over "
+            f"since this one stood still for {GONE_SECONDS:.0f} s: this one ends and writes nothing more"
         )
 
 
@@ -140,6 +144,13 @@ class _Lock:
                     log.info("took over run_dir %s from %s, which is gone", self._name, _who(there))
             self._version = self._file.swap(version, self._text())
         self._beats.start()
+
+    def look(self) -> bool:
+        """Whether the lock is no longer there, or another one's."""
+        with contextlib.suppress(OSError, UserError):  # a network that is away for a moment
+            found = self._read()[0]
+            self.is_lost = found is None or found.mark != self.holder.mark
+        return self.is_lost
 
     def release(self) -> None:
         self._end.set()
@@ -190,8 +201,10 @@ class _Lock:
             self.holder = dataclasses.replace(self.holder, beat=self.holder.beat + 1)
             try:
                 version = self._file.swap(self._version, self._text())
-            except (OSError, UserError):
-                continue  # a full disk or a network that is away for a moment; what matters fails by itself
+            except (OSError, UserError):  # a full disk perhaps; or the folder was moved away
+                if self.look():
+                    return
+                continue
             if version is None:
                 self.is_lost = True
                 return
@@ -227,7 +240,8 @@ class DiskLockFile:
 
         None where something else lies there by now.
         """
-        self._make_folder()
+        if version is None:
+            self._make_folder()  # not again where it was moved away
         with self._alone():
             found = self.read()
             if (found and found[0]) != version:

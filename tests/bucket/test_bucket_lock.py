@@ -75,7 +75,7 @@ def test_a_trainer_renews_its_lock_and_ends_when_another_machine_has_it(bucket):
         while not run_lock._locks[RUN].is_lost and time.monotonic() < deadline:
             time.sleep(0.01)
         (files.folder / "metrics.jsonl").write_text("1\n")
-        with pytest.raises(UserError, match=f"run_dir {RUN} was taken over by another process"):
+        with pytest.raises(UserError, match=f"run_dir {RUN} was moved or removed while"):
             files.upload()
     assert bucket.names() == [LOCK]
 

@@ -60,6 +60,10 @@ def test_a_process_that_is_told_to_stop_while_it_compiles_its_first_step_ends_wi
     assert "Traceback" not in stderr
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert max(steps) <= 1  # the step that was under way, and no more
+    said = stderr.splitlines()
+    assert "SIGTERM: saving after this step …" in said
+    assert said[-1] == f"stopped at step {max(steps) + 1}: saved; the same command goes on"
+    assert not (run_dir / "lock.json").exists()
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_keeps_its_checkpoints(environment, tmp_path):

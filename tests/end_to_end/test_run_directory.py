@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -170,3 +171,54 @@ def test_numbers_replace_an_earlier_result_and_no_other_file(run_dir, tmp_path, 
         )
         assert (code, err) == (2, message)
         assert (tmp_path / "numbers.json").read_text() == text
+
+
+def stopping_at(step, action):
+    """A reward that does something once, in the PPO step of this number or the first one after it."""
+    left = [action]
+
+    def reward(prompts, responses, **columns):
+        if reward.calls >= step and left:
+            left.pop()()
+        reward.calls += 1
+        return [0.0] * len(responses)
+
+    reward.calls = 0
+    return reward
+
+
+def test_a_run_goes_on_in_its_directory_when_the_current_folder_changes(tiny, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    reward = stopping_at(1, lambda: monkeypatch.chdir(tmp_path / "elsewhere"))
+    trainer = HybridTrainer(tiny / "config.yaml", reward=reward, run_dir="run", steps=2)
+    trainer.train()
+    assert Path.cwd() == tmp_path / "elsewhere"
+    assert trainer.policy.step == 2
+    assert trainer.report() == tmp_path / "here" / "run" / "report.html"
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_run_whose_directory_is_moved_ends_without_splitting_and_goes_on_where_it_is_now(tiny, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def move():
+        deadline = time.monotonic() + 60
+        while not (run / "checkpoints" / "1" / "files.json").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)  # else what is being saved goes on at the old place
+        run.rename(moved)
+
+    reward = stopping_at(1, move)
+    settings = {"steps": 4, "checkpoint": {"every": 1}}
+    with pytest.raises(UserError, match=r"run_dir .*/run was moved or removed while it was trained, or "):
+        HybridTrainer(tiny / "config.yaml", reward=reward, run_dir=run, **settings).train()
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+    saved = max(int(path.name) for path in (moved / "checkpoints").iterdir() if path.name.isdecimal())
+    assert saved == 1
+    trainer = HybridTrainer(tiny / "config.yaml", reward=reward, run_dir=moved, **settings)
+    trainer.train()
+    steps = [json.loads(line)["step"] for line in (moved / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 1, 2, 3, 4}
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

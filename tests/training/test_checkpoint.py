@@ -1,8 +1,14 @@
+import concurrent.futures
 import dataclasses
 import errno
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -291,3 +297,50 @@ def test_orbax_does_not_narrate(saved, caplog):
 def test_settings_must_be_positive(setting):
     with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):
         CheckpointConfig(**{setting: 0})
+
+
+def test_a_failed_save_is_known_before_the_next_one_and_one_under_way_is_not_waited_for(tmp_path, monkeypatch):
+    let_go = threading.Event()
+
+    def fail(folder):
+        let_go.wait(60)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_seal", fail)
+    checkpoints = Checkpoints(tmp_path, 2)
+    checkpoints.save(state_at(1))
+    checkpoints.check()
+    let_go.set()
+    concurrent.futures.wait([checkpoints._pending[1]])
+    with pytest.raises(SaveError, match="checkpoint 1 cannot be written: no space left on the disk"):
+        checkpoints.check()
+    checkpoints.check()  # said once
+    checkpoints.close()
+
+
+def test_a_process_whose_save_failed_ends_at_once(tmp_path):
+    """Orbax would wait five minutes for a folder that a thread of its own could not make."""
+    script = """
+import sys
+from pathlib import Path
+from test_checkpoint import Checkpoints, SaveError, state_at
+disk = Path(sys.argv[1])
+checkpoints = Checkpoints(disk / "checkpoints", 2)
+checkpoints.save(state_at(1))
+checkpoints.wait()
+(disk / "checkpoints").rename(disk / "moved")
+(disk / "checkpoints").write_text("no folder any more")
+try:
+    checkpoints.save(state_at(2))
+    checkpoints.wait()
+except SaveError as error:
+    print(error)
+checkpoints.close()
+"""
+    folder, environment = str(Path(__file__).parent), {**os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0
+    assert result.stdout.startswith("checkpoint 2 cannot be written: [Errno 20] Not a directory")
+    assert result.stderr == ""

@@ -1,13 +1,17 @@
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
 from hybrid_jax.training.interrupts import Interrupted, Interrupts
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_only_noted_and_handlers_are_put_back(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     with Interrupts() as interrupts:
@@ -44,7 +48,7 @@ def test_a_handler_that_python_did_not_set_becomes_the_default(monkeypatch):
     monkeypatch.setattr(signal, "signal", set_handler)  # returns None, as for a handler set in C
     with Interrupts():
         pass
-    assert handlers == {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}
+    assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), signal.SIG_DFL)
 
 
 def test_outside_the_main_thread_nothing_is_caught_and_nothing_fails():
@@ -60,7 +64,85 @@ def test_outside_the_main_thread_nothing_is_caught_and_nothing_fails():
     assert seen == [(None, before)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_an_interrupted_run_ends_the_process_with_its_code(number, code):
     assert Interrupted(number).code == code
     assert isinstance(Interrupted(number), SystemExit)
+
+
+BLOCKED = """
+import hashlib
+from hybrid_jax.training.interrupts import Interrupts
+with Interrupts():
+    print("blocked", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 4_000_000)  # as XLA: no handler of Python runs meanwhile
+    print("free", flush=True)
+"""
+CLOSED = """
+import sys, time
+from pathlib import Path
+from hybrid_jax.training.interrupts import Interrupts
+with Interrupts() as interrupts:
+    print("begun", flush=True)
+    while interrupts.number is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    print("progress", file=sys.stderr, flush=True)
+    Path(sys.argv[1]).write_text(f"saved after {interrupts.number}")
+"""
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_a_signal_is_answered_at_once_also_while_the_device_is_waited_for(number, name):
+    command = [sys.executable, "-c", BLOCKED]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "blocked\n"
+        process.send_signal(number)
+        assert process.stdout.read() == f"{name}: saving after this step …\nfree\n"
+    assert process.returncode == 0
+
+
+def test_a_closed_terminal_stops_a_run_that_can_still_save(tmp_path):
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(tmp_path / "end")])
+    assert os.read(terminal, 5) == b"begun"
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "end").read_text() == "saved after 1"
+
+
+def test_a_hangup_that_is_ignored_stays_so_and_one_after_another_signal_does_not_end_the_saving():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        with Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupts.number is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with Interrupts() as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupts.number == signal.SIGTERM
+    assert signal.getsignal(signal.SIGHUP) is before
+
+
+def test_who_was_woken_by_signals_before_still_is():
+    reads, writes = os.pipe()
+    os.set_blocking(writes, False)
+    before = signal.set_wakeup_fd(writes)
+    try:
+        with Interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert os.read(reads, 8) == bytes([signal.SIGTERM])
+        deadline = time.monotonic() + 5
+        while any(thread.name == "signals" for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+        assert signal.set_wakeup_fd(writes) == writes
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reads)
+        os.close(writes)

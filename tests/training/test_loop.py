@@ -1,5 +1,7 @@
+import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -346,6 +348,25 @@ def test_a_run_trains_outside_the_main_thread_where_no_signal_arrives(unbroken, 
     thread.start()
     thread.join()
     assert (result[0], log_lines(tmp_path)) == unbroken
+
+
+def test_a_checkpoint_that_fails_ends_the_run_before_its_next_step(tmp_path, monkeypatch):
+    def no_space(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def until_it_has_failed(state):
+        if state.step == 3:
+            concurrent.futures.wait(list(Checkpoints._saving.values()))
+
+    steps = []
+    monkeypatch.setattr(Checkpoints, "_saving", {})
+    monkeypatch.setattr("hybrid_jax.training.checkpoint._seal", no_space)
+    phase = Walk("sft", before=lambda state: (steps.append(state.step), until_it_has_failed(state)))
+    run = Walking(tmp_path, sft=phase)
+    run.scheduler = Alternation(warmup={}, cycle={"sft": 1})
+    with pytest.raises(SaveError, match="checkpoint 3 cannot be written: no space left on the disk"):
+        train(run)
+    assert steps == [0, 1, 2, 3]  # and not up to the next save, at step 6
 
 
 def test_a_disk_that_is_full_for_the_metrics_is_one_clear_error(small_disk, capfd):

@@ -12,6 +12,10 @@ from typing import Any, NoReturn
 from hybrid_jax.core.registry import UserError
 
 
+class Ended(SystemExit):
+    """The end of a command that the program itself has chosen; any other `SystemExit` is of a user's code."""
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage.
 
@@ -20,6 +24,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            self._print_message(message, sys.stderr)
+        raise Ended(status)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
@@ -46,7 +55,8 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs ``main`` on the command line's arguments and ends the process with the right exit code.
 
     A `UserError` becomes ``error: <one line>`` on stderr and exit code 2. Any other exception is a defect of
-    ours and keeps its traceback; a `SystemExit` (143 after SIGTERM) passes through.
+    ours and keeps its traceback; an `Ended` (143 after SIGTERM) passes through. Another `SystemExit` is a
+    component that left, and no success.
     """
     sys.exit(_exit_code(main, sys.argv[1:]))
 
@@ -57,6 +67,11 @@ def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         sys.stdout.flush()  # here, so that a closed pipe is met inside the try
     except UserError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except Ended:
+        raise
+    except SystemExit as error:
+        print(f"error: a component ended the program by sys.exit({error.code!r})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -119,7 +119,9 @@ class Registry(Generic[T]):
         module_name, _, attribute = name.partition(":")
         try:
             return operator.attrgetter(attribute)(importlib.import_module(module_name))
-        except Exception as error:  # whatever the module does when it is imported
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever the module does when it is imported, leaving included
             if _lives_only_in_python(name):
                 raise self._given_from_python(name) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())

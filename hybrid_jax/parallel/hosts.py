@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
+from hybrid_jax.core.cli import Ended
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.cluster import Cluster, find_cluster
 from hybrid_jax.parallel.meeting import meet
@@ -167,13 +168,13 @@ def initialize() -> Peers | None:
 def joined() -> Iterator[None]:
     """Around a whole program: `initialize` before it, and an end of all processes together.
 
-    A `SystemExit` counts as an end that all have agreed on. Any other error ends the other processes with a
+    An `Ended` counts as an end that all have agreed on. Any other error ends the other processes with a
     message.
     """
     peers = initialize()
     try:
         yield
-    except SystemExit:
+    except Ended:
         _part(peers)
         raise
     except BaseException as error:

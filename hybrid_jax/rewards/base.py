@@ -169,11 +169,13 @@ def _check_columns(name: str, arguments: Arguments, columns: Iterable[str]) -> N
 def _explained(name: str, function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # sys.exit, too: a reward does not end the run, least of all with success
         raise RewardError(f"reward {name!r} raised {_describe_error(error)}") from error
 
 
-def _describe_error(error: Exception) -> str:
+def _describe_error(error: BaseException) -> str:
     """Type, message and place in one line; the place is the innermost line outside installed packages."""
     message = _shorten(str(error), 300)
     if isinstance(error, UserError):

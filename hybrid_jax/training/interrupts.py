@@ -10,6 +10,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from hybrid_jax.core.cli import Ended
 from hybrid_jax.parallel import hosts
 
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -18,7 +19,7 @@ if _HANGUP is not None:
     _NAMES[_HANGUP] = "SIGHUP"
 
 
-class Interrupted(SystemExit):
+class Interrupted(Ended):
     """The run was stopped from outside and has saved itself; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int):

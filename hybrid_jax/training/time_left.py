@@ -105,7 +105,10 @@ def steps_ahead(run: Ahead, state: RunState) -> Iterator[str]:
         if state.step >= run.steps:
             return
         yield phase
-        schedule = run.scheduler.update(state.schedule, phase, {})
+        try:
+            schedule = run.scheduler.update(state.schedule, phase, {})
+        except KeyError:  # it cannot do without: then there is no plan
+            return
         state = replace(state, step=state.step + 1, schedule=schedule)
 
 

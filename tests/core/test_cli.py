@@ -26,11 +26,23 @@ def test_bad_usage_is_one_line_too():
 
 
 @pytest.mark.parametrize(
-    ("body", "code"), [("pass", 0), ("raise KeyboardInterrupt", 130), ("raise SystemExit(143)", 143)]
+    ("body", "code"), [("pass", 0), ("raise KeyboardInterrupt", 130), ("raise Ended(143)", 143)]
 )
 def test_the_exit_code_is_zero_or_that_of_the_signal(body, code):
     done = run(body)
     assert (done.returncode, done.stderr) == (code, "")
+
+
+@pytest.mark.parametrize("code", ["0", "None", "'bye'", "3"])
+def test_a_component_that_leaves_is_no_success(code):
+    done = run(f"sys.exit({code})")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: a component ended the program by sys.exit({code})\n"
+
+
+def test_help_is_a_success():
+    done = run("ArgumentParser(prog='report').parse_args(arguments)", "--help")
+    assert (done.returncode, done.stderr, done.stdout[:13]) == (0, "", "usage: report")
 
 
 def test_a_defect_keeps_its_traceback():

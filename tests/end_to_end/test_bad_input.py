@@ -229,7 +229,7 @@ BAD_REWARDS = {
     "raising": (raising, r"reward '\w+' raised KeyError: 'price' at .*test_bad_input.py:\d+$"),
     "short": (lambda p, r: [0.0], r"returned 1 scores; expected one number for each of 4 responses$"),
     "nan": (lambda p, r: [0.0, float("nan"), 0.0, 0.0], r"gave nan for response 1 .*; a score must be finite"),
-    "text": (lambda p, r: "good", r"returned 'good' of type str; expected one number for each of 4"),
+    "leaving": (lambda p, r: sys.exit(0), r"reward '\w+' raised SystemExit: 0 at .*test_bad_input.py:\d+$"),
     "texts": (lambda p, r: ["good"] * len(r), r"gave 'good' of type str for response 0 .*; expected a number"),
 }
 

@@ -1,6 +1,8 @@
 """What may go wrong in a user's reward, and the one line that says so."""
 
+import asyncio
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import jax.numpy as jnp
@@ -149,6 +151,36 @@ def test_a_long_response_is_shortened_in_the_message():
         evaluate_reward("mine", lambda prompts, responses: [float("nan")], ["p"], ["word\n" * 500])
     assert len(str(caught.value)) < 200
     assert "…" in str(caught.value)
+
+
+class Starts:
+    def __init__(self, finish):
+        self.finish = finish
+
+    def start(self, responses):
+        return self.finish
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (SystemExit(0), "SystemExit: 0"),
+        (SystemExit(), "SystemExit: "),
+        (GeneratorExit("gone"), "GeneratorExit: gone"),
+        (StopIteration("end"), "StopIteration: end"),
+        (asyncio.CancelledError("late"), "CancelledError: late"),
+    ],
+)
+def test_a_reward_that_leaves_has_failed(error, said):
+    def leave(responses=None):
+        raise error
+
+    def in_a_thread():
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(leave).result()
+
+    for reward in (leave, Starts(leave), Starts(in_a_thread)):
+        assert message_of(reward).startswith(f"reward 'mine' raised {said}")
 
 
 def test_an_interrupt_passes_through():

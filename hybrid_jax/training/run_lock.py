@@ -169,7 +169,9 @@ class _Lock:
             UserError: it lives.
         """
         if there.is_near():
-            if there.is_alive() and there.pid != self.holder.pid:  # else one that we could not remove
+            # One of this process that nobody holds is one that could not be removed.
+            held_here = {lock.holder.mark for lock in list(_locks.values())}
+            if there.is_alive() and (there.pid != self.holder.pid or there.mark in held_here):
                 raise UserError(_refusal(self._name, there))
             return
         log.info(
@@ -242,15 +244,18 @@ class DiskLockFile:
         """
         if version is None:
             self._make_folder()  # not again where it was moved away
-        with self._alone():
+        with (
+            contextlib.suppress(FileNotFoundError),
+            self._alone(),
+        ):  # the folder is gone: whose it was has ended
             found = self.read()
-            if (found and found[0]) != version:
-                return None
-            write_text(self._path, text)
-        return text
+            if (found and found[0]) == version:
+                write_text(self._path, text)
+                return text
+        return None
 
     def remove(self, version: str) -> None:
-        with self._alone():
+        with contextlib.suppress(FileNotFoundError), self._alone():
             if self.read() == (version, version):
                 self._path.unlink()
         for folder in self._made:  # the innermost first
@@ -282,6 +287,8 @@ class DiskLockFile:
                     elif time.monotonic() - first_seen > _STUCK_SECONDS:
                         self._guard.unlink()
                 time.sleep(0.01)
+            except FileNotFoundError:
+                raise
             except OSError as error:
                 raise UserError(f"{self._path} cannot be written: {error.strerror}") from error
         try:

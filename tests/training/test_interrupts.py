@@ -81,9 +81,10 @@ with Interrupts():
     print("free", flush=True)
 """
 CLOSED = """
-import sys, time
+import fcntl, sys, termios, time
 from pathlib import Path
 from hybrid_jax.training.interrupts import Interrupts
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # the terminal is ours, so we hear of its end
 with Interrupts() as interrupts:
     print("begun", flush=True)
     while interrupts.number is None:
@@ -106,12 +107,13 @@ def test_a_signal_is_answered_at_once_also_while_the_device_is_waited_for(number
 
 
 def test_a_closed_terminal_stops_a_run_that_can_still_save(tmp_path):
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-c", CLOSED, str(tmp_path / "end")])
-    assert os.read(terminal, 5) == b"begun"
-    os.close(terminal)
-    assert os.waitpid(child, 0)[1] == 0
+    terminal, side = pty.openpty()
+    command = [sys.executable, "-c", CLOSED, str(tmp_path / "end")]
+    with subprocess.Popen(command, stdin=side, stdout=side, stderr=side, start_new_session=True) as process:
+        os.close(side)
+        assert os.read(terminal, 5) == b"begun"
+        os.close(terminal)
+    assert process.returncode == 0
     assert (tmp_path / "end").read_text() == "saved after 1"
 
 

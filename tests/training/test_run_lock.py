@@ -201,6 +201,16 @@ def test_the_same_thread_may_lock_again_within_and_another_thread_is_refused(tmp
     assert f"is being trained by process {os.getpid()} on " in refusals[0]
 
 
+def test_another_spelling_of_the_directory_is_the_same_directory(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    with run_files(tmp_path / "run").owned():
+        for other in ("run", "./run/../run", "link"):
+            with pytest.raises(UserError, match=f"is being trained by process {os.getpid()} "):
+                run_files(other).owned().__enter__()
+
+
 def test_of_processes_that_take_it_at_the_same_moment_only_one_has_it(tmp_path):
     (tmp_path / "count").write_text("0")
     command = [sys.executable, "-c", COUNT, str(tmp_path)]

@@ -133,7 +133,8 @@ class PromptStream:
         self.examples = tuple(itertools.compress(examples, kept))
         part = slice(most) if long_rows.policy == "truncate_end" else slice(-most, None)
         self._prompts = [prompt[part] for prompt in itertools.compress(prompts, kept)]
-        self._buckets = _checked_buckets(buckets, [len(prompt) for prompt in self._prompts], max_prompt_length)
+        self.longest = max(map(len, self._prompts))
+        self._buckets = sorted(buckets) if buckets else length_buckets(self.longest, max_prompt_length)
         self._seed = seed
 
     @property

@@ -61,6 +61,7 @@ class PPOPhase:
     def __init__(self, config: PPO, resources: Resources):
         self.config = config
         self.waits_for_device = not config.rollout_ahead
+        self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
         self.name = resources.name
         self.optimizer_key = resources.optimizer_key
         self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
@@ -199,7 +200,7 @@ class PPOPhase:
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
         config, placement, rows = self.config, self._placement, self.config.rows
-        length = prompt_length or config.max_prompt_length
+        length = prompt_length or max(config.prompt_buckets or (0,)) or config.max_prompt_length
         length = length or (self.prompts and self.prompts.batch(0, config.prompts_per_step).tokens.shape[1])
         if length is None:
             raise UserError(

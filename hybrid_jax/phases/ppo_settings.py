@@ -81,6 +81,7 @@ class PPO:
     samples_per_prompt: int = 1
     max_prompt_length: int | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
+    prompt_buckets: tuple[int, ...] | None = None  # lengths that prompts are padded to; each compiles once
     sampler: Sampler = Sampler(max_new_tokens=64)
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
 
@@ -114,6 +115,9 @@ class PPO:
         for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "microbatches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        buckets = self.prompt_buckets
+        if buckets is not None and (not buckets or min(buckets) < 1 or len(set(buckets)) < len(buckets)):
+            raise ValueError(f"prompt_buckets must hold different lengths of at least 1, got {list(buckets)}")
         for name in ("discount", "trace"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")

@@ -19,7 +19,20 @@ def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
     assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
     most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
-    return PromptStream(examples, resources.tokenizer, most, seed=resources.seed, long_rows=long_rows)
+    buckets, setting = config.prompt_buckets, f"phases.{resources.name}.prompt_buckets"
+    if buckets is not None and most is not None and max(buckets) > most:
+        raise UserError(
+            f"{setting} must be at most the {most} tokens that a prompt may have, got {max(buckets)}"
+        )
+    stream = PromptStream(
+        examples, resources.tokenizer, most, seed=resources.seed, buckets=buckets, long_rows=long_rows
+    )
+    if buckets is not None and max(buckets) < stream.longest:
+        raise UserError(
+            f"{setting} must hold the longest prompt, of {stream.longest} tokens, got {list(buckets)}; add a "
+            f"length, or set phases.{resources.name}.max_prompt_length to {max(buckets)}"
+        )
+    return stream
 
 
 def repeated(prompts: PromptBatch, times: int) -> PromptBatch:

@@ -155,7 +155,11 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
     """One step of ``phase`` with its randomness, counted and recorded."""
     free_programs()  # prompts of ever new lengths compile without end
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
-    started = contextlib.nullcontext() if recorder is None else recorder.step(state.step, phase.name)
+    started = (
+        contextlib.nullcontext()
+        if recorder is None
+        else recorder.step(state.step, phase.name, getattr(phase, "shapes_setting", None))
+    )
     with started, out_of_memory.explained(phase.name):
         state, idle = without_idle(settled(state, phase, run.offload), phase)
         new, metrics = phase.step(state, jax.random.fold_in(run.key, number))

@@ -48,6 +48,7 @@ class Phase(Protocol):
     name: str
     optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
     waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
+    # One whose steps have several shapes may have a `shapes_setting`: the setting that decides them, in words.
 
     @property
     def references(self) -> Sequence[str]:

@@ -58,15 +58,19 @@ class Recorder:
         self._stamp = time.monotonic()
 
     @contextlib.contextmanager
-    def step(self, step: int, phase: str) -> Iterator[None]:
-        """Around what starts a step: marks it for a profiler and notices what is compiled in it."""
+    def step(self, step: int, phase: str, shapes_setting: str | None = None) -> Iterator[None]:
+        """Around what starts a step: marks it for a profiler and notices what is compiled in it.
+
+        A warning about new shapes names the ``shapes_setting`` that decides them.
+        """
         is_first = phase not in self._started
         self._compilations.new()
         with self._profiler.step(step, phase), self._first_time(phase, "step"):
             yield
         compiled = self._compilations.new()
         if compiled and not is_first:
-            log.warning("step %d: %s met new shapes and compiled %s", step, phase, summary(compiled))
+            hint = "" if shapes_setting is None else f"; see {shapes_setting}"
+            log.warning("step %d: %s met new shapes and compiled %s%s", step, phase, summary(compiled), hint)
 
     @contextlib.contextmanager
     def _first_time(self, name: str, what: str) -> Iterator[None]:

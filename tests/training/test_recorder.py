@@ -223,12 +223,13 @@ def test_a_program_that_is_compiled_after_a_phases_first_step_is_reported(caplog
     for step, (size, phase) in shapes.items():
         array = np.ones((size, 13), np.float32)
         caplog.clear()
-        with caplog.at_level(logging.WARNING), recorder.step(step, phase):
+        with caplog.at_level(logging.WARNING), recorder.step(step, phase, "phases.ppo.prompt_buckets"):
             double(array)
         said[step] = caplog.messages
     assert [said[step] for step in range(3)] == [[], [], []]  # the first step of a phase may compile
     assert len(said[3]) == 1
     assert said[3][0].startswith("step 3: sft met new shapes and compiled double (")
+    assert said[3][0].endswith("; see phases.ppo.prompt_buckets")
 
 
 def test_what_compiles_for_the_first_time_says_so_before_and_after(caplog):

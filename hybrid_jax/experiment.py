@@ -20,6 +20,7 @@ from hybrid_jax.banner import banner
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.registry import UserError, names_in
+from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.conversations import Chat
@@ -255,7 +256,7 @@ class Experiment:
             keep_earlier(self.files)
         # First of all: it says that the folder is ours.
         write_text(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
-        write_text(folder / "config.yaml", dump_yaml(settings))
+        write_text(folder / "config.yaml", dump_yaml(without_secrets(settings)))
         write_folder(folder / "tokenizer", self._save_tokenizer)  # a resumed run trusts it once it is there
         self.files.upload()
         try:

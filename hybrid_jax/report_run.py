@@ -11,6 +11,7 @@ from typing import Any
 
 from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.report_charts import Block, phase_blocks
 from hybrid_jax.training.loggers import (
     BY_PROMPT,
@@ -18,7 +19,6 @@ from hybrid_jax.training.loggers import (
     SAMPLES_FILE,
     read_records,
     without_extremes,
-    without_secrets,
 )
 from hybrid_jax.training.run_files import RunFiles
 

@@ -17,6 +17,7 @@ import jax
 
 from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training.checkpoint import saved_steps
 from hybrid_jax.training.loggers import METRICS_FILE, SAMPLES_FILE, read_records
@@ -142,7 +143,7 @@ def check_same_run(
 
 
 def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
+    return without_secrets({name: value for name, value in settings.items() if name not in FREE_SETTINGS})
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

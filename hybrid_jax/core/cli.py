@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.secrets import text_without_secrets
 
 
 class Ended(SystemExit):
@@ -66,7 +67,7 @@ def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         main(arguments)
         sys.stdout.flush()  # here, so that a closed pipe is met inside the try
     except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        print("error:", text_without_secrets(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except Ended:
         raise

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from hybrid_jax.core.merging import Place, merge, put
 from hybrid_jax.core.registry import NOTHING, Registry, Untrusted, UserError, is_definition, suggest
+from hybrid_jax.core.secrets import text_without_secrets, without_secrets
 from hybrid_jax.core.yaml_text import MOST_BITS, NUMBER, parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -119,7 +120,7 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
 def _parse_override(override: str) -> tuple[list[str], Any]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"an override is written a.b=value, got {override!r}")
+        raise UserError(f"an override is written a.b=value, got {text_without_secrets(override)!r}")
     return dotted.split("."), parse_yaml(text, f"override {dotted!r}")
 
 
@@ -131,7 +132,9 @@ def _parse_value(hint: Any, value: Any, path: str, trust: Container[str]) -> Any
         return _parse_optional(arguments, value, path, trust)
     if origin is Literal:
         if value not in arguments:
-            raise UserError(f"{path} must be one of {', '.join(map(str, arguments))}, got {_shown(value)}")
+            raise UserError(
+                f"{path} must be one of {', '.join(map(str, arguments))}, got {_shown(value, path)}"
+            )
         return value
     if dataclasses.is_dataclass(hint):
         return (
@@ -287,13 +290,13 @@ def _describe(hint: Any) -> str:
 def _wrong_type(path: str, expected: str, value: Any) -> UserError:
     is_number = expected.startswith(("a text", "a path", "a URL")) and isinstance(value, int | float)
     hint = "; in quotes it is a text" if is_number else ""
-    return UserError(f"{path} must be {expected}, got {_shown(value)}{hint}")
+    return UserError(f"{path} must be {expected}, got {_shown(value, path)}{hint}")
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, path: str) -> str:
     """A value as an error names it: in one short line."""
     try:
-        text = repr(value)
+        text = repr(without_secrets(value, path))
     except ValueError:  # of a whole number that is too long to write
         return "a long number"
     return text if len(text) <= 200 else f"{text[:200]}…"

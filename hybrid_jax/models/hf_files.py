@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -232,9 +233,7 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_b
     total, held, size = 0, {}, 0
 
     def flush() -> None:
-        from safetensors.numpy import save_file
-
-        save_file(held, folder / str(len(shards)), metadata={"format": "pt"})
+        save_tensors(folder / str(len(shards)), held)
         shards.append(list(held))
         held.clear()
 
@@ -253,6 +252,17 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, np.ndarray]], max_b
         os.replace(folder / str(i), folder / name)
     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes a safetensors file that those may read whom the umask lets read any new file."""
+    from safetensors.numpy import save_file
+
+    save_file(dict(tensors), path, metadata={"format": "pt"})  # for the owner alone, whatever the umask is
+    usual = path.with_name(path.name + ".mode")
+    usual.touch()
+    path.chmod(stat.S_IMODE(usual.stat().st_mode))
+    usual.unlink()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -32,7 +32,7 @@ from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family, parameter_shapes
 from hybrid_jax.models.families.weights import Row
-from hybrid_jax.models.hf_files import open_safetensors, read_json, write_json
+from hybrid_jax.models.hf_files import open_safetensors, read_json, save_tensors, write_json
 from hybrid_jax.models.lora import Lora, adapters_of, column_norms, nested, params_at, scale_of
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -121,8 +121,6 @@ def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> No
     Raises:
         UserError: the model has no adapter, or one that `peft` cannot put where ours is.
     """
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     if not isinstance(model, Decoder) or (lora := model.config.lora) is None:
         raise UserError("the model has no adapter to export: its config has no lora")
@@ -148,7 +146,7 @@ def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> No
     content = _settings(lora, ranks, known, fan_in_fan_out=not family.transposed)
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f"{WEIGHTS}.unfinished"
-    save_file(tensors, unfinished, metadata={"format": "pt"})
+    save_tensors(unfinished, tensors)
     os.replace(unfinished, folder / WEIGHTS)
     write_json(folder / ADAPTER_CONFIG, {**content, "base_model_name_or_path": base})
 

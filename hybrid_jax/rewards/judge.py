@@ -7,6 +7,7 @@ error is never repeated, for it may quote the key.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import json
@@ -14,17 +15,20 @@ import logging
 import os
 import random
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.waiting import result_of
 from hybrid_jax.rewards.judge_cache import JudgeCache, Spent
 from hybrid_jax.rewards.judge_parsing import BadAnswer, read_reply
 
@@ -48,7 +52,7 @@ class Endpoint:
         cache_dir: Folder of the answers and of what they cost.
         concurrency: Questions under way at a time.
         connect_seconds: To wait for a connection.
-        read_seconds: To wait for a whole answer.
+        read_seconds: For all that comes then: securing it, asking, and the whole answer.
         retries: Further tries after a failure that may pass.
         backoff_seconds: Before the first retry; doubled each time, with noise, unless the server says how long.
         max_wait_seconds: Of one such pause.
@@ -159,19 +163,24 @@ class Judge:
                 agreed form and there is no fallback, or the ceiling of the cost is reached.
         """
         asking = _Asking(self, self.endpoint.key())
-        pool = ThreadPoolExecutor(self.endpoint.concurrency, thread_name_prefix="judge")
-        answers: dict[str, Future[float]] = {}
-        for question in questions:
-            if question.key not in answers:
-                answers[question.key] = pool.submit(asking.value, question)
-        pool.shutdown(wait=False)
+        different = {question.key: question for question in questions}
+        answers: dict[str, Future[float]] = {key: Future() for key in different}
+        left = deque(different.values())
+
+        def ask() -> None:
+            while left and not asking.stop.is_set():
+                with contextlib.suppress(IndexError):  # another thread has taken the last one
+                    question = left.popleft()
+                    _settle(answers[question.key], asking, question)
+
+        for _ in range(min(self.endpoint.concurrency, len(left))):
+            threading.Thread(target=ask, name="judge", daemon=True).start()  # which no exit waits for
 
         def values() -> list[float]:
             try:
-                return [answers[question.key].result() for question in questions]
+                return [result_of(answers[question.key]) for question in questions]
             except BaseException:
                 asking.stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
         return values
@@ -186,6 +195,13 @@ class Judge:
         with self._lock:
             taken, self.counts = self.counts, {}
         return taken
+
+
+def _settle(answer: Future[float], asking: _Asking, question: Question) -> None:
+    try:
+        answer.set_result(asking.value(question))
+    except BaseException as error:  # for the thread that waits
+        answer.set_exception(error)
 
 
 class _Passing(Exception):
@@ -274,24 +290,61 @@ def _post(endpoint: Endpoint, key: str | None, body: bytes) -> bytes:
     parts = urlsplit(endpoint.url)
     headers = {"Content-Type": "application/json", "Accept": "application/json", "Connection": "close"}
     headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    is_secure, host = parts.scheme == "https", parts.hostname or ""
+    kind = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
     try:
-        connection = kind(parts.hostname or "", parts.port, timeout=endpoint.connect_seconds)
-        try:
-            connection.connect()
-            deadline = time.monotonic() + endpoint.read_seconds
-            socket = connection.sock  # the connection forgets it with the reply's header
-            socket.settimeout(endpoint.read_seconds)
-            connection.request("POST", parts.path.rstrip("/") + "/chat/completions", body, headers)
-            with connection.getresponse() as reply:
-                _check_status(reply, endpoint)
-                return _read(reply, socket, deadline)
-        finally:
-            connection.close()
+        line = socket.create_connection((host, parts.port or kind.default_port), endpoint.connect_seconds)
+        with contextlib.closing(line), _deadline(line, endpoint.read_seconds):
+            connection = kind(host, parts.port)
+            connection.sock = _secured(line, host) if is_secure else line
+            with contextlib.closing(connection):
+                connection.request("POST", parts.path.rstrip("/") + "/chat/completions", body, headers)
+                with connection.getresponse() as reply:
+                    _check_status(reply, endpoint)
+                    return _read(reply)
     except ssl.SSLCertVerificationError:
         raise UserError(f"the certificate of the judge's host {parts.hostname} is not valid") from None
     except (OSError, http.client.HTTPException) as error:  # timeouts and dropped connections are OSErrors
         raise _Passing(f"no reply from {parts.hostname} ({type(error).__name__})") from None
+
+
+@contextlib.contextmanager
+def _deadline(line: socket.socket, seconds: float) -> Iterator[None]:
+    """Hangs up after so many seconds, whatever is under way.
+
+    A limit on each read does not end: a server may drip a header, or say ``100 Continue`` for ever.
+
+    Raises:
+        TimeoutError: it did.
+    """
+    late = threading.Event()
+    end = os.dup(line.fileno())  # securing the line takes its own handle away
+
+    def hang_up() -> None:
+        late.set()
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(end)) as same:
+            same.shutdown(socket.SHUT_RDWR)
+
+    line.settimeout(seconds)
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except (OSError, http.client.HTTPException):
+        if late.is_set():
+            raise TimeoutError from None
+        raise
+    finally:
+        timer.cancel()
+        timer.join()  # it may be hanging up just now
+        os.close(end)
+    if late.is_set():
+        raise TimeoutError
+
+
+def _secured(line: socket.socket, host: str) -> ssl.SSLSocket:
+    return ssl.create_default_context().wrap_socket(line, server_hostname=host)
 
 
 def _check_status(reply: http.client.HTTPResponse, endpoint: Endpoint) -> None:
@@ -310,21 +363,14 @@ def _check_status(reply: http.client.HTTPResponse, endpoint: Endpoint) -> None:
     )
 
 
-def _read(reply: http.client.HTTPResponse, socket: Any, deadline: float) -> bytes:
-    """The whole body, not longer than `MOST_BYTES` and not later than ``deadline``, however it drips in."""
-    chunks, size = [], 0
-    while chunk := reply.read1(65536):
-        chunks.append(chunk)
-        size += len(chunk)
-        if size > MOST_BYTES:
-            raise BadAnswer(f"the reply has more than {MOST_BYTES} bytes")
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        socket.settimeout(left)
+def _read(reply: http.client.HTTPResponse) -> bytes:
+    """The whole body, not longer than `MOST_BYTES`."""
+    body = reply.read(MOST_BYTES + 1)
+    if len(body) > MOST_BYTES:
+        raise BadAnswer(f"the reply has more than {MOST_BYTES} bytes")
     if reply.length:  # fewer bytes than the server had promised
         raise http.client.IncompleteRead(b"")
-    return b"".join(chunks)
+    return body
 
 
 def _seconds(header: str | None) -> float | None:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,11 @@ def key_of(*parts: Any) -> str:
 def _write(path: Path, content: dict[str, Any]) -> None:
     """As a whole or not at all, also beside another writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    name = path.with_name(
+        f"{secrets.token_hex(8)}.part"
+    )  # by `open`, so that the umask decides who may read it
     try:
-        with os.fdopen(handle, "w") as file:
+        with name.open("x") as file:
             json.dump(content, file)
         os.replace(name, path)
     except BaseException:

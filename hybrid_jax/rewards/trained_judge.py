@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.hf_files import read_json, write_json
+from hybrid_jax.models.hf_files import read_json, save_tensors, write_json
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     at_least_one,
@@ -130,11 +130,9 @@ def train_head(
 
 def save_head(folder: str | Path, head: Head) -> None:
     """Writes head.safetensors and head.json."""
-    from safetensors.numpy import save_file
-
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({"weights": head.weights, "bias": np.array([head.bias])}, folder / WEIGHTS)
+    save_tensors(folder / WEIGHTS, {"weights": head.weights, "bias": np.array([head.bias])})
     write_json(folder / SETTINGS, {"kind": head.kind, "features": len(head.weights)})
 
 

@@ -10,6 +10,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from hybrid_jax.core import waiting
 from hybrid_jax.core.cli import Ended
 from hybrid_jax.parallel import hosts
 
@@ -47,6 +48,7 @@ class Interrupts:
         return max(number or 0 for number in hosts.exchange(self.number)) or None
 
     def __enter__(self) -> Interrupts:
+        waiting.go_on()
         if threading.current_thread() is threading.main_thread():
             self._listen()
             for number in _NAMES:
@@ -57,6 +59,7 @@ class Interrupts:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._restore()
+        waiting.go_on()
         if self._pipe is not None:
             signal.set_wakeup_fd(self._told_before)
             os.close(self._pipe[1])  # which ends the thread
@@ -67,6 +70,8 @@ class Interrupts:
         self._restore(but=_HANGUP)
         if _HANGUP in self._before:
             signal.signal(_HANGUP, signal.SIG_IGN)
+        if hosts.size() == 1:  # several must leave together, between two steps
+            waiting.ask_to_stop()
 
     def _restore(self, but: int | None = None) -> None:
         for number in [number for number in self._before if number != but]:

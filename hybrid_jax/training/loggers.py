@@ -15,7 +15,6 @@ import importlib
 import json
 import math
 import os
-import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.secrets import without_secrets
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -308,24 +308,6 @@ def _wandb_id(run_dir: Path, resume_step: int | None) -> str:
     if resume_step is None or not file.exists():
         file.write_text(secrets.token_hex(4))
     return file.read_text().strip()
-
-
-# Key names that hold credentials; `eos_token` or `max_new_tokens` are none.
-_SECRET_NAME = re.compile(r"(?i)(^|_)(api|access)?(key|token|secret|password|credentials?|authorization)$")
-_VOCABULARY_NAME = re.compile(r"(?i)(eos|bos|pad|unk|sep|cls|mask|stop)_token$")
-_URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
-
-
-def without_secrets(value: Any, key: str = "") -> Any:
-    """A copy of a config in which values under credential-like names and logins in URLs read ``***``."""
-    if isinstance(value, Mapping):
-        return {name: without_secrets(item, str(name)) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item, key) for item in value]
-    if isinstance(value, str):
-        is_secret = _SECRET_NAME.search(key) and not _VOCABULARY_NAME.match(key)
-        return "***" if is_secret else _URL_LOGIN.sub("***@", value)
-    return value
 
 
 def _scalars(record: dict[str, Any]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from hybrid_jax.core.waiting import Stopped
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
@@ -133,6 +135,10 @@ def _train(run: Run) -> RunState:
                 if phase.waits_for_device:
                     recorder.flush()
                 state = take_step(run, phase, begun, recorder)
+        except Stopped:  # while a reward waited for the network: the state before the step is whole
+            if state.step > saved:
+                _save_before_leaving(state, checkpoints, recorder)
+            raise Interrupted(interrupts.number or signal.SIGINT) from None
         except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
             aborted = True
             raise

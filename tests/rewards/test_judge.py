@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hybrid_jax.core import waiting
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import EVERYTHING, UserError
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
@@ -93,7 +94,9 @@ def server():
 def endpoint(server, tmp_path, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", SECRET)
     usual = {"backoff_seconds": 0.001, "read_seconds": 5.0, "retries": 2, "api_key_env": "JUDGE_KEY"}
-    return lambda **settings: Endpoint(server.url, "m", cache_dir=tmp_path / "cache", **{**usual, **settings})
+    return lambda **settings: Endpoint(
+        **{**usual, "url": server.url, "model": "m", "cache_dir": tmp_path / "cache", **settings}
+    )
 
 
 def test_a_score_on_the_scale_becomes_one_between_0_and_1(server, endpoint):
@@ -234,6 +237,59 @@ def test_a_slow_server_is_given_up_in_time_even_if_it_drips(server, endpoint):
     assert RubricJudge(endpoint(read_seconds=0.25))(["p"], ["a"]) == [1.0]
     assert time.monotonic() - start >= 0.5
     assert len(server.asked) == 3  # neither the drops nor the silence was an answer
+
+
+def say(handler, *pieces, pause=0.02, times=1000):
+    """Says the first piece once and the second over and over, slowly, without any framing of ours."""
+    handler.wfile.write(pieces[0])
+    for _ in range(times):
+        handler.wfile.write(pieces[1])
+        handler.wfile.flush()
+        time.sleep(pause)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        (b"HTTP/1.1 2", b"0"),
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+        (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    ],
+    ids=["status line", "header", "100 Continue", "chunks", "body without a length"],
+)
+def test_one_deadline_holds_for_the_whole_exchange_whatever_drips(server, endpoint, pieces):
+    server.script.extend([lambda h, q: say(h, *pieces), says('{"score": 10}')])
+    start = time.monotonic()
+    assert RubricJudge(endpoint(read_seconds=0.3))(["p"], ["a"]) == [1.0]
+    assert 0.3 <= time.monotonic() - start < 5
+    server.script[0] = lambda h, q: say(h, *pieces)
+    with pytest.raises(UserError, match=r"in 1 tries: no reply from 127\.0\.0\.1 \(TimeoutError\)"):
+        RubricJudge(endpoint(read_seconds=0.3, retries=0))(["p"], ["b"])
+
+
+def test_a_line_that_is_never_secured_is_given_up_in_time(endpoint):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/v1"
+        start = time.monotonic()
+        with pytest.raises(UserError, match="TimeoutError"):
+            RubricJudge(endpoint(read_seconds=0.3, retries=0, url=url))(["p"], ["a"])
+        assert time.monotonic() - start < 5
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_judge_at_once(server, endpoint):
+    server.script.append(lambda h, q: time.sleep(2))
+    finish = RubricJudge(endpoint(read_seconds=30.0)).start(["p"], ["a"])
+    threading.Timer(0.2, waiting.ask_to_stop).start()
+    start = time.monotonic()
+    try:
+        with pytest.raises(waiting.Stopped):
+            finish()
+    finally:
+        waiting.go_on()
+    assert time.monotonic() - start < 1.5
+    assert not [t for t in threading.enumerate() if t.name == "judge" and not t.daemon]  # no exit waits for one
 
 
 def test_a_judge_that_never_answers_is_one_clear_line_or_a_counted_fallback(server, endpoint, caplog):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.training import loggers
 from hybrid_jax.training.loggers import LOGGERS, JsonLines, TensorBoard, WeightsAndBiases, open_loggers
 from hybrid_jax.training.progress import Progress, sample_table
 from hybrid_jax.training.time_left import TimeLeft
@@ -189,23 +188,6 @@ def test_wandb_offline_needs_no_network_and_writes_no_secret(tmp_path):
     assert b"sft/loss" in recorded
     assert not [file for file in files if b"hunter2" in file.read_bytes()]
     assert not [file for file in files if b"pickedforscore" in file.read_bytes()]
-
-
-def test_secrets_are_known_by_their_names_and_words_of_the_vocabulary_are_none():
-    config = {
-        "api_key": "a",
-        "judge": {"auth_token": "b", "url": "https://me:pass@host/v1", "apikey": "c"},
-        "tokenizer": {"eos_token": "</s>", "name": "bytes"},
-        "max_new_tokens": 64,
-        "seeds": [1, 2],
-    }
-    assert loggers.without_secrets(config) == {
-        "api_key": "***",
-        "judge": {"auth_token": "***", "url": "https://***@host/v1", "apikey": "***"},
-        "tokenizer": {"eos_token": "</s>", "name": "bytes"},
-        "max_new_tokens": 64,
-        "seeds": [1, 2],
-    }
 
 
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then():

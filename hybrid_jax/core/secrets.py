@@ -22,7 +22,7 @@ _HEADER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*\d)[^\s'\",;]{6,}")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a credential, as ``api-key`` and ``hfToken`` do, not ``eos_token``."""
+    """Whether a setting of this name holds a credential, as ``api-key`` does, and no ``eos_token``."""
     return _secret_word(name) is not None
 
 

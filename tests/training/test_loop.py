@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.core import waiting
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
 from hybrid_jax.training.interrupts import Interrupted
@@ -417,3 +419,15 @@ def test_a_step_that_runs_out_of_memory_is_explained_and_leaves_the_state_before
         train(broken)
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "4"}
     assert train(Walking(tmp_path)).step == 8
+
+
+def test_the_first_ctrl_c_ends_a_step_that_waits_for_a_server_and_saves_the_one_before(tmp_path, ctrl_c):
+    def ask(state):
+        os.kill(os.getpid(), signal.SIGINT)
+        waiting.result_of(Future())  # a server that never answers
+
+    with pytest.raises(Interrupted) as stopped:
+        train(Walking(tmp_path, ppo=Walk("ppo", before=ask)))
+    assert stopped.value.code == 130
+    assert Checkpoints(tmp_path / "checkpoints", 3).newest(Walking(tmp_path).init()).step == 3
+    assert train(Walking(tmp_path)).step == 8  # nothing of the request is left

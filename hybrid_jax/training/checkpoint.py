@@ -32,6 +32,7 @@ import jax.numpy as jnp
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel import hosts
+from hybrid_jax.training import saving_noise
 from hybrid_jax.training.checksums import checksums, differing, file_checksums, file_names, sum_of_bits
 from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
@@ -238,9 +239,7 @@ def _absolute(folder: Folder) -> Folder:
 def _checkpointer(folder: Folder, **settings: Any) -> Any:
     from orbax.checkpoint import v1 as ocp
 
-    # Orbax narrates every save, and prints from its threads the errors that it also raises here.
-    for name in ("absl", "asyncio", "concurrent.futures"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    saving_noise.silence()
     return ocp.training.Checkpointer(str(folder), **settings)
 
 

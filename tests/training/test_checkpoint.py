@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.training import checkpoint
+from hybrid_jax.training import checkpoint, saving_noise
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError, newest_policy
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
@@ -318,11 +319,22 @@ def test_a_failed_save_is_known_before_the_next_one_and_one_under_way_is_not_wai
     checkpoints.close()
 
 
+def test_a_write_that_ends_late_prints_no_traceback_and_other_errors_are_still_heard(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    saving_noise.silence()
+    saving_noise.silence()
+    for text in ("Event loop is closed", "another"):
+        sys.unraisablehook(SimpleNamespace(exc_value=RuntimeError(text)))  # type: ignore
+    assert [str(unraisable.exc_value) for unraisable in heard] == ["another"]
+
+
 def test_a_process_whose_save_failed_ends_at_once(tmp_path):
     """Orbax would wait five minutes for a folder that a thread of its own could not make."""
     script = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from test_checkpoint import Checkpoints, SaveError, state_at
 disk = Path(sys.argv[1])
 checkpoints = Checkpoints(disk / "checkpoints", 2)

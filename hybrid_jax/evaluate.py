@@ -77,6 +77,8 @@ def _measure_run(options: argparse.Namespace) -> None:
 
     from hybrid_jax.policy import names_to_trust
 
+    if options.json is not None and not (folder := Path(options.json).parent).is_dir():
+        raise UserError(f"{options.json} cannot be written: there is no folder {folder}")
     check_devices()
     trust = names_to_trust(options.trust, options.config)
     result = evaluate(options.run, options.suite, overrides, trust)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.devices import check_devices
 
 if TYPE_CHECKING:
@@ -87,7 +91,11 @@ class _Planner:
         from hybrid_jax.planning.plan import make_plan
 
         config = _with_vocabulary(load_config(self._options.config, overrides))
-        phases, state = plan_phases(config, self._topology.devices)
+        try:
+            phases, state = plan_phases(config, self._topology.devices)
+        except UserError as error:
+            is_missing = repr(getattr(config.model, "path", None)) in str(error)
+            raise UserError(f"{error}{_published_sizes(config) if is_missing else ''}") from error
         programs = {n: phase.programs(state, self._options.prompt_length) for n, phase in phases.items()}
         flops = {name: _model_flops(config, name, programs[name]) for name in phases}
         mesh = {axis: getattr(config.mesh, axis) for axis in ("data", "fsdp", "tensor")}
@@ -107,6 +115,16 @@ class _Planner:
             return self.plan([*given, *changed], stop_early=True)
 
         return search(len(self._topology.devices), current, attempt, limit, progress=_say)
+
+
+def _published_sizes(config: ExperimentConfig) -> str:
+    """Where the sizes of a published model lie in the checkout, if it cannot be had from the hub."""
+    path = getattr(config.model, "path", None)
+    folder = Path(__file__).parents[1] / "configs" / "models" / Path(str(path)).name.lower()
+    if path is None or Path(path).exists() or not folder.is_dir():
+        return ""
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    return f"; its sizes are enough for a plan: model.path={shown}"
 
 
 def _say(line: str) -> None:
@@ -165,17 +183,17 @@ def _trial_json(trial: Trial) -> dict[str, Any]:
 
 
 def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 < (number := float(text)) < math.inf:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
+    with contextlib.suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
 
 
 if __name__ == "__main__":

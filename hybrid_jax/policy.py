@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -253,7 +253,8 @@ def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) ->
         model, params = hf.load_adapted(folder)
         folder = folder if (folder / "tokenizer_config.json").is_file() else Path(model.folder)
     else:
-        raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json")
+        hint = "; it is a run directory, which --run takes" if (folder / "config.yaml").is_file() else ""
+        raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json{hint}")
     tokenizer = load_tokenizer(folder)
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
@@ -301,6 +302,9 @@ def run_tokenizer(files: RunFiles) -> Tokenizer:
 
 def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
     """``sampler`` with ``sampler.a=value`` settings over its own."""
+    for name in (override.partition("=")[0] for override in overrides):
+        if name in {field.name for field in fields(sampler)}:
+            raise UserError(f"unknown setting {name!r}; did you mean 'sampler.{name}'?")
     settings = apply_overrides({"sampler": to_dict(sampler)}, overrides, _SamplerSettings)
     return parse(_SamplerSettings, settings).sampler
 

@@ -52,9 +52,14 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.report", description="Writes report.html into a run directory."
     )
-    parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
-    write_report(run_dir := parser.parse_args(arguments).run.rstrip("/"))
-    print(f"{run_dir}/report.html")
+    parser.add_argument(
+        "--run", required=True, action="append", metavar="DIR", help="a run directory; again for more of them"
+    )
+    for run_dir in parser.parse_args(arguments).run:
+        if not run_dir:
+            parser.error("argument --run: needs a path, got an empty text")
+        write_report(run_dir := run_dir.rstrip("/") or "/")
+        print(f"{run_dir}/report.html")
 
 
 # --- the page --------------------------------------------------------------------------------------------

@@ -2,20 +2,45 @@
 
     python scripts/many_seeds.py --config configs/many_seeds.yaml --seeds 8
 
-The reward must be on the device. Prints the mean score of every seed over time.
+The config has one phase, of PPO, and a reward on the device. Prints the mean score of every seed over time.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
+from hybrid_jax.core.registry import UserError
 from hybrid_jax.experiment import Experiment, build, load_config
+from hybrid_jax.parallel.devices import check_devices
+from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.training.state import TrainState
+
+
+def check_config(config: Any) -> None:
+    """Refuses what cannot be one program on the device.
+
+    Raises:
+        UserError: another phase than PPO runs, or a part of the reward reads texts on the host.
+    """
+    phases = {name: type(config.phases[name]) for name in config.scheduler.phases}
+    if phases != {"ppo": PPO} or config.steps < 1:
+        raise UserError(
+            "many seeds are one program of PPO steps alone: the scheduler must choose ppo and nothing else, "
+            f"for at least 1 step, got {', '.join(config.scheduler.phases)} for {config.steps} steps"
+        )
+    reward = config.phases["ppo"].reward
+    if not reward.on_device:
+        raise UserError(
+            "many seeds are one program, so the reward must be on the device (token_count, token_length); "
+            f"phases.ppo.reward has {', '.join(reward.parts)}: train one seed after the other with "
+            "python -m hybrid_jax.train … seed=1"
+        )
 
 
 def train_seed(experiment: Experiment, prompts: tuple[jax.Array, jax.Array], seed: jax.Array):
@@ -51,13 +76,19 @@ def stacked_prompts(experiment: Experiment) -> tuple[jax.Array, jax.Array]:
     return jnp.stack([b.tokens for b in batches]), jnp.stack([b.mask for b in batches])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", default="configs/many_seeds.yaml")
-    parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
-    experiment = build(load_config(options.config, options.overrides))
+def main(arguments: list[str]) -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", default="configs/many_seeds.yaml", metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=8, metavar="N", help="how many, from 0 on")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over those of the file")
+    options = parser.parse_intermixed_args(arguments)
+    if options.seeds < 1:
+        raise UserError(f"--seeds must be at least 1, got {options.seeds}")
+    set_up_logging()
+    check_devices()
+    config = load_config(options.config, options.overrides)
+    check_config(config)
+    experiment = build(config)
     prompts = stacked_prompts(experiment)
     program = jax.jit(jax.vmap(lambda seed: train_seed(experiment, prompts, seed)))
     started = time.monotonic()
@@ -76,4 +107,4 @@ def shown_steps(steps: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -4,6 +4,7 @@ import io
 import json
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import pytest
@@ -218,7 +219,11 @@ def test_a_search_names_the_best_as_overrides(files, command):
             ["mesh.data=8", "phases.sft.batch_size=12"],
             "error: phases.sft: batch_size / microbatches must be a multiple of the 8",
         ),
-        (["--price", "-1"], "error: argument --price: invalid"),
+        (["--price", "-1"], "error: argument --price: must be a number above 0, got '-1'"),
+        (
+            ["--prompt-length", "x"],
+            "error: argument --prompt-length: must be a whole number of at least 1, got",
+        ),
         (["phases.sft.batch=1"], "error: unknown setting 'phases.sft.batch'; did you mean 'batch_size'?"),
     ],
 )
@@ -227,6 +232,18 @@ def test_mistakes_are_one_line(files, command, arguments, line):
     assert (code, out) == (2, "")
     assert err.startswith(line)
     assert err.count("\n") == 1
+
+
+def test_without_the_hub_a_plan_names_the_folder_of_published_sizes(command, monkeypatch):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, _, err = command("--config", "configs/tpu/llama31_8b.yaml", "mesh.fsdp=8")
+    assert code == 2
+    assert err.endswith("; its sizes are enough for a plan: model.path=configs/models/llama-3.1-8b\n")
+    code, _, err = command("--config", "configs/tpu/llama31_8b.yaml", "mesh.fsdp=99")
+    assert err.startswith("error: mesh 1 × 99 × 1 needs 99 devices, got 8")
+    assert "its sizes" not in err
 
 
 @pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 257), ("{name: bpe, vocab_size: 400}", 400)])

@@ -215,6 +215,17 @@ def test_a_kl_below_zero_is_said_to_be_noise(tmp_path):
     assert "−0.00826 nats a response: an estimate, 0 within its noise" in page.text
 
 
+def test_a_report_is_written_for_each_run_that_is_named(tmp_path, capsys):
+    for name in "ab":
+        report(tmp_path / name, [sft(0)])
+        (tmp_path / name / "report.html").unlink()
+    main(["--run", str(tmp_path / "a"), "--run", f"{tmp_path}/b/"])
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/{name}/report.html" for name in "ab"]
+    assert (tmp_path / "a" / "report.html").is_file()
+    with pytest.raises(UserError, match="--run: needs a path, got an empty text"):
+        main(["--run", ""])
+
+
 def test_steps_are_counted_by_phase_also_when_only_some_are_logged(tmp_path):
     page = report(tmp_path, [sft(0), sft(10), ppo(20), ppo(30), ppo(39)])
     assert "Steps 40 20 SFT · 20 PPO" in page.text

@@ -61,6 +61,26 @@ wait_for_restart() {
   sleep "$delay"
 }
 
+# require_bucket: what a run leaves on a worker's disk is lost with it, so training must write into a bucket. The setting
+# stands in the command, else in the config that the command names.
+require_bucket() {
+  local word before='' file='' folder=''
+  [[ " ${COMMAND[*]} " == *" hybrid_jax.train "* ]] || return 0
+  for word in "${COMMAND[@]}"; do
+    case $word in
+      run_dir=*) folder=${word#run_dir=} ;;
+      --config=*) file=${word#--config=} ;;
+      *) [[ $before != --config ]] || file=$word ;;
+    esac
+    before=$word
+  done
+  if [[ -z $folder && -f $REPOSITORY/$file ]]; then
+    folder=$(sed -n 's/^run_dir: *\([^ #]*\).*/\1/p' "$REPOSITORY/$file")
+  fi
+  [[ -z $folder || $folder == gs://* ]] ||
+    fail "run_dir is '$folder', on a disk that is lost with a preempted TPU; add run_dir=gs://MY_BUCKET/runs/NAME to the command"
+}
+
 # run_state: one word for all workers together: running, finished, config_error, stopped, failed, idle or unreachable.
 run_state() {
   local lines
@@ -136,7 +156,8 @@ done
 COMMAND=("$@")
 ((${#COMMAND[@]})) || fail "babysit.sh needs a command: tpu/babysit.sh -- python -m hybrid_jax.train --config FILE"
 load_settings
-require TPU_ACCELERATOR
+check_accelerator
+require_bucket
 up_since=
 restarts=0
 unreachable=0

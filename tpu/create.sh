@@ -16,15 +16,6 @@ runtime_version() {
   esac
 }
 
-# accelerator_type NAME: Google's name; v5e-16 is accepted for v5litepod-16.
-accelerator_type() {
-  case $1 in
-    tpu7x*) fail "tpu7x is rented through GKE only; see tpu/README.md" ;;
-    v5e-*) printf 'v5litepod-%s\n' "${1#v5e-}" ;;
-    *) printf '%s\n' "$1" ;;
-  esac
-}
-
 capacity_flags() {
   case $1 in
     spot) FLAGS+=(--spot) ;;
@@ -102,10 +93,7 @@ while (($#)); do
   shift
 done
 load_settings
-require TPU_ACCELERATOR
-TPU_ACCELERATOR=$(accelerator_type "$TPU_ACCELERATOR")
-[[ $TPU_ACCELERATOR =~ ^v[0-9][a-z]*-[0-9]+$ ]] ||
-  fail "TPU_ACCELERATOR must be like v5litepod-16, v5p-128, v6e-8 or v4-8, got '$TPU_ACCELERATOR'"
+check_accelerator
 TRACK=()
 FLAGS=("--accelerator-type=$TPU_ACCELERATOR" "--runtime-version=${TPU_RUNTIME:-$(runtime_version "$TPU_ACCELERATOR")}")
 capacity_flags "${capacity:-${TPU_CAPACITY:-spot}}"

@@ -65,6 +65,28 @@ require_whole_numbers() {
   done
 }
 
+# check_accelerator: TPU_ACCELERATOR by Google's name, one that exists; v5e-16 is accepted for v5litepod-16. The number
+# counts chips of v5e and v6e, and cores, two a chip and four chips a host, of v4 and v5p.
+check_accelerator() {
+  require TPU_ACCELERATOR
+  local kind=${TPU_ACCELERATOR%-*} count=${TPU_ACCELERATOR##*-}
+  case $kind in
+    tpu7x*) fail "tpu7x is rented through GKE only; see tpu/README.md" ;;
+    v5e | v5litepod) kind=v5litepod ;;
+    v4 | v5p | v6e) ;;
+    *)
+      fail "TPU_ACCELERATOR must be like v5litepod-16, v5p-128, v6e-8 or v4-8, got '$TPU_ACCELERATOR'"
+      ;;
+  esac
+  if [[ $kind == v5litepod || $kind == v6e ]]; then
+    [[ $count =~ ^(1|4|8|16|32|64|128|256)$ ]] ||
+      fail "TPU_ACCELERATOR: $kind has 1, 4, 8, 16, 32, 64, 128 or 256 chips, got '$TPU_ACCELERATOR'"
+  elif ! [[ $count =~ ^[1-9][0-9]*$ ]] || ((count % 8)); then
+    fail "TPU_ACCELERATOR: $kind is counted in cores, 8 or a multiple of it, got '$TPU_ACCELERATOR'"
+  fi
+  TPU_ACCELERATOR=$kind-$count
+}
+
 # quote WORD: the word as any shell reads it back.
 quote() {
   case $1 in

@@ -20,11 +20,13 @@ class Ended(SystemExit):
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage.
 
-    An epilog is printed as it is written.
+    An epilog is printed as it is written. An option that takes one value may be given once: of two the first
+    would be dropped in silence.
     """
 
     def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.register("action", None, _StoreOnce)  # of an option that names no action
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message:
@@ -33,6 +35,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
+
+
+class _StoreOnce(argparse._StoreAction):
+    """Keeps the value of an option, which must not come twice; a path must not be empty, that is here."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self._is_given = False
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if self.option_strings and self._is_given:
+            raise argparse.ArgumentError(self, "given twice, takes one value")
+        if values == "" and self.metavar in ("DIR", "FILE"):
+            raise argparse.ArgumentError(self, "needs a path, got an empty text")
+        self._is_given = True
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:

@@ -101,7 +101,7 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._entries:
-            raise UserError(f"unknown {self.kind} {name!r}; {suggest(name, self._entries)}")
+            raise UserError(f"unknown {self.kind} {name!r}; {_with_colon(name)}{suggest(name, self._entries)}")
         return self._entries[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -125,6 +125,9 @@ class Registry(Generic[T]):
             if _lives_only_in_python(name):
                 raise self._given_from_python(name) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
+            if module_name.endswith(".py"):
+                module = module_name.removesuffix(".py").replace("/", ".")
+                reason = f"before the colon stands a module, not a file: {module}:{attribute}"
             raise UserError(f"{self.kind} {name!r} cannot be imported: {reason}") from error
 
     def _given_from_python(self, name: str) -> UserError:
@@ -132,6 +135,12 @@ class Registry(Generic[T]):
             f"{self.kind} {name!r} was given from Python and lives only there: go on with "
             "HybridTrainer in that program, or move it into a module"
         )
+
+
+def _with_colon(name: str) -> str:
+    """What ``module.thing`` was probably meant to be."""
+    module, dot, attribute = name.rpartition(".")
+    return f"code of your own has a colon: {f'{module}:{attribute}'!r}; " if dot and attribute else ""
 
 
 def _lives_only_in_python(name: str) -> bool:

@@ -264,7 +264,7 @@ class TensorFlowDataset(Rows):
             import tensorflow_datasets as tfds
         except ImportError as error:
             raise UserError(
-                f"the tfds source needs a package: pip install 'hybrid_jax[tfds]' ({error})"
+                f"the tfds source needs a package: pip install -e '.[tfds]' in the checkout ({error})"
             ) from error
         data_dir = None if self.data_dir is None else str(self.data_dir)
         try:

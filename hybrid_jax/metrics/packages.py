@@ -8,7 +8,9 @@ from typing import Any
 from hybrid_jax.core.registry import UserError
 
 
-def import_package(module: str, purpose: str, install: str = "pip install 'hybrid_jax[rewards]'") -> Any:
+def import_package(
+    module: str, purpose: str, install: str = "pip install -e '.[rewards]' in the checkout"
+) -> Any:
     """The module, or a `UserError` that says what needs it and how to install it."""
     try:
         return importlib.import_module(module)

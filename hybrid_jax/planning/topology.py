@@ -102,7 +102,7 @@ def _parse(name: str) -> tuple[int, str, tuple[int, ...]]:
 
 def _tpu_devices(name: str, slices: int, kind: str, sizes: tuple[int, ...]) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPUs needs their compiler: pip install 'hybrid_jax[tpu]'")
+        raise UserError("planning for TPUs needs their compiler: pip install -e '.[tpu]' in the checkout")
     for variable, value in _ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     from jax.experimental import topologies

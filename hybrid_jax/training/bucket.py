@@ -67,7 +67,9 @@ def explained(url: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(f"{url} needs gcsfs, which is not installed: pip install 'hybrid_jax[gcs]'") from error
+        raise UserError(
+            f"{url} needs gcsfs, which is not installed: pip install -e '.[gcs]' in the checkout"
+        ) from error
     except Exception as error:  # gcsfs, aiohttp and google-auth have each their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{url} cannot be {what}: {reason}{_advice(error, url)}") from error

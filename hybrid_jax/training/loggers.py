@@ -319,5 +319,5 @@ def _import_extra(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the logger needs {module}, which is not installed: pip install 'hybrid_jax[{extra}]'"
+            f"the logger needs {module}, which is not installed: pip install -e '.[{extra}]' in the checkout"
         ) from error

@@ -170,6 +170,6 @@ def test_a_missing_package_is_one_line_that_names_the_extra(package, monkeypatch
     known = importlib.import_module("fsspec.registry")._registry
     monkeypatch.delitem(known, "gs", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=r"gs://bucket/x needs gcsfs.*: pip install 'hybrid_jax\[gcs\]'"):
+    with pytest.raises(UserError, match=r"gs://bucket/x needs gcsfs.*: pip install -e '\.\[gcs\]'"):
         run_files("gs://bucket/x")
     assert not list(tmp_path.iterdir())

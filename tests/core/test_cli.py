@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from hybrid_jax.core.cli import ArgumentParser
+from hybrid_jax.core.registry import UserError
+
 HEAD = "from hybrid_jax.core.cli import *\nfrom hybrid_jax.core.registry import UserError\n"
 
 
@@ -23,6 +26,22 @@ def test_bad_usage_is_one_line_too():
     done = run("ArgumentParser(prog='report').parse_args(arguments)", "--rum", "x")
     assert done.returncode == 2
     assert done.stderr == "error: unrecognized arguments: --rum x; see report --help\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "a", "--run", "b"], "argument --run: given twice, takes one value"),
+        (["--run", ""], "argument --run: needs a path, got an empty text"),
+    ],
+)
+def test_an_option_is_given_once_and_a_path_is_not_empty(arguments, message):
+    parser = ArgumentParser(prog="x")
+    parser.add_argument("--run", metavar="DIR")
+    parser.add_argument("overrides", nargs="*")
+    with pytest.raises(UserError, match=f"^{message}; see x --help$"):
+        parser.parse_intermixed_args(arguments)
+    assert parser.parse_intermixed_args(["a=1", "b=2"]).overrides == ["a=1", "b=2"]
 
 
 @pytest.mark.parametrize(

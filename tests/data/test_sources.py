@@ -168,7 +168,7 @@ def test_tfds_rows_become_plain_texts_lists_and_numbers(monkeypatch):
 
 def test_without_its_package_tfds_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'hybrid_jax\[tfds\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tfds\]'"):
         TensorFlowDataset(dataset="imdb_reviews").load("train")
 
 

@@ -304,6 +304,11 @@ def test_an_export_never_overwrites_what_is_not_ours(run_dir, tmp_path, mistake)
         ),
         (("--prompt", "a", "sampler.top_p=2"), "sampler.top_p must be in (0, 1], got 2"),
         (("--prompt", "a", "steps=3"), "unknown setting 'steps'"),
+        (
+            ("--prompt", "a", "temperature=1"),
+            "unknown setting 'temperature'; did you mean 'sampler.temperature'?",
+        ),
+        (("--prompt", "a", "--seed", "1", "--seed", "2"), "argument --seed: given twice, takes one value"),
         (("--prompt", "a", "--num-samples", "0"), "num_samples must be at least 1, got 0"),
         (("--prompt", "a", "--seed", "x"), "argument --seed: invalid int value: 'x'"),
         (("--prompts", "gone.txt"), "prompts gone.txt cannot be read:"),
@@ -315,9 +320,11 @@ def test_mistakes_of_generate(run_dir, mistake, arguments, message):
     assert message in mistake(generate.main, "--run", run_dir, *arguments)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path, mistake):
+def test_a_folder_without_a_model_is_refused(tmp_path, run_dir, mistake):
     message = mistake(generate.main, "--model", tmp_path, "--prompt", "a")
     assert message == f"{tmp_path} is no Hugging Face folder: it holds no config.json"
+    message = mistake(generate.main, "--model", run_dir, "--prompt", "a")
+    assert message.endswith("it holds no config.json; it is a run directory, which --run takes")
 
 
 @pytest.mark.parametrize(
@@ -329,7 +336,7 @@ def test_a_folder_without_a_model_is_refused(tmp_path, mistake):
         (("--suite", "answers", "--num-prompts", "0"), "suite 'answers' has nothing to measure"),
         (
             ("--json", "/no/such/folder/file"),
-            "/no/such/folder/file cannot be written: No such file or directory",
+            "/no/such/folder/file cannot be written: there is no folder /no/such/folder",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_slice_that_hosts_cannot_make_up_is_one_clear_line():
 
 def test_without_the_compiler_of_tpus_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'hybrid_jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[tpu\]'"):
         find_topology("v5e:4x4")
 
 

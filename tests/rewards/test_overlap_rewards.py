@@ -103,5 +103,5 @@ def test_a_package_that_is_absent_is_named_with_its_extra(monkeypatch):
 
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
     overlap._rouge.cache_clear()
-    with pytest.raises(UserError, match=r"ROUGE needs rouge_score.*pip install 'hybrid_jax\[rewards\]'"):
+    with pytest.raises(UserError, match=r"ROUGE needs rouge_score.*pip install -e '\.\[rewards\]'"):
         score(Rouge(), ["a"], [["a"]])

@@ -13,7 +13,8 @@ import yaml
 TPU = Path(__file__).parents[2] / "tpu"
 STUB_GCLOUD = Path(__file__).with_name("stub_gcloud.sh")
 SCRIPTS = ["create", "setup", "run", "babysit", "status", "logs", "stop", "delete", "profile"]
-COMMAND = ["python", "-m", "hybrid_jax.train", "--config", "configs/quickstart.yaml"]
+TRAIN = ["python", "-m", "hybrid_jax.train", "--config", "configs/quickstart.yaml"]
+COMMAND = [*TRAIN, "run_dir=gs://bucket/runs/first"]
 ARGUMENTS = {"run": ["--", *COMMAND], "babysit": ["--", *COMMAND], "profile": ["gs://bucket/runs/a b/profile"]}
 
 
@@ -460,7 +461,28 @@ def test_a_missing_variable_is_one_line_and_exit_code_2(cloud, script, missing):
     [
         ("create", [], {"TPU_ACCELERATOR": ""}, "TPU_ACCELERATOR is not set"),
         ("create", [], {"TPU_ACCELERATOR": "v5e:4x4"}, "TPU_ACCELERATOR must be like v5litepod-16"),
+        ("create", [], {"TPU_ACCELERATOR": "v5litpod-16"}, "TPU_ACCELERATOR must be like v5litepod-16"),
+        (
+            "create",
+            [],
+            {"TPU_ACCELERATOR": "v6e-12"},
+            "TPU_ACCELERATOR: v6e has 1, 4, 8, 16, 32, 64, 128 or 256",
+        ),
+        ("create", [], {"TPU_ACCELERATOR": "v4-4"}, "TPU_ACCELERATOR: v4 is counted in cores, 8 or a multiple"),
+        ("create", [], {"TPU_ACCELERATOR": "v5p"}, "TPU_ACCELERATOR: v5p is counted in cores"),
+        *(
+            ("babysit", [*dry, "--", *COMMAND], {"TPU_ACCELERATOR": name}, "TPU_ACCELERATOR must be like")
+            for dry in ([], ["--dry-run"])
+            for name in ("v7e-8", "v5ee-16", "a100")
+        ),
         ("create", [], {"TPU_ACCELERATOR": "tpu7x-8"}, "tpu7x is rented through GKE only"),
+        (
+            "babysit",
+            ["--dry-run", "--", *TRAIN],
+            {},
+            "run_dir is 'runs/quickstart', on a disk that is lost with",
+        ),
+        ("babysit", ["--", *TRAIN, "run_dir=runs/mine"], {}, "run_dir is 'runs/mine', on a disk that is lost"),
         (
             "create",
             [],

@@ -129,7 +129,7 @@ def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     tmp_path, monkeypatch, component, module, extra
 ):
     monkeypatch.setitem(sys.modules, module, None)
-    expected = f"{module}, which is not installed: pip install 'hybrid_jax\\[{extra}\\]'"
+    expected = f"{module}, which is not installed: pip install -e '.\\[{extra}\\]' in the checkout"
     with pytest.raises(UserError, match=expected):
         component.open(tmp_path, {}, None)
 

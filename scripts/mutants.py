@@ -2,8 +2,8 @@
 
     python scripts/mutants.py [--only TEXT]
 
-A broken rule is an entry of ``tests/mutants/*.toml``: ``old`` text, which stands in ``file`` exactly once, gives
-way to ``new``, and the test modules ``tests`` must fail. The exit code is 1 if they pass for some rule.
+A broken rule is an entry of ``tests/mutants/*.toml``: ``old`` text, which stands in ``file`` once, gives way to
+``new``, and the test modules ``tests`` must fail. The exit code is 1 if they pass for some rule.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _is_seen(mutant: Mutant, copy: Path) -> bool:
     file.write_text(broken)
     try:
         run = subprocess.run(
-            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests],
+            [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *mutant.tests],
             cwd=copy,
             env={**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"},
             capture_output=True,

@@ -1,6 +1,7 @@
 """What the host's side of a PPO step hands to the programs, and the keys and rows of the update."""
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,13 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Experts
+from hybrid_jax.phases import ppo_functions, sft
 from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored, _epoch_orders
 from hybrid_jax.phases.ppo_settings import PPO, SFTMix
-from hybrid_jax.phases.sft import sft_losses
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.training import nonfinite
 from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.optimizers import SGD, Constant
 from hybrid_jax.training.state import TrainState
@@ -31,7 +33,6 @@ SETTINGS = {
     "tokenizer": "bytes",
     "data": {"name": "restaurants"},
     "compilation_cache": None,
-    "scheduler": {"name": "alternation", "cycle": {"ppo": 1}},
     "phases": {
         "ppo": {
             **{"prompts_per_step": 2, "max_prompt_length": 128, "minibatches": 2},
@@ -44,21 +45,38 @@ SETTINGS = {
 
 
 class Stage:
-    """A PPO phase whose programs only write down what they are given, and its steps."""
+    """Phases whose programs only write down what they are given, and their steps."""
 
-    def __init__(self, **settings):
+    def __init__(self, cycle=None, **settings):
         phases = {"ppo": {**SETTINGS["phases"]["ppo"], **settings}}
-        self.experiment = build(parse(ExperimentConfig, {**SETTINGS, "phases": phases}))
+        if cycle is not None:
+            phases["sft"] = {"batch_size": 2, "length": 256}
+        scheduler = {"name": "alternation", "cycle": cycle or {"ppo": 1}}
+        config = {**SETTINGS, "phases": phases, "scheduler": scheduler}
+        self.experiment = build(parse(ExperimentConfig, config))
         self.phase, self.state = self.experiment.phases["ppo"], self.experiment.init()
-        self.sampled, self.learnt = [], []
+        self.sampled, self.prompts, self.learnt, self.copied = [], [], [], []
         self.phase._sample, self.phase._score, self.phase._learn = self._sample, self._score, self._learn
+        self.phase._copy = self._copy
+        if cycle is not None:
+            self.experiment.phases["sft"]._update = self._update
 
     def steps(self, count: int) -> None:
         for _ in range(count):
-            self.state = take_step(self.experiment, self.phase, self.state)
+            phase = self.experiment.phases[self.experiment.scheduler.choose(self.state.schedule)]
+            self.state = take_step(self.experiment, phase, self.state)
+
+    def _copy(self, trained):
+        self.copied.append(self.state.step)
+        return trained
+
+    def _update(self, base, train, batch, key, rate):
+        self.learnt.append({"phase": "sft", "tokens": np.asarray(batch.tokens), "rate": float(rate)})
+        return train, {}
 
     def _sample(self, base, policy, tokens, mask, key):
         self.sampled.append(np.asarray(jax.random.key_data(key)).tolist())
+        self.prompts.append(np.asarray(tokens))
         shape = (len(tokens), 3)
         return Samples(jnp.full(shape, 65, jnp.int32), jnp.zeros(shape), jnp.ones(shape, bool))
 
@@ -69,7 +87,7 @@ class Stage:
         return Scored(whole, real, samples.response_mask, zeros, zeros, {"sft": zeros})
 
     def _learn(self, base, train, scored, scores, examples, key, rate, *, groups, **received):
-        self.learnt.append({"groups": groups, "examples": examples, "key": key})
+        self.learnt.append({"phase": "ppo", "groups": groups, "examples": examples, "rate": float(rate)})
         return train, {}
 
 
@@ -95,6 +113,36 @@ def test_opponents_and_policy_and_steps_share_no_noise():
     stage.steps(2)
     assert len(stage.sampled) == 2 * 3
     assert len({tuple(key) for key in stage.sampled}) == 2 * 3
+
+
+def test_every_step_answers_the_next_prompts_each_as_often_as_it_is_sampled():
+    stage = Stage(prompts_per_step=2, samples_per_prompt=2)
+    stage.steps(3)
+    for step, tokens in enumerate(stage.prompts):
+        asked = stage.phase.prompts.batch(2 * step, 2).tokens
+        np.testing.assert_array_equal(tokens, asked[[0, 0, 1, 1]])
+    assert stage.state.cursors["ppo"] == 3 * 2
+
+
+def test_each_phase_reads_on_and_follows_the_schedule_of_its_own_steps():
+    stage = Stage(cycle={"sft": 1, "ppo": 1}, optimizer={"name": "adamw", "learning_rate": 1.0})
+    stage.experiment.phases["sft"]._rate = stage.phase._rate
+    stage.steps(6)
+    rates = {name: [x["rate"] for x in stage.learnt if x["phase"] == name] for name in ("sft", "ppo")}
+    # Linear over the 3 steps that each phase takes of the 6, whatever stands between them.
+    assert rates == {name: pytest.approx([1.0, 2 / 3, 1 / 3]) for name in ("sft", "ppo")}
+    rows = [row.tobytes() for learnt in stage.learnt if learnt["phase"] == "sft" for row in learnt["tokens"]]
+    assert len(set(rows)) == 3 * 2
+
+
+def test_a_reference_is_refreshed_where_the_phase_is_entered_and_not_within_it():
+    often = {"recent": {"refresh_every_cycles": 1}}
+    stage = Stage(cycle={"sft": 1, "ppo": 2}, references=often)
+    stage.phase._score = lambda *inputs: Stage._score(stage, *inputs).replace(
+        reference_log_probs={"recent": jnp.zeros((2, 3))}
+    )
+    stage.steps(6)
+    assert stage.copied == [1, 4]  # SFT takes steps 0 and 3
 
 
 # ----------------------------------------------------------------------------------------- the update
@@ -135,30 +183,49 @@ def rollout_of(model) -> Rollout:
     )
 
 
-def state_of(ppo) -> TrainState:
-    policy = ppo.model.init(jax.random.key(0))
-    params = {"model": policy, "value": ppo.init_value(policy)}
-    transform = ppo.config.optimizer.transform()
-    return TrainState(params, {"ppo": {group: transform.init(tree) for group, tree in params.items()}}, {})
+@pytest.fixture
+def minibatches(monkeypatch):
+    """What `update_state` is given: rows, numbered by their returns, first tokens of examples, and the key."""
+    seen = []
+
+    def watch(objective, optimizer, state, batch, key, rate, **settings):
+        rollout, examples = batch
+        first = rate if examples is None else examples.tokens[:, 0]
+        given = rollout.returns[:, 0], first, jax.random.key_data(key)
+        jax.debug.callback(
+            lambda *x: seen.append([tuple(np.ravel(a).tolist()) for a in x]), *given, ordered=True
+        )
+        metrics = {"ratio": jnp.ones(()), nonfinite.METRIC: jnp.asarray(nonfinite.FINE)}
+        return state, metrics, jnp.asarray(True)
+
+    monkeypatch.setattr(ppo_functions, "update_state", watch)
+
+    def run(examples=None, **settings):
+        ppo = functions(MODEL.build(11), **settings)
+        numbered = rollout_of(ppo.model).replace(returns=jnp.tile(jnp.arange(8.0)[:, None], (1, RESPONSE)))
+        state = TrainState(params={"model": {}, "value": {}}, opt_state={"ppo": {}}, extra={})
+        jax.jit(ppo.update, static_argnums=5)(state, numbered, examples, jax.random.key(0), 0.1, ("model",))
+        jax.effects_barrier()
+        return seen
+
+    return run
 
 
-def test_every_minibatch_mixes_in_examples_of_its_own():
-    model = MODEL.build(11)
-    ppo = functions(model, epochs=1, minibatches=2, sft_mix=SFTMix(coef=0.1, batch_size=2, length=6))
-    state, draw = state_of(ppo), np.random.default_rng(1)
-    batch = TokenBatch(
-        tokens=jnp.asarray(draw.integers(0, 11, (4, 6)), jnp.int32),
-        segment_ids=jnp.ones((4, 6), jnp.int32),
-        loss_mask=jnp.ones((4, 6), bool),
-    )
-    update = jax.jit(ppo.update, static_argnums=5, compiler_options=FAST)
-    _, metrics = update(state, rollout_of(model), batch, jax.random.key(0), 0.0, ("model", "value"))
-    # At rate 0 both see the same policy: the mean over minibatches is that over all examples.
-    policy = state.params["model"]
-    each = jax.jit(lambda batch: sft_losses(model, policy, batch)["loss"].mean(), compiler_options=FAST)
-    halves = [float(each(jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], batch))) for i in range(2)]
-    assert abs(halves[0] - halves[1]) > 1e-3
-    assert float(metrics["sft_loss"]) == pytest.approx(sum(halves) / 2, abs=1e-6)
+def test_every_minibatch_mixes_in_examples_of_its_own(minibatches):
+    tokens = jnp.tile(jnp.arange(4)[:, None], (1, 6))
+    examples: Any = TokenBatch
+    examples = examples(tokens=tokens, segment_ids=tokens + 1, loss_mask=tokens >= 0)
+    mix = SFTMix(coef=0.1, batch_size=2, length=6)
+    given = minibatches(examples, epochs=2, minibatches=2, sft_mix=mix)
+    assert [first for _, first, _ in given] == [(0, 1), (2, 3)] * 2
+
+
+def test_every_minibatch_has_rows_and_a_key_of_its_own(minibatches):
+    given = minibatches(epochs=3, minibatches=2)
+    epochs = [given[i][0] + given[i + 1][0] for i in range(0, 6, 2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    assert len(set(epochs)) == 3
+    assert len({key for _, _, key in given}) == 6
 
 
 def test_every_epoch_takes_all_rows_in_an_order_of_its_own():
@@ -166,27 +233,6 @@ def test_every_epoch_takes_all_rows_in_an_order_of_its_own():
     np.testing.assert_array_equal(np.sort(orders), np.broadcast_to(np.arange(16), (3, 16)))
     assert len({order.tobytes() for order in orders}) == 3
     assert not np.array_equal(orders, _epoch_orders(jax.random.key(1), 16, 3))
-
-
-def test_every_minibatch_learns_from_rows_of_its_own():
-    """Each row's number stands in its returns."""
-    model = MODEL.build(11)
-    ppo = functions(model, epochs=3, minibatches=2, value_coef=0.0)
-    seen = []
-
-    class Watched(PPOFunctions):
-        def losses(self, params, rollout, examples):
-            jax.debug.callback(lambda rows: seen.append(np.asarray(rows).tolist()), rollout.returns[:, 0])
-            return super().losses(params, rollout, examples)
-
-    watched = Watched(ppo.config, model, (), "ppo", "ppo")
-    numbered = rollout_of(model).replace(returns=jnp.tile(jnp.arange(8.0)[:, None], (1, RESPONSE)))
-    update = jax.jit(watched.update, static_argnums=5, compiler_options=FAST)
-    jax.block_until_ready(update(state_of(ppo), numbered, None, jax.random.key(0), 0.0, ("value",)))
-    jax.effects_barrier()
-    epochs = [seen[i] + seen[i + 1] for i in range(0, 6, 2)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
-    assert len(set(map(tuple, epochs))) == 3
 
 
 def test_every_microbatch_has_a_key_of_its_own():
@@ -203,6 +249,19 @@ def test_every_microbatch_has_a_key_of_its_own():
     assert float(means["key"]) == pytest.approx(expected.mean(), rel=1e-6)
     assert float(means["square"] - means["key"] ** 2) == pytest.approx(expected.var(), rel=1e-4)
     assert expected.var() > 0.01
+
+
+def test_entropy_is_rewarded_and_values_are_weighed_as_set():
+    objective = functions(MODEL.build(11), entropy_coef=0.01, value_coef=0.3).objective({})
+    assert objective.coefs == {"policy_loss": 1.0, "value_loss": 0.3, "exact_entropy": -0.01}
+
+
+def test_dropout_reaches_sft_where_it_is_set(monkeypatch):
+    keys = []
+    monkeypatch.setattr(sft, "sft_losses", lambda model, params, batch, key: keys.append(key) or {})
+    for dropout in (True, False):
+        sft.sft_objective(MODEL.build(11), dropout=dropout).loss({"model": {}}, None, jax.random.key(5))
+    assert keys == [jax.random.key(5), None]
 
 
 def test_router_losses_weigh_by_all_tokens_that_the_router_saw():

@@ -3,7 +3,7 @@
     python scripts/mutants.py [--only TEXT]
 
 A broken rule is an entry of ``tests/mutants/*.toml``: ``old`` text, which stands in ``file`` once, gives way to
-``new``, and ``tests`` (modules, or single tests of them) must fail. The exit code is 1 if they pass for some rule.
+``new``, and ``tests`` (modules, or single tests) must fail. The exit code is 1 if they pass for some rule.
 """
 
 from __future__ import annotations

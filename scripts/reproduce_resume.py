@@ -1,9 +1,10 @@
 """Kills a run again and again with ``kill -9`` and shows that it ends with the bits of an unbroken one.
 
-    python scripts/reproduce_resume.py [--kills 10] [--steps 12] [--seed 0]
+    python scripts/reproduce_resume.py [--kills 12] [--steps 12] [--seed 0]
 
-Every kill goes to a place of its own (see `PLACES`) at a random step and moment. Parameters, optimizer states,
-references, statistics of the reward, KL coefficient, cursors, schedule, metrics.jsonl and samples.jsonl are
+Every kill goes to a place of its own (see `PLACES`) at a random step and moment; two of the twelve are a SIGTERM
+during an evaluation and a step that fails right after one, where the run saves itself. Parameters, optimizer states,
+references, statistics of the reward (EMA, Lagrangian, bandit), KL coefficient, cursors, schedule, metrics.jsonl and samples.jsonl are
 compared, timings aside. Prints a table; the exit code is 1 where anything differs.
 """
 
@@ -22,6 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+# A second phase of PPO, for a reward has one combiner: the first one's is a Lagrangian, this one's learns from
+# evaluations.
+BANDIT = {"name": "bandit", "metric": "reward/coverage", "exploration": 0.5, "gain_range": 0.1}
+CYCLE = {"ppo": 1, "bandit": 1, "sft": 1}
 CONFIG = Path(__file__).parents[1] / "configs" / "debug" / "resume.yaml"
 PLACES = {  # what the kill interrupts, and how many seconds it may wait there
     "PPO, between minibatches": 0.02,
@@ -34,7 +39,13 @@ PLACES = {  # what the kill interrupts, and how many seconds it may wait there
     "evaluation": 0.1,
     "logs, on resume": 0.0,
     "anywhere": 8.0,
+    "evaluation, SIGTERM": 0.0,
+    "step after an evaluation, fails": 0.0,
 }
+CODES = {
+    "evaluation, SIGTERM": 128 + signal.SIGTERM,
+    "step after an evaluation, fails": 1,
+}  # of those not killed
 
 
 def main() -> int:
@@ -65,15 +76,15 @@ def _kill_repeatedly(folder: Path, options: argparse.Namespace) -> None:
     draw = random.Random(options.seed)
     places = [list(PLACES)[i % len(PLACES)] for i in range(options.kills)]
     steps = sorted(draw.randrange(options.steps - 2) for _ in places)
-    print(f"{'kill':>4}  {'place':<28} {'from step':>9} {'logged':>6} {'checkpoints left'}")
+    print(f"{'kill':>4}  {'place':<31} {'from step':>9} {'logged':>6} {'checkpoints left'}")
     for number, (place, step) in enumerate(zip(places, steps, strict=True), start=1):
         start = max(_checkpoints(folder), default=0)
         code = _run(folder, options, place, step, draw.uniform(0, PLACES[place]))
-        if code != -signal.SIGKILL:
-            raise SystemExit(f"the process was to be killed at {place!r}, step {step}, but ended with {code}")
+        if code != CODES.get(place, -signal.SIGKILL):
+            raise SystemExit(f"the process was to end at {place!r}, step {step}, but its code is {code}")
         left = sorted(path.name for path in (folder / "checkpoints").glob("*"))
         logged = max((r["step"] for r in _records(folder / "metrics.jsonl")), default=-1)
-        print(f"{number:>4}  {place:<28} {start:>9} {logged:>6} {' '.join(left)}", flush=True)
+        print(f"{number:>4}  {place:<31} {start:>9} {logged:>6} {' '.join(left)}", flush=True)
     if (code := _run(folder, options)) != 0:
         raise SystemExit(f"the last process ended with {code}")
 
@@ -84,7 +95,7 @@ def _run(
     child = ["--steps", str(options.steps), "--cache", str(options.cache)]
     child += ["--child", str(folder), place, str(step), str(wait)]
     result = subprocess.run([sys.executable, __file__, *child], stderr=subprocess.PIPE, text=True)
-    if result.returncode not in (0, -signal.SIGKILL):
+    if result.returncode not in (0, CODES.get(place, -signal.SIGKILL)):
         print(result.stderr[-4000:], file=sys.stderr)
     return result.returncode
 
@@ -104,6 +115,7 @@ def _arm(experiment: Any, place: str, step: int, wait: float) -> None:
     from hybrid_jax.training import checkpoint, loggers
 
     now = [-1]  # the step that is being taken
+    evaluated = []  # the steps before which there was an evaluation
     for phase in experiment.phases.values():
         _wrap(phase, "step", before=lambda state, key: now.__setitem__(0, state.step))
 
@@ -117,6 +129,10 @@ def _arm(experiment: Any, place: str, step: int, wait: float) -> None:
             with (experiment.config.run_dir / name).open("a") as file:
                 file.write(json.dumps(loggers.strict(records[0]))[:50])
             _kill()
+
+    def fail(state: Any, key: Any) -> None:
+        if state.step >= step and evaluated[-1:] == [state.step]:
+            raise RuntimeError("as asked")
 
     def kill_while_running(*_: Any, **__: Any) -> None:
         if now[0] >= step:
@@ -140,6 +156,12 @@ def _arm(experiment: Any, place: str, step: int, wait: float) -> None:
             _wrap(loggers._JsonLinesLogger, "_append", before=tear)
         case "evaluation":
             _wrap(type(experiment), "evaluate", before=kill_while_running)
+        case "evaluation, SIGTERM":
+            _wrap(type(experiment), "evaluate", before=lambda *_: now[0] >= step and _kill(signal.SIGTERM))
+        case "step after an evaluation, fails":
+            _wrap(type(experiment), "evaluate", after=lambda _, state: evaluated.append(state.step))
+            for phase in experiment.phases.values():
+                _wrap(phase, "step", before=fail)
         case "logs, on resume":
             _wrap(loggers.os, "replace", before=lambda source, _: str(source).endswith("kept") and _kill())
 
@@ -158,17 +180,23 @@ def _wrap(owner: Any, name: str, before: Any = None, after: Any = None) -> None:
     setattr(owner, name, wrapped)
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def _kill(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
 
 
 def _experiment(folder: Path, options: argparse.Namespace) -> Any:
     import jax
 
-    from hybrid_jax.experiment import build, load_config
+    from hybrid_jax.core.config import load_yaml, parse
+    from hybrid_jax.experiment import ExperimentConfig, build
 
-    settings = {"run_dir": folder, "steps": options.steps, "compilation_cache": options.cache}
-    experiment = build(load_config(CONFIG, [f"{name}={value}" for name, value in settings.items()]))
+    settings = load_yaml(CONFIG)
+    ppo = settings["phases"]["ppo"]
+    settings["phases"]["bandit"] = {**ppo, "name": "ppo", "reward": {**ppo["reward"], "combine": BANDIT}}
+    settings["scheduler"]["cycle"] = CYCLE
+    settings["evaluation"]["every"] = 3
+    settings |= {"run_dir": folder, "steps": options.steps, "compilation_cache": options.cache}
+    experiment = build(parse(ExperimentConfig, settings))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a dozen processes share it
     return experiment
 

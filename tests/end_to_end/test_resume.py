@@ -42,8 +42,8 @@ def test_a_run_that_is_killed_twice_ends_with_the_bits_of_an_unbroken_one(enviro
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_at_ten_places_ends_with_the_bits_of_an_unbroken_one(environment):
-    result = reproduce(environment, "--kills", "10", "--seed", str(time.time_ns()))
+def test_a_run_that_is_stopped_at_twelve_places_ends_with_the_bits_of_an_unbroken_one(environment):
+    result = reproduce(environment, "--kills", "12", "--seed", str(time.time_ns()))
     assert result.returncode == 0, result.stdout + result.stderr
 
 

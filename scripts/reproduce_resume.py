@@ -2,10 +2,11 @@
 
     python scripts/reproduce_resume.py [--kills 12] [--steps 12] [--seed 0]
 
-Every kill goes to a place of its own (see `PLACES`) at a random step and moment; two of the twelve are a SIGTERM
-during an evaluation and a step that fails right after one, where the run saves itself. Parameters, optimizer states,
-references, statistics of the reward (EMA, Lagrangian, bandit), KL coefficient, cursors, schedule, metrics.jsonl and samples.jsonl are
-compared, timings aside. Prints a table; the exit code is 1 where anything differs.
+Every kill goes to a place of its own (see `PLACES`) at a random step and moment; two of the twelve are a
+SIGTERM during an evaluation and a step that fails right after one, where the run saves itself. Parameters,
+optimizer states, references, statistics of the reward (EMA, Lagrangian, bandit), KL coefficient, cursors,
+schedule, metrics.jsonl and samples.jsonl are compared, timings aside. Prints a table; the exit code is 1 where
+anything differs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PLACES = {  # what the kill interrupts, and how many seconds it may wait there
     "PPO, between minibatches": 0.02,
     "checkpoint, being written": 0.1,
     "SFT step": 0.05,
+    "evaluation, SIGTERM": 0.0,
+    "step after an evaluation, fails": 0.0,
     "PPO, sampling": 0.02,
     "PPO, reward": 0.0,
     "checkpoint, before its seal": 0.0,
@@ -39,8 +42,6 @@ PLACES = {  # what the kill interrupts, and how many seconds it may wait there
     "evaluation": 0.1,
     "logs, on resume": 0.0,
     "anywhere": 8.0,
-    "evaluation, SIGTERM": 0.0,
-    "step after an evaluation, fails": 0.0,
 }
 CODES = {
     "evaluation, SIGTERM": 128 + signal.SIGTERM,

@@ -1,0 +1,201 @@
+"""Digests of values, of the user's code and of files, the same in every process.
+
+Neither an address nor Python's own `hash` goes into them. They tell whether something is still what it was;
+they keep no secret and prove nothing.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import enum
+import functools
+import hashlib
+import inspect
+import json
+import re
+import sys
+import sysconfig
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+from typing import Any
+
+import numpy as np
+
+WHOLE = 2**28  # bytes; of a larger file, blocks are read
+_BLOCK, _BLOCKS = 2**20, 64
+Plain = Callable[[Any], Any]
+_SIMPLE = (type(None), bool, int, float, str)
+
+
+def digest(value: Any) -> str:
+    """Of a value: of what it holds, of the source of what it calls; 16 letters."""
+    return rows_digest([value])
+
+
+def rows_digest(rows: Iterable[Any]) -> str:
+    """Of values one after the other: one long text takes a second for 100 MB."""
+    found = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        try:
+            text = json.dumps(row, default=_plain)
+        except (TypeError, ValueError):  # a key that is no text
+            text = json.dumps(_plain(row))
+        found.update(text.encode() + b"\n")
+    return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Of a file, or of every file below a folder with its name.
+
+    Of a file above `WHOLE` bytes, its size and a MiB at 64 places are read: other weights differ everywhere.
+    """
+    if path.is_dir():
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        return digest({name: file_digest(path / name) for name in names})
+    size, found = path.stat().st_size, hashlib.blake2b(digest_size=8)
+    found.update(str(size).encode())
+    with path.open("rb") as file:
+        if size <= WHOLE:
+            while block := file.read(_BLOCK):
+                found.update(block)
+        else:
+            for part in range(_BLOCKS):
+                file.seek((size - _BLOCK) * part // (_BLOCKS - 1))
+                found.update(file.read(_BLOCK))
+    return found.hexdigest()
+
+
+def is_own_code(value: Any) -> bool:
+    """Whether a function, a class or a module is the user's: not of this package or an installed one."""
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
+    if name.partition(".")[0] in ("hybrid_jax", *sys.builtin_module_names):
+        return False
+    file = getattr(sys.modules.get(name), "__file__", None)  # none of a notebook
+    installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return file is None or not file.startswith(tuple(installed))
+
+
+def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None) -> Any:
+    """``value`` as JSON can hold it: of an object, what decides how it behaves.
+
+    Args:
+        value: anything.
+        above: ids of what holds it.
+        told: ids of functions and classes that have been written out; they are named from then on.
+    """
+    if isinstance(value, _SIMPLE) and not isinstance(value, enum.Enum):
+        return value
+    if id(value) in above:  # it holds itself
+        return "..."
+    told = set() if told is None else told
+    go_on = functools.partial(_plain, above=(*above, id(value)), told=told)
+    if isinstance(value, dict | MappingProxyType):  # `os.environ` is none, and is not looked into
+        return {"map": [[go_on(key), go_on(item)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return [go_on(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return {"set": sorted(json.dumps(go_on(item)) for item in value)}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": value.hex()}
+    if isinstance(value, Path | enum.Enum):
+        return str(value)
+    if isinstance(value, re.Pattern):
+        return {"pattern": [go_on(value.pattern), value.flags]}
+    if isinstance(value, np.ndarray | np.generic):
+        array = np.ascontiguousarray(value)
+        content = array.tolist() if array.dtype == object else array.tobytes()
+        return {"array": [str(array.dtype), list(array.shape), go_on(content)]}
+    if isinstance(value, functools.partial):
+        return {"partial": [go_on(part) for part in (value.func, value.args, value.keywords)]}
+    if isinstance(value, MethodType):
+        return {"method": [go_on(value.__func__), go_on(value.__self__)]}
+    return _plain_code(value, go_on, told)
+
+
+def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:
+    """Of functions, classes and their instances."""
+    if isinstance(value, ModuleType):
+        return {"module": value.__name__}
+    definition = inspect.unwrap(value) if callable(value) else value
+    if isinstance(definition, FunctionType | type):
+        if not is_own_code(definition) or id(definition) in told:
+            return {"name": f"{definition.__module__}:{definition.__qualname__}"}
+        told.add(id(definition))
+        is_class = isinstance(definition, type)
+        return _plain_class(definition, go_on) if is_class else _plain_function(definition, go_on)
+    if dataclasses.is_dataclass(value):
+        held: Any = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
+    else:
+        held = getattr(value, "__dict__", {}) if is_own_code(type(value)) else {}
+    return {"object": [go_on(type(value)), go_on(held)]}
+
+
+def _plain_function(function: FunctionType, go_on: Plain) -> dict[str, Any]:
+    held = [cell.cell_contents for cell in function.__closure__ or () if _is_full(cell)]
+    return {
+        "source": _source(function) or _compiled(function.__code__),
+        "defaults": go_on([function.__defaults__, function.__kwdefaults__]),
+        "closure": go_on(held),
+        "globals": _globals(function, go_on),
+    }
+
+
+def _plain_class(cls: type, go_on: Plain) -> dict[str, Any]:
+    items = {n: getattr(item, "__func__", getattr(item, "fget", item)) for n, item in sorted(vars(cls).items())}
+    methods = {name: item for name, item in items.items() if isinstance(item, FunctionType)}
+    written = [m for m in methods.values() if m.__code__.co_filename != "<string>"]  # not by `dataclass`
+    return {
+        "source": _source(cls) or {name: _compiled(method.__code__) for name, method in methods.items()},
+        "bases": [go_on(base) for base in cls.__bases__ if is_own_code(base)],
+        "globals": [_globals(method, go_on) for method in written if method.__module__ == cls.__module__],
+    }
+
+
+def _globals(function: FunctionType, go_on: Plain) -> dict[str, Any]:
+    """What a function names in its module: helpers, constants, lists of words."""
+    names, found = _names(function.__code__), {}
+    for name in sorted(names & function.__globals__.keys()):
+        value = function.__globals__[name]
+        if not isinstance(value, ModuleType):
+            found[name] = value
+        elif is_own_code(value):
+            found |= {f"{name}.{n}": getattr(value, n) for n in sorted(names) if hasattr(value, n)}
+    return {name: go_on(value) for name, value in found.items() if _is_told(value)}
+
+
+def _is_told(value: Any) -> bool:
+    definition = inspect.unwrap(value) if callable(value) else value
+    if isinstance(definition, FunctionType | type):
+        return is_own_code(definition)
+    return not isinstance(value, ModuleType) and (not callable(value) or is_own_code(type(value)))
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
+
+
+def _source(definition: Any) -> str | None:
+    """Without comments and layout; None of a lambda, whose lines hold other things, and of what has no file."""
+    if getattr(definition, "__name__", "") == "<lambda>":
+        return None
+    try:
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(definition))))
+    except (OSError, TypeError, SyntaxError):
+        return None
+
+
+def _compiled(code: CodeType) -> list[Any]:
+    constants = [_compiled(c) if isinstance(c, CodeType) else _plain(c) for c in code.co_consts]
+    return [code.co_code.hex(), constants, *map(list, (code.co_names, code.co_varnames, code.co_freevars))]
+
+
+def _is_full(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True

@@ -119,8 +119,9 @@ def evaluate(
         trust: names in the run's config that may run code.
     """
     from hybrid_jax.evaluation.suites import SUITES
-    from hybrid_jax.experiment import load_run_config, make_evaluator
+    from hybrid_jax.experiment import load_run_config
     from hybrid_jax.policy import load_policy
+    from hybrid_jax.run_evaluator import make_evaluator
     from hybrid_jax.scorer_commands import evaluate_scorer, trains_scorer
     from hybrid_jax.training.compilation import keep_compiled
 

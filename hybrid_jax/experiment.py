@@ -8,7 +8,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,11 @@ from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.policy import Policy, as_list, default_sampler, init_key
-from hybrid_jax.run_identity import ENVIRONMENT, check_is_run, check_same_run, environment, keep_earlier, owned
+from hybrid_jax.run_changes import Change, record_changes
+from hybrid_jax.run_contents import Contents, contents
+from hybrid_jax.run_evaluator import make_evaluator
+from hybrid_jax.run_identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
+from hybrid_jax.run_origin import changes_since, find_origin, pinned, saved_tokenizer, split, tell_origin
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
@@ -46,7 +50,7 @@ from hybrid_jax.training.horizons import horizons, say_what_stays
 from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPhase
+from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPhase, fits
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -59,21 +63,31 @@ from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
 log = logging.getLogger(__name__)
 
 
-def build(config: ExperimentConfig) -> Experiment:
-    """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet."""
+def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment:
+    """Loads data and tokenizer and builds model and phases; writes nothing and compiles nothing yet.
+
+    Args:
+        config: of the experiment.
+        allow_change: whether a run may go on with other settings than it had, where it can.
+    """
     keep_compiled(config.compilation_cache)
     files = run_files(config.run_dir)
     check_is_run(files)
     files.fetch()
-    _check_same_run(files, config)
+    config = replace(config, start_from=pinned(config.start_from, files))
+    settings = to_dict(config)
+    told = partial(
+        spelled_out, trust=names_in(settings)
+    )  # a run's own config may name no other code than this one
+    changes = partial(changes_since, files, config.start_from, settings, told, allow_change)
+    changes()
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     held_out = functools.cache(partial(config.data.load, "held_out"))
-    saved_tokenizer = files.folder / "tokenizer"
-    if saved_steps(files.checkpoints) and saved_tokenizer.is_dir():
-        tokenizer = load_tokenizer(saved_tokenizer)
-    else:
-        tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
+    saved = saved_tokenizer(files, config.start_from)
+    tokenizer = (
+        config.tokenizer.build(t for e in examples for t in e.texts) if saved is None else load_tokenizer(saved)
+    )
     _check_hosts(config, tokenizer, examples)
     model = config.model.build(tokenizer.vocab_size)
     sources = [getattr(phase, "source", None) for phase in config.phases.values()]
@@ -81,15 +95,13 @@ def build(config: ExperimentConfig) -> Experiment:
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    evaluator = make_evaluator(config, model, tokenizer, eos_ids) if isinstance(model, LanguageModel) else None
+    answers = isinstance(model, LanguageModel)
+    evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
     rows = {"train": len(examples), "held_out": len(held_out())}
-    return Experiment(config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement, rows)
-
-
-def _check_same_run(files: RunFiles, config: ExperimentConfig) -> None:
-    """A run goes on by the config that it began with, and its own may name no other code than this one."""
-    settings = to_dict(config)
-    check_same_run(files, settings, partial(spelled_out, trust=names_in(settings)))
+    components = {"phases": config.phases, "scheduler": config.scheduler}
+    made_of = contents(components, tokenizer, examples, held_out)
+    found = (config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement, rows)
+    return Experiment(*found, made_of, changes)
 
 
 def _check_hosts(config: ExperimentConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> None:
@@ -128,19 +140,8 @@ def _build_phases(
             )
         )
         for name, phase in config.phases.items()
-        if name in planned and _fits(name, phase, model)
+        if name in planned and fits(name, phase, model)
     }
-
-
-def _fits(name: str, phase: Any, model: Any) -> bool:
-    """That a phase can train such a model: a language model, or one that scores texts."""
-    scores = getattr(phase, "trains_scorer", False)
-    if scores == isinstance(model, LanguageModel):
-        wanted = "scorer: classifier, encoder or ngrams" if scores else "language model"
-        raise UserError(
-            f"phases.{name} trains a {wanted}; the model is of another kind, {type(model).__name__}"
-        )
-    return True
 
 
 def plan_phases(
@@ -161,27 +162,6 @@ def plan_phases(
     return phases, state_shapes(model, phases, placement, sorted(names))
 
 
-def make_evaluator(
-    config: ExperimentConfig, model: LanguageModel, tokenizer: Tokenizer, eos_ids: tuple[int, ...]
-) -> Evaluator:
-    """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
-    trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
-    length, long_rows = sft.examples_read(config.phases)
-    return Evaluator(
-        config.evaluation,
-        model,
-        tokenizer,
-        config.data.load("held_out"),
-        sampler=getattr(trained_by, "sampler", None),
-        reward=getattr(trained_by, "reward", None),
-        length=length,
-        long_rows=long_rows,
-        long_prompts=getattr(trained_by, "long_prompts", "drop"),
-        seed=config.seed,
-        eos_ids=eos_ids,
-    )
-
-
 @dataclass(frozen=True)
 class Experiment:
     """A built experiment: what `hybrid_jax.training.loop.train` runs."""
@@ -196,6 +176,8 @@ class Experiment:
     eos_ids: tuple[int, ...]  # every token that ends a response
     placement: Placement
     num_rows: Mapping[str, int]  # of the data, by split
+    made_of: Contents
+    changes: Callable[[], list[Change]]  # since the checkpoint that it goes on from, in its settings
 
     @property
     def steps(self) -> int:
@@ -225,22 +207,28 @@ class Experiment:
         """The newest saved state, or a fresh one, with what writes the run directory, which must be `owned`."""
         files, folder = self.files, self.files.folder
         files.fetch()  # another process may have trained here since this was built
-        _check_same_run(files, self.config)
+        changes = self.changes()
         names = sorted({name for phase in self.phases.values() for name in phase.references})
         shapes = state_shapes(self.model, self.phases, self.placement, names)
         if hosts.is_first():
             at = max(saved_steps(files.checkpoints), default=None)
             log.info("%s", banner(self.config, self.placement, shapes, self.num_rows, at))
-        checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload)
+        note = {"contents": self.made_of, "horizons": planned_steps(self.scheduler, self.steps)}
+        checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload, note=note)
         with out_of_memory.explained("the state of a fresh run"):
             fresh = self.init()
         reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
-        saved = checkpoints.newest(fresh, reference)
-        state = saved or fresh
-        if saved is not None:
-            log.info("resumed %s at step %d of %d", files.name, state.step, self.steps)
+        origin = find_origin(files, checkpoints, fresh, reference, self.config.start_from)
+        state = origin.state
+        changes = tell_origin(origin, note, changes, self.config, files.name)
         say_what_stays(self.config.phases, horizons(self.config.scheduler, self.steps))
-        logger = self._open_files(saved and saved.step) if hosts.is_first() else files.open(folder, {}, None)
+        resume_step = state.step if origin.is_own else None
+        logger = self._open_files(resume_step) if hosts.is_first() else files.open(folder, {}, None)
+        if origin.is_branch:
+            checkpoints.save(state)  # from now on it does not need the other run
+            checkpoints.wait()
+        if hosts.is_first():
+            record_changes(folder, state.step, changes)
         machine = Machine(list(self.placement.mesh.devices.flat), self.config.peak_tflops)
         profiler = Profiler(self.config.profile, folder / "profile")
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
@@ -268,7 +256,8 @@ class Experiment:
         every = self.config.evaluation.every
         first_of_phase = next_phase not in state.schedule.steps
         on_time = every is not None and state.step % every == 0
-        return state.step == self.steps or first_of_phase or on_time
+        begins = self.config.start_from is not None and state.step == split(self.config.start_from)[1]
+        return state.step >= self.steps or first_of_phase or on_time or begins
 
     def evaluate(
         self, state: RunState

@@ -42,6 +42,7 @@ class ExperimentConfig:
         metadata={MERGED: True}  # one that no scheduler chooses does nothing
     )
     scheduler: Annotated[Any, SCHEDULERS]
+    start_from: str | None = None  # RUN or RUN@step: goes on from a checkpoint of another run, see docs/runs.md
     seed: int = 0
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
     offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it

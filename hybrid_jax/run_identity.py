@@ -9,16 +9,15 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from hybrid_jax.core.config import load_yaml
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.parallel import hosts
+from hybrid_jax.run_changes import CHANGES_FILE
 from hybrid_jax.training.checkpoint import saved_steps
 from hybrid_jax.training.loggers import METRICS_FILE, SAMPLES_FILE, read_records
 from hybrid_jax.training.run_files import CHECKPOINTS, EARLIER, RunFiles
@@ -28,13 +27,8 @@ log = logging.getLogger(__name__)
 ENVIRONMENT = "environment.json"
 # What a training writes beside its checkpoints.
 WRITTEN = (
-    *("config.yaml", ENVIRONMENT, METRICS_FILE, SAMPLES_FILE, "report.html", "wandb_run_id"),
+    *("config.yaml", ENVIRONMENT, CHANGES_FILE, METRICS_FILE, SAMPLES_FILE, "report.html", "wandb_run_id"),
     *("tokenizer", "tensorboard", "wandb", "profile", "exports", "model"),
-)
-# Settings that may change between two starts of one run: they decide what is written, not what is learnt.
-FREE_SETTINGS = (
-    *("run_dir", "steps", "evaluation", "checkpoint", "loggers", "compilation_cache"),
-    *("peak_tflops", "profile", "mesh"),
 )
 
 
@@ -113,42 +107,3 @@ def keep_earlier(files: RunFiles) -> None:
         "training starts at step 0",
         *(files.name, aside),
     )
-
-
-def check_same_run(
-    files: RunFiles, settings: dict[str, Any], spelled_out: Callable[[dict[str, Any]], dict[str, Any]]
-) -> None:
-    """A run directory belongs to one experiment: what decides the learning must be the same.
-
-    A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
-
-    Args:
-        files: of the run directory.
-        settings: of the experiment that is about to use it.
-        spelled_out: adds to written settings the defaults of those that came up since.
-
-    Raises:
-        UserError: it holds a run of other settings.
-    """
-    path = files.folder / "config.yaml"
-    if not saved_steps(files.checkpoints) or not path.is_file():
-        return
-    there, here = _fixed(spelled_out(load_yaml(path))), _fixed(settings)
-    if difference := next(_differences(there, here), None):
-        name, before, now = difference
-        raise UserError(
-            f"run_dir {settings['run_dir']} holds a run of another config: {name} is {before!r} there and "
-            f"{now!r} here; give another run_dir, or undo the change to resume"
-        )
-
-
-def _fixed(settings: dict[str, Any]) -> dict[str, Any]:
-    return without_secrets({name: value for name, value in settings.items() if name not in FREE_SETTINGS})
-
-
-def _differences(there: Any, here: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**there, **here}:
-            yield from _differences(there.get(key), here.get(key), f"{path}.{key}" if path else key)
-    elif there != here:
-        yield path, there, here

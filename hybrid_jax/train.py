@@ -28,6 +28,12 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a YAML file; configs/ holds some")
     parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings over those of the file")
+    parser.add_argument(
+        "--allow-change",
+        action="store_true",
+        help="go on with the run in run_dir although settings of optimizers, rewards or phases differ; "
+        "changes.jsonl there keeps what has changed",
+    )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
 
@@ -40,7 +46,7 @@ def main(arguments: list[str]) -> None:
 
         config = load_config(options.config, options.overrides)
         with owned(run_files(config.run_dir)):  # so that a second trainer hears of it before it loads anything
-            train(build(config))
+            train(build(config, allow_change=options.allow_change))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ class HybridTrainer:
         data: a source component, the mapping of a YAML file, or a list of `Example`s or of rows with "prompt"
             and "completion", every tenth prompt of which is held out.
         overrides: ``a.b=value`` texts over the file.
+        allow_change: goes on with the run in ``run_dir`` although settings differ that it can go on with.
         settings: whole settings of the experiment, such as ``steps=100``, over everything else.
 
     Raises:
@@ -56,6 +57,7 @@ class HybridTrainer:
         model: Any = None,
         data: Any = None,
         overrides: Sequence[str] = (),
+        allow_change: bool = False,
         **settings: Any,
     ):
         set_up_logging()
@@ -70,7 +72,7 @@ class HybridTrainer:
         if "run_dir" in settings:
             settings["run_dir"] = str(settings["run_dir"])
         self.config = parse(ExperimentConfig, {**given, **settings}, trust=EVERYTHING)
-        self.experiment: Experiment = build(self.config)
+        self.experiment: Experiment = build(self.config, allow_change=allow_change)
         self._policy: Policy | None = None
 
     def train(self) -> dict[str, float]:

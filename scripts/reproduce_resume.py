@@ -1,6 +1,6 @@
 """Kills a run again and again with ``kill -9`` and shows that it ends with the bits of an unbroken one.
 
-    python scripts/reproduce_resume.py [--kills 12] [--steps 12] [--seed 0]
+    python scripts/reproduce_resume.py [--kills 12] [--steps 24] [--seed 0]
 
 Every kill goes to a place of its own (see `PLACES`) at a random step and moment; two of the twelve are a
 SIGTERM during an evaluation and a step that fails right after one, where the run saves itself. Parameters,
@@ -52,7 +52,7 @@ CODES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=len(PLACES))
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--cache", type=Path, help="a folder for compiled programs, to keep them")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
@@ -76,7 +76,7 @@ def _kill_repeatedly(folder: Path, options: argparse.Namespace) -> None:
     """Kills processes at random moments, later and later in the run, and then lets one end."""
     draw = random.Random(options.seed)
     places = [list(PLACES)[i % len(PLACES)] for i in range(options.kills)]
-    steps = sorted(draw.randrange(options.steps - 2) for _ in places)
+    steps = sorted(draw.randrange(options.steps - 4) for _ in places)  # the next evaluation is 3 steps away
     print(f"{'kill':>4}  {'place':<31} {'from step':>9} {'logged':>6} {'checkpoints left'}")
     for number, (place, step) in enumerate(zip(places, steps, strict=True), start=1):
         start = max(_checkpoints(folder), default=0)

@@ -17,6 +17,7 @@ LAYERS = {
 }
 TOP = {
     **dict.fromkeys(["start", "banner", "testing", "policy", "run_identity"], 5),
+    **{"run_changes": 4.9, "run_evaluator": 5, "run_contents": 5.2, "run_origin": 5.4},
     **{
         "scorer_run": 5.5,
         "experiment_config": 5.5,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 WHOLE = 2**28  # bytes; of a larger file, blocks are read
+MOST_FILES = 1000
 _BLOCK, _BLOCKS = 2**20, 64
 Plain = Callable[[Any], Any]
 _SIMPLE = (type(None), bool, int, float, str)
@@ -48,13 +49,14 @@ def rows_digest(rows: Iterable[Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Of a file, or of every file below a folder with its name.
+    """Of a file, or of every file below a folder with its name, of more than `MOST_FILES` with its size alone.
 
     Of a file above `WHOLE` bytes, its size and a MiB at 64 places are read: other weights differ everywhere.
     """
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-        return digest({name: file_digest(path / name) for name in names})
+        of_file = file_digest if len(names) <= MOST_FILES else lambda file: str(file.stat().st_size)
+        return digest({name: of_file(path / name) for name in names})
     size, found = path.stat().st_size, hashlib.blake2b(digest_size=8)
     found.update(str(size).encode())
     with path.open("rb") as file:

@@ -39,6 +39,11 @@ class Tokenizer(Protocol):
     def eos_id(self) -> int: ...
 
     @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens, special ones included."""
+        ...
+
+    @property
     def chat_template(self) -> str | None:
         """The jinja source that renders a conversation, if there is one."""
         ...
@@ -98,6 +103,10 @@ class FastTokenizer:
     @property
     def eos_id(self) -> int:
         return self._backend.token_to_id(EOS_TOKEN)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        return self._backend.get_vocab()
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_encodable(text), add_special_tokens=False).ids
@@ -160,6 +169,10 @@ class HuggingFaceTokenizer:
     @property
     def eos_id(self) -> int:
         return int(_end_id(self._backend))
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        return self._backend.get_vocab()
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(_encodable(text), add_special_tokens=False)

@@ -21,7 +21,7 @@ import functools
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -33,7 +33,8 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training import saving_noise
-from hybrid_jax.training.checksums import checksums, differing, file_checksums, file_names, sum_of_bits
+from hybrid_jax.training.checkpoint_note import arrays_of, check_base, check_structure, check_sums, progress_of
+from hybrid_jax.training.checksums import file_checksums, file_names
 from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
@@ -73,13 +74,21 @@ class Checkpoints:
         folder: where they are.
         keep: how many.
         before: called before each save; what it writes is there once the checkpoint is.
+        note: kept in every checkpoint, as JSON; see `saved_note`.
     """
 
     # A run that was aborted in this process (Ctrl-C twice in a notebook) may still be saving: by folder.
     _saving: ClassVar[dict[Folder, Writing]] = {}
 
-    def __init__(self, folder: Folder, keep: int, before: Callable[[], object] = lambda: None):
+    def __init__(
+        self,
+        folder: Folder,
+        keep: int,
+        before: Callable[[], object] = lambda: None,
+        note: Mapping[str, Any] | None = None,
+    ):
         self._folder = _absolute(folder)
+        self._note = dict(note or {})
         self._keep = keep
         self._before = before
         self._damaged: list[int] = []
@@ -95,14 +104,14 @@ class Checkpoints:
         """
         self.wait()
         self._before()
-        arrays = _arrays(state)
+        arrays = arrays_of(state)
         arrays = {**arrays, "train": jax.tree.map(jnp.copy, arrays["train"])}  # the next step donates them
         with _explained(state.step):
             self._writer = self._writer or self._open_writer()
             response = self._writer.save_checkpointables_async(
                 state.step,
                 {"state": arrays},
-                custom_metadata=_progress(state, arrays),
+                custom_metadata={**progress_of(state, arrays), "note": self._note},
                 force=True,
                 overwrite=(self._folder / str(state.step)).exists(),
             )
@@ -143,8 +152,12 @@ class Checkpoints:
                     self._writer.close()
                 self._writer = None
 
-    def newest(self, fresh: RunState, reference: Params | None = None) -> RunState | None:
+    def newest(
+        self, fresh: RunState, reference: Params | None = None, step: int | None = None
+    ) -> RunState | None:
         """The newest undamaged checkpoint as a state like ``fresh``, or None where there is no checkpoint.
+
+        With ``step`` it is the one of that step and no other.
 
         Its references are like ``reference``, which may be shapes (`jax.ShapeDtypeStruct`); None is the policy.
         The number of devices may have changed since: every array goes to where its like lies.
@@ -160,7 +173,9 @@ class Checkpoints:
             return None
         with _checkpointer(self._folder) as reader:
             state, self._damaged = _newest(
-                self._folder, functools.partial(_load_state, reader=reader, fresh=fresh, reference=reference)
+                self._folder,
+                functools.partial(_load_state, reader=reader, fresh=fresh, reference=reference),
+                saved_steps(self._folder) if step is None else [step],
             )
         return state
 
@@ -199,6 +214,12 @@ def saved_steps(folder: Folder) -> list[int]:
     return sorted((int(path.name) for path in whole), reverse=True)
 
 
+def saved_note(folder: Folder, step: int) -> dict[str, Any]:
+    """What `Checkpoints` was given to keep in the checkpoint of a step; empty before version 0.5."""
+    with _checkpointer(_absolute(folder)) as reader:
+        return _read_progress(reader, step).get("note", {})
+
+
 def newest_policy(folder: Folder, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:
     """`newest_params` of the policy alone."""
     found = newest_params(folder, {"model": policy}, base)
@@ -229,7 +250,7 @@ def newest_params(
     options = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=True))
     with ocp.Context(pytree_options=options), _checkpointer(_absolute(folder)) as reader:
         load = functools.partial(_load_params, reader=reader, groups=groups, base=base or {})
-        return _newest(folder, load)[0]
+        return _newest(folder, load, saved_steps(folder))[0]
 
 
 def _absolute(folder: Folder) -> Folder:
@@ -243,12 +264,11 @@ def _checkpointer(folder: Folder, **settings: Any) -> Any:
     return ocp.training.Checkpointer(str(folder), **settings)
 
 
-def _newest(folder: Folder, load: Callable[[int], T]) -> tuple[T | None, list[int]]:
-    """What ``load`` makes of the newest checkpoint that it can read, and the newer ones that are damaged.
+def _newest(folder: Folder, load: Callable[[int], T], steps: list[int]) -> tuple[T | None, list[int]]:
+    """What ``load`` makes of the first checkpoint of ``steps`` that it can read; those before are damaged.
 
     Several processes take the same one: a checkpoint that one of them cannot read is damaged for all.
     """
-    steps = saved_steps(folder)
     hosts.check_same(f"list of checkpoints in {folder} (is it on a shared disk?)", steps)
     for tried, step in enumerate(steps):
         _, reason = _together(functools.partial(_check_seal, folder / str(step)))
@@ -283,10 +303,11 @@ def _load_state(step: int, *, reader: Any, fresh: RunState, reference: Params | 
     progress = _read_progress(reader, step)
     names = progress["references"]
     references = {n: fresh.train.params["model"] if reference is None else reference for n in names}
-    wanted = _arrays(dataclasses.replace(fresh, references=references))
+    wanted = arrays_of(dataclasses.replace(fresh, references=references))
+    check_structure(wanted, progress)
     arrays = reader.load_checkpointables(step, {"state": jax.tree.map(_abstract, wanted)})["state"]
-    _check(arrays, progress)
-    _check_base(fresh.base, progress)
+    check_sums(arrays, progress)
+    check_base(fresh.base, progress)
     return RunState(
         step=progress["step"],
         train=arrays["train"],
@@ -305,8 +326,8 @@ def _load_params(
     wanted = {"state": {"train": {"params": groups}}}
     params = reader.load_checkpointables(step, wanted)["state"]["train"]["params"]
     train: Any = TrainState  # pyright does not see the fields of a flax.struct.dataclass
-    _check({"train": train(params=params, opt_state={}, extra={})}, progress)
-    _check_base(base, progress)
+    check_sums({"train": train(params=params, opt_state={}, extra={})}, progress)
+    check_base(base, progress)
     return progress["step"], params
 
 
@@ -337,36 +358,6 @@ def _check_seal(folder: Folder) -> None:
     for name, checksum in file_checksums(folder, here).items():
         if sealed[name] != checksum:
             raise ValueError(f"{name} has changed")
-
-
-def _arrays(state: RunState) -> dict[str, Any]:
-    return {"train": state.train, "references": dict(state.references), "host": dict(state.host)}
-
-
-def _progress(state: RunState, arrays: Any) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "schedule": dataclasses.asdict(state.schedule),
-        "cursors": dict(state.cursors),
-        "references": list(state.references),
-        "sums": checksums(arrays),
-        **({"base_sum": sum_of_bits(state.base)} if state.base else {}),
-    }
-
-
-def _check_base(base: Params, progress: dict[str, Any]) -> None:
-    """A run from before version 0.3 kept another sum of its base, which is not looked at."""
-    if base and "base_sum" in progress and sum_of_bits(base) != progress["base_sum"]:
-        raise UserError(
-            "the model below the adapter is no longer the one that the run was trained on; "
-            "restore model.path as it was, or choose another run_dir"
-        )
-
-
-def _check(arrays: Any, progress: dict[str, Any]) -> None:
-    """Checkpoints from before version 0.3 hold other checksums of arrays; the seal of their files remains."""
-    if "sums" in progress and (path := differing(arrays, progress["sums"])):
-        raise ValueError(f"checksum of {path} differs")
 
 
 def _abstract(leaf: Any) -> Any:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.tree_util import tree_leaves_with_path
 from jaxtyping import Array, Shaped, UInt32
 
 
@@ -38,7 +39,7 @@ def weighted_sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 def checksums(tree: Any) -> dict[str, int]:
     """Of every leaf by its path: `weighted_sum` of JAX arrays, CRC-32 of what lies on the host."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    leaves = tree_leaves_with_path(tree)
     found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     spread = {path: leaf for path, leaf in found.items() if _is_spread(leaf)}
     found = {path: _checksum(leaf) for path, leaf in found.items() if path not in spread}
@@ -50,6 +51,12 @@ def differing(tree: Any, expected: dict[str, int]) -> str | None:
     """The path of the first leaf whose checksum is not the expected one."""
     found = checksums(tree)
     return next((path for path, checksum in found.items() if checksum != expected.get(path)), None)
+
+
+def shapes(tree: Any) -> dict[str, str]:
+    """Of every leaf by its path: ``float32[2, 3]``."""
+    leaves = [(p, x if hasattr(x, "shape") else np.asarray(x)) for p, x in tree_leaves_with_path(tree)]
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
 def sum_of_bits(tree: Any) -> int:

@@ -29,3 +29,25 @@ def say_what_stays(phases: Mapping[str, Any], planned: Mapping[str, float]) -> N
                 "phases.%s.optimizer.schedule.steps=N lets it decay over N of them",
                 *(name, optimizer.learning_rate, name),
             )
+
+
+def tell_rates(
+    there: Mapping[str, int | None],
+    here: Mapping[str, int | None],
+    phases: Mapping[str, Any],
+    steps: Mapping[str, int],
+) -> None:
+    """Says where a schedule of another length changes the learning rate in mid-run; all are by phase.
+
+    A length is None where a metric decides it.
+    """
+    for name in (name for name in here if name in there):
+        rate, done = phases[name].optimizer.rate, steps.get(name, 0)
+        horizons = [math.inf if planned is None else max(planned, 1) for planned in (there[name], here[name])]
+        before, now = (float(rate(done, horizon)) for horizon in horizons)
+        if before != now:
+            log.warning(
+                "the learning rate of %s goes on at %.3g, not %.3g: its schedule now ends after %s of its "
+                "steps instead of %s (by steps or scheduler)",
+                *(name, now, before, *("?" if math.isinf(h) else h for h in reversed(horizons))),
+            )

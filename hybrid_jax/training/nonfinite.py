@@ -82,10 +82,13 @@ def check(step: int, phase: str, place: int, numbers: Mapping[str, float], param
             if name.endswith("loss") and not math.isfinite(number)
         ]
         what = ", ".join(bad or ["the loss is not finite"])
-        advice = "try a smaller learning_rate or max_grad_norm, or dtype float32"
+        advice = (
+            f"go on with a smaller phases.{phase}.optimizer.learning_rate or max_grad_norm by --allow-change "
+            "(in Python allow_change=True), or in another run_dir by start_from; model.dtype needs a new run"
+        )
     raise NonFiniteError(
         f"step {step} ({phase}): {what}; the update was left out and nothing saved after it: a rerun repeats "
-        f"this step, {advice}"
+        f"this step; {advice}"
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from jax import Array
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import Registry
-from hybrid_jax.models.base import Params
+from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState, ScheduleState
 
@@ -121,3 +121,14 @@ class PhaseConfig(Protocol):
 
 
 PHASES: Registry[Any] = Registry("phase")
+
+
+def fits(name: str, config: Any, model: Any) -> bool:
+    """That the phase of a config can train such a model: a language model, or one that scores texts."""
+    scores = getattr(config, "trains_scorer", False)
+    if scores == isinstance(model, LanguageModel):
+        wanted = "scorer: classifier, encoder or ngrams" if scores else "language model"
+        raise UserError(
+            f"phases.{name} trains a {wanted}; the model is of another kind, {type(model).__name__}"
+        )
+    return True

@@ -34,7 +34,7 @@ def reproduce(environment, *options):
 
 
 def test_a_run_that_is_killed_twice_ends_with_the_bits_of_an_unbroken_one(environment):
-    result = reproduce(environment, "--kills", "2", "--steps", "5", "--cache", str(CACHE))
+    result = reproduce(environment, "--kills", "2", "--steps", "6", "--cache", str(CACHE))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PPO, between minibatches" in result.stdout
     assert "checkpoint, being written" in result.stdout

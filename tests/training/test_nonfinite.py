@@ -211,8 +211,9 @@ def test_a_run_ends_with_one_line_that_names_the_tensor_and_a_rerun_repeats_the_
         train(Run(tmp_path, Learning(bad_step=step, waits_for_device=waits_for_device)))
     assert str(error.value) == (
         f"step {step} (sft): the gradient of layer_2/mlp/kernel is not finite; the update was left out and "
-        "nothing saved after it: a rerun repeats this step, try a smaller learning_rate or max_grad_norm, or "
-        "dtype float32"
+        "nothing saved after it: a rerun repeats this step; go on with a smaller "
+        "phases.sft.optimizer.learning_rate or max_grad_norm by --allow-change (in Python allow_change=True), "
+        "or in another run_dir by start_from; model.dtype needs a new run"
     )
     records = list(read_records(tmp_path / "metrics.jsonl"))
     assert [record["step"] for record in records] == list(range(step + 1))  # the bad step is in the log, too

@@ -1,0 +1,37 @@
+"""What measures the policies of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.data.tokenizer import Tokenizer
+from hybrid_jax.evaluation.evaluate import Evaluator
+from hybrid_jax.models.base import LanguageModel
+from hybrid_jax.phases import sft
+
+
+def make_evaluator(
+    config: Any,
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    eos_ids: tuple[int, ...],
+    held_out: Sequence[Example] | None = None,
+) -> Evaluator:
+    """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
+    trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
+    length, long_rows = sft.examples_read(config.phases)
+    return Evaluator(
+        config.evaluation,
+        model,
+        tokenizer,
+        config.data.load("held_out") if held_out is None else held_out,
+        sampler=getattr(trained_by, "sampler", None),
+        reward=getattr(trained_by, "reward", None),
+        length=length,
+        long_rows=long_rows,
+        long_prompts=getattr(trained_by, "long_prompts", "drop"),
+        seed=config.seed,
+        eos_ids=eos_ids,
+    )

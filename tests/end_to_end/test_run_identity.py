@@ -22,9 +22,10 @@ RATE = "phases.sft.optimizer.learning_rate"
 
 def open_again(experiment):
     """What a resumed run does before its first step; gives the state."""
-    state, checkpoints, recorder = experiment.open()
-    checkpoints.close()
-    recorder.close()
+    with experiment.owned():
+        state, checkpoints, recorder = experiment.open()
+        checkpoints.close()
+        recorder.close()
     return state
 
 

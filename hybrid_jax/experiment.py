@@ -56,7 +56,7 @@ from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.run_directory import write_folder, write_text
 from hybrid_jax.training.run_files import RunFiles, run_files
-from hybrid_jax.training.scheduler import phase_after
+from hybrid_jax.training.scheduler import phase_after, planned_steps
 from hybrid_jax.training.state import RunState
 from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
 

@@ -127,6 +127,16 @@ def test_the_value_loss_equals_a_loop_with_its_gradient(epsilon):
     np.testing.assert_allclose(gradient, expected, atol=1e-5)
 
 
+def test_what_is_masked_gets_no_gradient_whatever_stands_there():
+    given, mask = with_garbage(LOG_PROBS, OLD, ADVANTAGES), jnp.array(MASK)
+    for loss in (clipped_policy_loss, clipped_value_loss):
+        total = lambda x, loss=loss: loss(x, *given[1:], mask, clip_range=0.2)[0].total  # noqa: E731
+        gradient = np.asarray(jax.grad(total)(given[0]))
+        assert np.isfinite(gradient).all()
+        np.testing.assert_array_equal(gradient[~MASK], 0.0)
+        assert (gradient[MASK] != 0).any()
+
+
 def test_more_padding_changes_no_loss():
     given = with_garbage(LOG_PROBS, OLD, ADVANTAGES)
     longer = [jnp.pad(x, ((0, 2), (1, 3)), constant_values=jnp.nan) for x in given]

@@ -158,6 +158,15 @@ def test_a_tie_without_a_threshold_is_half_a_win_of_either_side():
     assert float(pair_loss(jnp.float32(0.9), True)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_ties_are_not_smoothed():
+    for threshold in (None, 0.5):
+        tie, smoothed = (
+            float(pair_loss(jnp.float32(0.9), True, label_smoothing=e, tie_threshold=threshold))
+            for e in (0.0, 0.3)
+        )
+        assert tie == smoothed
+
+
 def test_smoothed_labels_stop_at_the_log_odds_of_their_noise():
     loss = lambda d: pair_loss(d, label_smoothing=0.1)  # noqa: E731
     assert float(loss(jnp.float32(0.9))) == pytest.approx(-0.9 * log_sigmoid(0.9) - 0.1 * log_sigmoid(-0.9))

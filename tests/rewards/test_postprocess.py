@@ -55,6 +55,16 @@ def test_the_exponential_mean_is_corrected_for_its_start():
     assert [m * w for m, w in zip(means, weights, strict=True)] == pytest.approx([0.4, 0.76, 1.084])
 
 
+def test_the_running_moments_are_those_of_all_rollouts_however_their_means_move():
+    chunks = [np.array([0.0, 2.0]), np.array([10.0]), np.array([5.0, 5.0, 8.0])]
+    normaliser, state = Running(), Running().init()
+    for chunk in chunks:
+        state = normaliser.update(state, chunk)
+    assert (float(state["count"]), float(state["mean"]), float(state["M2"])) == pytest.approx((6, 5.0, 68.0))
+    # 25 + 9 + 25 + 0 + 0 + 9 about the mean of 5, so the deviation is √(68/6).
+    assert normaliser.apply(state, np.array([10.0]), np.zeros(1, int)) == pytest.approx([5 / (68 / 6) ** 0.5])
+
+
 def test_the_exponential_moments_are_those_of_the_weighted_sample():
     rng = np.random.default_rng(0)
     chunks = [rng.normal(1e4 + i, 1 + i, 5) for i in range(4)]  # a large mean, where E[x²] − E[x]² fails

@@ -11,7 +11,8 @@ from hybrid_jax.algorithms.log_probs import token_log_probs
 from hybrid_jax.algorithms.policy_gradient import clipped_policy_loss
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.training.optimizers import OPTIMIZERS, SCHEDULES, clip_by_global_norm
+from hybrid_jax.training.optimizers import OPTIMIZERS, SCHEDULES, SGD, clip_by_global_norm
+from hybrid_jax.training.update import apply_gradients
 
 RANDOM = np.random.default_rng(0)
 PARAMS = {
@@ -269,6 +270,17 @@ def test_clipping_scales_all_groups_by_one_norm():
     assert_trees_close(
         clipped, {"model": {"w": np.array([0.6, 0.0])}, "value": {"w": np.array([[0.8]])}}, rtol=1e-6
     )
+
+
+def test_an_update_moves_by_the_clipped_gradient():
+    gradients = {"model": {"w": jnp.array([3.0, 0.0])}, "value": {"w": jnp.array([[4.0]])}}
+    params = jax.tree.map(jnp.ones_like, gradients)
+    optimizer = SGD(learning_rate=1.0, max_grad_norm=1.0)
+    states = {name: optimizer.transform().init(tree) for name, tree in params.items()}
+    moved, _, norm = apply_gradients(optimizer, params, states, gradients, 0.5)
+    assert float(norm) == 5.0
+    expected = {"model": {"w": np.array([0.7, 1.0])}, "value": {"w": np.array([[0.6]])}}
+    assert_trees_close(moved, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("max_norm", [5.0, 6.0, None])

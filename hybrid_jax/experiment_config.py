@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
 from hybrid_jax.core.merging import MERGED
+from hybrid_jax.core.ranges import Natural, Positive, Seed, settings
 from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError
-from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS
@@ -29,12 +29,12 @@ from hybrid_jax.training.profiler import ProfileConfig
 from hybrid_jax.training.scheduler import SCHEDULERS
 
 
-@dataclass(frozen=True)
+@settings
 class ExperimentConfig:
     """A whole experiment, as its YAML file says it."""
 
     run_dir: Path | Url  # gs://bucket/path
-    steps: int  # of all phases together
+    steps: Natural  # of all phases together
     model: Annotated[Any, BACKBONES]
     tokenizer: Annotated[Any, TOKENIZERS]
     data: Annotated[Any, SOURCES]
@@ -43,7 +43,7 @@ class ExperimentConfig:
     )
     scheduler: Annotated[Any, SCHEDULERS]
     start_from: str | None = None  # RUN or RUN@step: goes on from a checkpoint of another run, see docs/runs.md
-    seed: int = 0
+    seed: Seed = 0
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
     offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -51,15 +51,10 @@ class ExperimentConfig:
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
     mesh: MeshConfig = MeshConfig()
     compilation_cache: Path | Url | None = field(default_factory=cache_folder)
-    peak_tflops: float | None = None  # bfloat16, of one device, for the utilisation; that of its kind, if known
+    peak_tflops: Positive | None = None  # bfloat16, of one device, for the utilisation; else its kind's
     profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
 
     def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError(f"steps must be at least 0, got {self.steps}")
-        check_seed(self.seed)
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise ValueError(f"peak_tflops must be positive or null, got {self.peak_tflops}")
         for phase in self.scheduler.phases:
             if phase not in self.phases:
                 raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")

@@ -5,12 +5,12 @@ A control is its own config; its state is a scalar array, so that it lives in th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from hybrid_jax.core.ranges import NonNegative, Positive, settings
 from hybrid_jax.core.registry import Registry
 
 State = Float[Array, ""]
@@ -32,15 +32,11 @@ KL_CONTROLS: Registry[KLControl] = Registry("KL control")
 
 
 @KL_CONTROLS.register("fixed")
-@dataclass(frozen=True)
+@settings
 class FixedKL:
     """β = ``coef``, always."""
 
-    coef: float = 0.05
-
-    def __post_init__(self):
-        if not self.coef >= 0:
-            raise ValueError(f"coef must be at least 0, got {self.coef}")
+    coef: NonNegative = 0.05
 
     def init(self) -> State:
         return jnp.asarray(self.coef, jnp.float32)
@@ -53,7 +49,7 @@ class FixedKL:
 
 
 @KL_CONTROLS.register("adaptive")
-@dataclass(frozen=True)
+@settings
 class AdaptiveKL:
     """Proportional control towards a target KL (Ziegler et al. 2019, arXiv 1909.08593, section 2.2).
 
@@ -62,14 +58,9 @@ class AdaptiveKL:
     The bound on n/horizon keeps β positive for any batch; the paper's batches never reach it.
     """
 
-    initial: float = 0.05
-    target: float = 6.0  # nats, summed over a response
-    horizon: float = 10_000.0  # responses
-
-    def __post_init__(self):
-        for name in ("initial", "target", "horizon"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    initial: Positive = 0.05
+    target: Positive = 6.0  # nats, summed over a response
+    horizon: Positive = 10_000.0  # responses
 
     def init(self) -> State:
         return jnp.asarray(self.initial, jnp.float32)

@@ -2,12 +2,14 @@
 
 A field annotated ``Annotated[Reward, REWARDS]`` holds a component of that registry and is written in YAML as
 ``{name: ..., setting: ...}``. A `Path` is one on this machine, never a URL: a field that may be either is
-annotated ``Path | Url``. A dataclass checks its own values in ``__post_init__`` by raising ``ValueError``.
+annotated ``Path | Url``. Ranges are declared on the fields (`hybrid_jax.core.ranges`); what depends on several
+fields a dataclass checks in ``__post_init__``, by raising ``ValueError``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import inspect
 import re
 import types
@@ -16,12 +18,15 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
-from hybrid_jax.core.merging import Place, merge, put
+from hybrid_jax.core.merging import Place, merge, put, registry_of, without_extras
+from hybrid_jax.core.ranges import check_ranges, hints_of
 from hybrid_jax.core.registry import NOTHING, Registry, Untrusted, UserError, is_definition, suggest
 from hybrid_jax.core.secrets import text_without_secrets, without_secrets
 from hybrid_jax.core.yaml_text import MOST_BITS, NUMBER, parse_yaml, read_yaml
 
 T = TypeVar("T")
+
+_YAML_VALUES = (int, float, list, set, bytes, datetime.date)  # beside texts and mappings
 
 
 class Url(str):
@@ -96,15 +101,15 @@ def parse(cls: type[T], settings: Any, path: str = "", trust: Container[str] = N
 
 def to_dict(value: Any, hint: Any = Any) -> Any:
     """The inverse of `parse`: plain values that YAML can hold, components with their names."""
-    if get_origin(hint) is typing.Annotated:
-        registry = hint.__metadata__[0]
+    if registry := registry_of(hint):
         settings = to_dict(value) if dataclasses.is_dataclass(value) else {}
         return {"name": registry.name_of(value), **settings} if value is not None else None
+    hint = without_extras(hint)
     if get_origin(hint) in (Union, types.UnionType):
         inner = [h for h in get_args(hint) if h is not type(None)]
         return None if value is None else to_dict(value, inner[0] if len(inner) == 1 else Any)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        hints = typing.get_type_hints(type(value), include_extras=True)
+        hints = hints_of(type(value))
         return {
             f.name: to_dict(getattr(value, f.name), hints[f.name]) for f in dataclasses.fields(value) if f.init
         }
@@ -125,9 +130,10 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
 
 
 def _parse_value(hint: Any, value: Any, path: str, trust: Container[str]) -> Any:
+    if registry := registry_of(hint):
+        return _parse_component(registry, value, path, trust)
+    hint = without_extras(hint)
     origin, arguments = get_origin(hint), get_args(hint)
-    if origin is typing.Annotated:
-        return _parse_component(hint.__metadata__[0], value, path, trust)
     if origin in (Union, types.UnionType):
         return _parse_optional(arguments, value, path, trust)
     if origin is Literal:
@@ -146,7 +152,9 @@ def _parse_value(hint: Any, value: Any, path: str, trust: Container[str]) -> Any
         if not isinstance(value, Mapping):
             raise _wrong_type(path, "a mapping", value)
         return {
-            str(key): _parse_value(arguments[1], _named(arguments[1], str(key), item), _join(path, key), trust)
+            _parse_key(arguments[0], str(key), path): _parse_value(
+                arguments[1], _named(arguments[1], str(key), item), _join(path, key), trust
+            )
             for key, item in value.items()
         }
     return _parse_scalar(hint, value, path)
@@ -156,7 +164,7 @@ def _parse_dataclass(cls: Any, settings: Any, path: str, trust: Container[str]) 
     if not isinstance(settings, Mapping):
         raise _wrong_type(path or "config", "a mapping", settings)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = hints_of(cls)
     for key in settings:
         if key not in fields:
             raise UserError(f"unknown setting {_join(path, key)!r}; {suggest(str(key), fields)}")
@@ -169,6 +177,7 @@ def _parse_dataclass(cls: Any, settings: Any, path: str, trust: Container[str]) 
         value = _over_default(fields[key], hints[key], value, trust)
         values[key] = _parse_value(hints[key], value, _join(path, key), trust)
     try:
+        check_ranges(cls, values)  # a user's own dataclass may not check itself
         return cls(**values)
     except ValueError as error:
         raise UserError(_join(path, str(error)) if path else str(error)) from error
@@ -176,7 +185,7 @@ def _parse_dataclass(cls: Any, settings: Any, path: str, trust: Container[str]) 
 
 def _over_default(field: dataclasses.Field, hint: Any, value: Any, trust: Container[str]) -> Any:
     """Settings of a component without its name change the default component, if there is one."""
-    if get_origin(hint) is not typing.Annotated or not isinstance(value, Mapping) or "name" in value:
+    if registry_of(hint) is None or not isinstance(value, Mapping) or "name" in value:
         return value
     default = field.default_factory() if callable(field.default_factory) else field.default
     has_default = dataclasses.is_dataclass(default) and not isinstance(default, type)
@@ -189,7 +198,7 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
     if isinstance(value, str):
         value = {"name": value}
     if not isinstance(value, Mapping):
-        if value is not None and not isinstance(value, int | float | list):
+        if value is not None and not isinstance(value, _YAML_VALUES):
             return value  # an object given from Python
         raise _wrong_type(path, "{name: ..., ...}", value)
     settings = dict(value)
@@ -212,9 +221,18 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
 
 def _named(hint: Any, key: str, value: Any) -> Any:
     """In a mapping of components, the key is the component's name unless it gives one."""
-    if get_origin(hint) is not typing.Annotated or not isinstance(value, Mapping) or "name" in value:
+    if registry_of(hint) is None or not isinstance(value, Mapping) or "name" in value:
         return value
     return {"name": key, **value}
+
+
+def _parse_key(hint: Any, key: str, path: str) -> str | int:
+    if without_extras(hint) is not int:
+        return key
+    try:
+        return int(key)  # JSON knows no other keys than texts
+    except ValueError:
+        raise _wrong_type(f"a name in {path}", _describe(hint), key) from None
 
 
 def _parse_optional(choices: tuple[Any, ...], value: Any, path: str, trust: Container[str]) -> Any:
@@ -284,6 +302,7 @@ def _describe(hint: Any) -> str:
         Path: "a path",
         Url: "a URL",
     }
+    hint = without_extras(hint)
     return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
@@ -17,7 +17,7 @@ RESPONSE_FIELDS = ("completion", "response")
 
 
 @SOURCES.register("chat")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Chat:
     """Conversations, rows like ``{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}``.
 
@@ -38,7 +38,7 @@ class Chat:
 
     train: Path
     held_out: Path | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
     messages_field: str = "messages"
     train_split: str = "train"
     held_out_split: str | None = None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.ranges import Natural, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.sources import SOURCES, Jsonl, Split
 
@@ -19,7 +20,7 @@ SLOT = re.compile(r"([\w ]+)\[([^\]]*)\]")
 
 
 @SOURCES.register("e2e_nlg")
-@dataclass(frozen=True)
+@settings
 class E2E(Jsonl):
     """Rows of a JSON-lines file whose prompts read ``name[The Eagle], food[French], near[Burger King]``.
 
@@ -31,7 +32,7 @@ class E2E(Jsonl):
     """
 
     delexicalise: tuple[str, ...] = ("name", "near")
-    recombined: int | None = None
+    recombined: Natural | None = None
 
     def load(self, split: Split) -> Sequence[Example]:
         examples = [delexicalised(example, self.delexicalise) for example in super().load(split)]

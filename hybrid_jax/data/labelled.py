@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.scored_text import padded
@@ -26,7 +27,7 @@ BLOCKS = 50  # batches whose rows are sorted by length together
 
 
 @SOURCES.register("labelled")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Labelled(Jsonl):
     """JSON lines with a text and its label, as `Jsonl`; by default there is no prompt.
 

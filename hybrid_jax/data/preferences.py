@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import Registry, UserError, suggest
 from hybrid_jax.data.conversations import check_messages
 from hybrid_jax.data.files import json_rows
@@ -95,7 +96,7 @@ class PreferenceSource(Protocol):
 PREFERENCES: Registry[PreferenceSource] = Registry("source of preferences")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class PreferenceRows:
     """How a row of named fields becomes a preference; shared by the sources.
 
@@ -212,7 +213,7 @@ _FIELDS = tuple(PreferenceRows.__dataclass_fields__)
 
 
 @PREFERENCES.register("jsonl")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class JsonlPreferences(PreferenceRows):
     """One JSON object a line; plain, or gzip where the name ends in ``.gz``.
 
@@ -225,7 +226,7 @@ class JsonlPreferences(PreferenceRows):
 
     train: Path
     held_out: Path | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
         check_held_out(self.held_out_fraction, held_out=self.held_out)
@@ -237,7 +238,7 @@ class JsonlPreferences(PreferenceRows):
 
 
 @PREFERENCES.register("huggingface")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class HuggingFacePreferences(PreferenceRows):
     """A dataset of the `datasets` library: a hub name (or its offline cache) or a local folder.
 
@@ -255,7 +256,7 @@ class HuggingFacePreferences(PreferenceRows):
     data_files: dict[str, str] | None = None
     train_split: str = "train"
     held_out_split: str | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
         check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
@@ -269,7 +270,7 @@ class HuggingFacePreferences(PreferenceRows):
 
 
 @SOURCES.register("preferences")
-@dataclass(frozen=True)
+@settings
 class PreferenceExamples:
     """Preferences as the data of a run: SFT learns the chosen response, a reward model the whole row.
 

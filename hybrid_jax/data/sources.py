@@ -11,13 +11,12 @@ import itertools
 import json
 import string
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.ranges import Count, Fraction, Seed, Share, settings
 from hybrid_jax.core.registry import Registry, UserError, suggest
-from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.files import json_rows, read_data
 
@@ -34,7 +33,7 @@ SOURCES: Registry[Source] = Registry("data source")
 
 
 @SOURCES.register("restaurants")
-@dataclass(frozen=True)
+@settings
 class Restaurants:
     """The embedded corpus: restaurant facts to short reviews (`hybrid_jax.data.corpora`).
 
@@ -43,19 +42,14 @@ class Restaurants:
         seed: of the sampling of pairs.
     """
 
-    omission: float = 0.25
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.omission <= 1:
-            raise ValueError(f"omission must be in [0, 1], got {self.omission}")
-        check_seed(self.seed)
+    omission: Share = 0.25
+    seed: Seed = 0
 
     def load(self, split: Split) -> Sequence[Example]:
         return restaurants(split, self.omission, self.seed)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Rows:
     """How a row of named fields becomes an example; shared by the sources that have such rows.
 
@@ -99,7 +93,7 @@ class Rows:
 
 
 @SOURCES.register("jsonl")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Jsonl(Rows):
     """One JSON object a line; plain, or gzip where the name ends in ``.gz``.
 
@@ -112,7 +106,7 @@ class Jsonl(Rows):
 
     train: Path
     held_out: Path | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,7 +119,7 @@ class Jsonl(Rows):
 
 
 @SOURCES.register("text")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Text:
     """Plain text, UTF-8; gzip where the name ends in ``.gz``. One document, or one a line.
 
@@ -139,14 +133,12 @@ class Text:
 
     train: Path
     held_out: Path | None = None
-    held_out_fraction: float | None = None
-    split_at: int | None = None
+    held_out_fraction: Fraction | None = None
+    split_at: Count | None = None
     lines: bool = False
 
     def __post_init__(self):
         check_held_out(self.held_out_fraction, held_out=self.held_out, split_at=self.split_at)
-        if self.split_at is not None and self.split_at < 1:
-            raise ValueError(f"split_at must be at least 1, got {self.split_at}")
 
     def load(self, split: Split) -> Sequence[Example]:
         path = Path(self.held_out if split == "held_out" and self.held_out is not None else self.train)
@@ -175,7 +167,7 @@ class Text:
 
 
 @SOURCES.register("huggingface")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class HuggingFaceDataset(Rows):
     """A dataset of the `datasets` library: a hub name (or its offline cache) or a local folder.
 
@@ -194,7 +186,7 @@ class HuggingFaceDataset(Rows):
     data_files: dict[str, str] | None = None
     train_split: str = "train"
     held_out_split: str | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -228,7 +220,7 @@ class HuggingFaceDataset(Rows):
 
 
 @SOURCES.register("tfds")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class TensorFlowDataset(Rows):
     """A prepared TensorFlow dataset, read at random access by ``tfds.data_source``.
 
@@ -244,7 +236,7 @@ class TensorFlowDataset(Rows):
     data_dir: Path | None = None
     train_split: str = "train"
     held_out_split: str | None = None
-    held_out_fraction: float | None = None
+    held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -316,8 +308,6 @@ def _check_template(name: str, template: str | None) -> None:
 
 def check_held_out(fraction: float | None, **others: Any) -> None:
     """Held-out data is named in one way only; raises `ValueError`."""
-    if fraction is not None and not 0 < fraction < 1:
-        raise ValueError(f"held_out_fraction must be in (0, 1), got {fraction}")
     given = [name for name, value in {**others, "held_out_fraction": fraction}.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{given[0]} must be alone, got {' and '.join(given)}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
+from annotated_types import Ge
+
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
 
@@ -197,7 +199,7 @@ class HuggingFaceTokenizer:
 
 
 @TOKENIZERS.register("bytes")
-@dataclass(frozen=True)
+@settings
 class Bytes:
     """The 256 bytes of UTF-8 as ids 0 to 255, and the end token 256.
 
@@ -220,7 +222,7 @@ class Bytes:
 
 
 @TOKENIZERS.register("bpe")
-@dataclass(frozen=True)
+@settings
 class Bpe:
     """Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) trained on the data.
 
@@ -230,14 +232,8 @@ class Bpe:
         chat_template: as in `Bytes`; its special tokens are part of ``vocab_size``.
     """
 
-    vocab_size: int = 512
+    vocab_size: Annotated[int, Ge(257)] = 512
     chat_template: str | None = None
-
-    def __post_init__(self):
-        if self.vocab_size <= BYTES:
-            raise ValueError(
-                f"vocab_size must be at least {BYTES + 1} (all bytes and an end), got {self.vocab_size}"
-            )
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
         from tokenizers import models, pre_tokenizers, trainers
@@ -255,7 +251,7 @@ class Bpe:
 
 
 @TOKENIZERS.register("huggingface")
-@dataclass(frozen=True)
+@settings
 class HuggingFace:
     """The tokenizer of a Hugging Face folder (or of a cached model name). Code in the folder is never run.
 

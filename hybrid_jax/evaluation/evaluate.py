@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any
 
 import jax
 import numpy as np
+from annotated_types import Ge
 
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, PromptBatch
+from hybrid_jax.core.ranges import Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.tokenizer import Tokenizer
@@ -31,36 +33,25 @@ from hybrid_jax.sampling.responses import decode_responses, ended, join
 WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
 
 
-@dataclass(frozen=True)
+@settings
 class EvaluationConfig:
     """What is measured on the held-out split, and when.
 
     It always runs at the start, at the end, and before the first step of each phase.
     """
 
-    every: int | None = None  # further steps
-    num_prompts: int = 64  # answered; 0 answers none
-    num_examples: int = 256  # for the loss
-    num_shown: int = 8  # samples written into samples.jsonl
-    batch_size: int = 64
-    length: int | None = None  # tokens a row for the loss; None takes what SFT reads
+    every: Count | None = None  # further steps
+    num_prompts: Natural = 64  # answered; 0 answers none
+    num_examples: Natural = 256  # for the loss
+    num_shown: Natural = 8  # samples written into samples.jsonl
+    batch_size: Count = 64
+    length: Annotated[int, Ge(2)] | None = None  # tokens a row for the loss; None takes what SFT reads
     sampler: Sampler | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
-    num_extremes: int = 2  # of the best and of the worst answers by each part, written into samples.jsonl
+    num_extremes: Natural = 2  # of the best and of the worst answers by each part, written into samples.jsonl
 
     def __post_init__(self):
-        for name, least in {
-            "every": 1,
-            "num_prompts": 0,
-            "num_examples": 0,
-            "num_extremes": 0,
-            "batch_size": 1,
-            "length": 2,
-        }.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         for name, judge in self.judges.items():
             if isinstance(judge, DeviceReward):
                 raise ValueError(f"judges.{name} must score texts, got {judge!r}")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
@@ -114,7 +115,7 @@ class Classifier:
 
 
 @BACKBONES.register("classifier")
-@dataclass(frozen=True)
+@settings
 class ClassifierSettings:
     """A `Classifier` to train, from a random or a pretrained decoder.
 

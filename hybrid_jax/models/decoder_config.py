@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from annotated_types import Interval
+
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.attention import AttentionRule, alibi_slopes
 from hybrid_jax.models.base import BACKBONES
@@ -19,48 +22,45 @@ if TYPE_CHECKING:
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
-_SIZES = (
-    *("num_layers", "width", "num_heads", "num_kv_heads", "head_width", "mlp_width", "max_length"),
-    *("vocab_size", "rotary_width", "window", "embedding_width"),
-)
+RopeBase = Annotated[float, Interval(gt=0, le=1e12)]
 _PER_LAYER = ("window_layers", "rotary_layers")
 
 
 @BACKBONES.register("decoder")
-@dataclass(frozen=True)
+@settings
 class DecoderConfig:
     """Every switch of the decoder. ``None`` means the usual choice, named behind it."""
 
-    num_layers: int = 4
-    width: int = 256
-    num_heads: int = 8
-    num_kv_heads: int | None = None  # num_heads
-    head_width: int | None = None  # width // num_heads
-    mlp_width: int | None = None  # 4 * width
-    max_length: int = 1024
-    vocab_size: int | None = None  # the tokenizer's
+    num_layers: Count = 4
+    width: Count = 256
+    num_heads: Count = 8
+    num_kv_heads: Count | None = None  # num_heads
+    head_width: Count | None = None  # width // num_heads
+    mlp_width: Count | None = None  # 4 * width
+    max_length: Count = 1024
+    vocab_size: Count | None = None  # the tokenizer's
 
     position: Literal["learned", "rotary", "alibi"] = "learned"
-    position_offset: int = 0  # rows of the learned table before the one of position 0
-    rope_theta: float = 10_000.0
+    position_offset: Natural = 0  # rows of the learned table before the one of position 0
+    rope_theta: RopeBase = 10_000.0
     rope_scaling: Annotated[Any, ROPE_SCALINGS] | None = None
-    local_rope_theta: float | None = None  # base of the windowed layers, never scaled; rope_theta
-    rotary_width: int | None = None  # channels of a head that turn; all
+    local_rope_theta: RopeBase | None = None  # base of the windowed layers, never scaled; rope_theta
+    rotary_width: Count | None = None  # channels of a head that turn; all
     rotary_interleaved: bool = False  # channel pairs (2i, 2i + 1) instead of (i, i + C/2)
     rotary_layers: tuple[bool, ...] | None = None  # layers that know positions; all
-    alibi_exponent: float = 8.0  # the smallest slope is 2^-8
+    alibi_exponent: Positive = 8.0  # the smallest slope is 2^-8
     alibi_scaled: bool = False  # the bias is scaled like the scores
 
-    attention_scale: float | None = None  # 1 / √head_width
-    attention_softcap: float | None = None  # none
+    attention_scale: Positive | None = None  # 1 / √head_width
+    attention_softcap: Positive | None = None  # none
     attention_sinks: bool = False  # a learned score a head that no value answers
-    window: int | None = None  # tokens that a windowed layer sees, itself included; all
+    window: Count | None = None  # tokens that a windowed layer sees, itself included; all
     window_layers: tuple[bool, ...] | None = None  # which layers have the window; all
     query_key_norm: Literal["head", "each_head", "all_heads"] | None = None  # scale [C], [H C], or one over H·C
-    clip_qkv: float | None = None  # queries, keys and values are clipped to ±
+    clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±
 
     norm: Literal["layer", "rms"] = "layer"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Positive = 1e-5
     norm_scale: bool = True  # learned scales
     norm_bias: bool = True  # learned biases, of layer norms
     norm_unit_offset: bool = False  # the scale is 1 + the parameter
@@ -77,23 +77,20 @@ class DecoderConfig:
     mlp_bias: bool = True
     head_bias: bool = False
 
-    embedding_width: int | None = None  # of the token embedding, mapped to width and back; width
-    embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # of what a branch adds
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None  # none
+    embedding_width: Count | None = None  # of the token embedding, mapped to width and back; width
+    embedding_scale: Positive = 1.0
+    residual_scale: Positive = 1.0  # of what a branch adds
+    logit_scale: Positive = 1.0
+    logit_softcap: Positive | None = None  # none
     tie_embeddings: bool = True
-    dropout: float = 0.0
-    init_std: float = 0.02
+    dropout: Rate = 0.0
+    init_std: NonNegative = 0.02
     dtype: ComputeDtype = "float32"  # of the computation; parameters and logits are float32
     family: str | None = None  # Hugging Face model_type to export as; the first that can express the decoder
     lora: Lora | None = None  # adapters that train in place of the parameters; none
     execution: Execution = Execution()
 
     def __post_init__(self):
-        for name in _SIZES:
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
         for name in _PER_LAYER:
             if (layers := getattr(self, name)) is not None and len(layers) != self.num_layers:
                 raise ValueError(f"{name} must name {self.num_layers} layers, got {len(layers)}")
@@ -108,8 +105,6 @@ class DecoderConfig:
         if self.position == "rotary" and (self.rotary_channels % 2 or self.rotary_channels > self.channels):
             name = "head_width" if self.rotary_width is None else "rotary_width"
             raise ValueError(f"{name} must be even for rotary positions, got {self.rotary_channels}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.embedding_width is not None and not self.tie_embeddings:
             raise ValueError("embedding_width needs tie_embeddings")
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import segment_positions
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.blocks import Linear
@@ -27,25 +28,22 @@ from hybrid_jax.models.encoder_blocks import Embedding, Norm, masked_attention
 from hybrid_jax.models.layers import ACTIVATIONS, linear
 from hybrid_jax.models.pooling import Pooling, cls_pooling
 
-_SIZES = ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", "max_length")
-_RATES = ("dropout", "attention_dropout", "head_dropout")
 
-
-@dataclass(frozen=True)
+@settings
 class EncoderConfig:
     """Every switch of the encoder. ``None`` means the usual choice, named behind it."""
 
-    vocab_size: int
-    num_layers: int = 4
-    width: int = 256
-    num_heads: int = 8
-    mlp_width: int | None = None  # 4 * width
-    max_length: int = 512
-    position_offset: int = 0  # rows of the position table before the one of position 0
-    token_types: int = 2  # rows of the table of token types; 0 is none
-    pad_id: int | None = 0  # only written down for others: padding is what the mask says
+    vocab_size: Count
+    num_layers: Count = 4
+    width: Count = 256
+    num_heads: Count = 8
+    mlp_width: Count | None = None  # 4 * width
+    max_length: Count = 512
+    position_offset: Natural = 0  # rows of the position table before the one of position 0
+    token_types: Natural = 2  # rows of the table of token types; 0 is none
+    pad_id: Natural | None = 0  # only written down for others: padding is what the mask says
     activation: Activation = "gelu"
-    norm_epsilon: float = 1e-12
+    norm_epsilon: Positive = 1e-12
 
     pooler: bool = True  # tanh(W x + b) of the first token
     head: Literal["sequence", "token", "question"] | None = None  # none: hidden states only
@@ -53,23 +51,14 @@ class EncoderConfig:
     # What lies before the last map of a sequence head: the pooler, or a map of its own on the first token.
     head_reads: Literal["pooler", "tanh", "relu"] = "pooler"
 
-    dropout: float = 0.0
-    attention_dropout: float = 0.0  # of the attention's weights
-    head_dropout: float = 0.0
-    init_std: float = 0.02
+    dropout: Rate = 0.0
+    attention_dropout: Rate = 0.0  # of the attention's weights
+    head_dropout: Rate = 0.0
+    init_std: NonNegative = 0.02
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
     family: str | None = None  # Hugging Face model_type to export as; the first that can express the encoder
 
     def __post_init__(self):
-        for name in _SIZES:
-            if (size := getattr(self, name)) is not None and size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
-        for name in ("position_offset", "token_types"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in _RATES:
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.width % self.num_heads:
             raise ValueError(f"width must be a multiple of num_heads={self.num_heads}, got {self.width}")
         if (self.head in ("sequence", "token")) != bool(self.labels):

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from hybrid_jax.core.ranges import Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
@@ -95,7 +96,7 @@ def save_encoder_decoder(
 
 
 @BACKBONES.register("pretrained_encoder_decoder")
-@dataclass(frozen=True)
+@settings
 class PretrainedEncoderDecoder:
     """A backbone that starts from a T5 folder, or from a model on the hub.
 
@@ -108,7 +109,7 @@ class PretrainedEncoderDecoder:
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
-    dropout: float | None = None
+    dropout: Rate | None = None
     check_finite: bool = False
 
     def build(self, vocab_size: int | None = None) -> LoadedEncoderDecoder:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.ranges import Count, Natural, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
@@ -230,7 +231,7 @@ def find_separator(folder: Path) -> int | None:
 
 
 @BACKBONES.register("encoder")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class EncoderScorerSettings:
     """An `EncoderScorer` to train, from a random or a pretrained encoder.
 
@@ -256,11 +257,11 @@ class EncoderScorerSettings:
     pooling: Mode = "mean"
     normalize: bool = False
     pair: Pair = "none"
-    separator_id: int | None = None
+    separator_id: Natural | None = None
     freeze: bool = False
-    hidden_width: int | None = None
-    dropout: float = 0.0
-    max_length: int | None = None
+    hidden_width: Count | None = None
+    dropout: Rate = 0.0
+    max_length: Count | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
@@ -269,11 +270,6 @@ class EncoderScorerSettings:
             raise ValueError("path must be given, or encoder, and not both")
         if self.freeze and self.path is None:
             raise ValueError("freeze must be false for a random encoder, got True")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        for name in ("hidden_width", "max_length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
     def build(self, vocab_size: int | None = None) -> EncoderScorer:
         folder = None if self.path is None else find_folder(self.path)

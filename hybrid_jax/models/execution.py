@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from hybrid_jax.core.ranges import settings
 
-@dataclass(frozen=True)
+
+@settings
 class Execution:
     """Settings of the computation.
 

@@ -13,9 +13,10 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.ranges import Count, NonNegative, settings
 
 
-@dataclass(frozen=True)
+@settings
 class Experts:
     """Settings of the mixture.
 
@@ -34,24 +35,21 @@ class Experts:
         z_coef: weight of the router's z-loss in training.
     """
 
-    count: int
-    per_token: int
-    width: int
+    count: Count
+    per_token: Count
+    width: Count
     normalize: bool = True
     layers: tuple[bool, ...] | None = None
-    shared_width: int | None = None
+    shared_width: Count | None = None
     shared_gate: bool = False
     router_bias: bool = False
     bias: bool = False
     clamped: bool = False
-    balance_coef: float = 0.0
-    z_coef: float = 0.0
-    z_coef: float = 0.0
+    balance_coef: NonNegative = 0.0
+    z_coef: NonNegative = 0.0
+    z_coef: NonNegative = 0.0
 
     def __post_init__(self):
-        for name in ("count", "per_token", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.per_token > self.count:
             raise ValueError(f"per_token must be at most count={self.count}, got {self.per_token}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from hybrid_jax.core.ranges import Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
@@ -135,7 +136,7 @@ def abstract_params(model: LanguageModel) -> Params:
 
 
 @BACKBONES.register("pretrained")
-@dataclass(frozen=True)
+@settings
 class Pretrained:
     """A backbone that starts from a Hugging Face folder, or from a model on the hub.
 
@@ -150,7 +151,7 @@ class Pretrained:
 
     path: str
     dtype: ComputeDtype = "float32"
-    dropout: float | None = None
+    dropout: Rate | None = None
     check_finite: bool = False
     lora: Lora | None = None
     execution: Execution = Execution()

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,6 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float
 
+from hybrid_jax.core.ranges import Count, Positive, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.layers import linear
 
@@ -34,7 +34,7 @@ ADAPTER = "lora"  # the key of the adapter, and its Linen collection
 ALL_MAPS = r"layer_\d+/(attention/(query|key|value|output)|mlp/(shared/)?(gate|up|down))"
 
 
-@dataclass(frozen=True)
+@settings
 class Lora:
     """Settings of the adapters.
 
@@ -49,21 +49,15 @@ class Lora:
         path: a folder of `peft` to start from; it brings all other settings.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
+    rank: Count = 8
+    alpha: Positive = 16.0
     targets: str = ALL_MAPS
-    dropout: float = 0.0
+    dropout: Rate = 0.0
     rank_stabilized: bool = False
     dora: bool = False
     path: str | None = None
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         try:
             re.compile(self.targets)
         except re.error as error:

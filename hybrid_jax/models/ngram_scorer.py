@@ -11,11 +11,14 @@ what the low bits lack. All of it is uint32 arithmetic on the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval, MinLen
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from hybrid_jax.core.ranges import Count, Order, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.layers import linear
@@ -25,7 +28,7 @@ _FNV_START, _FNV_PRIME = 0x811C9DC5, 0x01000193
 
 
 @BACKBONES.register("ngrams")
-@dataclass(frozen=True)
+@settings
 class NGrams:
     """Settings of an `NGramScorer`.
 
@@ -38,21 +41,15 @@ class NGrams:
     """
 
     labels: tuple[str, ...]
-    orders: tuple[int, ...] = (1, 2)
-    bucket_bits: int = 18
-    width: int = 16
-    dropout: float = 0.0
+    orders: Annotated[tuple[Order, ...], MinLen(1)] = (1, 2)
+    bucket_bits: Annotated[int, Interval(ge=1, le=30)] = 18
+    width: Count = 16
+    dropout: Rate = 0.0
 
     def __post_init__(self):
         check_labels(self.labels)
-        if not self.orders or list(self.orders) != sorted(set(self.orders)) or self.orders[0] < 1:
-            raise ValueError(f"orders must be ascending numbers from 1, got {list(self.orders)}")
-        if not 1 <= self.bucket_bits <= 30:
-            raise ValueError(f"bucket_bits must be in [1, 30], got {self.bucket_bits}")
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if list(self.orders) != sorted(set(self.orders)):
+            raise ValueError(f"orders must be ascending numbers, got {list(self.orders)}")
 
     def build(self, vocab_size: int | None = None) -> NGramScorer:
         if vocab_size is None:

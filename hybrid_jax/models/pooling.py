@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from hybrid_jax.core.ranges import Count, settings
+
 Mode = Literal["mean", "cls", "max"]
 
 
-@dataclass(frozen=True)
+@settings
 class Pooling:
     """How a sentence embedding is made of hidden states.
 
@@ -24,13 +25,7 @@ class Pooling:
 
     mode: Mode = "mean"
     normalize: bool = True
-    max_length: int | None = None
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {self.max_length}")
+    max_length: Count | None = None
 
     def __call__(
         self, hidden: Float[Array, "B T D"], attention_mask: Bool[Array, "B T"]

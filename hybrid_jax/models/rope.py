@@ -10,13 +10,13 @@ grows, so that a cached decode no longer equals one pass over the whole row, in 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from hybrid_jax.core.ranges import Count, Positive, settings
 from hybrid_jax.core.registry import Registry
 
 Frequencies = np.ndarray  # float64 [C/2]
@@ -37,11 +37,11 @@ ROPE_SCALINGS: Registry[RopeScaling] = Registry("rope scaling")
 
 
 @ROPE_SCALINGS.register("linear")
-@dataclass(frozen=True)
+@settings
 class Linear:
     """Positions divided by ``factor`` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: float
+    factor: Positive
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -49,12 +49,12 @@ class Linear:
 
 
 @ROPE_SCALINGS.register("dynamic")
-@dataclass(frozen=True)
+@settings
 class Dynamic:
     """NTK-aware: rows longer than ``original_length`` get a larger base, θ·(f·n/n₀ − f + 1)^(C/(C−2))."""
 
-    factor: float
-    original_length: int
+    factor: Positive
+    original_length: Count
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -65,14 +65,14 @@ class Dynamic:
 
 
 @ROPE_SCALINGS.register("llama3")
-@dataclass(frozen=True)
+@settings
 class Llama3:
     """Long wavelengths are divided by ``factor``, short ones kept, those between interpolated (Llama 3.1)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_length: Count
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -83,7 +83,7 @@ class Llama3:
 
 
 @ROPE_SCALINGS.register("yarn")
-@dataclass(frozen=True)
+@settings
 class Yarn:
     """Pairs with few turns in the original context are interpolated (Peng et al. 2023, arXiv:2309.00071).
 
@@ -94,12 +94,12 @@ class Yarn:
         attention_factor: amplification; None is the paper's ``0.1 ln(factor) + 1``.
     """
 
-    factor: float
-    original_length: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: Positive
+    original_length: Count
+    beta_fast: Positive = 32.0
+    beta_slow: Positive = 1.0
     truncate: bool = True
-    attention_factor: float | None = None
+    attention_factor: Positive | None = None
 
     @property
     def amplification(self) -> float:
@@ -126,14 +126,14 @@ def yarn_amplification(factor: float, strength: float = 1.0) -> float:
 
 
 @ROPE_SCALINGS.register("longrope")
-@dataclass(frozen=True)
+@settings
 class LongRope:
     """Every pair has its own divisor, another one for rows beyond ``original_length`` (arXiv:2402.13753)."""
 
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    original_length: int
-    amplification: float = 1.0
+    short_factor: tuple[Positive, ...]
+    long_factor: tuple[Positive, ...]
+    original_length: Count
+    amplification: Positive = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
         short, long = plain / np.asarray(self.short_factor), plain / np.asarray(self.long_factor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
@@ -13,13 +12,14 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, Sharding
 
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.rules import AXES, Placement
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@settings
 class MeshConfig:
     """How the devices share the work; their product is the number of devices used.
 
@@ -33,14 +33,9 @@ class MeshConfig:
         tensor: Parts in which every layer is computed.
     """
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        for axis in AXES:
-            if getattr(self, axis) < 1:
-                raise ValueError(f"{axis} must be at least 1, got {getattr(self, axis)}")
+    data: Count = 1
+    fsdp: Count = 1
+    tensor: Count = 1
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jax import Array
 
 from hybrid_jax.algorithms.classification import label_cross_entropy, squared_error
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.ranges import Count, NonNegative, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
 from hybrid_jax.data.long_rows import LongRows, Policy
@@ -44,7 +46,7 @@ Rows = list[np.ndarray]
 
 
 @PHASES.register("classifier")
-@dataclass(frozen=True)
+@settings
 class Classification:
     """Settings of the training of a classifier; of a scorer with one label alone, of a regression.
 
@@ -67,31 +69,22 @@ class Classification:
 
     trains_scorer: ClassVar[bool] = True
 
-    batch_size: int = 32
-    length: int | None = None
+    batch_size: Count = 32
+    length: Annotated[int, Ge(4)] | None = None
     long_rows: Policy = "truncate_end"
     prompt: bool = True
     label_field: str = "label"
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = None
-    label_smoothing: float = 0.0
-    calibration_fraction: float = 0.05
-    microbatches: int = 1
+    class_weights: tuple[NonNegative, ...] | Literal["balanced"] | None = None
+    label_smoothing: Rate = 0.0
+    calibration_fraction: Rate = 0.05
+    microbatches: Count = 1
     dropout: bool = True
     source: Annotated[Any, SOURCES] | None = None
     optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-3))
 
     def __post_init__(self):
-        for name, least in {"batch_size": 1, "microbatches": 1, "length": 4}.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
-        for name in ("label_smoothing", "calibration_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        weights = self.class_weights
-        if isinstance(weights, tuple) and not all(0 <= w < np.inf for w in weights):
-            raise ValueError(f"class_weights must be at least 0, got {list(weights)}")
 
     def build(self, resources: Resources) -> ClassifierPhase:
         return ClassifierPhase(self, resources)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, MinLen
+
 from hybrid_jax.algorithms.kl_control import KL_CONTROLS, FixedKL, KLControl
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Share, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
@@ -16,22 +19,18 @@ from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
 from hybrid_jax.training.phase import PHASES, Phase, Resources
 
 
-@dataclass(frozen=True)
+@settings
 class Reference:
     """A frozen copy of the policy that holds the trained one back."""
 
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     frozen_at: Literal["start", "first_step"] = (
         "first_step"  # of the run, or of this phase (the SFT checkpoint)
     )
-    refresh_every_cycles: int | None = None  # copy the policy again each time this phase was entered n times
+    refresh_every_cycles: Count | None = None  # copy the policy again each time this phase was entered n times
     path: str | None = None  # another model in place of a copy: a Hugging Face folder of the same shape
 
     def __post_init__(self):
-        if self.weight < 0:
-            raise ValueError(f"weight must be at least 0, got {self.weight}")
-        if self.refresh_every_cycles is not None and self.refresh_every_cycles < 1:
-            raise ValueError(f"refresh_every_cycles must be at least 1, got {self.refresh_every_cycles}")
         if self.path is not None and self.refresh_every_cycles is not None:
             raise ValueError("refresh_every_cycles must be null for a reference with a path: it never changes")
 
@@ -40,31 +39,23 @@ class Reference:
         return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
 
 
-@dataclass(frozen=True)
+@settings
 class Opponent:
     """Who answers the same prompts, for rewards that compare: the texts are their column ``opponents``."""
 
     reference: str  # the name of a reference
-    num_samples: int = 1  # of its answers to each prompt
-
-    def __post_init__(self):
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples must be at least 1, got {self.num_samples}")
+    num_samples: Count = 1  # of its answers to each prompt
 
 
-@dataclass(frozen=True)
+@settings
 class SFTMix:
     """Examples mixed into every PPO update: PPO-ptx (Ouyang et al. 2022), ``+ coef · cross-entropy``."""
 
-    coef: float
-    batch_size: int = 16  # rows a minibatch
-    length: int = 256
+    coef: Positive
+    batch_size: Count = 16  # rows a minibatch
+    length: Annotated[int, Ge(2)] = 256
     long_rows: Policy = "truncate_end"  # as in `SFT`
     packing: bool = True
-
-    def __post_init__(self):
-        if self.coef <= 0:
-            raise ValueError(f"coef must be positive, got {self.coef}")
 
     def as_sft(self) -> SFT:
         rows: Any = {"length": self.length, "long_rows": self.long_rows, "packing": self.packing}
@@ -72,31 +63,33 @@ class SFTMix:
 
 
 @PHASES.register("ppo")
-@dataclass(frozen=True)
+@settings
 class PPO:
     """Settings of PPO; the defaults are those that work for most language models."""
 
     reward: CompositeReward
-    prompts_per_step: int = 64
-    samples_per_prompt: int = 1
-    max_prompt_length: int | None = None  # tokens; None takes what the model's context leaves
+    prompts_per_step: Count = 64
+    samples_per_prompt: Count = 1
+    max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
-    prompt_buckets: tuple[int, ...] | None = None  # lengths that prompts are padded to; each compiles once
+    prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = (
+        None  # that prompts are padded to, each compiled
+    )
     sampler: Sampler = Sampler(max_new_tokens=64)
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
 
-    epochs: int = 4
-    minibatches: int = 1
-    microbatches: int = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
-    discount: float = 1.0
-    trace: float = 0.95
-    clip_range: float = 0.2
-    value_clip_range: float | None = 0.2
-    value_coef: float = 0.1
-    entropy_coef: float = 0.0
+    epochs: Count = 4
+    minibatches: Count = 1
+    microbatches: Count = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
+    discount: Share = 1.0
+    trace: Share = 0.95
+    clip_range: Positive = 0.2
+    value_clip_range: Positive | None = 0.2
+    value_coef: NonNegative = 0.1
+    entropy_coef: NonNegative = 0.0
     whiten_advantages: bool = True
-    missing_eos_penalty: float | None = 1.0  # taken from the score of a response that did not end by itself
-    target_kl: float | None = None  # stop the updates of a step once the policy moved this far (nats a token)
+    missing_eos_penalty: NonNegative | None = 1.0  # taken from the score of a response that did not end
+    target_kl: Positive | None = None  # nats a token: a step ends once the policy moved so far
     kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(0.05)
     references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
     opponent: Opponent | None = None
@@ -105,25 +98,15 @@ class PPO:
     rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
     value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
     value_init: str | None = None  # a reward model that a separate value network starts from, a folder
-    value_warmup_steps: int = 0  # steps that train only the value
+    value_warmup_steps: Natural = 0  # steps that train only the value
     sft_mix: SFTMix | None = None
     optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(
         learning_rate=1e-5, schedule=Linear(), epsilon=1e-5, weight_decay=0.0
     )
 
     def __post_init__(self):
-        for name in ("prompts_per_step", "samples_per_prompt", "epochs", "minibatches", "microbatches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        buckets = self.prompt_buckets
-        if buckets is not None and (not buckets or min(buckets) < 1 or len(set(buckets)) < len(buckets)):
-            raise ValueError(f"prompt_buckets must hold different lengths of at least 1, got {list(buckets)}")
-        for name in ("discount", "trace"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        for name in ("clip_range", "value_clip_range", "target_kl"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.prompt_buckets is not None and len(set(self.prompt_buckets)) < len(self.prompt_buckets):
+            raise ValueError(f"prompt_buckets must be different lengths, got {list(self.prompt_buckets)}")
         if self.rows % (self.minibatches * self.microbatches):
             raise ValueError(
                 "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "

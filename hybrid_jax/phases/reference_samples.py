@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 Answered = tuple[str, str, tuple[Message, ...]]  # prompt, response, the conversation that it answers
 
 
-@dataclass(frozen=True)
+@settings
 class ReferenceSamples:
     """One answer of a policy to each of some prompts.
 
@@ -40,14 +41,9 @@ class ReferenceSamples:
     """
 
     path: Path
-    num_prompts: int = 256
-    batch_size: int = 32
+    num_prompts: Annotated[int, Ge(2)] = 256
+    batch_size: Count = 32
     sampler: Annotated[Any, SAMPLERS] = Sampler()
-
-    def __post_init__(self):
-        for name, least in {"num_prompts": 2, "batch_size": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     def draw(self, preferences: Sequence[Preference], seed: int) -> list[Answered]:
         """The answers to the prompts of ``preferences``, each prompt once; those too long are left out.

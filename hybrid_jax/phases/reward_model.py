@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge, Interval
 from jax import Array
 from jaxtyping import Float
 
@@ -22,6 +23,7 @@ from hybrid_jax.algorithms.preference import (
     reward_margin,
 )
 from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.ranges import Count, NonNegative, Positive, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
@@ -47,7 +49,7 @@ from hybrid_jax.training.update import Objective, update_state
 
 
 @PHASES.register("reward_model")
-@dataclass(frozen=True)
+@settings
 class RewardModel:
     """Settings of the training of a reward model.
 
@@ -79,37 +81,26 @@ class RewardModel:
 
     trains_scorer: ClassVar[bool] = True
 
-    batch_size: int = 16
-    length: int = 256
+    batch_size: Count = 16
+    length: Annotated[int, Ge(4)] = 256
     long_rows: Policy = "truncate_end"
     prompt: bool = True
-    microbatches: int = 1
+    microbatches: Count = 1
     dropout: bool = True
     loss: Literal["pairs", "plackett_luce"] = "pairs"
-    margin: float = 0.0
-    margin_coef: float = 0.0
-    label_smoothing: float = 0.0
-    tie_threshold: float | None = None
-    centring_coef: float = 0.0
-    matched_ratio: float = 0.2
+    margin: NonNegative = 0.0
+    margin_coef: NonNegative = 0.0
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0
+    tie_threshold: Positive | None = None
+    centring_coef: NonNegative = 0.0
+    matched_ratio: NonNegative = 0.2
     reference: ReferenceSamples | None = None
     source: Annotated[Any, PREFERENCES] | None = None
     optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-4))
 
     def __post_init__(self):
-        least = {"batch_size": 1, "length": 4, "microbatches": 1}
-        for name, lowest in least.items():
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise ValueError(f"label_smoothing must be in [0, 0.5), got {self.label_smoothing}")
-        if self.tie_threshold is not None and self.tie_threshold <= 0:
-            raise ValueError(f"tie_threshold must be positive or null, got {self.tie_threshold}")
-        for name in ("centring_coef", "matched_ratio"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         extras = (self.margin, self.margin_coef, self.label_smoothing, self.tie_threshold or 0.0)
         if self.loss == "plackett_luce" and any(extras):
             raise ValueError(

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 import jax
+from annotated_types import Ge
 from jax import Array
 
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
@@ -36,23 +38,20 @@ from hybrid_jax.training.update import Objective, update_state
 
 
 @PHASES.register("sft")
-@dataclass(frozen=True)
+@settings
 class SFT:
     """Settings of supervised fine-tuning."""
 
-    batch_size: int = 16  # rows a step
-    length: int = 256  # tokens a row
+    batch_size: Count = 16  # rows a step
+    length: Annotated[int, Ge(2)] = 256  # tokens a row
     long_rows: Policy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
     packing: bool = True  # several examples a row
-    microbatches: int = 1  # parts in which a batch is read, to save memory; the gradient is the same
+    microbatches: Count = 1  # parts in which a batch is read, to save memory; the gradient is the same
     dropout: bool = True  # apply the model's dropout, if it has any
     source: Annotated[Any, SOURCES] | None = None  # examples of its own; None takes the run's
     optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(learning_rate=1e-3)
 
     def __post_init__(self):
-        for name, least in {"batch_size": 1, "length": 2, "microbatches": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.batch_size % self.microbatches:
             raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
 

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_jax.core.ranges import Count, Natural, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
-from hybrid_jax.rewards.model_based import at_least_one, texts_of_rows
+from hybrid_jax.rewards.model_based import texts_of_rows
 
 
 @REWARDS.register("comet", risk="unpickles its checkpoint")
-@dataclass(frozen=True)
+@settings
 class Comet:
     """COMET's score of the response as a translation (Rei et al. 2020, arXiv:2009.09025): the best reference's.
 
@@ -36,11 +36,8 @@ class Comet:
     """
 
     checkpoint: Path
-    batch_size: int = 8
-    gpus: int = 0
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
+    batch_size: Count = 8
+    gpus: Natural = 0
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any], source: Sequence[Any]
@@ -58,7 +55,7 @@ class Comet:
 
 
 @REWARDS.register("bleurt", risk="runs the program in its checkpoint")
-@dataclass(frozen=True)
+@settings
 class Bleurt:
     """BLEURT's score of the response (Sellam et al. 2020, arXiv:2004.04696), of the best of ``references``.
 
@@ -82,7 +79,7 @@ class Bleurt:
 
 
 @REWARDS.register("detoxify", risk="unpickles its checkpoint")
-@dataclass(frozen=True)
+@settings
 class Detoxify:
     """Detoxify's probability that the response has a label, in [0, 1]: give it a negative weight.
 

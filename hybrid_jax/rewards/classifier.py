@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
+from hybrid_jax.core.ranges import Count, Natural, settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import Cut, encode_scored
@@ -29,7 +30,6 @@ from hybrid_jax.rewards.model_based import (
     PADDING,
     TEXTS_AT_A_TIME,
     Rows,
-    at_least_one,
     needed_column,
     run_in_batches,
     texts_of_rows,
@@ -51,7 +51,7 @@ class LoadedScorer(NamedTuple):
 
 
 @REWARDS.register("classifier")
-@dataclass(frozen=True)
+@settings
 class ClassifierReward:
     """What a classifier thinks of a label: its log-odds, or its (log-)probability.
 
@@ -75,16 +75,11 @@ class ClassifierReward:
     """
 
     path: str
-    label: str | int
+    label: str | Natural
     output: Literal["log_odds", "log_prob", "probability"] = "log_odds"
     reads: Literal["response", "prompt", "source"] = "response"
-    max_length: int | None = None
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
-        if self.max_length is not None and self.max_length < 8:
-            raise ValueError(f"max_length must be at least 8, got {self.max_length}")
+    max_length: Annotated[int, Ge(8)] | None = None
+    batch_size: Count = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()

@@ -6,13 +6,14 @@ coefficients lets a part that is placed on single tokens or sentences keep its p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from annotated_types import MinLen
 
+from hybrid_jax.core.ranges import Finite, NonNegative, Positive, Rate, settings
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.rewards.postprocess import Groups
 
@@ -109,7 +110,7 @@ class _Stateless:
 
 
 @COMBINERS.register("weighted_sum")
-@dataclass(frozen=True)
+@settings
 class WeightedSum(_Stateless):
     """``Σ w_i v_i``."""
 
@@ -118,7 +119,7 @@ class WeightedSum(_Stateless):
 
 
 @COMBINERS.register("product")
-@dataclass(frozen=True)
+@settings
 class Product(_Stateless):
     """``Π max(v_i, 0)^w_i``: one part at 0 makes the score 0. For parts in [0, ∞), weights above 0."""
 
@@ -131,7 +132,7 @@ class Product(_Stateless):
 
 
 @COMBINERS.register("gate")
-@dataclass(frozen=True)
+@settings
 class Gate(_Stateless):
     """The weighted sum of the other parts where part ``by`` is above ``threshold``, ``otherwise`` elsewhere.
 
@@ -140,8 +141,8 @@ class Gate(_Stateless):
     """
 
     by: str
-    threshold: float = 0.0
-    otherwise: float = -1.0
+    threshold: Finite = 0.0
+    otherwise: Finite = -1.0
 
     def check(self, names: Sequence[str]) -> None:
         _check_named("by", self.by, names)
@@ -157,7 +158,7 @@ class Gate(_Stateless):
 
 
 @COMBINERS.register("hierarchy")
-@dataclass(frozen=True)
+@settings
 class Hierarchy(_Stateless):
     """``w_h v_h + [v_h > threshold] · Σ w_i v_i``: aspects count once the whole is good enough.
 
@@ -169,7 +170,7 @@ class Hierarchy(_Stateless):
     """
 
     holistic: str
-    threshold: float = 0.0
+    threshold: Finite = 0.0
 
     def check(self, names: Sequence[str]) -> None:
         _check_named("holistic", self.holistic, names)
@@ -181,16 +182,16 @@ class Hierarchy(_Stateless):
         return Weighing(coefficients, metrics={"aspects_fraction": _mean(good)}), state
 
 
-@dataclass(frozen=True)
+@settings
 class Limit:
     """A bound on the mean of a part over a rollout: exactly one of the two."""
 
-    at_most: float | None = None
-    at_least: float | None = None
+    at_most: Finite | None = None
+    at_least: Finite | None = None
 
     def __post_init__(self):
         given = [bound for bound in (self.at_most, self.at_least) if bound is not None]
-        if len(given) != 1 or not math.isfinite(given[0]):
+        if len(given) != 1:
             raise ValueError(f"limit must set at_most or at_least, got {self.at_most} and {self.at_least}")
 
     def excess(self, value: Any) -> Any:
@@ -199,7 +200,7 @@ class Limit:
 
 
 @COMBINERS.register("lagrangian")
-@dataclass(frozen=True)
+@settings
 class Lagrangian:
     """Rewards under constraints, such as toxicity at most x.
 
@@ -218,19 +219,15 @@ class Lagrangian:
         start: the first λ.
     """
 
-    limits: dict[str, Limit]
-    learning_rate: float = 0.1
-    max_multiplier: float = 100.0
-    start: float = 0.0
+    limits: Annotated[dict[str, Limit], MinLen(1)]
+    learning_rate: Positive = 0.1
+    max_multiplier: NonNegative = 100.0
+    start: NonNegative = 0.0
 
     keeps_places: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not self.limits:
-            raise ValueError("limits must name at least one part, got none")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.start <= self.max_multiplier < math.inf:
+        if self.start > self.max_multiplier:
             raise ValueError(f"start must be in [0, max_multiplier], got {self.start} of {self.max_multiplier}")
 
     def check(self, names: Sequence[str]) -> None:
@@ -258,7 +255,7 @@ class Lagrangian:
         return Weighing(coefficients, offset, metrics), new
 
 
-@dataclass(frozen=True)
+@settings
 class Baseline:
     """What is taken from every score before PPO sees it; its mean is logged as ``baseline``.
 
@@ -269,11 +266,7 @@ class Baseline:
     """
 
     kind: Literal["ema", "others"] = "ema"
-    decay: float = 0.95
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+    decay: Rate = 0.95
 
     def init(self) -> dict[str, np.ndarray]:
         return {"mean": np.zeros((), np.float64), "weight": np.zeros((), np.float64)}

@@ -17,9 +17,11 @@ from typing import Annotated, Any
 
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import MinLen
 from jaxtyping import Array, Bool, Float, Int
 
 import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.rewards.base import StartedReward, check_columns, columns_of, start_reward
 from hybrid_jax.rewards.combine import (
@@ -64,7 +66,7 @@ class Scores:
     metrics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@settings
 class CompositeReward:
     """Named parts, all on texts or all on tokens, combined into one score.
 
@@ -77,13 +79,11 @@ class CompositeReward:
         baseline: What is taken from every score at the end; None takes nothing.
     """
 
-    parts: dict[str, Part]
+    parts: Annotated[dict[str, Part], MinLen(1)]
     combine: Annotated[Combiner, COMBINERS] = field(default_factory=WeightedSum)
     baseline: Baseline | None = None
 
     def __post_init__(self) -> None:
-        if not self.parts:
-            raise ValueError("parts must hold at least one reward, got none")
         if taken := {COMBINER, BASELINE, SCORE, LENGTH} & self.parts.keys():
             raise ValueError(f"parts must not be called {min(taken)!r}")
         if len({part.on_device for part in self.parts.values()}) > 1:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.coverage import concept_recall
 from hybrid_jax.metrics.text import words
@@ -15,7 +15,7 @@ from hybrid_jax.rewards.verifiable import column_of
 
 
 @REWARDS.register("concept_coverage")
-@dataclass(frozen=True)
+@settings
 class ConceptCoverage:
     """Share of the concepts of a row that the response mentions in any inflection, in [0, 1].
 
@@ -29,10 +29,7 @@ class ConceptCoverage:
     """
 
     column: str = "concepts"
-    max_words: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_max_words(self.max_words)
+    max_words: Count | None = None
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         rows = accepted_texts(self.column, column_of(columns, self.column))
@@ -44,7 +41,7 @@ class ConceptCoverage:
 
 
 @REWARDS.register("keyword_coverage")
-@dataclass(frozen=True)
+@settings
 class KeywordCoverage:
     """Share of the keywords that the response mentions in any inflection, in [0, 1]; the same for all rows.
 
@@ -54,17 +51,11 @@ class KeywordCoverage:
     """
 
     keywords: tuple[str, ...]
-    max_words: int | None = None
+    max_words: Count | None = None
 
     def __post_init__(self) -> None:
         if not any(map(words, self.keywords)):
             raise ValueError(f"keywords must hold at least one word, got {list(self.keywords)}")
-        _check_max_words(self.max_words)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [concept_recall(response, self.keywords, self.max_words) for response in responses]
-
-
-def _check_max_words(max_words: int | None) -> None:
-    if max_words is not None and max_words < 1:
-        raise ValueError(f"max_words must be at least 1 or null, got {max_words}")

@@ -7,9 +7,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
+from hybrid_jax.core.ranges import Seconds, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 @REWARDS.register("json_valid")
-@dataclass(frozen=True)
+@settings
 class JsonValid:
     """1 if the whole response is one JSON value (RFC 8259: no NaN, no comments), else 0.
 
@@ -40,7 +40,7 @@ class JsonValid:
 
 
 @REWARDS.register("json_schema")
-@dataclass(frozen=True)
+@settings
 class JsonSchema:
     """1 if the response is JSON that the schema accepts, else 0; by the package jsonschema.
 
@@ -77,7 +77,7 @@ class JsonSchema:
 
 
 @REWARDS.register("regex")
-@dataclass(frozen=True)
+@settings
 class Regex:
     """1 if the response matches a regular expression, else 0; by the package regex, which can stop a search.
 
@@ -93,11 +93,9 @@ class Regex:
 
     pattern: str
     match: Literal["full", "search"] = "full"
-    timeout_seconds: float = 1.0
+    timeout_seconds: Seconds = 1.0
 
     def __post_init__(self) -> None:
-        if not self.timeout_seconds > 0:
-            raise ValueError(f"timeout_seconds must be above 0, got {self.timeout_seconds}")
         regex = import_package("regex", "the reward regex")
         try:
             regex.compile(self.pattern)

@@ -24,9 +24,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+from annotated_types import Interval
+
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Seconds, Share, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.waiting import result_of
 from hybrid_jax.rewards.judge_cache import JudgeCache, Spent
@@ -41,7 +44,7 @@ BYTES_PER_TOKEN = 4  # where the endpoint does not count
 Messages = list[dict[str, str]]
 
 
-@dataclass(frozen=True)
+@settings
 class Endpoint:
     """Where the judge is, and how it is asked.
 
@@ -71,19 +74,19 @@ class Endpoint:
     model: str
     api_key_env: str | None = "OPENAI_API_KEY"
     cache_dir: Path = Path("judge_cache")
-    concurrency: int = 8
-    connect_seconds: float = 10.0
-    read_seconds: float = 60.0
-    retries: int = 4
-    backoff_seconds: float = 1.0
-    max_wait_seconds: float = 60.0
-    temperature: float = 0.0
-    max_answer_tokens: int = 64
-    prompt_price: float = 0.0
-    answer_price: float = 0.0
-    max_dollars: float | None = None
-    max_total_tokens: int | None = None
-    fallback: float | None = None
+    concurrency: Annotated[int, Interval(ge=1, le=1024)] = 8
+    connect_seconds: Seconds = 10.0
+    read_seconds: Seconds = 60.0
+    retries: Annotated[int, Interval(ge=0, le=100)] = 4
+    backoff_seconds: Annotated[float, Interval(ge=0, le=86400)] = 1.0
+    max_wait_seconds: Annotated[float, Interval(ge=0, le=86400)] = 60.0
+    temperature: NonNegative = 0.0
+    max_answer_tokens: Count = 64
+    prompt_price: NonNegative = 0.0
+    answer_price: NonNegative = 0.0
+    max_dollars: NonNegative | None = None
+    max_total_tokens: Natural | None = None
+    fallback: Share | None = None
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -97,26 +100,8 @@ class Endpoint:
         here = parts.hostname in ("localhost", "127.0.0.1", "::1")
         if parts.scheme == "http" and self.api_key_env is not None and not here:
             raise ValueError("url must begin with https:// where a key goes to another machine, got http://")
-        for name in ("concurrency", "max_answer_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("connect_seconds", "read_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in (
-            "retries",
-            "backoff_seconds",
-            "max_wait_seconds",
-            "temperature",
-            "prompt_price",
-            "answer_price",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.max_dollars is not None and not (self.prompt_price or self.answer_price):
             raise ValueError("max_dollars needs prompt_price or answer_price, got neither")
-        if self.fallback is not None and not 0 <= self.fallback <= 1:
-            raise ValueError(f"fallback must be in [0, 1], got {self.fallback}")
 
     def key(self) -> str | None:
         """The key of the endpoint.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
+from hybrid_jax.core.ranges import Finite, settings
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.judge import Endpoint, Judge, Question
 from hybrid_jax.rewards.judge_cache import key_of
@@ -22,7 +23,7 @@ def _new_log() -> Any:
 
 
 @REWARDS.register("rubric_judge", risk="sends a key to the address in its settings")
-@dataclass(frozen=True)
+@settings
 class RubricJudge:
     """The score that a language model gives the response by a rubric, scaled to [0, 1].
 
@@ -39,13 +40,13 @@ class RubricJudge:
 
     endpoint: Endpoint
     rubric: str = RUBRIC
-    scale: tuple[float, float] = (1.0, 10.0)
+    scale: tuple[Finite, Finite] = (1.0, 10.0)
     columns: tuple[str, ...] = ()
     shows_prompt: bool = True
     _state: dict[str, Any] = _new_log()
 
     def __post_init__(self) -> None:
-        if not self.scale[0] < self.scale[1] < float("inf"):
+        if not self.scale[0] < self.scale[1]:
             raise ValueError(f"scale must be (lowest, highest), got {self.scale}")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
@@ -74,7 +75,7 @@ class RubricJudge:
 
 
 @REWARDS.register("pairwise_judge", risk="sends a key to the address in its settings")
-@dataclass(frozen=True)
+@settings
 class PairwiseJudge:
     """How often the judge prefers the response to others: the mean over them of P(response wins), in [0, 1].
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.algorithms.log_probs import state_log_probs
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
@@ -23,7 +24,6 @@ from hybrid_jax.rewards.model_based import (
     PADDING,
     Rows,
     TextModel,
-    at_least_one,
     encodable,
     run_in_batches,
     text_model,
@@ -34,7 +34,7 @@ MOST_NATS = 80.0  # a perplexity stays finite in float32
 
 
 @REWARDS.register("perplexity")
-@dataclass(frozen=True)
+@settings
 class Perplexity:
     """How likely a *frozen* language model finds the response after its prompt.
 
@@ -53,11 +53,8 @@ class Perplexity:
 
     path: str
     what: Literal["mean_log_prob", "perplexity"] = "mean_log_prob"
-    max_length: int = 1024
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        _check_sizes(self.max_length, self.batch_size)
+    max_length: Annotated[int, Ge(2)] = 1024
+    batch_size: Count = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return self.start(prompts, responses)()
@@ -75,7 +72,7 @@ class Perplexity:
 
 
 @REWARDS.register("gptscore")
-@dataclass(frozen=True)
+@settings
 class GptScore:
     """``1/|h| Σ_t log p(h_t | instruction, h_<t)``: how likely the response is where it is asked for.
 
@@ -92,11 +89,10 @@ class GptScore:
     path: str
     template: str = "Write an answer that is {aspect}.\n\n{prompt}\n\nAnswer: {response}"
     aspect: str = "fluent, correct and complete"
-    max_length: int = 1024
-    batch_size: int = 32
+    max_length: Annotated[int, Ge(2)] = 1024
+    batch_size: Count = 32
 
     def __post_init__(self) -> None:
-        _check_sizes(self.max_length, self.batch_size)
         if places(self.template).count("response") != 1 or not self.template.endswith("{response}"):
             raise ValueError(f"template must end with {{response}}, its only one, got {self.template!r}")
 
@@ -180,9 +176,3 @@ def _text(value: Any, name: str) -> str:
     if not isinstance(texts, list | tuple) or not texts or not isinstance(texts[0], str):
         raise UserError(f"column {name!r} must hold texts to fill the template with, got {str(value)[:60]!r}")
     return texts[0]
-
-
-def _check_sizes(max_length: int, batch_size: int) -> None:
-    at_least_one(batch_size, "batch_size")
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, got {max_length}")

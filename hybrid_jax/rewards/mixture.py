@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from annotated_types import Interval
 from jaxtyping import Float
 
-from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.core.ranges import NonNegative, Positive, Seed, Share, settings
 from hybrid_jax.data.preferences import PREFERENCES
 from hybrid_jax.metrics.text import ngrams, words
 from hybrid_jax.rewards.combine import COMBINERS, Values, Weighing
@@ -27,7 +27,7 @@ _LOG_SHARPNESS = 5.0  # |log β| is at most this: of preferences without noise, 
 
 
 @COMBINERS.register("gated")
-@dataclass(frozen=True)
+@settings
 class Gated:
     """Parts weighed by what the prompt is: ``Σ_i g_i(x) w_i v_i / s_i``.
 
@@ -50,22 +50,12 @@ class Gated:
 
     preferences: Annotated[Any, PREFERENCES]
     encoder: str | None = None
-    bits: int = 10
-    floor: float = 0.01
-    l2: float = 1e-3
-    steps: int = 500
+    bits: Annotated[int, Interval(ge=1, le=20)] = 10
+    floor: Annotated[float, Interval(ge=0, lt=0.5)] = 0.01
+    l2: NonNegative = 1e-3
+    steps: Annotated[int, Interval(ge=1, le=1_000_000)] = 500
 
     keeps_places: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if not 1 <= self.bits <= 20:
-            raise ValueError(f"bits must be in [1, 20], got {self.bits}")
-        if not 0 <= self.floor < 0.5:
-            raise ValueError(f"floor must be in [0, 0.5), got {self.floor}")
-        if not 0 <= self.l2 < math.inf:
-            raise ValueError(f"l2 must be at least 0, got {self.l2}")
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
 
     def check(self, names: Sequence[str]) -> None:
         if len(names) < 2:
@@ -197,7 +187,7 @@ def hashed_words(texts: Sequence[str], bits: int) -> Float[np.ndarray, "B F"]:
 
 
 @COMBINERS.register("bandit")
-@dataclass(frozen=True)
+@settings
 class Bandit:
     """Parts weighed by what they did for a held-out metric: EXP3 (Auer et al. 2002, "The nonstochastic
     multiarmed bandit problem", section 3), one round from an evaluation to the next.
@@ -221,21 +211,12 @@ class Bandit:
     """
 
     metric: str
-    exploration: float = 0.1
-    gain_range: float = 1.0
-    focus: float = 0.5
-    seed: int = 0
+    exploration: Annotated[float, Interval(gt=0, le=1)] = 0.1
+    gain_range: Positive = 1.0
+    focus: Share = 0.5
+    seed: Seed = 0
 
     keeps_places: ClassVar[bool] = True
-
-    def __post_init__(self):
-        if not 0 < self.exploration <= 1:
-            raise ValueError(f"exploration must be in (0, 1], got {self.exploration}")
-        if not 0 < self.gain_range < math.inf:
-            raise ValueError(f"gain_range must be above 0, got {self.gain_range}")
-        if not 0 <= self.focus <= 1:
-            raise ValueError(f"focus must be in [0, 1], got {self.focus}")
-        check_seed(self.seed)
 
     def check(self, names: Sequence[str]) -> None:
         if len(names) < 2:

@@ -231,11 +231,6 @@ def needed_column(columns: dict[str, Sequence[Any]], name: str) -> Sequence[Any]
     return columns[name]
 
 
-def at_least_one(value: int, name: str) -> None:
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
 def _short(value: Hashable) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:59] + "…"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid_jax.core.ranges import Order, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.sources import Jsonl, Text
 from hybrid_jax.metrics.ngram_text import NgramText, Unit, vocabulary_of
@@ -15,7 +15,7 @@ from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("ngram_fluency")
-@dataclass(frozen=True)
+@settings
 class NgramFluency:
     """Mean log-probability of the response's tokens under a Kneser-Ney model of a text, in nats, below 0.
 
@@ -31,12 +31,9 @@ class NgramFluency:
     """
 
     path: Path
-    order: int = 6
+    order: Order = 6
     unit: Unit = "character"
     field: str = "text"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         (model,) = _models(_files(self.path), self.order, self.unit, self.field)
@@ -46,7 +43,7 @@ class NgramFluency:
 
 
 @REWARDS.register("domain_relevance")
-@dataclass(frozen=True)
+@settings
 class DomainRelevance:
     """``(log P_in(y) - log P_general(y)) / |y|`` in nats a token (Moore and Lewis 2010).
 
@@ -64,22 +61,14 @@ class DomainRelevance:
 
     path: Path
     general: Path
-    order: int = 1
+    order: Order = 1
     unit: Unit = "word"
     field: str = "text"
-
-    def __post_init__(self) -> None:
-        _check_order(self.order)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         inside, outside = _models(_files(self.path, self.general), self.order, self.unit, self.field)
         pairs = [(inside.log_probs(response), outside.log_probs(response)) for response in responses]
         return [float(ours.mean() - theirs.mean()) if len(ours) else 0.0 for ours, theirs in pairs]
-
-
-def _check_order(order: int) -> None:
-    if not 1 <= order <= 20:
-        raise ValueError(f"order must be in [1, 20], got {order}")
 
 
 _Files = tuple[tuple[Path, int], ...]  # of each its path and when it was changed, so that a new text counts

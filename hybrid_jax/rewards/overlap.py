@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Interval
+
+from hybrid_jax.core.ranges import Count, Natural, Order, Positive, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics import overlap
 from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("bleu")
-@dataclass(frozen=True)
+@settings
 class Bleu:
     """BLEU of the response, in [0, 1]: sacrebleu's sentence level, smoothed, with effective order.
 
@@ -24,14 +25,10 @@ class Bleu:
         smoothing: Of n-gram lengths without a match: exp, floor, add-k or none, see `overlap.sentence_bleu`.
     """
 
-    max_order: int = 4
+    max_order: Order = 4
     lowercase: bool = False
     tokens: overlap.BleuTokens = "13a"
     smoothing: overlap.BleuSmoothing = "exp"
-
-    def __post_init__(self) -> None:
-        if self.max_order < 1:
-            raise ValueError(f"max_order must be at least 1, got {self.max_order}")
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -41,7 +38,7 @@ class Bleu:
 
 
 @REWARDS.register("chrf")
-@dataclass(frozen=True)
+@settings
 class Chrf:
     """chrF of the response, in [0, 1]: F_beta of character n-grams (Popović 2015), by sacrebleu.
 
@@ -51,17 +48,9 @@ class Chrf:
         beta: How many times recall counts as much as precision.
     """
 
-    char_order: int = 6
-    word_order: int = 0
-    beta: float = 2.0
-
-    def __post_init__(self) -> None:
-        if self.char_order < 1:
-            raise ValueError(f"char_order must be at least 1, got {self.char_order}")
-        if self.word_order < 0:
-            raise ValueError(f"word_order must be at least 0, got {self.word_order}")
-        if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
+    char_order: Order = 6
+    word_order: Annotated[int, Interval(ge=0, le=20)] = 0
+    beta: Positive = 2.0
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -71,7 +60,7 @@ class Chrf:
 
 
 @REWARDS.register("ter")
-@dataclass(frozen=True)
+@settings
 class Ter:
     """Minus TER: edits of words and shifts of phrases per reference word (Snover et al. 2006).
 
@@ -83,11 +72,7 @@ class Ter:
             texts of 20, 40 and 60 words 3, 40 and 240 ms a row.
     """
 
-    max_words: int = 40
-
-    def __post_init__(self) -> None:
-        if self.max_words < 0:
-            raise ValueError(f"max_words must be at least 0, got {self.max_words}")
+    max_words: Natural = 40
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -98,7 +83,7 @@ class Ter:
 
 
 @REWARDS.register("rouge")
-@dataclass(frozen=True)
+@settings
 class Rouge:
     """ROUGE of the response, in [0, 1] (Lin 2004), by rouge-score; the best over the references.
 
@@ -115,11 +100,7 @@ class Rouge:
     variant: overlap.RougeVariant = "rougeL"
     measure: overlap.RougeMeasure = "f1"
     stemmer: bool = True
-    max_words: int = 1000
-
-    def __post_init__(self) -> None:
-        if self.max_words < 1:
-            raise ValueError(f"max_words must be at least 1, got {self.max_words}")
+    max_words: Count = 1000
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -129,7 +110,7 @@ class Rouge:
 
 
 @REWARDS.register("exact_match")
-@dataclass(frozen=True)
+@settings
 class ExactMatch:
     """1 if the response equals a reference, else 0.
 
@@ -149,7 +130,7 @@ class ExactMatch:
 
 
 @REWARDS.register("token_f1")
-@dataclass(frozen=True)
+@settings
 class TokenF1:
     """F1 of the words that the response shares with its best reference, in [0, 1], as SQuAD computes it."""
 
@@ -160,7 +141,7 @@ class TokenF1:
 
 
 @REWARDS.register("edit_similarity")
-@dataclass(frozen=True)
+@settings
 class EditSimilarity:
     """``1 - Levenshtein distance / length of the longer text`` in characters, in [0, 1]; the best reference."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Interval
 
+from hybrid_jax.core.ranges import Finite, settings
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward
 from hybrid_jax.rewards.postprocess import (
     NORMALISERS,
@@ -20,8 +21,10 @@ from hybrid_jax.rewards.postprocess import (
 )
 from hybrid_jax.rewards.segments import Level
 
+Bound = Annotated[float, Interval(ge=-math.inf, le=math.inf)]  # an infinite one leaves that side open
 
-@dataclass(frozen=True)
+
+@settings
 class Part:
     """One reward among others.
 
@@ -36,18 +39,16 @@ class Part:
     """
 
     reward: Annotated[Any, REWARDS]
-    weight: float = 1.0
+    weight: Finite = 1.0
     transform: Annotated[Transform, TRANSFORMS] | None = None
     normalise: Annotated[Normaliser, NORMALISERS] | None = None
-    clip: tuple[float, float] | None = None
+    clip: tuple[Bound, Bound] | None = None
     level: Level = "sequence"
 
     def __post_init__(self) -> None:
         if isinstance(self.normalise, bool):  # given from Python
             object.__setattr__(self, "normalise", Running() if self.normalise else None)
         check_reward(self.reward)
-        if not math.isfinite(self.weight):
-            raise ValueError(f"weight must be finite, got {self.weight}")
         if self.clip is not None and not self.clip[0] < self.clip[1]:
             raise ValueError(f"clip must be (lowest, highest), got {self.clip}")
         if self.normalise and self.on_device:

@@ -7,11 +7,12 @@ A transform is a plain function of one number. A normaliser sees a whole rollout
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from annotated_types import Interval
 
+from hybrid_jax.core.ranges import Finite, Positive, Rate, settings
 from hybrid_jax.core.registry import Registry
 
 Moments = dict[str, np.ndarray]  # float64 scalars
@@ -28,24 +29,19 @@ TRANSFORMS: Registry[Any] = Registry("transform")
 
 
 @TRANSFORMS.register("affine")
-@dataclass(frozen=True)
+@settings
 class Affine:
     """``scale · r + shift``."""
 
-    scale: float = 1.0
-    shift: float = 0.0
-
-    def __post_init__(self):
-        for name in ("scale", "shift"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+    scale: Finite = 1.0
+    shift: Finite = 0.0
 
     def __call__(self, values: Any) -> Any:
         return self.scale * values + self.shift
 
 
 @TRANSFORMS.register("log_sigmoid")
-@dataclass(frozen=True)
+@settings
 class LogSigmoid:
     """``log σ((r − reference) / scale)``, in (−∞, 0): what is good enough already earns little more.
 
@@ -57,14 +53,8 @@ class LogSigmoid:
         scale: units of the reward; 1 for log-odds, such as the reward of a preference model.
     """
 
-    reference: float = 0.0
-    scale: float = 1.0
-
-    def __post_init__(self):
-        if not math.isfinite(self.reference):
-            raise ValueError(f"reference must be finite, got {self.reference}")
-        if not 0 < self.scale < math.inf:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
+    reference: Finite = 0.0
+    scale: Positive = 1.0
 
     def __call__(self, values: Any) -> Any:
         xp, shifted = values.__array_namespace__(), (values - self.reference) / self.scale
@@ -73,18 +63,14 @@ class LogSigmoid:
 
 
 @TRANSFORMS.register("logit")
-@dataclass(frozen=True)
+@settings
 class Logit:
     """``log p / (1 − p)`` of a probability, which is kept ``margin`` away from 0 and 1.
 
     A saturated probability gives no direction to learn in; its log-odds do.
     """
 
-    margin: float = 1e-6
-
-    def __post_init__(self):
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin must be in (0, 0.5), got {self.margin}")
+    margin: Annotated[float, Interval(gt=0, lt=0.5)] = 1e-6
 
     def __call__(self, values: Any) -> Any:
         xp, p = values.__array_namespace__(), values.clip(self.margin, 1.0 - self.margin)
@@ -117,7 +103,7 @@ NORMALISERS: Registry[Any] = Registry("normaliser", default="running")
 
 
 @NORMALISERS.register("running")
-@dataclass(frozen=True)
+@settings
 class Running:
     """``(r − mean) / std`` over every score since the start (Welford; Chan, Golub and LeVeque 1979).
 
@@ -144,7 +130,7 @@ class Running:
 
 
 @NORMALISERS.register("ema")
-@dataclass(frozen=True)
+@settings
 class Ema:
     """``(r − mean) / std`` with moments that forget: for a reward whose scale moves while the policy learns.
 
@@ -157,11 +143,7 @@ class Ema:
         decay: d in [0, 1), of one rollout.
     """
 
-    decay: float = 0.95
-
-    def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {self.decay}")
+    decay: Rate = 0.95
 
     def init(self) -> Moments:
         return _zeros("weight", "mean", "spread")
@@ -183,7 +165,7 @@ class Ema:
 
 
 @NORMALISERS.register("group")
-@dataclass(frozen=True)
+@settings
 class Group:
     """``(r − mean) / std`` among the responses to the same prompt (GRPO: Shao et al. 2024).
 

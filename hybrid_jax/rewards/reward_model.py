@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.batches import Message
+from hybrid_jax.core.ranges import Count, NonNegative, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -28,13 +29,12 @@ from hybrid_jax.rewards.model_based import (
     PADDING,
     TEXTS_AT_A_TIME,
     Rows,
-    at_least_one,
     run_in_batches,
 )
 
 
 @REWARDS.register("reward_model")
-@dataclass(frozen=True)
+@settings
 class RewardModelReward:
     """What people would like, as a reward model learnt it from their preferences.
 
@@ -59,20 +59,15 @@ class RewardModelReward:
     """
 
     path: str | tuple[str, ...]
-    uncertainty_penalty: float = 0.0
+    uncertainty_penalty: NonNegative = 0.0
     normalised: bool = True
-    max_length: int = 512
-    batch_size: int = 32
+    max_length: Annotated[int, Ge(8)] = 512
+    batch_size: Count = 32
     _spread: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self._paths:
             raise ValueError("path must be a folder, or at least one, got none")
-        if not 0 <= self.uncertainty_penalty < math.inf:
-            raise ValueError(f"uncertainty_penalty must be at least 0, got {self.uncertainty_penalty}")
-        at_least_one(self.batch_size, "batch_size")
-        if self.max_length < 8:
-            raise ValueError(f"max_length must be at least 8, got {self.max_length}")
 
     def __call__(
         self,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from hybrid_jax.core.ranges import Positive, settings
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, start_reward
 from hybrid_jax.rewards.model_based import needed_column, texts_of_rows
 
 
 @REWARDS.register("win_rate")
-@dataclass(frozen=True)
+@settings
 class WinRate:
     """``1/K Σ_k P(y beats y_k) - ½`` against K responses of a frozen opponent to the same prompt, in [-½, ½].
 
@@ -33,15 +33,13 @@ class WinRate:
     """
 
     reward: Annotated[Any, REWARDS]
-    scale: float = 1.0
+    scale: Positive = 1.0
     kind: Literal["scores", "preference"] = "scores"
 
     def __post_init__(self) -> None:
         if isinstance(self.reward, DeviceReward):
             raise ValueError(f"reward must be one on texts, got {self.reward!r}")
         check_reward(self.reward)
-        if self.scale <= 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.ranges import Count, Positive, Rate, settings
 from hybrid_jax.metrics.text import sentences, words
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
@@ -22,7 +22,6 @@ from hybrid_jax.rewards.model_based import (
     PADDING,
     Rows,
     TextEncoder,
-    at_least_one,
     needed_column,
     run_in_batches,
     start_embeddings,
@@ -35,7 +34,7 @@ Vectors = Mapping[str, np.ndarray]  # text -> embedding
 
 
 @REWARDS.register("cosine_similarity")
-@dataclass(frozen=True)
+@settings
 class CosineSimilarity:
     """``max_i cos(e(response), e(text_i))`` of sentence embeddings, in [-1, 1].
 
@@ -52,10 +51,7 @@ class CosineSimilarity:
 
     path: str
     to: Literal["references", "prompt", "source"] = "references"
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
+    batch_size: Count = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()
@@ -74,7 +70,7 @@ class CosineSimilarity:
 
 
 @REWARDS.register("truthful_contrast")
-@dataclass(frozen=True)
+@settings
 class TruthfulContrast:
     """``max_i cos(response, true_i) - max_j cos(response, false_j)``, in [-2, 2].
 
@@ -88,10 +84,7 @@ class TruthfulContrast:
     """
 
     path: str
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
+    batch_size: Count = 32
 
     def __call__(
         self,
@@ -125,7 +118,7 @@ class TruthfulContrast:
 
 
 @REWARDS.register("facility_coverage")
-@dataclass(frozen=True)
+@settings
 class FacilityCoverage:
     """``1/n Σ_i max_j max(0, cos(s_i, y_j))``: how well it stands for each sentence of a source.
 
@@ -141,13 +134,8 @@ class FacilityCoverage:
     """
 
     path: str
-    budget: float | None = 0.5
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
-        if self.budget is not None and self.budget <= 0:
-            raise ValueError(f"budget must be above 0, got {self.budget}")
+    budget: Positive | None = 0.5
+    batch_size: Count = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], source: Sequence[Any]) -> list[float]:
         return self.start(prompts, responses, source)()
@@ -180,7 +168,7 @@ class FacilityCoverage:
 
 
 @REWARDS.register("bertscore")
-@dataclass(frozen=True)
+@settings
 class BertScore:
     """BERTScore of the response against the best of its references (Zhang et al. 2020, arXiv:1904.09675).
 
@@ -200,13 +188,8 @@ class BertScore:
 
     path: str
     measure: Literal["f1", "precision", "recall"] = "f1"
-    baseline: float | None = None
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
-        if self.baseline is not None and not 0 <= self.baseline < 1:
-            raise ValueError(f"baseline must be in [0, 1), got {self.baseline}")
+    baseline: Rate | None = None
+    batch_size: Count = 32
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]

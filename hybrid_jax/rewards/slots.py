@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from hybrid_jax.core.ranges import Share, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.rewards.base import REWARDS
 
@@ -125,7 +125,7 @@ _EXCLUSIVE = frozenset(("priceRange", "customer rating", "area", "food", "family
 
 
 @REWARDS.register("slot_coverage")
-@dataclass(frozen=True)
+@settings
 class SlotCoverage:
     """Share of the slots of the prompt, ``name[The Eagle], food[French], …``, that the response states.
 
@@ -140,11 +140,7 @@ class SlotCoverage:
         UserError: A prompt has no ``slot[value]``.
     """
 
-    contradiction_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.contradiction_penalty <= 1:
-            raise ValueError(f"contradiction_penalty must be in [0, 1], got {self.contradiction_penalty}")
+    contradiction_penalty: Share = 1.0
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [self._score(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]

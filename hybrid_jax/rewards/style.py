@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
+from annotated_types import Interval
+
+from hybrid_jax.core.ranges import Positive, settings
 from hybrid_jax.metrics.style import formality, reading_ease
 from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("readability")
-@dataclass(frozen=True)
+@settings
 class Readability:
     """``-|FRE - target| / scale``: the Flesch reading ease of the response against a target; at most 0.
 
@@ -23,14 +26,8 @@ class Readability:
         scale: Points off that cost 1.
     """
 
-    target: float = 65.0
-    scale: float = 30.0
-
-    def __post_init__(self) -> None:
-        if not -1000 <= self.target <= 206.835:
-            raise ValueError(f"target must be in [-1000, 206.835], got {self.target}")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
+    target: Annotated[float, Interval(ge=-1000, le=206.835)] = 65.0
+    scale: Positive = 30.0
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         worst = max(abs(self.target), abs(100 - self.target))
@@ -39,7 +36,7 @@ class Readability:
 
 
 @REWARDS.register("formality")
-@dataclass(frozen=True)
+@settings
 class Formality:
     """Heylighen and Dewaele's F-score / 100 of the response, in [0, 1], with guessed word classes.
 

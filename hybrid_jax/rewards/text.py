@@ -5,16 +5,16 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from hybrid_jax.core.ranges import Count, Natural, Positive, Share, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.text import distinct_n, repetition_rate, words
 from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("fact_coverage")
-@dataclass(frozen=True)
+@settings
 class FactCoverage:
     """Share of the facts of a row that its response states.
 
@@ -29,11 +29,7 @@ class FactCoverage:
         UserError: A row has no facts.
     """
 
-    contradiction_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.contradiction_penalty <= 1:
-            raise ValueError(f"contradiction_penalty must be in [0, 1], got {self.contradiction_penalty}")
+    contradiction_penalty: Share = 1.0
 
     def __call__(
         self,
@@ -57,7 +53,7 @@ class FactCoverage:
 
 
 @REWARDS.register("lexicon_sentiment")
-@dataclass(frozen=True)
+@settings
 class LexiconSentiment:
     """VADER's compound valence of the response, in [-1, 1]; 0 for an empty one.
 
@@ -70,7 +66,7 @@ class LexiconSentiment:
 
 
 @REWARDS.register("length")
-@dataclass(frozen=True)
+@settings
 class Length:
     """``-max(0, |n - target| - tolerance) / scale`` for a response of n words: 0 at best, unbounded below.
 
@@ -82,18 +78,10 @@ class Length:
             is `token_length`.
     """
 
-    target: int
-    tolerance: int = 0
-    scale: float | None = None
+    target: Count
+    tolerance: Natural = 0
+    scale: Positive | None = None
     unit: Literal["words", "characters"] = "words"
-
-    def __post_init__(self) -> None:
-        if self.target < 1:
-            raise ValueError(f"target must be at least 1 {self.unit[:-1]}, got {self.target}")
-        if self.tolerance < 0:
-            raise ValueError(f"tolerance must be at least 0 {self.unit}, got {self.tolerance}")
-        if self.scale is not None and self.scale <= 0:
-            raise ValueError(f"scale must be above 0 {self.unit}, got {self.scale}")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         scale = self.target if self.scale is None else self.scale
@@ -103,22 +91,18 @@ class Length:
 
 
 @REWARDS.register("repetition")
-@dataclass(frozen=True)
+@settings
 class Repetition:
     """Minus the share of the response's word n-grams that repeat an earlier one, in (-1, 0]."""
 
-    n: int = 2
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+    n: Count = 2
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [-repetition_rate(response, self.n) for response in responses]
 
 
 @REWARDS.register("distinct")
-@dataclass(frozen=True)
+@settings
 class Distinct:
     """Distinct-n of one response: its different word n-grams over all of them (Li et al. 2016), in [0, 1].
 
@@ -126,11 +110,7 @@ class Distinct:
     its best. Falls with length for any text.
     """
 
-    n: int = 2
-
-    def __post_init__(self) -> None:
-        if self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+    n: Count = 2
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [distinct_n([response], self.n) for response in responses]

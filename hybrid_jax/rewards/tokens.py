@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.ranges import Finite, Natural, Positive, settings
 from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("token_count")
-@dataclass(frozen=True)
+@settings
 class TokenCount:
     """Weighted counts: ``sum over t of weights[y_t]``, plus ``first_token_weights[y_0]``; others weigh 0.
 
@@ -21,12 +22,8 @@ class TokenCount:
         first_token_weights: Token id -> what it is worth in addition as the first token of the response.
     """
 
-    weights: Mapping[int, float]
-    first_token_weights: Mapping[int, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:  # a config's keys arrive as texts
-        for name in ("weights", "first_token_weights"):
-            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
+    weights: Mapping[Natural, Finite]
+    first_token_weights: Mapping[Natural, Finite] = field(default_factory=dict)
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
@@ -37,34 +34,18 @@ class TokenCount:
 
 
 @REWARDS.register("token_length")
-@dataclass(frozen=True)
+@settings
 class TokenLength:
     """``-|n - target| / scale`` for a response of n tokens, the end-of-sequence token included."""
 
-    target: int
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.target < 0:
-            raise ValueError(f"target must be at least 0 tokens, got {self.target}")
-        if self.scale <= 0:
-            raise ValueError(f"scale must be above 0, got {self.scale}")
+    target: Natural
+    scale: Positive = 1.0
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
     ) -> Float[Array, "B"]:
         length = jnp.sum(response_mask, axis=1, dtype=jnp.float32)
         return -jnp.abs(length - self.target) / self.scale
-
-
-def _token_ids(name: str, weights: Mapping) -> dict[int, float]:
-    try:
-        ids = {int(key): float(weight) for key, weight in weights.items()}
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must map token ids to numbers, got {dict(weights)}") from None
-    if any(key < 0 for key in ids):
-        raise ValueError(f"{name} must map token ids of at least 0, got {min(ids)}")
-    return ids
 
 
 def _worth(tokens: Int[Array, "..."], weights: Mapping) -> Float[Array, "..."]:

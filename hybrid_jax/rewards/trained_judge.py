@@ -17,11 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.hf_files import read_json, save_tensors, write_json
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
-    at_least_one,
     needed_column,
     start_embeddings,
     text_encoder,
@@ -161,7 +161,7 @@ def load_head(folder: str | Path, kind: Kind) -> Head:
 
 
 @REWARDS.register("bleurt_style")
-@dataclass(frozen=True)
+@settings
 class BleurtStyle:
     """The score of a bleurt_style head for the response and the best of its references.
 
@@ -173,10 +173,7 @@ class BleurtStyle:
 
     path: str
     encoder: str
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
+    batch_size: Count = 32
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -190,7 +187,7 @@ class BleurtStyle:
 
 
 @REWARDS.register("comet_style")
-@dataclass(frozen=True)
+@settings
 class CometStyle:
     """The score of a comet_style head for the response, its source and the best of its references.
 
@@ -204,10 +201,7 @@ class CometStyle:
 
     path: str
     encoder: str
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        at_least_one(self.batch_size, "batch_size")
+    batch_size: Count = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.metrics.answers import Number, final_number
 from hybrid_jax.rewards.base import REWARDS
 
 
 @REWARDS.register("final_number")
-@dataclass(frozen=True)
+@settings
 class FinalNumber:
     """1 if the final number of the response is that of its row, else 0 (GSM8K; Cobbe et al. 2021).
 
@@ -28,10 +28,6 @@ class FinalNumber:
 
     column: str = "final_answer"
     marker: str | None = "####"
-
-    def __post_init__(self) -> None:
-        if self.marker == "":
-            raise ValueError("marker must be a text or null, got ''")
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         wanted = column_of(columns, self.column)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.ranges import Count, NonNegative, settings
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
@@ -26,27 +28,15 @@ _SMALLEST_CHUNK = 64  # tokens
 
 
 @SAMPLERS.register("ancestral")
-@dataclass(frozen=True)
+@settings
 class Sampler:
     """Settings of `generate`: ``temperature`` 0 is greedy, ``None`` cuts nothing off."""
 
-    max_new_tokens: int = 64
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    slots: int | None = None  # rows decoded at once; one that has ended takes the next prompt (`refill`). All
-
-    def __post_init__(self):
-        if self.slots is not None and self.slots < 1:
-            raise ValueError(f"slots must be at least 1, got {self.slots}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+    max_new_tokens: Count = 64
+    temperature: NonNegative = 1.0
+    top_k: Count | None = None
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
+    slots: Count | None = None  # rows decoded at once; one that has ended takes the next prompt (`refill`). All
 
     def __call__(
         self,

@@ -22,13 +22,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel import hosts
@@ -48,19 +48,13 @@ COMMITTED = "commit_success.txt"  # Orbax writes it, in a bucket
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@settings
 class CheckpointConfig:
     """When to save and how much to keep."""
 
-    every: int = 100  # steps
-    keep: int = 2  # the newest ones
-    export_every: int | None = None  # steps; writes the policy as a Hugging Face folder
-
-    def __post_init__(self):
-        for name in ("every", "keep", "export_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+    every: Count = 100  # steps
+    keep: Count = 2  # the newest ones
+    export_every: Count | None = None  # steps; writes the policy as a Hugging Face folder
 
 
 class SaveError(UserError):

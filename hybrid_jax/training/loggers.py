@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.core.secrets import without_secrets
 
@@ -72,7 +73,7 @@ class _FanOut:
 
 
 @LOGGERS.register("jsonl")
-@dataclass(frozen=True)
+@settings
 class JsonLines:
     """Appends to ``metrics.jsonl`` and ``samples.jsonl``, one flushed object a line, in strict JSON.
 
@@ -190,7 +191,7 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], new: Sequence[di
 
 
 @LOGGERS.register("tensorboard")
-@dataclass(frozen=True)
+@settings
 class TensorBoard:
     """Event files in ``<run_dir>/tensorboard``: a scalar a metric, the samples as a table.
 
@@ -198,11 +199,7 @@ class TensorBoard:
     kept of them is written again.
     """
 
-    flush_seconds: int = 10
-
-    def __post_init__(self) -> None:
-        if self.flush_seconds < 1:
-            raise ValueError(f"flush_seconds must be at least 1, got {self.flush_seconds}")
+    flush_seconds: Count = 10
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
         writer = _import_extra("tensorboardX", extra="tensorboard").SummaryWriter(
@@ -241,7 +238,7 @@ def _markdown_row(record: dict[str, Any]) -> str:
 
 
 @LOGGERS.register("wandb")
-@dataclass(frozen=True)
+@settings
 class WeightsAndBiases:
     """A Weights & Biases run with its files in ``<run_dir>/wandb``.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import jax.numpy as jnp
+from annotated_types import Gt
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.ranges import Count, Positive, settings
 
 STATE = "loss_scale"  # where ``TrainState.extra`` keeps the state, one for all phases
 
@@ -18,7 +20,7 @@ class LossScaleState:
     good_steps: Int[Array, ""]  # finite gradients since the scale last changed
 
 
-@dataclass(frozen=True)
+@settings
 class DynamicLossScale:
     """The loss is multiplied by a scale before the gradient is taken, which is divided by it after, in float32.
 
@@ -29,22 +31,17 @@ class DynamicLossScale:
     section 3.2.
     """
 
-    initial: float = 2.0**15
-    growth_interval: int = 2000  # updates
-    factor: float = 2.0
-    minimum: float = 1.0
-    maximum: float = 2.0**24
+    initial: Positive = 2.0**15
+    growth_interval: Count = 2000  # updates
+    factor: Annotated[float, Gt(1)] = 2.0
+    minimum: Positive = 1.0
+    maximum: Positive = 2.0**24
 
     def __post_init__(self):
-        if not 0 < self.minimum <= self.initial <= self.maximum:
+        if not self.minimum <= self.initial <= self.maximum:
             raise ValueError(
-                f"initial must be in [minimum, maximum] = [{self.minimum}, {self.maximum}], minimum above 0, "
-                f"got {self.initial}"
+                f"initial must be in [minimum, maximum] = [{self.minimum}, {self.maximum}], got {self.initial}"
             )
-        if self.growth_interval < 1:
-            raise ValueError(f"growth_interval must be at least 1, got {self.growth_interval}")
-        if self.factor <= 1:
-            raise ValueError(f"factor must be greater than 1, got {self.factor}")
 
     def init(self) -> LossScaleState:
         return LossScaleState(  # pyright: ignore[reportCallIssue]

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
+from annotated_types import Interval
 from jaxtyping import Array, Float, Int
 
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, Share, settings
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.param_axes import is_vector, path_of
 from hybrid_jax.training.muon import muon_or_adam, scale_by_muon
@@ -40,13 +42,9 @@ class Schedule(Protocol):
 SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class _WarmedUp:
-    warmup_steps: int = 0
-
-    def __post_init__(self):
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, got {self.warmup_steps}")
+    warmup_steps: Natural = 0
 
     def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
@@ -59,41 +57,31 @@ class _WarmedUp:
         return jnp.ones_like(step)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class _Decaying(_WarmedUp):
-    end: float = 0.0  # the multiplier at the horizon
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.end <= 1:
-            raise ValueError(f"end must be in [0, 1], got {self.end}")
+    end: Share = 0.0  # the multiplier at the horizon
 
     def decayed(self, remaining: Float[Array, ""]) -> Float[Array, ""]:
         """From 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
         return self.end + (1 - self.end) * remaining
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class _ToHorizon(_Decaying):
-    steps: int | None = None  # updates of this phase until ``end``; None takes what the scheduler plans for it
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1 or null, got {self.steps}")
+    steps: Count | None = None  # updates of this phase until ``end``; None: as many as are planned
 
     def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
         return super().__call__(step, horizon if self.steps is None else self.steps)
 
 
 @SCHEDULES.register("constant")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Constant(_WarmedUp):
     """Linear warm-up (update number ``warmup_steps`` is the first at the peak), then 1."""
 
 
 @SCHEDULES.register("linear")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Linear(_ToHorizon):
     """Warm-up, then a straight line from 1 to ``end`` at the horizon; without a horizon it stays 1."""
 
@@ -102,7 +90,7 @@ class Linear(_ToHorizon):
 
 
 @SCHEDULES.register("cosine")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Cosine(_ToHorizon):
     """Warm-up, then half a cosine from 1 to ``end`` at the horizon (Loshchilov, Hutter, arXiv 1608.03983).
 
@@ -114,7 +102,7 @@ class Cosine(_ToHorizon):
 
 
 @SCHEDULES.register("inverse_sqrt")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class InverseSqrt(_Decaying):
     """Warm-up, then sqrt(w / (w + steps since)) with w = max(``warmup_steps``, 1), never below ``end``.
 
@@ -128,19 +116,14 @@ class InverseSqrt(_Decaying):
 
 
 @SCHEDULES.register("warmup_stable_decay")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class WarmupStableDecay(_ToHorizon):
     """Warm-up, then 1, then a straight line to ``end`` over the last ``decay_fraction`` of the horizon.
 
     Without a horizon it stays 1.
     """
 
-    decay_fraction: float = 0.2
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be in (0, 1], got {self.decay_fraction}")
+    decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.2
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(1 - _progress(step, horizon * (1 - self.decay_fraction), horizon))
@@ -160,21 +143,13 @@ def waits_for_horizon(schedule: Schedule, horizon: float) -> bool:
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Optimizer(ABC):
     """What all optimizers share. A subclass gives `transform`."""
 
-    learning_rate: float = 1e-4
+    learning_rate: Positive = 1e-4
     schedule: Annotated[Schedule, SCHEDULES] = field(default_factory=Linear)
-    max_grad_norm: float | None = 1.0  # of all parameter groups together; None does not clip
-
-    def __post_init__(self):
-        _check(self, "learning_rate", self.learning_rate > 0, "positive")
-        _check(self, "max_grad_norm", self.max_grad_norm is None or self.max_grad_norm > 0, "positive or null")
-        for name in ("beta1", "beta2", "adam_beta1", "adam_beta2", "momentum"):
-            _check(self, name, 0 <= getattr(self, name, 0) < 1, "in [0, 1)")
-        _check(self, "epsilon", getattr(self, "epsilon", 1) > 0, "positive")
-        _check(self, "weight_decay", getattr(self, "weight_decay", 0) >= 0, "at least 0")
+    max_grad_norm: Positive | None = 1.0  # of all parameter groups together; None does not clip
 
     def rate(self, step: Step, horizon: Step) -> Float[Array, ""]:
         """The learning rate of update number ``step`` (from 0) of the ``horizon`` that this phase plans."""
@@ -185,7 +160,7 @@ class Optimizer(ABC):
         """Gradient to direction, to be *subtracted*; no learning rate, no clipping. Needs the parameters."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class _WithMoments(Optimizer):
     """An optimizer with as many moments as parameters, kept in float32 or, in half the memory, in bfloat16.
 
@@ -199,13 +174,13 @@ class _WithMoments(Optimizer):
 
 
 @OPTIMIZERS.register("adam")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Adam(_WithMoments):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980). See `scale_by_adam` for the two placements of ε."""
 
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
+    beta1: Rate = 0.9
+    beta2: Rate = 0.999
+    epsilon: Positive = 1e-8
     epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"
 
     def transform(self) -> optax.GradientTransformation:
@@ -213,21 +188,21 @@ class Adam(_WithMoments):
 
 
 @OPTIMIZERS.register("adamw")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class AdamW(Adam):
     """Adam with decoupled weight decay (Loshchilov & Hutter, arXiv 1711.05101).
 
     Biases, scales of norms (also one for each head) and sinks do not decay, matrices and embeddings do.
     """
 
-    weight_decay: float = 0.01
+    weight_decay: NonNegative = 0.01
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(super().transform(), _decay(self.weight_decay))
 
 
 @OPTIMIZERS.register("adafactor")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Adafactor(Optimizer):
     """Adafactor (Shazeer and Stern 2018, arXiv 1804.04235), without momentum.
 
@@ -235,11 +210,11 @@ class Adafactor(Optimizer):
     is relative to each parameter's root mean square (at least 1e-3), so larger than Adam's: 1e-2 is usual.
     """
 
-    decay_exponent: float = 0.8  # second-moment decay 1 − t^(−exponent)
-    clipping_threshold: float | None = 1.0  # of each update's root mean square
+    decay_exponent: Annotated[float, Interval(gt=0, le=1)] = 0.8  # second-moment decay 1 − t^(−exponent)
+    clipping_threshold: Positive | None = 1.0  # of each update's root mean square
     relative_step_size: bool = True
-    min_factored_size: int = 128  # smaller matrices keep their full second moment
-    weight_decay: float = 0.0
+    min_factored_size: Count = 128  # smaller matrices keep their full second moment
+    weight_decay: NonNegative = 0.0
 
     def transform(self) -> optax.GradientTransformation:
         steps = [
@@ -255,29 +230,29 @@ class Adafactor(Optimizer):
 
 
 @OPTIMIZERS.register("lion")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Lion(_WithMoments):
     """Lion: the sign of an interpolated momentum (Chen et al. 2023, arXiv 2302.06675).
 
     Every parameter moves by the whole learning rate, so it wants a 3–10 times smaller one than Adam.
     """
 
-    learning_rate: float = 2e-5
-    beta1: float = 0.9
-    beta2: float = 0.99
-    weight_decay: float = 0.0
+    learning_rate: Positive = 2e-5
+    beta1: Rate = 0.9
+    beta2: Rate = 0.99
+    weight_decay: NonNegative = 0.0
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(self._stored(optax.scale_by_lion(self.beta1, self.beta2)), _decay(self.weight_decay))
 
 
 @OPTIMIZERS.register("sgd")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class SGD(_WithMoments):
     """Stochastic gradient descent with heavy-ball momentum m ← μ m + g (not damped), update m."""
 
-    momentum: float = 0.0
-    weight_decay: float = 0.0
+    momentum: Rate = 0.0
+    weight_decay: NonNegative = 0.0
 
     def transform(self) -> optax.GradientTransformation:
         momentum = self._stored(optax.trace(self.momentum)) if self.momentum else optax.identity()
@@ -285,7 +260,7 @@ class SGD(_WithMoments):
 
 
 @OPTIMIZERS.register("muon")
-@dataclass(frozen=True, kw_only=True)
+@settings(kw_only=True)
 class Muon(_WithMoments):
     """Muon for matrices, Adam for vectors, embeddings and heads (Jordan 2024; Liu et al., arXiv 2502.16982).
 
@@ -293,17 +268,12 @@ class Muon(_WithMoments):
     0.2 · sqrt(longer side)), so that one learning rate serves both.
     """
 
-    beta: float = 0.95
-    num_iterations: int = 5  # of Newton–Schulz
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.01
-
-    def __post_init__(self):
-        super().__post_init__()
-        _check(self, "beta", 0 <= self.beta < 1, "in [0, 1)")
-        _check(self, "num_iterations", self.num_iterations >= 1, "at least 1")
+    beta: Rate = 0.95
+    num_iterations: Annotated[int, Interval(ge=1, le=100)] = 5  # of Newton–Schulz
+    adam_beta1: Rate = 0.9
+    adam_beta2: Rate = 0.999
+    epsilon: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
 
     def transform(self) -> optax.GradientTransformation:
         muon = scale_by_muon(self.beta, self.num_iterations)
@@ -385,8 +355,3 @@ def _decay(weight_decay: float) -> optax.GradientTransformation:
         )
 
     return optax.stateless(decayed)
-
-
-def _check(component: Any, name: str, valid: bool, rule: str) -> None:
-    if not valid:
-        raise ValueError(f"{name} must be {rule}, got {getattr(component, name)}")

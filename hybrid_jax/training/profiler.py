@@ -5,25 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 
+from hybrid_jax.core.ranges import Count, Natural, settings
+
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@settings
 class ProfileConfig:
     """Which steps to trace: ``steps`` of them from ``start`` on."""
 
-    start: int = 10  # counted from 0; the first steps of a phase compile
-    steps: int = 3
-
-    def __post_init__(self):
-        for name, least in {"start": 0, "steps": 1}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+    start: Natural = 10  # counted from 0; the first steps of a phase compile
+    steps: Count = 3
 
 
 class Profiler:

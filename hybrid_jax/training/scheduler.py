@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal, NoReturn, Protocol
 
+from hybrid_jax.core.ranges import Count, Finite, Natural, Share, settings
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.training.phase import Metrics
 from hybrid_jax.training.state import ScheduleState
@@ -73,18 +74,14 @@ class _Unknown(Mapping[str, Any]):
 
 
 @SCHEDULERS.register("alternation")
-@dataclass(frozen=True)
+@settings
 class Alternation:
     """First ``warmup``, then ``cycle`` over and over: each a mapping from phases to steps, in order."""
 
-    cycle: Mapping[str, int]
-    warmup: Mapping[str, int] = field(default_factory=dict)
+    cycle: Mapping[str, Natural]
+    warmup: Mapping[str, Natural] = field(default_factory=dict)
 
     def __post_init__(self):
-        if any(steps < 0 for steps in (*self.cycle.values(), *self.warmup.values())):
-            raise ValueError(
-                f"cycle and warmup must hold step counts of at least 0, got {self.cycle}, {self.warmup}"
-            )
         if not sum(self.cycle.values()):
             raise ValueError("cycle must hold at least one step")
 
@@ -126,23 +123,20 @@ class _Share:
 
 
 @SCHEDULERS.register("ratio")
-@dataclass(frozen=True)
+@settings
 class Ratio(_Share):
     """A fixed share of the steps for the second phase: after n steps it has had ⌊n · share⌋."""
 
-    share: float
+    share: Share
     first: str = "sft"
     second: str = "ppo"
-
-    def __post_init__(self):
-        _check_share("share", self.share)
 
     def share_at(self, state: ScheduleState) -> float:
         return self.share
 
 
 @SCHEDULERS.register("curriculum")
-@dataclass(frozen=True)
+@settings
 class Curriculum(_Share):
     """The second phase's share goes from ``start`` to ``end`` between two steps of the run.
 
@@ -150,17 +144,15 @@ class Curriculum(_Share):
     cosine replaces u by (1 - cos πu) / 2; step jumps at ``end_step``.
     """
 
-    end_step: int
-    begin_step: int = 0
-    start: float = 0.1
-    end: float = 0.9
+    end_step: Count
+    begin_step: Natural = 0
+    start: Share = 0.1
+    end: Share = 0.9
     shape: Literal["linear", "cosine", "step"] = "linear"
     first: str = "sft"
     second: str = "ppo"
 
     def __post_init__(self):
-        _check_share("start", self.start)
-        _check_share("end", self.end)
         if self.end_step <= self.begin_step:
             raise ValueError(f"end_step must be greater than begin_step {self.begin_step}, got {self.end_step}")
 
@@ -175,7 +167,7 @@ class Curriculum(_Share):
 
 
 @SCHEDULERS.register("triggered")
-@dataclass(frozen=True)
+@settings
 class Triggered(_Share):
     """The second phase's share goes from ``before`` to ``after`` once a metric has crossed a threshold.
 
@@ -183,16 +175,14 @@ class Triggered(_Share):
     """
 
     metric: str  # such as sft/loss
-    below: float | None = None
-    above: float | None = None
-    before: float = 0.0
-    after: float = 0.5
+    below: Finite | None = None
+    above: Finite | None = None
+    before: Share = 0.0
+    after: Share = 0.5
     first: str = "sft"
     second: str = "ppo"
 
     def __post_init__(self):
-        _check_share("before", self.before)
-        _check_share("after", self.after)
         if (self.below is None) == (self.above is None):
             raise ValueError("below or above must be given, and only one of them")
 
@@ -214,8 +204,3 @@ def _at(steps: Mapping[str, int], position: int) -> str:
             return phase
         position -= count
     raise IndexError(position)
-
-
-def _check_share(name: str, share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {share}")

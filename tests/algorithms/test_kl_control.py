@@ -57,8 +57,8 @@ def test_every_control_can_be_scanned_and_mapped(name):
     ("settings", "message"),
     [
         ({"name": "fixed", "coef": -1.0}, "coef must be at least 0, got -1.0"),
-        ({"name": "adaptive", "target": 0.0}, "target must be positive, got 0.0"),
-        ({"name": "adaptive", "horizon": float("nan")}, "horizon must be positive, got nan"),
+        ({"name": "adaptive", "target": 0.0}, "target must be above 0, got 0.0"),
+        ({"name": "adaptive", "horizon": float("nan")}, "horizon must be above 0, got nan"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -1,8 +1,9 @@
 import jax
 import pytest
 
+from hybrid_jax.core.ranges import MOST_SEED
 from hybrid_jax.core.registry import UserError
-from hybrid_jax.core.seeds import MOST_SEED, check_seed
+from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.sources import Restaurants
 from hybrid_jax.policy import Policy
 from hybrid_jax.rewards.mixture import Bandit

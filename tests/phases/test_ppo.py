@@ -25,7 +25,7 @@ from hybrid_jax.training.update import gradients
 
 VOCABULARY, PROMPT, RESPONSE, ROWS, EOS = 11, 5, 7, 8, 3
 MODEL = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=32).build(VOCABULARY)
-REWARD = CompositeReward({"count": Part(TokenCount(weights={"2": 1.0, "5": -0.7}))})
+REWARD = CompositeReward({"count": Part(TokenCount(weights={2: 1.0, 5: -0.7}))})
 
 
 class Compiled(PPOFunctions):

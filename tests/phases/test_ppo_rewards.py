@@ -37,7 +37,7 @@ from hybrid_jax.training.state import TrainState
 
 ROWS = 8
 THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # a long run
-COUNT = CompositeReward({"count": Part(TokenCount(weights={"2": 1.0}))})
+COUNT = CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))})
 
 
 class Compiled(PPOFunctions):
@@ -184,7 +184,7 @@ def test_two_references_have_the_published_geometric_optimum():
     geometric = np.array([0.018101, 0.134631, 0.845861, 0.001407])
     arithmetic = np.array([0.020822, 0.134001, 0.843451, 0.001727])
     model = OneToken()
-    reward = TokenCount(weights={"1": 1.0, "2": 2.0, "3": -1.0})
+    reward = TokenCount(weights={1: 1.0, 2: 2.0, 3: -1.0})
     ppo = functions(
         model,
         reward=CompositeReward({"count": Part(reward)}),

@@ -23,7 +23,7 @@ from hybrid_jax.training.state import TrainState
 
 ROWS, PROMPT, RESPONSE, VOCABULARY = 8, 3, 4, 11
 DECODER = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=16)
-REWARD = CompositeReward({"count": Part(TokenCount(weights={"2": 1.0}))})
+REWARD = CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))})
 SETTINGS = PPO(
     reward=REWARD,
     prompts_per_step=ROWS,

@@ -229,7 +229,7 @@ def test_the_report_leaves_out_ties_and_survives_texts_of_no_length():
     ("overrides", "message"),
     [
         (["label_smoothing=0.5"], r"label_smoothing must be in \[0, 0.5\), got 0.5"),
-        (["tie_threshold=0"], "tie_threshold must be positive or null, got 0"),
+        (["tie_threshold=0"], "tie_threshold must be above 0, got 0"),
         (["loss=plackett_luce"], "loss must be pairs for margins, label_smoothing or tie_threshold"),
         (["microbatches=3"], "microbatches must divide batch_size 8, got 3"),
     ],

@@ -89,7 +89,7 @@ def test_length_falls_linearly_on_both_sides_of_the_target():
 
 def test_length_counts_characters_where_asked_to():
     assert Length(target=4, unit="characters")([], ["你好世界", "你好", ""]) == pytest.approx([0.0, -0.5, -1.0])
-    with pytest.raises(UserError, match="target must be at least 1 character, got 0"):
+    with pytest.raises(UserError, match="target must be at least 1, got 0"):
         parse(Length, {"target": 0, "unit": "characters"})
 
 
@@ -134,9 +134,9 @@ def test_a_lexicon_is_a_weak_judge_of_film_reviews(shared_data):
 @pytest.mark.parametrize(
     ("reward", "settings", "said"),
     [
-        (Length, {"target": 0}, "target must be at least 1 word, got 0"),
-        (Length, {"target": 3, "tolerance": -1}, "tolerance must be at least 0 words, got -1"),
-        (Length, {"target": 3, "scale": 0}, "scale must be above 0 words, got 0"),
+        (Length, {"target": 0}, "target must be at least 1, got 0"),
+        (Length, {"target": 3, "tolerance": -1}, "tolerance must be at least 0, got -1"),
+        (Length, {"target": 3, "scale": 0}, "scale must be above 0, got 0"),
         (Distinct, {"n": 0}, "n must be at least 1, got 0"),
         (Readability, {"scale": 0}, "scale must be above 0, got 0"),
         (Readability, {"target": 300}, r"target must be in \[-1000, 206.835\], got 300"),

@@ -67,7 +67,7 @@ def test_device_rewards_run_under_jit_and_vmap():
         (TokenCount, {"weights": {"two": 1.0}}, "weights must map token ids to numbers"),
         (TokenCount, {"weights": {-1: 1.0}}, "weights must map token ids of at least 0, got -1"),
         (TokenCount, {"weights": {1: "much"}}, "weights.1"),
-        (TokenLength, {"target": -1}, "target must be at least 0 tokens, got -1"),
+        (TokenLength, {"target": -1}, "target must be at least 0, got -1"),
         (TokenLength, {"target": 1, "scale": 0}, "scale must be above 0, got 0"),
     ],
 )

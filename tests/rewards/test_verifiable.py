@@ -49,10 +49,10 @@ def test_a_row_without_concepts_is_one_line_that_names_the_row(concepts):
 @pytest.mark.parametrize(
     ("reward", "settings", "said"),
     [
-        (FinalNumber, {"marker": ""}, "marker must be a text or null, got ''"),
+        (FinalNumber, {"marker": ""}, "marker must not be empty, got ''"),
         (KeywordCoverage, {"keywords": ["?"]}, r"keywords must hold at least one word, got \['\?'\]"),
-        (KeywordCoverage, {"keywords": ["a"], "max_words": 0}, "max_words must be at least 1 or null, got 0"),
-        (ConceptCoverage, {"max_words": 0}, "max_words must be at least 1 or null, got 0"),
+        (KeywordCoverage, {"keywords": ["a"], "max_words": 0}, "max_words must be at least 1, got 0"),
+        (ConceptCoverage, {"max_words": 0}, "max_words must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings_are_refused(reward, settings, said):

@@ -308,7 +308,7 @@ def test_every_optimizer_survives_the_round_trip_through_a_config(name):
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("adam", {"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ("adam", {"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
         ("adam", {"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
         (
             "adam",
@@ -316,7 +316,7 @@ def test_every_optimizer_survives_the_round_trip_through_a_config(name):
             "epsilon_placement must be one of pytorch, tensorflow, got 'jax'",
         ),
         ("adamw", {"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
-        ("sgd", {"max_grad_norm": 0.0}, "max_grad_norm must be positive or null, got 0.0"),
+        ("sgd", {"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
         ("sgd", {"schedule": "cosin"}, "did you mean 'cosine'"),
         ("sgd", {"schedule": {"name": "linear", "end": 2.0}}, r"schedule.end must be in \[0, 1\], got 2.0"),
         ("sgd", {"schedule": {"name": "constant", "end": 0.5}}, "unknown setting 'schedule.end'"),

@@ -232,7 +232,7 @@ def _parse_key(hint: Any, key: str, path: str) -> str | int:
     try:
         return int(key)  # JSON knows no other keys than texts
     except ValueError:
-        raise _wrong_type(f"a name in {path}", _describe(hint), key) from None
+        raise _wrong_type(f"{path}[{key!r}]", _describe(hint), key) from None
 
 
 def _parse_optional(choices: tuple[Any, ...], value: Any, path: str, trust: Container[str]) -> Any:

@@ -133,7 +133,7 @@ def test_the_score_is_the_offset_and_the_coefficients_times_the_parts(combine):
         ({"combine": {"name": "gate", "by": "b"}}, "by must name one of the parts a, got 'b'"),
         ({"combine": {"name": "gate", "by": "a"}}, "the gate alone"),
         ({"combine": {"name": "lagrangian", "limits": {"a": {"at_most": 1}}}}, "a reward besides those"),
-        ({"combine": {"name": "lagrangian", "limits": {}}}, "limits must name at least one part"),
+        ({"combine": {"name": "lagrangian", "limits": {}}}, "limits must not be empty"),
         ({"combine": {"name": "lagrangian", "limits": {"a": {}}}}, "limit must set at_most or at_least"),
         ({"combine": "weighted_summ"}, "did you mean 'weighted_sum'"),
         ({"baseline": {"decay": 2}}, r"decay must be in \[0, 1\), got 2"),

@@ -198,7 +198,7 @@ def test_a_config_names_parts_of_the_package_and_of_the_user(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"parts": {}}, "parts must hold at least one reward, got none"),
+        ({"parts": {}}, "parts must not be empty"),
         ({"parts": {"score": {"reward": "repetition"}}}, "parts must not be called 'score'"),
         ({"parts": {"a": {"reward": {"name": "lenght", "target": 2}}}}, "did you mean 'length'"),
         ({"parts": {"a": {"reward": {"name": "length"}}}}, "parts.a.reward.target is missing"),

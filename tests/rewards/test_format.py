@@ -74,7 +74,7 @@ def test_a_pattern_that_would_take_for_ever_is_stopped_and_said(caplog):
     ("reward", "settings", "said"),
     [
         (Regex, {"pattern": "(a"}, r"pattern must be a regular expression, got '\(a'"),
-        (Regex, {"pattern": "a", "timeout_seconds": 0}, "timeout_seconds must be above 0, got 0"),
+        (Regex, {"pattern": "a", "timeout_seconds": 0}, r"timeout_seconds must be in \(0, 86400\], got 0"),
         (Regex, {}, "pattern is missing"),
         (JsonValid, {"kind": "list"}, "kind must be one of object, array, any, got 'list'"),
     ],

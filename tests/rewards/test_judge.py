@@ -456,8 +456,8 @@ def test_mistakes_are_one_clear_line(endpoint, monkeypatch, tmp_path):
         ({"url": f"https://me:{SECRET}@host/v1"}, "url must hold no user"),
         ({"url": "http://far.away/v1"}, "url must begin with https:// where a key goes to another machine"),
         ({"api_key_env": SECRET}, "api_key_env must be the name of an environment variable"),
-        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
-        ({"read_seconds": 0.0}, "read_seconds must be above 0"),
+        ({"concurrency": 0}, r"concurrency must be in \[1, 1024\], got 0"),
+        ({"read_seconds": 0.0}, r"read_seconds must be in \(0, 86400\], got 0.0"),
         ({"fallback": 2.0}, r"fallback must be in \[0, 1\], got 2.0"),
         ({"max_dollars": 1.0}, "max_dollars needs prompt_price or answer_price"),
     ]

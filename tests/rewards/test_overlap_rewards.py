@@ -77,11 +77,11 @@ def test_hostile_texts_are_scored_within_seconds(reward):
 @pytest.mark.parametrize(
     ("reward", "settings", "said"),
     [
-        (Bleu, {"max_order": 0}, "max_order must be at least 1, got 0"),
+        (Bleu, {"max_order": 0}, r"max_order must be in \[1, 20\], got 0"),
         (Bleu, {"tokens": "words"}, "tokens must be one of 13a, intl, char, zh, none, got 'words'"),
         (Bleu, {"smoothing": "add"}, "smoothing must be one of exp, floor, add-k, none, got 'add'"),
-        (Chrf, {"char_order": 0}, "char_order must be at least 1, got 0"),
-        (Chrf, {"word_order": -1}, "word_order must be at least 0, got -1"),
+        (Chrf, {"char_order": 0}, r"char_order must be in \[1, 20\], got 0"),
+        (Chrf, {"word_order": -1}, r"word_order must be in \[0, 20\], got -1"),
         (Chrf, {"beta": 0}, "beta must be above 0, got 0"),
         (Ter, {"max_words": -1}, "max_words must be at least 0, got -1"),
         (Rouge, {"max_words": 0}, "max_words must be at least 1, got 0"),

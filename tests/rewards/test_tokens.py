@@ -64,8 +64,8 @@ def test_device_rewards_run_under_jit_and_vmap():
 @pytest.mark.parametrize(
     ("cls", "settings", "said"),
     [
-        (TokenCount, {"weights": {"two": 1.0}}, "weights must map token ids to numbers"),
-        (TokenCount, {"weights": {-1: 1.0}}, "weights must map token ids of at least 0, got -1"),
+        (TokenCount, {"weights": {"two": 1.0}}, r"weights\['two'\] must be a whole number"),
+        (TokenCount, {"weights": {-1: 1.0}}, r"weights\[-1\] must be at least 0, got -1"),
         (TokenCount, {"weights": {1: "much"}}, "weights.1"),
         (TokenLength, {"target": -1}, "target must be at least 0, got -1"),
         (TokenLength, {"target": 1, "scale": 0}, "scale must be above 0, got 0"),

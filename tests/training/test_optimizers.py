@@ -320,7 +320,7 @@ def test_every_optimizer_survives_the_round_trip_through_a_config(name):
         ("sgd", {"schedule": "cosin"}, "did you mean 'cosine'"),
         ("sgd", {"schedule": {"name": "linear", "end": 2.0}}, r"schedule.end must be in \[0, 1\], got 2.0"),
         ("sgd", {"schedule": {"name": "constant", "end": 0.5}}, "unknown setting 'schedule.end'"),
-        ("muon", {"num_iterations": 0}, "num_iterations must be at least 1, got 0"),
+        ("muon", {"num_iterations": 0}, r"num_iterations must be in \[1, 100\], got 0"),
     ],
 )
 def test_impossible_settings_are_one_clear_line(name, settings, message):

@@ -72,9 +72,7 @@ class PPO:
     samples_per_prompt: Count = 1
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
-    prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = (
-        None  # that prompts are padded to, each compiled
-    )
+    prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once
     sampler: Sampler = Sampler(max_new_tokens=64)
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
 

@@ -56,7 +56,14 @@ def test_lengths_that_do_not_fit_the_prompts_are_one_line(buckets, message):
     assert str(refused.value) == message
 
 
-@pytest.mark.parametrize("buckets", [(), (0, 64), (64, 64)])
-def test_lengths_are_different_and_positive(buckets):
-    with pytest.raises(ValueError, match="prompt_buckets must hold different lengths of at least 1, got "):
+@pytest.mark.parametrize(
+    ("buckets", "message"),
+    [
+        ((), "prompt_buckets must not be empty, got \\(\\)"),
+        ((0, 64), r"prompt_buckets\[0\] must be at least 1, got 0"),
+        ((64, 64), r"prompt_buckets must be different lengths, got \[64, 64\]"),
+    ],
+)
+def test_lengths_are_different_and_positive(buckets, message):
+    with pytest.raises(ValueError, match=message):
         stream(prompt_buckets=buckets)

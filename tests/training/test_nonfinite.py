@@ -1,5 +1,6 @@
 """The guard against NaN and infinity: what is skipped, what is named, and what a run leaves behind."""
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -194,6 +195,9 @@ class Run:
 
     def export(self, state, folder=None):
         raise AssertionError("no export was asked for")
+
+    def owned(self):
+        return contextlib.nullcontext()
 
     def observe(self, state, numbers):
         return state

@@ -8,7 +8,8 @@ are learned.
 A special token that is *written* in a message stays plain text, so that nobody can end a turn or begin one by
 writing it: it is rendered as a stand-in of the same length, and put back before that piece is encoded.
 
-Rendering is jinja in the sandbox of `transformers`; nothing else in a template is executed.
+Rendering is jinja in the sandbox of `transformers`, within bounds (`hybrid_jax.data.rendering`); nothing else
+in a template is executed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Message
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.data.rendering import Span, render_template
 from hybrid_jax.data.tokenizer import Tokenizer, Tokens
 
 log = logging.getLogger(__name__)
@@ -30,8 +32,6 @@ MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys that templates know
 STAND_INS = 0x100000  # the last private plane, one character for each special token that a message holds
 END_SIGN = chr(0x10FFFD)
-
-Span = tuple[int, int]  # characters [start, end)
 
 
 class Conversation(NamedTuple):
@@ -114,33 +114,9 @@ class _Chat:
 
     def render(self, messages: Sequence[Message], ask: bool = False) -> tuple[str, list[Span] | None]:
         """The text, and the spans that the template marks if it marks any."""
-        try:
-            from jinja2 import TemplateError
-            from transformers.utils.chat_template_utils import render_jinja_template
-        except ImportError as error:
-            raise UserError(f"chat templates need a package: pip install 'jinja2>=3.1.6' ({error})") from error
         marks = MARKS.search(self._template) is not None
-        try:
-            rendered: Any = render_jinja_template(
-                [[dict(message) for message in messages]],
-                chat_template=self._template,
-                add_generation_prompt=ask,
-                return_assistant_tokens_mask=marks,
-                **self.tokenizer.template_variables,
-            )
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            KeyError,
-            IndexError,
-            AttributeError,
-            ImportError,
-        ) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"the chat template refuses the messages: {reason}") from error
-        texts, spans = rendered
-        return texts[0], spans[0] if marks else None
+        variables = self.tokenizer.template_variables
+        return render_template(self._template, messages, ask=ask, marks=marks, variables=variables)
 
     def encode(self, text: str) -> Tokens:
         """The tokens of a rendered text, special tokens of the messages as plain text.

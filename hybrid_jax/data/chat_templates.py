@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid_jax.core.files import MEBIBYTE, read_text
 from hybrid_jax.core.registry import UserError, suggest
+
+MOST_LETTERS = MEBIBYTE  # of a template; those of the hub have up to 20,000
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,6 @@ def read_chat_template(name: str) -> ChatTemplate:
     """
     if name in CHAT_TEMPLATES:
         return CHAT_TEMPLATES[name]
-    if not Path(name).is_file():
+    if not Path(name).exists():
         raise UserError(f"chat_template {name!r} is no file and no name; {suggest(name, CHAT_TEMPLATES)}")
-    try:
-        return ChatTemplate(Path(name).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template {name} cannot be read: {error}") from error
+    return ChatTemplate(read_text(name, MOST_LETTERS, "chat_template"))

@@ -117,6 +117,8 @@ def check_range(hint: Any, value: Any, name: str) -> None:
 def _check_choices(choices: list[Any], value: Any, name: str) -> None:
     problems = []
     for choice in choices if value is not None else ():
+        if isinstance(value, str) != (choice is str) and (choice is str or get_origin(choice) in (list, tuple)):
+            continue  # of another type than the value
         try:
             return check_range(choice, value, name)
         except ValueError as error:

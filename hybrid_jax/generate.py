@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
+from hybrid_jax.core.files import MEBIBYTE, read_text
 from hybrid_jax.core.registry import UserError
+
+MOST_PROMPTS = 256 * MEBIBYTE  # of a file of prompts
 from hybrid_jax.parallel.devices import check_devices
 
 EXAMPLES = """\
@@ -97,10 +100,7 @@ def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
 
         prompts = [example.prompt for example in Jsonl(train=Path(file), response_field=None).load("train")]
     else:
-        try:
-            prompts = _lines(Path(file).read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"prompts {file} cannot be read: {error}") from error
+        prompts = _lines(read_text(file, MOST_PROMPTS, "prompts file").splitlines())
     if not prompts:
         raise UserError(f"{file or 'standard input'} holds no prompts; give --prompt TEXT or --prompts FILE")
     return prompts

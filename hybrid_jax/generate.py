@@ -12,9 +12,9 @@ from typing import Any
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
 from hybrid_jax.core.files import MEBIBYTE, read_text
 from hybrid_jax.core.registry import UserError
+from hybrid_jax.parallel.devices import check_devices
 
 MOST_PROMPTS = 256 * MEBIBYTE  # of a file of prompts
-from hybrid_jax.parallel.devices import check_devices
 
 EXAMPLES = """\
   python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"

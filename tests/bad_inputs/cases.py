@@ -680,7 +680,7 @@ def _judge(place: Place, changes: dict[str, Any]) -> Callable[[Path], list[Any]]
             "cache_dir": str(folder / "cache"),
             **changes,
         }
-        endpoint = {name: float(v) if v in (".nan", ".inf") else v for name, v in endpoint.items()}
+        endpoint = {name: float(v[1:]) if v in (".nan", ".inf") else v for name, v in endpoint.items()}
         reward = {"name": "rubric_judge", "rubric": "Is it kind?", "endpoint": endpoint}
         (folder / "reward.yaml").write_text(yaml.safe_dump(reward))
         (folder / "texts.jsonl").write_text('{"prompt": "a", "response": "b"}\n')

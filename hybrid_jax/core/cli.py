@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.secrets import text_without_secrets
 
+MOST_SHOWN = 500  # characters of an error
+
 
 class Ended(SystemExit):
     """The end of a command that the program itself has chosen; any other `SystemExit` is of a user's code."""
@@ -80,12 +82,18 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(_exit_code(main, sys.argv[1:]))
 
 
+def _one_line(text: str) -> str:
+    """``text`` on one line that a screen can show: what was given may be a megabyte long."""
+    text = " ".join(text.split())
+    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN * 2 // 3]} … {text[-MOST_SHOWN // 3 :]}"
+
+
 def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     try:
         main(arguments)
         sys.stdout.flush()  # here, so that a closed pipe is met inside the try
     except UserError as error:
-        print("error:", text_without_secrets(" ".join(str(error).split())), file=sys.stderr)
+        print("error:", _one_line(text_without_secrets(str(error))), file=sys.stderr)
         return 2
     except Ended:
         raise

@@ -66,7 +66,7 @@ def load_yaml(
     base = settings.pop("base", None)
     if base is not None and not isinstance(base, str):
         raise _wrong_type("base", "a path", base)
-    dotted = {key: settings.pop(key) for key in [*settings] if "." in key}
+    dotted = {key: settings.pop(key) for key in [*settings] if "." in str(key)}
     settings = merge(read_yaml(Path(path).parent / base), settings, place) if base else settings
     for key, value in dotted.items():
         settings = put(settings, key.split("."), value, place)

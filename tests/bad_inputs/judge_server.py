@@ -107,8 +107,8 @@ def _serve_one(connection: socket.socket) -> None:
         request = b""
         while b"\r\n\r\n" not in request and (piece := connection.recv(65_536)):
             request += piece
-        path = request.split(b" ")[1].decode().strip("/").split("/")[0]
-        _reply(connection, path)
+        if request:
+            _reply(connection, request.split(b" ")[1].decode().strip("/").split("/")[0])
 
 
 @contextlib.contextmanager

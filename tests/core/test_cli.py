@@ -22,15 +22,11 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_code_2():
     assert done.stderr == "error: depth must be positive, got -1\n"
 
 
-def test_what_was_given_is_shown_in_part_where_it_is_a_megabyte_long(capsys):
-    def body(arguments):
-        raise UserError(f"unknown setting {'k' * 1_000_000!r}; did you mean 'length'?")
-
-    assert _exit_code(body, []) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("error: unknown setting 'kkk")
-    assert line.endswith("k'; did you mean 'length'?\n")
-    assert len(line) < 600
+def test_what_was_given_is_shown_in_part_where_it_is_a_megabyte_long():
+    done = run("""raise UserError("unknown setting " + "k" * 1_000_000 + "; did you mean 'length'?")""")
+    assert done.stderr.startswith("error: unknown setting kkk")
+    assert done.stderr.endswith("k; did you mean 'length'?\n")
+    assert len(done.stderr) < 600
 
 
 def test_bad_usage_is_one_line_too():

@@ -80,6 +80,7 @@ class HybridTrainer:
 
         Ctrl-C (a notebook's stop) saves the run first; the next call goes on.
         """
+        self._policy = None  # it is not the newest any more, also where this is interrupted
         try:
             state = train(self.experiment)
         except Interrupted as stop:

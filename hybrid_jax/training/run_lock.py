@@ -56,7 +56,8 @@ class Holder:
         host: the name of its machine.
         system: which start of the machine's system and which container; process numbers mean nothing outside.
         pid: its number.
-        started: when it started, as the system counts; another process of this number has another one.
+        started: when it started, as the system counts; another process of this number has another one. Empty
+            where the system does not say: then nobody is near.
         since: when it took the lock, for people.
         mark: tells one lock of a process from its next one.
         beat: how often it has renewed the lock.
@@ -72,7 +73,7 @@ class Holder:
 
     def is_near(self) -> bool:
         """Whether this process can see if that one lives."""
-        return (self.host, self.system) == (socket.gethostname(), _system())
+        return self.started != "" and (self.host, self.system) == (socket.gethostname(), _system())
 
     def is_alive(self) -> bool:
         """Of a near one."""
@@ -142,7 +143,7 @@ class _Lock:
                 self._wait_for_end(there, version)
                 if there.pid != self.holder.pid:
                     log.info("took over run_dir %s from %s, which is gone", self._name, _who(there))
-            self._version = self._file.swap(version, self._text())
+            self._version = self._write(version)
         self._beats.start()
 
     def look(self) -> bool:
@@ -195,14 +196,20 @@ class _Lock:
         except (ValueError, TypeError):  # after a power cut perhaps: as one of a host that we know nothing of
             return Holder("an unknown host", "", 0, "", "an unknown time", ""), found[1]
 
-    def _text(self) -> str:
-        return json.dumps(dataclasses.asdict(self.holder))
+    def _write(self, version: Any) -> Any:
+        """Writes the lock in the place of ``version``; returns its new version, None where it is not ours."""
+        written = self._file.swap(version, json.dumps(dataclasses.asdict(self.holder)))
+        if written is None:
+            there, found = self._read()
+            if there is not None and there.mark == self.holder.mark:
+                return found  # of a write that was made although its answer was lost on the way
+        return written
 
     def _renew(self) -> None:
         while not self._end.wait(BEAT_SECONDS):
             self.holder = dataclasses.replace(self.holder, beat=self.holder.beat + 1)
             try:
-                version = self._file.swap(self._version, self._text())
+                version = self._write(self._version)
             except (OSError, UserError):  # a full disk perhaps; or the folder was moved away
                 if self.look():
                     return
@@ -318,7 +325,7 @@ def _system() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as the system counts; nothing where there is none of that number."""
+    """When a process started, as the system counts; nothing where there is none, or nothing that could tell."""
     if Path("/proc/self/stat").exists():
         try:
             state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -326,7 +333,12 @@ def _started(pid: int) -> str:
             return ""
         return "" if state in "ZX" else fields[18]  # dead, but its parent has not asked yet
     try:
-        told = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
-    except OSError:
-        return "unknown"  # so every process counts as alive
+        told = subprocess.run(
+            ["ps", "-o", "lstart=", "-p", str(pid)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "LC_ALL": "C", "TZ": "UTC0"},  # whoever asks, it is the same text
+        )
+    except OSError:  # Windows has none
+        return ""
     return told.stdout.strip()

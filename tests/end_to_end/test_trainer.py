@@ -1,6 +1,7 @@
 """HybridTrainer: what a notebook does with it."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.experiment import load_config
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.rewards.text import Length
+from hybrid_jax.training.interrupts import Interrupted
 
 
 def vowels(prompts, responses, number):
@@ -66,6 +68,19 @@ def test_another_trainer_of_the_same_run_goes_on_from_its_checkpoint(trained):
     again = HybridTrainer(trainer.config)
     assert again.generate("say 1:", seed=2) == trainer.generate("say 1:", seed=2)
     assert again.policy.step == 3
+
+
+def test_after_a_training_that_was_interrupted_the_policy_is_read_again(trained, monkeypatch):
+    def stop(experiment):
+        raise Interrupted(signal.SIGINT)
+
+    trainer = HybridTrainer(trained[0].config)
+    before = trainer.policy
+    assert trainer.policy is before
+    monkeypatch.setattr("hybrid_jax.trainer.train", stop)
+    with pytest.raises(KeyboardInterrupt, match="the run is saved"):
+        trainer.train()
+    assert trainer.policy is not before
 
 
 def test_an_untrained_policy_answers_too(tiny, tmp_path):

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -134,6 +135,43 @@ def test_a_younger_process_of_the_same_number_does_not_keep_the_lock(tmp_path):
     write_lock(tmp_path / "run", pid=os.getppid(), started=run_lock._started(os.getppid()))
     with pytest.raises(UserError, match=f"is being trained by process {os.getppid()} "), take(tmp_path / "run"):
         pass
+
+
+class Deaf(DiskLockFile):
+    """One whose answers are lost, as those of a bucket may be: the client asks again and hears a refusal."""
+
+    def swap(self, version, text):
+        super().swap(version, text)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_lock_is_kept_though_the_answers_to_its_writes_are_lost(tmp_path):
+    with owned(Deaf(tmp_path / "run"), "mine"):
+        time.sleep(0.1)
+        assert lock_of(tmp_path / "run")["beat"] >= 2
+        check_owned("mine")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_proc_the_start_of_a_process_is_the_same_in_every_time_zone_and_language(monkeypatch):
+    if shutil.which("ps") is None:
+        pytest.skip("no ps")
+    monkeypatch.setattr(run_lock.Path, "exists", lambda path: False)
+    told = set()
+    for zone in ("UTC", "Asia/Tokyo"):
+        monkeypatch.setenv("TZ", zone)
+        told.add(run_lock._started(os.getpid()))
+    assert len(told) == 1
+    assert re.search(r"\d\d:\d\d:\d\d \d{4}$", told.pop())
+
+
+@pytest.mark.usefixtures("quick")
+def test_where_no_start_of_a_process_can_be_told_a_lock_is_watched(tmp_path):
+    write_lock(tmp_path / "run", pid=os.getppid(), started="")
+    started = time.monotonic()
+    with take(tmp_path / "run"):
+        assert lock_of(tmp_path / "run")["pid"] == os.getpid()
+    assert time.monotonic() - started >= 0.3
 
 
 @pytest.mark.usefixtures("quick")

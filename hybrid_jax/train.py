@@ -41,12 +41,15 @@ def main(arguments: list[str]) -> None:
         check_devices()
         from hybrid_jax.experiment import build, load_config
         from hybrid_jax.run_identity import owned
+        from hybrid_jax.training.interrupts import leaving_in_order
         from hybrid_jax.training.loop import train
         from hybrid_jax.training.run_files import run_files
 
         config = load_config(options.config, options.overrides)
         with owned(run_files(config.run_dir)):  # so that a second trainer hears of it before it loads anything
-            train(build(config, allow_change=options.allow_change))
+            with leaving_in_order():
+                experiment = build(config, allow_change=options.allow_change)
+            train(experiment)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,6 +26,37 @@ class Interrupted(Ended):
 
     def __init__(self, number: int):
         super().__init__(128 + number)
+
+
+@contextlib.contextmanager
+def leaving_in_order() -> Iterator[None]:
+    """Around what comes before the first step and after the last: SIGTERM and SIGHUP end it as an error does.
+
+    They would end the process on the spot and leave its lock behind. A handler that somebody has set stays. So
+    does the end on the spot of one of several processes: alone it cannot leave in order.
+
+    Raises:
+        Interrupted: one has come.
+    """
+    numbers = []
+    if threading.current_thread() is threading.main_thread() and hosts.size() == 1:
+        ours = (signal.SIGTERM, _HANGUP)
+        numbers = [n for n in ours if n is not None and signal.getsignal(n) == signal.SIG_DFL]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for other in numbers:  # a terminal sends several; any other second one ends the process
+            signal.signal(other, signal.SIG_IGN if other == _HANGUP else signal.SIG_DFL)
+        _say(f"{_NAMES[signal.Signals(number)]}: no step is under way, so there is nothing to save")
+        raise Interrupted(number)
+
+    for number in numbers:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            if signal.getsignal(number) is leave:
+                signal.signal(number, signal.SIG_DFL)
 
 
 class Interrupts:

@@ -19,7 +19,7 @@ from hybrid_jax.parallel import hosts
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.compilation import free_programs
-from hybrid_jax.training.interrupts import Interrupted, Interrupts
+from hybrid_jax.training.interrupts import Interrupted, Interrupts, leaving_in_order
 from hybrid_jax.training.nonfinite import NonFiniteError
 from hybrid_jax.training.offload import Idle, settled, with_idle, without_idle
 from hybrid_jax.training.phase import Phase
@@ -95,12 +95,14 @@ def train(run: Run) -> RunState:
     """
     with run.owned():
         state = _train(run)
-        run.finish(state)
+        with leaving_in_order():
+            run.finish(state)
     return state
 
 
 def _train(run: Run) -> RunState:
-    state, checkpoints, recorder = run.open()
+    with leaving_in_order():
+        state, checkpoints, recorder = run.open()
     saved, aborted = state.step, False
     with Interrupts() as interrupts:
         try:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hybrid_jax.training.interrupts import Interrupted, Interrupts
+from hybrid_jax.training.interrupts import Interrupted, Interrupts, leaving_in_order
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -80,6 +80,15 @@ with Interrupts():
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", 4_000_000)  # as XLA: no handler of Python runs meanwhile
     print("free", flush=True)
 """
+LOADING = """
+import sys, time
+from pathlib import Path
+from hybrid_jax.training.interrupts import leaving_in_order
+from hybrid_jax.training.run_lock import DiskLockFile, owned
+with owned(DiskLockFile(Path(sys.argv[1])), "mine"), leaving_in_order():
+    print("loading", flush=True)
+    time.sleep(60)
+"""
 CLOSED = """
 import fcntl, sys, termios, time
 from pathlib import Path
@@ -104,6 +113,32 @@ def test_a_signal_is_answered_at_once_also_while_the_device_is_waited_for(number
         process.send_signal(number)
         assert process.stdout.read() == f"{name}: saving after this step …\nfree\n"
     assert process.returncode == 0
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")])
+def test_a_signal_before_the_first_step_ends_a_run_with_a_word_and_leaves_no_lock(tmp_path, number, name):
+    command = [sys.executable, "-c", LOADING, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "loading\n"
+        assert (tmp_path / "run" / "lock.json").exists()
+        process.send_signal(number)
+        assert process.stderr.read() == f"{name}: no step is under way, so there is nothing to save\n"
+    assert process.returncode == 128 + number
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_handlers_that_nobody_has_set_are_ours_before_the_first_step():
+    mine = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        own = signal.getsignal(signal.SIGTERM)
+        with leaving_in_order():
+            assert signal.getsignal(signal.SIGTERM) is own
+            assert signal.getsignal(signal.SIGHUP) not in (signal.SIG_DFL, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, mine)
 
 
 def test_a_closed_terminal_stops_a_run_that_can_still_save(tmp_path):

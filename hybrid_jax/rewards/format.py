@@ -6,7 +6,9 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal, NoReturn
 
 from hybrid_jax.core.ranges import Seconds, settings
@@ -16,6 +18,7 @@ from hybrid_jax.rewards.base import REWARDS
 
 _FENCE = re.compile(r"\A```(?:json|JSON)?[ \t]*\n(.*)\n```\Z", re.DOTALL)
 _INVALID = object()
+_DEADLINE: ContextVar[float] = ContextVar("_DEADLINE")  # when a schema must have decided, on the monotonic clock
 
 logger = logging.getLogger(__name__)
 
@@ -44,20 +47,27 @@ class JsonValid:
 class JsonSchema:
     """1 if the response is JSON that the schema accepts, else 0; by the package jsonschema.
 
-    References to other documents are not fetched: a schema must hold its own definitions.
+    References to other documents are not fetched: a schema must hold its own definitions. Patterns are those
+    of the package regex, which can stop a search. A response that takes longer than ``timeout_seconds`` scores
+    0, and a warning says so, as for the reward ``regex``.
 
     Attributes:
         schema: The schema, as a mapping.
         fenced: Whether the value may stand in a Markdown fence of its own.
+        timeout_seconds: For one response.
     """
 
     schema: Mapping[str, Any]
     fenced: bool = True
+    timeout_seconds: Seconds = 1.0
 
     def __post_init__(self) -> None:
         jsonschema = import_package("jsonschema", "the reward json_schema")
+        regex = import_package("regex", "the reward json_schema")
+        patterns = jsonschema.FormatChecker(formats=())
+        patterns.checks("regex", raises=regex.error)(_is_pattern)
         try:
-            jsonschema.validators.validator_for(self.schema).check_schema(self.schema)
+            jsonschema.validators.validator_for(self.schema).check_schema(self.schema, format_checker=patterns)
         except jsonschema.SchemaError as error:
             raise ValueError(f"schema must be a JSON schema: {error.message}") from error
 
@@ -68,9 +78,15 @@ class JsonSchema:
     def _score(self, validator: Any, value: Any) -> float:
         from referencing.exceptions import Unresolvable  # jsonschema depends on it
 
+        _DEADLINE.set(time.monotonic() + self.timeout_seconds)
         try:
             return float(value is not _INVALID and validator.is_valid(value))
         except RecursionError:  # nested deeper than any honest answer
+            return 0.0
+        except TimeoutError:
+            logger.warning(
+                "json_schema: the schema took more than %g s on a response, which scores 0", self.timeout_seconds
+            )
             return 0.0
         except Unresolvable as error:
             raise UserError(f"schema: the reference {error.ref!r} is not within the schema") from error
@@ -140,4 +156,64 @@ def _validator(schema: str) -> Any:
     from referencing import Registry
 
     parsed = json.loads(schema)
-    return validators.validator_for(parsed)(parsed, registry=Registry())  # an own registry fetches nothing
+    usual = validators.validator_for(parsed)
+    own = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    }
+    keywords = {name: _timed(keyword) for name, keyword in {**usual.VALIDATORS, **own}.items()}
+    return validators.extend(usual, keywords)(parsed, registry=Registry())  # an own registry fetches nothing
+
+
+# ------------------------------------------------- keywords of a schema, as jsonschema calls them, with a time-out
+
+
+def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    """The same keyword, unless it is too late: choices of choices can take exponential time, too."""
+
+    @functools.wraps(keyword)
+    def check(validator: Any, value: Any, instance: Any, schema: Any) -> Any:
+        if time.monotonic() > _DEADLINE.get():
+            raise TimeoutError
+        return keyword(validator, value, instance, schema)
+
+    return check
+
+
+def _found(pattern: str, text: str) -> bool:
+    import regex
+
+    return regex.search(pattern, text, timeout=max(_DEADLINE.get() - time.monotonic(), 1e-3)) is not None
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:
+    if validator.is_type(instance, "string") and not _found(pattern, instance):
+        yield _error(f"no match of {pattern!r}")
+
+
+def _pattern_properties(validator: Any, schemas: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    for name, value in instance.items() if validator.is_type(instance, "object") else ():
+        for pattern, wanted in schemas.items():
+            if _found(pattern, name):
+                yield from validator.descend(value, wanted, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, wanted: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    for name, value in instance.items() if validator.is_type(instance, "object") else ():
+        known = name in schema.get("properties", {})
+        if not (known or any(_found(pattern, name) for pattern in schema.get("patternProperties", {}))):
+            yield from validator.descend(value, wanted, path=name)
+
+
+def _error(message: str) -> Any:
+    from jsonschema import ValidationError
+
+    return ValidationError(message)
+
+
+def _is_pattern(text: Any) -> bool:
+    """What a format checker of jsonschema asks; an error of the package regex is the answer no."""
+    import regex
+
+    return not isinstance(text, str) or bool(regex.compile(text))

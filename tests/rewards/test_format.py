@@ -70,9 +70,53 @@ def test_a_pattern_that_would_take_for_ever_is_stopped_and_said(caplog):
     assert "took more than 0.1 s on a response of 61 characters, which scores 0" in caplog.text
 
 
+SLOW = "^(a|aa)+$"  # exponential time on many a and a b
+
+
+@pytest.mark.parametrize(
+    ("schema", "slow", "good"),
+    [
+        ({"pattern": SLOW}, '"{}"', '"aaa"'),
+        ({"patternProperties": {SLOW: {}}}, '{{"{}": 1}}', '{"aaa": 1}'),
+        ({"patternProperties": {SLOW: {}}, "additionalProperties": False}, '{{"{}": 1}}', '{"aaa": 1}'),
+        ({"patternProperties": {SLOW: {}}, "unevaluatedProperties": False}, '{{"{}": 1}}', '{"aaa": 1}'),
+        ({"propertyNames": {"pattern": SLOW}}, '{{"{}": 1}}', '{"aaa": 1}'),
+    ],
+)
+def test_a_schema_that_would_take_for_ever_is_stopped_and_said(caplog, schema, slow, good):
+    start = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="hybrid_jax"):
+        reward = JsonSchema(schema, timeout_seconds=0.1)
+        assert score(reward, slow.format("a" * 60 + "b"), good) == [0.0, 1.0]
+    assert time.monotonic() - start < 2
+    assert "json_schema: the schema took more than 0.1 s on a response, which scores 0" in caplog.text
+
+
+def test_a_schema_of_choices_of_choices_is_stopped():
+    levels = {f"n{i}": {"anyOf": [{"$ref": f"#/$defs/n{i - 1}"}] * 2} for i in range(1, 40)}
+    schema = {"$defs": {"n0": {"type": "string"}, **levels}, "$ref": "#/$defs/n39"}
+    start = time.monotonic()
+    assert score(JsonSchema(schema, timeout_seconds=0.1), "1", '"a"') == [0.0, 1.0]
+    assert time.monotonic() - start < 2
+
+
+def test_patterns_of_names_decide_as_in_jsonschema():
+    reward = JsonSchema(
+        {
+            "properties": {"id": {"type": "integer"}},
+            "patternProperties": {"^x_": {"type": "string"}},
+            "additionalProperties": {"type": "null"},
+        }
+    )
+    responses = ['{"id": 1, "x_a": "b", "c": null}', '{"x_a": 1}', '{"c": 1}', '{"id": "a"}', "[1]"]
+    assert score(reward, *responses) == [1.0, 0.0, 0.0, 0.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("reward", "settings", "said"),
     [
+        (JsonSchema, {"schema": {"pattern": "(a"}}, r"schema must be a JSON schema: '\(a' is not a 'regex'"),
+        (JsonSchema, {"schema": {"patternProperties": {"(a": {}}}}, r"'\(a' is not a 'regex'"),
         (Regex, {"pattern": "(a"}, r"pattern must be a regular expression, got '\(a'"),
         (Regex, {"pattern": "a", "timeout_seconds": 0}, r"timeout_seconds must be in \(0, 86400\], got 0"),
         (Regex, {}, "pattern is missing"),

@@ -6,10 +6,13 @@ import json
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from hybrid_jax.core.config import load_yaml
+from hybrid_jax.core.files import read_text
+from hybrid_jax.core.json_text import MOST_BYTES
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.report_charts import Block, phase_blocks
@@ -146,6 +149,18 @@ class Run:
         return known[-1] if known else None
 
 
+def _read_environment(path: Path) -> dict[str, Any]:
+    """Shown as it is: less strict than a config must be read."""
+    text = read_text(path, MOST_BYTES)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected an object, got {type(content).__name__}")
+    return content
+
+
 def read_run(files: RunFiles) -> Run:
     """The run in a directory.
 
@@ -160,10 +175,7 @@ def read_run(files: RunFiles) -> Run:
     samples = [r for r in read_records(run_dir / SAMPLES_FILE) if {"index", "prompt", "response"} <= r.keys()]
     config_file, environment_file = run_dir / "config.yaml", run_dir / "environment.json"
     config = without_secrets(load_yaml(config_file)) if config_file.is_file() else {}
-    try:
-        environment = json.loads(environment_file.read_text()) if environment_file.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{environment_file}: not JSON: {error}") from error
+    environment = _read_environment(environment_file) if environment_file.exists() else {}
     shown = without_extremes(samples)
     extremes = [record for record in samples if "extreme" in record]
     return Run(run_dir.resolve().name, records, shown, extremes, config, environment)

@@ -16,6 +16,7 @@ from hybrid_jax.core.registry import UserError
 
 MOST_NESTED = 100  # objects and lists in one another: nobody's data or config comes near it
 MOST_BYTES = 32 * MEBIBYTE  # of a JSON file: the index of a model of 150,000 tensors has 15
+MOST_TOKENIZER = 128 * MEBIBYTE  # of a vocabulary: one of 260,000 tokens has 35
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -13,9 +13,11 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from annotated_types import Ge
 
+from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
+from hybrid_jax.data.tokenizer_files import CONFIG, VOCABULARY, check_tokenizer_files
 
 EOS_TOKEN = "<|endoftext|>"
 KIND_KEY = "hybrid_jax_kind"  # in tokenizer_config.json; transformers ignores it
@@ -271,28 +273,33 @@ class HuggingFace:
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder."""
     folder = Path(folder)
-    path = folder / "tokenizer_config.json"
-    try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
-        if KIND_KEY not in config:
-            return _load_huggingface(str(folder))
-        from tokenizers import Tokenizer as Backend
+    check_tokenizer_files(folder)
+    config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
+    if KIND_KEY not in config:
+        return _load_huggingface(str(folder))
+    from tokenizers import Tokenizer as Backend
 
-        backend = Backend.from_file(str(folder / "tokenizer.json"))
-        return FastTokenizer(backend, config[KIND_KEY], config.get("chat_template"))
-    except UserError:
-        raise
+    try:
+        backend = Backend.from_file(str(folder / VOCABULARY))
     except Exception as error:  # tokenizers raises nothing more specific
         raise UserError(f"the tokenizer in {str(folder)!r} cannot be read: {error}") from error
+    if backend.token_to_id(EOS_TOKEN) is None:
+        raise UserError(f"the tokenizer in {str(folder)!r} has no token {EOS_TOKEN!r}, with which texts end")
+    kind, template = config[KIND_KEY], config.get("chat_template")
+    if not isinstance(kind, str) or not isinstance(template, str | None):
+        raise UserError(f"{folder / CONFIG}: {KIND_KEY} and chat_template must be texts")
+    return FastTokenizer(backend, kind, template)
 
 
 def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
     from transformers import AutoTokenizer
 
+    if Path(path).is_dir():
+        check_tokenizer_files(Path(path))
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever its readers stumble over
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if _end_id(backend) is None:
         raise UserError(f"the tokenizer of {path!r} has no end token; set eos_token in tokenizer_config.json")

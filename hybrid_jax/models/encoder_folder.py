@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+from hybrid_jax.core.files import read_text
+from hybrid_jax.core.json_text import MOST_BYTES, parse_json
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
@@ -97,8 +99,11 @@ def _read_modules(folder: Path) -> tuple[Path, Pooling]:
     """(folder of the encoder, how its hidden states become sentences)"""
     try:
         modules = {module["type"].rpartition(".")[2]: module for module in _read_list(folder / _MODULES)}
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{folder / _MODULES}: every module must have a type") from error
+    for module in modules.values():
+        if not isinstance(path := module.get("path", ""), str) or Path(path).name != path:
+            raise UserError(f"{folder / _MODULES}: the path of a module must lie beside it, got {path!r}")
     if extra := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{folder / _MODULES}: module {min(extra)!r} is not supported")
     if missing := {"Transformer", "Pooling"} - modules.keys():
@@ -120,10 +125,7 @@ def _read_mode(path: Path) -> Mode:
 
 
 def _read_list(path: Path) -> list[Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from error
+    content = parse_json(read_text(path, MOST_BYTES), str(path))
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list, got {type(content).__name__}")
     return content

@@ -11,7 +11,6 @@ tells where the prompt ends.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.json_text import MOST_TOKENIZER, read_json
 from hybrid_jax.core.ranges import Count, Natural, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
@@ -222,8 +222,8 @@ def find_separator(folder: Path) -> int | None:
     if not (names.is_file() and ids.is_file()):
         return None
     try:
-        separator = json.loads(names.read_text(encoding="utf-8")).get("sep_token")
-        added = json.loads(ids.read_text(encoding="utf-8")).get("added_tokens", ())
+        separator = read_json(names).get("sep_token")
+        added = read_json(ids, MOST_TOKENIZER).get("added_tokens", ())
         content = separator.get("content") if isinstance(separator, dict) else separator
         return next((int(token["id"]) for token in added if token["content"] == content), None)
     except (ValueError, KeyError, AttributeError, TypeError) as error:

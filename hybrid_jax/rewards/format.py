@@ -18,7 +18,7 @@ from hybrid_jax.rewards.base import REWARDS
 
 _FENCE = re.compile(r"\A```(?:json|JSON)?[ \t]*\n(.*)\n```\Z", re.DOTALL)
 _INVALID = object()
-_DEADLINE: ContextVar[float] = ContextVar("_DEADLINE")  # when a schema must have decided, on the monotonic clock
+_DEADLINE: ContextVar[float] = ContextVar("_DEADLINE")  # of a schema, on the monotonic clock
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,8 @@ class JsonSchema:
             return 0.0
         except TimeoutError:
             logger.warning(
-                "json_schema: the schema took more than %g s on a response, which scores 0", self.timeout_seconds
+                "json_schema: the schema took more than %g s on a response, which scores 0",
+                self.timeout_seconds,
             )
             return 0.0
         except Unresolvable as error:
@@ -166,7 +167,7 @@ def _validator(schema: str) -> Any:
     return validators.extend(usual, keywords)(parsed, registry=Registry())  # an own registry fetches nothing
 
 
-# ------------------------------------------------- keywords of a schema, as jsonschema calls them, with a time-out
+# --------------------------------- keywords of a schema, as jsonschema calls them, with a time-out
 
 
 def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:

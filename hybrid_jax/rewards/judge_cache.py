@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.registry import UserError
 
 SPENT = "spent.json"
+MOST_BYTES = 4096  # of one of its files
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class JudgeCache:
     def find(self, key: str) -> float | None:
         """The answer under ``key``; None where there is none, or a damaged one: then it is asked again."""
         try:
-            value = json.loads(self._path(key).read_text())["value"]
-        except (OSError, ValueError, KeyError, TypeError):
+            value = read_json(self._path(key), MOST_BYTES)["value"]
+        except (UserError, KeyError):
             return None
         valid = isinstance(value, int | float) and not isinstance(value, bool) and 0.0 <= value <= 1.0
         return float(value) if valid else None
@@ -66,14 +68,14 @@ class JudgeCache:
             UserError: The file is damaged: what it said is not known, so nothing more is paid.
         """
         path = self.folder / SPENT
+        if not path.exists():
+            return Spent()
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path, MOST_BYTES)
             return Spent(
                 int(content["prompt_tokens"]), int(content["answer_tokens"]), float(content["dollars"])
             )
-        except FileNotFoundError:
-            return Spent()
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (UserError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} must say what was spent, got a damaged file; mend or delete it") from error
 
     def pay(self, more: Spent) -> None:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_jax.data.tokenizer_files import VOCABULARY, check_tokenizer_files
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.encoder_folder import load_encoder
@@ -160,9 +161,10 @@ def _own_tokenizer(folder: Path) -> Any:
     """Its tokenizer.json, or the files of older folders by way of `transformers`."""
     from tokenizers import Tokenizer as Backend
 
+    check_tokenizer_files(folder)
     try:
-        if (folder / "tokenizer.json").is_file():
-            return Backend.from_file(str(folder / "tokenizer.json"))
+        if (folder / VOCABULARY).is_file():
+            return Backend.from_file(str(folder / VOCABULARY))
         from transformers import AutoTokenizer
 
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.config import parse
+from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.tokenizer import Tokenizer
@@ -95,7 +96,7 @@ def read_eos_ids(folder: str | Path) -> tuple[int, ...]:
 def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids: Sequence[int]) -> None:
     """Adds to generation_config.json the end tokens and how to sample, or nothing about the latter."""
     path = Path(folder) / FILE
-    settings = {**(_read(path) if path.is_file() else {}), "eos_token_id": _one_or_all(eos_ids)}
+    settings = {**(read_json(path) if path.exists() else {}), "eos_token_id": _one_or_all(eos_ids)}
     settings.pop("_from_model_config", None)
     if sampler is not None:
         settings |= {"max_new_tokens": sampler.max_new_tokens, "do_sample": sampler.temperature > 0}
@@ -108,23 +109,13 @@ def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids
 
 def _settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder / FILE
-    if path.is_file():
-        settings = _read(path)
-        if settings.get("eos_token_id") is None and (folder / "config.json").is_file():
-            settings["eos_token_id"] = _read(folder / "config.json").get("eos_token_id")
+    if path.exists():
+        settings = read_json(path)
+        if settings.get("eos_token_id") is None and (folder / "config.json").exists():
+            settings["eos_token_id"] = read_json(folder / "config.json").get("eos_token_id")
         return path, settings
     path = folder / "config.json"
-    return path, _read(path) if path.is_file() else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: expected an object, got {type(settings).__name__}")
-    return settings
+    return path, read_json(path) if path.exists() else {}
 
 
 def _ids(value: Any) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
@@ -344,7 +345,7 @@ def _seal(folder: Path) -> None:
 def _check_seal(folder: Folder) -> None:
     if not isinstance(folder, Path) or not (folder / SEAL).is_file():
         return
-    sealed = json.loads((folder / SEAL).read_text())
+    sealed = read_json(folder / SEAL)
     here = sorted(sealed)[hosts.index() :: hosts.size()]  # the processes share the reading
     for name in here:
         if not (folder / name).is_file():

@@ -193,7 +193,11 @@ class _Lock:
             return None, None
         try:
             return Holder(**json.loads(found[0])), found[1]
-        except (ValueError, TypeError):  # after a power cut perhaps: as one of a host that we know nothing of
+        except (
+            ValueError,
+            TypeError,
+            RecursionError,
+        ):  # after a power cut perhaps: as one of a host that we know nothing of
             return Holder("an unknown host", "", 0, "", "an unknown time", ""), found[1]
 
     def _write(self, version: Any) -> Any:

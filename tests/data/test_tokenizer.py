@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -149,7 +150,51 @@ def test_a_folder_that_was_damaged_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"the tokenizer in .* cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: not JSON"):
+        load_tokenizer(tmp_path)
+
+
+DEEP = "[" * 50_000 + "]" * 50_000
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("tokenizer_config.json", DEEP, "tokenizer_config.json: more than 100 objects and lists"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected an object, got list"),
+        ("special_tokens_map.json", DEEP, "special_tokens_map.json: more than 100 objects and lists"),
+        ("added_tokens.json", '{"a": 1, "a": 2}', "added_tokens.json: key 'a' is there twice; keep one"),
+        ("tokenizer.json", f'{{"model": {DEEP}}}', "cannot be read: "),
+        ("tokenizer.json", "{}", "cannot be read: Model missing. at line 1 column 2"),
+    ],
+)
+def test_a_file_that_is_no_tokenizers_is_one_clear_line(tmp_path, file, content, said):
+    Bytes().build().save(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "spiece.model", "merges.txt", "vocab.json"])
+def test_a_vocabulary_must_be_a_regular_file_of_a_bounded_size(tmp_path, file):
+    Bytes().build().save(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    with (tmp_path / file).open("wb") as huge:
+        huge.truncate(2**31)  # without taking room on the disk
+    with pytest.raises(UserError, match=f"{file}' must have at most 128 MiB, got 2048"):
+        load_tokenizer(tmp_path)
+    (tmp_path / file).unlink()
+    (tmp_path / file).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=f"{file}' is a device; expected a regular file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_of_ours_without_its_end_is_one_clear_line(tmp_path):
+    Bytes().build().save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"has no token '<\|endoftext\|>', with which texts end"):
         load_tokenizer(tmp_path)
 
 

@@ -233,6 +233,18 @@ def test_a_folder_of_sentence_transformers_keeps_its_pooling(small, tmp_path, po
     again, _ = load_encoder(tmp_path)
     assert again.max_length == model.max_length == (pooling.max_length or 20)
     assert again.pooling == replace(pooling, max_length=model.max_length)
+    written = (tmp_path / "modules.json").read_text()
+    for content, said in {
+        "[" * 50_000: "not JSON|more than 100",
+        '[{"type": 3}]': "every module must have a type",
+        '["a"]': "every module must have a type",
+        '[{"type": "a.Pooling", "path": "../x"}]': "path of a module must lie beside it, got '../x'",
+        '[{"type": "a.Pooling", "path": 3}]': "path of a module must lie beside it, got 3",
+    }.items():
+        (tmp_path / "modules.json").write_text(content)
+        with pytest.raises(UserError, match=rf"modules\.json: (the )?({said})"):
+            load_encoder(tmp_path)
+    (tmp_path / "modules.json").write_text(written)
     path = tmp_path / "1_Pooling" / "config.json"
     path.write_text(json.dumps({"pooling_mode": "cls", "embedding_dimension": 16}))
     assert load_encoder(tmp_path)[0].pooling == Pooling("cls", pooling.normalize, model.max_length)

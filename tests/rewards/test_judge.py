@@ -380,7 +380,7 @@ def test_many_writers_lose_nothing(tmp_path):
     assert cache.spent() == Spent(60, 120, 30.0)
     assert cache.find(key_of(1)) == 0.5
     assert not list(tmp_path.rglob("*.part"))
-    for damaged in ("", "{}", '{"value": 2}', '{"value": NaN}', "[1]"):
+    for damaged in ("", "{}", '{"value": 2}', '{"value": NaN}', "[1]", "[" * 50_000, " " * 5000 + "{}"):
         (tmp_path / key_of(1)[:2] / f"{key_of(1)}.json").write_text(damaged)
         assert cache.find(key_of(1)) is None
 

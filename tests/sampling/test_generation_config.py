@@ -70,7 +70,7 @@ def test_a_wrong_setting_is_one_line_with_its_file(settings, problem, tmp_path):
         read(tmp_path, **settings)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "\udcff"])
+@pytest.mark.parametrize("content", ["{", "[1]", "\udcff", "[" * 50_000])
 def test_a_damaged_file_is_one_line_with_its_name(content, tmp_path):
     (tmp_path / "generation_config.json").write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"generation_config\.json"):

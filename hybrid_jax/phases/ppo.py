@@ -107,6 +107,11 @@ class PPOPhase:
             references={name: self._frozen(params["model"]) for name in start},
         )
 
+    def stage(self, state: RunState) -> str:
+        """``value alone`` while the value warms up."""
+        steps = state.schedule.steps.get(self.name, 0)
+        return "value alone" if steps < self.config.value_warmup_steps else ""
+
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         clock = _Clock()
         state = self._enter(state)
@@ -120,7 +125,7 @@ class PPOPhase:
 
         opponents = self._opponents(state, (tokens, mask), sample_key)
         received, reward_state, host_metrics = self._reward(state, prompts, samples, scored, opponents, clock)
-        groups = ("value",) if steps < self.config.value_warmup_steps else ("model", "value")
+        groups = ("value",) if self.stage(state) else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
         train = state.train if self._ahead is None else self._ahead.without(state.train)
         scores = received.pop("scores")

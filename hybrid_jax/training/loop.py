@@ -22,7 +22,7 @@ from hybrid_jax.training.compilation import free_programs
 from hybrid_jax.training.interrupts import Interrupted, Interrupts, leaving_in_order
 from hybrid_jax.training.nonfinite import NonFiniteError
 from hybrid_jax.training.offload import Idle, settled, with_idle, without_idle
-from hybrid_jax.training.phase import Phase
+from hybrid_jax.training.phase import Phase, StagedPhase
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Scheduler
 from hybrid_jax.training.state import RunState
@@ -163,10 +163,11 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
     """One step of ``phase`` with its randomness, counted and recorded."""
     free_programs()  # prompts of ever new lengths compile without end
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
+    stage = phase.stage(state) if isinstance(phase, StagedPhase) else ""
     started = (
         contextlib.nullcontext()
         if recorder is None
-        else recorder.step(state.step, phase.name, getattr(phase, "shapes_setting", None))
+        else recorder.step(state.step, phase.name, getattr(phase, "shapes_setting", None), stage)
     )
     with started, out_of_memory.explained(phase.name):
         state, idle = without_idle(settled(state, phase, run.offload), phase)

@@ -96,6 +96,15 @@ class ObservingPhase(Phase, Protocol):
         ...
 
 
+@runtime_checkable
+class StagedPhase(Phase, Protocol):
+    """A phase that plans to go on with other programs, which its steps compile then."""
+
+    def stage(self, state: RunState) -> str:
+        """What to call the programs of the next step; empty where the name of the phase says enough."""
+        ...
+
+
 @dataclass(frozen=True)
 class Resources:
     """What an experiment hands to a phase config when it builds the phase."""

@@ -58,14 +58,21 @@ class Recorder:
         self._stamp = time.monotonic()
 
     @contextlib.contextmanager
-    def step(self, step: int, phase: str, shapes_setting: str | None = None) -> Iterator[None]:
+    def step(
+        self, step: int, phase: str, shapes_setting: str | None = None, stage: str = ""
+    ) -> Iterator[None]:
         """Around what starts a step: marks it for a profiler and notices what is compiled in it.
 
-        A warning about new shapes names the ``shapes_setting`` that decides them.
+        Args:
+            step: its number.
+            phase: whose it is.
+            shapes_setting: decides the shapes; a warning about new ones names it.
+            stage: of the phase; each has programs of its own.
         """
-        is_first = phase not in self._started
+        name = f"{phase} ({stage})" if stage else phase
+        is_first = name not in self._started
         self._compilations.new()
-        with self._profiler.step(step, phase), self._first_time(phase, "step"):
+        with self._profiler.step(step, phase), self._first_time(name, "step"):
             yield
         compiled = self._compilations.new()
         if compiled and not is_first:

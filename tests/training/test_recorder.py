@@ -232,6 +232,21 @@ def test_a_program_that_is_compiled_after_a_phases_first_step_is_reported(caplog
     assert said[3][0].endswith("; see phases.ppo.prompt_buckets")
 
 
+def test_a_second_program_that_a_phase_has_planned_is_announced_and_no_surprise(caplog):
+    recorder, _ = recorder_of()
+    add = jax.jit(lambda x, times: x + times, static_argnames="times")
+    with caplog.at_level(logging.INFO):
+        for step, stage in enumerate(["value alone", "value alone", "", ""]):
+            with recorder.step(step, "ppo", stage=stage):
+                add(np.ones(19, np.float32), len(stage))
+    assert [message.partition(" in ")[0] for message in caplog.messages] == [
+        "compiling ppo (value alone) … (first step)",
+        "compiled ppo (value alone)",
+        "compiling ppo … (first step)",
+        "compiled ppo",
+    ]
+
+
 def test_what_compiles_for_the_first_time_says_so_before_and_after(caplog):
     recorder, _ = recorder_of()
 

@@ -58,9 +58,7 @@ class Recorder:
         self._stamp = time.monotonic()
 
     @contextlib.contextmanager
-    def step(
-        self, step: int, phase: str, shapes_setting: str | None = None, stage: str = ""
-    ) -> Iterator[None]:
+    def step(self, step: int, phase: str, shapes_setting: str | None = None, stage: str = "") -> Iterator[None]:
         """Around what starts a step: marks it for a profiler and notices what is compiled in it.
 
         Args:

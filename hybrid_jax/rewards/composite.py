@@ -236,7 +236,7 @@ class CompositeReward:
             raw → transform → clip → weight → combine
 
         There is no normaliser, no clip in the units of one and no baseline, and the combiner is as it was when
-        the run began, or was fitted: the same responses get the same in every step.
+        the run began, or was fitted: the same raw values get the same in every step.
         """
         plain, remembered = self._plain
         values = {
@@ -252,7 +252,8 @@ class CompositeReward:
             n: p if p.normalise is None else replace(p, normalise=None, clip=None)
             for n, p in self.parts.items()
         }
-        plain = replace(self, parts=parts, baseline=None)
+        combine = getattr(self.combine, "at_rest", self.combine)  # of a bandit: no arm
+        plain = replace(self, parts=parts, combine=combine, baseline=None)
         return plain, plain._fit({}) if isinstance(self.combine, FittedCombiner) else plain.init().get(
             COMBINER, {}
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -217,6 +218,11 @@ class Bandit:
     seed: Seed = 0
 
     keeps_places: ClassVar[bool] = True
+
+    @property
+    def at_rest(self) -> Bandit:
+        """The same without an arm: which one a round happens to try says nothing of a response."""
+        return replace(self, focus=0.0)
 
     def check(self, names: Sequence[str]) -> None:
         if len(names) < 2:

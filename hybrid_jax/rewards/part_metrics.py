@@ -54,7 +54,8 @@ def correlations(values: Mapping[str, np.ndarray], lengths: np.ndarray | None) -
 def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     if x.size < 2:
         return None
+    x, y = x.astype(np.float64), y.astype(np.float64)  # rounded squares make more than 1
     scale = max(1.0, np.abs(x).max()) * max(1.0, np.abs(y).max())
     x, y = x - x.mean(), y - y.mean()
     norm = np.sqrt((x * x).sum() * (y * y).sum())
-    return float((x * y).sum() / norm) if norm > 1e-9 * scale else None
+    return float(np.clip((x * y).sum() / norm, -1.0, 1.0)) if norm > 1e-9 * scale else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -43,11 +42,6 @@ def _orthogonal(x: Float[Array, "... I O"], num_iterations: int) -> Float[Array,
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x.mT if tall else x
-
-
-def _scale(shape: Sequence[int]) -> float:
-    """What gives an orthogonal matrix a root mean square of 0.2."""
-    return 0.2 * math.sqrt(max(shape[-2:]))
 
 
 def muon_or_adam(params: Any) -> Any:

@@ -31,6 +31,12 @@ def normalised(**settings):
     return CompositeReward({"number": Part(number_in_response, normalise=True, **settings)})
 
 
+def normalised_beside_nothing():
+    return CompositeReward(
+        {"number": Part(number_in_response, normalise=True), "same": Part(number_in_response, weight=0.0)}
+    )
+
+
 def test_the_sum_is_weighted_and_the_parts_are_raw():
     composite = CompositeReward(
         {"number": Part(number_in_response, weight=0.5), "length": Part(Length(target=2), weight=-1.0)}
@@ -159,6 +165,18 @@ def test_parts_are_correlated_with_each_other_with_the_score_and_with_the_length
     assert pairs["number~minus"] == pytest.approx(-1.0)
     # deviations -2 -1 3 and 2/3 2/3 -4/3: -6 / sqrt(14 * 8/3)
     assert pairs["number~response_length"] == pytest.approx(-6 / (14 * 8 / 3) ** 0.5)
+
+
+def test_no_correlation_is_above_1():
+    """The logged score is rounded to float32; its square must not be."""
+    values = np.random.default_rng(0).uniform(size=(50, 8)).astype(np.float32)
+    normalised = normalised_beside_nothing()
+    found = [
+        normalised.weigh(normalised.init(), {"number": row, "same": np.ones(8)}, [""] * 8)[0].metrics
+        for row in values
+    ]
+    assert max(metrics["number~score"] for metrics in found) <= 1.0
+    assert min(metrics["number~score"] for metrics in found) > 1.0 - 1e-9
 
 
 def test_a_failing_part_is_named():

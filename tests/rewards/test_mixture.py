@@ -216,6 +216,16 @@ def test_a_bandit_weighs_the_arm_and_the_mixture():
     assert weighing.metrics["bandit_entropy"] == pytest.approx(-(chances * np.log(chances)).sum())
 
 
+def test_the_score_that_is_logged_knows_no_arm_of_a_bandit():
+    """An arm of the first round would weigh one part more for all time: which one, the seed would say."""
+    for seed in range(4):
+        parts = {name: Part(lambda prompts, responses: [0.0] * len(responses)) for name in ("a", "b")}
+        reward = CompositeReward(parts, combine=Bandit("taste", seed=seed))
+        raw = {"a": np.array([1.0, 0.0]), "b": np.array([0.0, 1.0])}
+        assert reward.plain_scores(raw, ["", ""]).tolist() == [0.5, 0.5]
+        assert reward.weigh(reward.init(), raw, ["", ""])[0].totals.tolist() != [0.5, 0.5]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

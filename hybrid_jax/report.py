@@ -107,7 +107,7 @@ def _verdict(run: Run) -> str:
     if run.first_ppo_step is not None and not run.has_signal:
         sentences.append(
             "The reward gave no signal: in each rollout all responses scored the same, "
-            "and PPO had nothing to learn."
+            "and PPO had nothing to learn from it."
         )
     kind, method = "", ""
     if change := _score_change(run):

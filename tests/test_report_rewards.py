@@ -382,7 +382,8 @@ def test_a_run_without_signal_says_so_and_is_not_said_to_be_gamed(tmp_path):
     page = Page(tmp_path, metrics)
     assert (
         "The reward gave no signal: in each rollout all responses scored the same, and PPO had nothing to "
-        "learn. Training with reward left the held-out score at <b>0.000</b>: no prompt scored differently."
+        "learn from it. Training with reward left the held-out score at <b>0.000</b>: no prompt scored "
+        "differently."
     ) in page.html
     assert "reward hacking" not in page.html
     assert (

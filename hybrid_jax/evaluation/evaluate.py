@@ -27,6 +27,7 @@ from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names, columns_of
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.segments import TokenTexts, response_pieces
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
@@ -84,6 +85,8 @@ class Evaluator:
         self.sampler, self._reward = config.sampler or sampler, config.reward or reward
         judges = {name: Part(judge) for name, judge in config.judges.items()}
         self._judges = CompositeReward(judges) if judges else None
+        placed = {n: part for n, part in self._reward.parts.items() if part.is_placed} if self._reward else {}
+        self._wholes = CompositeReward(placed) if placed else None
         self._key = jax.random.key(seed)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
@@ -144,10 +147,13 @@ class Evaluator:
                 answers.setdefault(name, []).extend(values)
             examples += prompts.examples[:count]
         here = [examples[row] for row in answers["row"]]
+        pieces = answers.pop("pieces", None)
         if self._reward is not None and not self._reward.on_device:
-            answers |= _raw("raw", self._reward, here, answers["response"], self._columns)
-        if self._judges is not None:
-            answers |= _raw("judge", self._judges, here, answers["response"], self._columns)
+            length = self.sampler.max_new_tokens if self.sampler else None
+            answers |= _raw("raw", self._reward, here, answers["response"], self._columns, pieces, length)
+        for kind, reward in (("whole", self._wholes), ("judge", self._judges)):
+            if reward is not None:
+                answers |= _raw(kind, reward, here, answers["response"], self._columns)
         answers = _in_order(hosts.exchange(answers))
         responses = answers["response"]
         numbers = {
@@ -197,6 +203,8 @@ class Evaluator:
             "complete": complete.tolist(),
             "length": mask.sum(axis=1).tolist(),
         }
+        if self._wholes is not None:
+            answers["pieces"] = response_pieces(self._tokenizer, tokens, mask, self._eos_ids)
         if self._reward is not None and self._reward.on_device:
             joined = join(asked, asked_mask, drawn)
             scores = self._reward.score_tokens(*joined, drawn.response_mask)
@@ -206,12 +214,15 @@ class Evaluator:
     def _scores(
         self, answers: dict[str, list[Any]], prompts: Sequence[str]
     ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
+        """The score, of segments where a part has a level, as in training; the parts, of whole responses."""
         if self._reward is None:
             return None, {}
         if self._reward.on_device:
             return np.asarray(answers["score"], np.float32), {}
         raw = {name: np.asarray(answers[f"raw/{name}"], np.float32) for name in self._reward.parts}
-        return self._reward.plain_scores(raw, prompts), raw
+        wholes = self._wholes.parts if self._wholes else {}
+        parts = {n: np.asarray(answers[f"whole/{n}"], np.float32) if n in wholes else raw[n] for n in raw}
+        return self._reward.plain_scores(raw, prompts), parts
 
     def _sample_row(self, index: int, examples, responses, scores, parts) -> dict[str, Any]:
         return {
@@ -260,10 +271,12 @@ def _raw(
     examples: Sequence[Example],
     responses: Sequence[str],
     columns: Sequence[str],
-) -> dict[str, list[float]]:
+    pieces: TokenTexts | None = None,
+    length: int | None = None,
+) -> dict[str, list[Any]]:
     """``<kind>/<part>``: raw values of the parts, none where this process holds no answers."""
     prompts = [example.prompt for example in examples]
-    raw = reward.raw(prompts, responses, columns_of(examples, columns)) if examples else {}
+    raw = reward.raw(prompts, responses, columns_of(examples, columns), pieces, length) if examples else {}
     return {f"{kind}/{name}": values.tolist() for name, values in raw.items()}
 
 

@@ -45,7 +45,7 @@ from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.sft import example_shapes, sft_stream
 from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.rewards.part_metrics import LENGTH
-from hybrid_jax.rewards.segments import TokenTexts, token_texts
+from hybrid_jax.rewards.segments import response_pieces
 from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
@@ -309,8 +309,9 @@ class PPOPhase:
         columns = columns_of(here, self._columns)
         if others:
             columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
-        pieces = self._pieces(tokens, mask) if reward.is_placed else None
-        responses = decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
+        eos_ids = self.functions.eos_ids
+        pieces = response_pieces(self._tokenizer, tokens, mask, eos_ids) if reward.is_placed else None
+        responses = decode_responses(self._tokenizer, tokens, mask, eos_ids)
         raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
         # A few numbers a row, from every process: statistics are over the whole rollout.
         raw |= {LENGTH: mask.sum(axis=1).astype(np.float32)}
@@ -333,13 +334,6 @@ class PPOPhase:
     def _texts(self, samples: Samples) -> list[str]:
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
         return decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
-
-    def _pieces(self, tokens: np.ndarray, mask: np.ndarray) -> TokenTexts:
-        """What each token adds to its response; the end-of-sequence token adds nothing."""
-        eos_ids = self.functions.eos_ids
-        return token_texts(
-            lambda ids: self._tokenizer.decode([i for i in ids if i not in eos_ids]), tokens, mask
-        )
 
     def _example_batch(self, cursor: int) -> TokenBatch | None:
         if self._examples is None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.rewards.base import Reward, StartedReward, start_reward
 
 Level = Literal["sequence", "sentence", "token", "potential"]
@@ -32,6 +33,16 @@ def token_texts(
     A token that ends inside a character adds nothing, the one that completes it adds the character.
     """
     return [_added(decode, [int(token) for token in row[kept]]) for row, kept in zip(tokens, mask, strict=True)]
+
+
+def response_pieces(
+    tokenizer: Tokenizer,
+    tokens: Int[np.ndarray, "B R"],
+    mask: Bool[np.ndarray, "B R"],
+    eos_ids: Sequence[int],
+) -> TokenTexts:
+    """`token_texts` of sampled responses; an end-of-sequence token adds nothing."""
+    return token_texts(lambda ids: tokenizer.decode([i for i in ids if i not in eos_ids]), tokens, mask)
 
 
 def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:

@@ -168,7 +168,7 @@ def test_a_reward_may_be_a_component_or_the_mapping_of_a_config_file(tiny, tmp_p
     ("arguments", "message"),
     [
         ({"stepz": 3}, "unknown setting 'stepz'; did you mean 'steps'"),
-        ({"reward": {"parts": {}}}, "reward.parts must hold at least one reward"),
+        ({"reward": {"parts": {}}}, r"reward.parts must not be empty, got \{\}"),
         ({"reward": 3}, r"reward must be a function, a component or \{parts: \.\.\.\}, got 3"),
         ({"model": "no_such_folder"}, "model must be a component, a mapping or a Hugging Face folder"),
         ({"data": [{"prompt": "a"}]}, r"data\[0\]: no field 'completion'"),

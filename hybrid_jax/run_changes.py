@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -100,8 +101,17 @@ def _differences(there: Any, here: Any, name: str) -> Iterator[Change]:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in {**there, **here}:
             yield from _differences(there.get(key), here.get(key), f"{name}.{key}")
-    elif there != here:
+    elif there != here and not _is_same_file(there, here):
         yield Change(name, there, here)
+
+
+def _is_same_file(there: Any, here: Any) -> bool:
+    """Whether two texts are paths of one file or folder; "/" and "." may be separators."""
+    texts = isinstance(there, str) and isinstance(here, str)
+    try:
+        return texts and all(Path(text).name for text in (there, here)) and os.path.samefile(there, here)
+    except (OSError, ValueError):  # one of them is no path here
+        return False
 
 
 def why_fixed(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:

@@ -13,7 +13,7 @@ import yaml
 from hybrid_jax import HybridTrainer, train
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.run_changes import CHANGES_FILE
+from hybrid_jax.run_changes import CHANGES_FILE, differences
 from hybrid_jax.training import checkpoint
 from hybrid_jax.training.loggers import read_records
 
@@ -87,6 +87,21 @@ def test_other_rows_under_the_same_name_are_told_with_their_numbers_and_kept_as_
     assert "data.held_out" not in one
     assert (two.count("32 rows, "), two.count("33 rows, ")) == (1, 1)
     assert [change[:2] for change in changes(copy.folder)] == [("data.train", 3)] * 2
+
+
+def test_the_same_file_by_another_path_is_no_other_config(copy, tiny, caplog, monkeypatch):
+    monkeypatch.chdir(tiny)
+    assert copy("data.train=./data.jsonl").step == 3
+    assert warnings(caplog) == []
+    assert changes(copy.folder) == []
+    shutil.copy(tiny / "data.jsonl", copy.folder.parent / "data.jsonl")
+    with pytest.raises(UserError, match=r"data\.train is 'data\.jsonl' there and "):
+        copy(f"data.train={copy.folder.parent / 'data.jsonl'}")
+
+
+def test_texts_that_are_no_files_are_compared_as_they_are():
+    there, here = {"data": {"separator": "/", "train": "."}}, {"data": {"separator": "//", "train": "./"}}
+    assert [change.name for change in differences(there, here)] == ["data.separator", "data.train"]
 
 
 REWARD = """

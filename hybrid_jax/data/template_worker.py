@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import sys
 from typing import Any, BinaryIO
 
+SECONDS = 60  # for one conversation; the parent ends it much earlier, unless it was killed meanwhile
 MEMORY = 2**29  # bytes that rendering may take beyond what the process has at its start
 
 
@@ -20,11 +22,13 @@ def main() -> None:
     _limit_memory()
     _send(sys.stdout.buffer, {"ready": True})
     while (request := _receive(sys.stdin.buffer)) is not None:
+        signal.alarm(SECONDS)
         try:
             texts, spans = render_jinja_template(**request)
             reply: dict[str, Any] = {"text": texts[0], "spans": spans[0] if spans else None}
         except Exception as error:  # a template may raise anything
             reply = {"error": str(error) or type(error).__name__}
+        signal.alarm(0)
         _send(sys.stdout.buffer, reply)
 
 

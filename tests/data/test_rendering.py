@@ -1,5 +1,9 @@
 """Chat templates of strangers: each ends in one line, soon, and the next conversation renders all the same."""
 
+import json
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -65,3 +69,15 @@ def test_the_templates_of_this_package_render_here_and_all_the_same(monkeypatch)
 def test_messages_that_are_no_plain_values_are_refused():
     with pytest.raises(UserError, match="the messages must be plain values, such as JSON has"):
         render(HONEST, [{"role": "user", "content": object()}])
+
+
+def test_a_hostile_template_does_not_outlive_a_parent_that_was_killed():
+    start = "from hybrid_jax.data import template_worker as w; w.SECONDS = 1; w.main()"
+    request = {"conversations": [HI], "chat_template": "{{ 10 ** (10 ** 10) }}"}
+    data = json.dumps(request).encode()
+    worker = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        worker.communicate(len(data).to_bytes(8, "little") + data, timeout=40)
+        assert worker.returncode == -signal.SIGALRM
+    finally:
+        worker.kill()

@@ -39,7 +39,15 @@ from hybrid_jax.run_changes import Change, record_changes
 from hybrid_jax.run_contents import Contents, contents
 from hybrid_jax.run_evaluator import make_evaluator
 from hybrid_jax.run_identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
-from hybrid_jax.run_origin import changes_since, find_origin, pinned, saved_tokenizer, split, tell_origin
+from hybrid_jax.run_origin import (
+    Origin,
+    changes_since,
+    find_origin,
+    pinned,
+    saved_tokenizer,
+    split,
+    tell_origin,
+)
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.scorer_run import TrainedScorer
 from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
@@ -199,6 +207,16 @@ class Experiment:
         """The state before the first step, a function of config and seed alone."""
         return fresh_state(self.model, self.phases, self.placement, init_key(self.config.seed))
 
+    def begin(self) -> RunState:
+        """The state that the next training begins with; reads it and writes nothing."""
+        return self._origin(Checkpoints(self.files.checkpoints, self.checkpoint.keep)).state
+
+    def _origin(self, checkpoints: Checkpoints) -> Origin:
+        with out_of_memory.explained("the state of a fresh run"):
+            fresh = self.init()
+        reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
+        return find_origin(self.files, checkpoints, fresh, reference, self.config.start_from)
+
     def owned(self) -> contextlib.AbstractContextManager[None]:
         """Around a training: nobody else writes the run directory meanwhile."""
         return owned(self.files)
@@ -215,10 +233,7 @@ class Experiment:
             log.info("%s", banner(self.config, self.placement, shapes, self.num_rows, at))
         note = {"contents": self.made_of, "horizons": planned_steps(self.scheduler, self.steps)}
         checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload, note=note)
-        with out_of_memory.explained("the state of a fresh run"):
-            fresh = self.init()
-        reference = reference_shapes(self.model, self.placement, fresh.train.params["model"])
-        origin = find_origin(files, checkpoints, fresh, reference, self.config.start_from)
+        origin = self._origin(checkpoints)
         state = origin.state
         changes = tell_origin(origin, note, changes, self.config, files.name)
         say_what_stays(self.config.phases, horizons(self.config.scheduler, self.steps))

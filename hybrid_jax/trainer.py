@@ -131,14 +131,14 @@ class HybridTrainer:
 
     @property
     def policy(self) -> Policy:
-        """The newest policy: just trained, or out of the run directory, or untrained."""
+        """The newest policy: just trained, of the run directory, of ``start_from``, or untrained."""
         if self._policy is None:
             try:
                 self._policy = load_policy(self.experiment.files.where, trust=names_in(to_dict(self.config)))
             except UserError:
                 if has_checkpoint(self.experiment.files.where):
                     raise
-                return self.experiment.policy(self.experiment.init())
+                return self.experiment.policy(self.experiment.begin())
         return self._policy
 
 

@@ -1,5 +1,6 @@
 """Eight fake devices on the CPU, so that sharded = single is tested everywhere; set before JAX starts."""
 
+import logging
 import os
 import signal
 
@@ -29,6 +30,13 @@ def compiled_programs_end_with_their_module():
     """JAX keeps every compiled program, in memory maps of its own; a process may have 65,530 of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_commands_let_be_heard_ends_with_their_module():
+    """A command lets the package speak; a test that counts what is said must not depend on those before it."""
+    yield
+    logging.getLogger("hybrid_jax").setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -118,8 +118,7 @@ def _train(run: Run) -> RunState:
                         checkpoints.save(state)
                 if stop is not None:
                     checkpoints.wait()
-                    done = "saved; the same command goes on" if state.step else "nothing to save yet"
-                    log.info("stopped at step %d: %s", state.step, done)
+                    _say_stopped(state)
                     raise Interrupted(stop)
                 _export_if_due(run, state)
                 # What is saved is always the state before the evaluation: a rerun evaluates and observes again.
@@ -138,8 +137,9 @@ def _train(run: Run) -> RunState:
                     recorder.flush()
                 state = take_step(run, phase, begun, recorder)
         except Stopped:  # while a reward waited for the network: the state before the step is whole
-            if state.step > saved:
-                _save_before_leaving(state, checkpoints, recorder)
+            if state.step == saved or _save_before_leaving(state, checkpoints, recorder):
+                checkpoints.wait()
+                _say_stopped(state)
             raise Interrupted(interrupts.number or signal.SIGINT) from None
         except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
             aborted = True
@@ -185,19 +185,25 @@ def _export_if_due(run: Run, state: RunState) -> None:
         log.info("exported the policy to %s", run.export(state))
 
 
-def _save_before_leaving(state: RunState, checkpoints: Checkpoints, recorder: Recorder) -> None:
-    """Saves the state before a failed step, unless that step has consumed it already.
+def _say_stopped(state: RunState) -> None:
+    done = "saved; the same command goes on" if state.step else "nothing to save yet"
+    log.info("stopped at step %d: %s", state.step, done)
+
+
+def _save_before_leaving(state: RunState, checkpoints: Checkpoints, recorder: Recorder) -> bool:
+    """Saves the state before a failed step, unless that step has consumed it already; returns whether it did.
 
     Whatever goes wrong here is only reported: the error that the user must see is on its way.
     """
     arrays = (leaf for leaf in jax.tree.leaves(state.train) if isinstance(leaf, jax.Array))
     if any(array.is_deleted() for array in arrays):
-        return
+        return False
     try:
         recorder.flush()
         checkpoints.save(state)
         checkpoints.wait()
     except Exception as error:
         log.warning("the state after %d steps could not be saved: %s", state.step, error)
-    else:
-        log.info("saved the state after %d steps", state.step)
+        return False
+    log.info("saved the state after %d steps", state.step)
+    return True

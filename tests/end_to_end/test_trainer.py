@@ -83,6 +83,14 @@ def test_after_a_training_that_was_interrupted_the_policy_is_read_again(trained,
     assert trainer.policy is not before
 
 
+def test_a_branch_that_has_not_begun_answers_with_the_policy_that_it_starts_from(trained, tiny, tmp_path):
+    folder = trained[0].config.run_dir
+    branch = HybridTrainer(tiny / "config.yaml", vowels, run_dir=tmp_path / "run", start_from=str(folder))
+    assert branch.generate("say 1:", seed=2) == trained[0].generate("say 1:", seed=2)
+    assert branch.policy.step == 3
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_untrained_policy_answers_too(tiny, tmp_path):
     trainer = HybridTrainer(tiny / "config.yaml", run_dir=tmp_path / "run")
     assert len(trainer.generate(["say 1:"])) == 1

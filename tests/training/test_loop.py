@@ -421,13 +421,18 @@ def test_a_step_that_runs_out_of_memory_is_explained_and_leaves_the_state_before
     assert train(Walking(tmp_path)).step == 8
 
 
-def test_the_first_ctrl_c_ends_a_step_that_waits_for_a_server_and_saves_the_one_before(tmp_path, ctrl_c):
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_first_ctrl_c_ends_a_step_that_waits_for_a_server_and_saves_the_one_before(
+    tmp_path, ctrl_c, caplog, every
+):
     def ask(state):
         os.kill(os.getpid(), signal.SIGINT)
         waiting.result_of(Future())  # a server that never answers
 
+    caplog.set_level(logging.INFO, "hybrid_jax")
     with pytest.raises(Interrupted) as stopped:
-        train(Walking(tmp_path, ppo=Walk("ppo", before=ask)))
+        train(Walking(tmp_path, every=every, ppo=Walk("ppo", before=ask)))
     assert stopped.value.code == 130
+    assert caplog.messages[-1] == "stopped at step 3: saved; the same command goes on"
     assert Checkpoints(tmp_path / "checkpoints", 3).newest(Walking(tmp_path).init()).step == 3
     assert train(Walking(tmp_path)).step == 8  # nothing of the request is left

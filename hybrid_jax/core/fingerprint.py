@@ -101,20 +101,26 @@ def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None
     if isinstance(value, set | frozenset):
         return {"set": sorted(json.dumps(go_on(item)) for item in value)}
     if isinstance(value, bytes | bytearray):
-        return {"bytes": value.hex()}
+        return {"bytes": _of_bytes(value)}
     if isinstance(value, Path | enum.Enum):
         return str(value)
     if isinstance(value, re.Pattern):
         return {"pattern": [go_on(value.pattern), value.flags]}
     if isinstance(value, np.ndarray | np.generic):
         array = np.ascontiguousarray(value)
-        content = array.tolist() if array.dtype == object else array.tobytes()
-        return {"array": [str(array.dtype), list(array.shape), go_on(content)]}
+        held = array.dtype.hasobject
+        content = go_on(array.tolist()) if held else _of_bytes(array.reshape(-1).view(np.uint8).data)
+        return {"array": [str(array.dtype), list(array.shape), content]}
     if isinstance(value, functools.partial):
         return {"partial": [go_on(part) for part in (value.func, value.args, value.keywords)]}
     if isinstance(value, MethodType):
         return {"method": [go_on(value.__func__), go_on(value.__self__)]}
     return _plain_code(value, go_on, told)
+
+
+def _of_bytes(value: bytes | bytearray | memoryview) -> str:
+    """Where they lie: a table may be as large as the memory."""
+    return hashlib.blake2b(value, digest_size=16).hexdigest()
 
 
 def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:

@@ -12,7 +12,8 @@ from hybrid_jax.core.registry import UserError
 
 _ADVICE = (
     "what helps: model.execution.remat full, more microbatches, smaller batches or lengths, mesh.fsdp over "
-    "more devices, model.dtype bfloat16; python -m hybrid_jax.plan --config FILE --search finds what fits"
+    "more devices (a run that has begun takes these by --allow-change), or model.dtype bfloat16 in a new run; "
+    "python -m hybrid_jax.plan --config FILE --search finds what fits"
 )
 # "while trying to allocate 1234 bytes", "Attempting to reserve 1.23G", "Used 20.5G of 15.75G hbm"
 _SIZE = re.compile(r"allocat\w* ([\d.]+ ?\w*)|reserve ([\d.]+ ?\w*)|(Used [\d.]+\w* of [\d.]+\w*)")

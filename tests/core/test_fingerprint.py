@@ -5,12 +5,27 @@ import subprocess
 import sys
 import textwrap
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.fingerprint import WHOLE, digest, file_digest, rows_digest
+
+
+def test_a_large_table_that_a_reward_holds_is_read_where_it_lies():
+    table = np.zeros(2**24, np.uint8)
+    before = digest({"table": table})
+    tracemalloc.start()
+    table[-1] = 1
+    assert digest({"table": table}) != before
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert digest(table.reshape(2, -1)) != digest(table) != digest(table.view(np.int8))
+    assert digest(bytes(100)) != digest(bytes(99)) != digest(bytearray(b"1" * 99))
+    assert digest(np.array(1.0)) != digest(np.array(2.0))
+
 
 REWARD = """
 import math, os, re

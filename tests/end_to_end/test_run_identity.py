@@ -99,6 +99,15 @@ def test_the_same_file_by_another_path_is_no_other_config(copy, tiny, caplog, mo
         copy(f"data.train={copy.folder.parent / 'data.jsonl'}")
 
 
+def test_what_helps_against_too_little_memory_may_change_on_purpose(copy):
+    with pytest.raises(
+        UserError, match=r"model\.execution\.remat is 'none' there and 'full' here; .*--allow-change"
+    ):
+        copy("model.execution.remat=full")
+    assert copy("model.execution.remat=full", allow_change=True).step == 3
+    assert changes(copy.folder) == [("model.execution.remat", 3, "none", "full")]
+
+
 def test_texts_that_are_no_files_are_compared_as_they_are():
     there, here = {"data": {"separator": "/", "train": "."}}, {"data": {"separator": "//", "train": "./"}}
     assert [change.name for change in differences(there, here)] == ["data.separator", "data.train"]

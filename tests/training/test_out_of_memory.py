@@ -22,7 +22,14 @@ def test_what_ran_out_of_memory_and_what_helps_are_one_line(text, where):
         raise jax.errors.JaxRuntimeError(text)
     message = str(caught.value)
     assert "\n" not in message
-    for help in ("execution.remat full", "microbatches", "mesh.fsdp", "bfloat16", "hybrid_jax.plan"):
+    for help in (
+        "execution.remat full",
+        "microbatches",
+        "mesh.fsdp",
+        "--allow-change",
+        "bfloat16",
+        "hybrid_jax.plan",
+    ):
         assert help in message
     assert isinstance(caught.value.__cause__, jax.errors.JaxRuntimeError)
 

@@ -28,7 +28,8 @@ def check_devices(*, expect_accelerator: bool = True, environment: Mapping[str, 
         environment: of the process.
 
     Raises:
-        UserError: ``JAX_PLATFORMS`` names a platform that is unknown, not installed or without a device.
+        UserError: ``JAX_PLATFORMS`` names a platform that is unknown, not installed or without a device; or JAX
+            cannot use the devices that it finds.
     """
     asked = [name for name in environment.get(ASKED, "").split(",") if name]
     check_platforms(asked)
@@ -38,7 +39,8 @@ def check_devices(*, expect_accelerator: bool = True, environment: Mapping[str, 
         backend = jax.default_backend()
     except (AssertionError, RuntimeError) as error:  # of JAX, an AssertionError without any text
         reason = " ".join(str(error).split()) or "no device of that kind is visible"
-        raise UserError(f"{ASKED}={','.join(asked)}: {reason}") from error
+        what = f"{ASKED}={','.join(asked)}" if asked else "no device can be used"
+        raise UserError(f"{what}: {reason}") from error
     if expect_accelerator and backend == "cpu" and asked[:1] != ["cpu"] and (reason := missed_accelerator()):
         log.warning("running on the CPU: %s (JAX_PLATFORMS=cpu says that this is meant)", reason)
 

@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import pytest
 
 from hybrid_jax.core.registry import UserError
@@ -70,3 +71,16 @@ def test_a_run_that_is_meant_for_the_cpu_or_has_nothing_else_says_nothing(instal
         check_devices(environment={"JAX_PLATFORMS": "cpu"})
         check_devices(environment={}, expect_accelerator=False)
     assert caplog.messages == []
+
+
+def test_a_device_that_another_process_holds_is_one_line_also_where_no_platform_was_asked_for(monkeypatch):
+    def busy():
+        raise RuntimeError("Unable to initialize backend 'tpu':\nThe TPU is already in use by process 7")
+
+    monkeypatch.setattr(jax, "default_backend", busy)
+    with pytest.raises(
+        UserError, match=r"^no device can be used: Unable .* 'tpu': The TPU is already in use by process 7$"
+    ):
+        check_devices(environment={})
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cpu: Unable to "):
+        check_devices(environment={"JAX_PLATFORMS": "cpu"})

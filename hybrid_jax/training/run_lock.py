@@ -77,7 +77,8 @@ class Holder:
 
     def is_alive(self) -> bool:
         """Of a near one."""
-        return _started(self.pid) == self.started
+        started = _started(self.pid)
+        return started == self.started or (started == "" and _is_hidden(self.pid))
 
 
 @contextlib.contextmanager
@@ -326,6 +327,17 @@ def _system() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether there is a process of this number, of a user whose processes the system does not show."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):  # there is none
+        pass
+    return False
 
 
 def _started(pid: int) -> str:

@@ -165,6 +165,16 @@ def test_without_proc_the_start_of_a_process_is_the_same_in_every_time_zone_and_
     assert re.search(r"\d\d:\d\d:\d\d \d{4}$", told.pop())
 
 
+def test_a_process_of_another_user_that_the_system_hides_keeps_its_lock(tmp_path, monkeypatch):
+    def not_yours(pid, number):
+        raise PermissionError
+
+    write_lock(tmp_path / "run", pid=2**22 + 1, started="5")  # no number of a process: /proc says nothing
+    monkeypatch.setattr(os, "kill", not_yours)
+    with pytest.raises(UserError, match=f"is being trained by process {2**22 + 1} "), take(tmp_path / "run"):
+        pass
+
+
 @pytest.mark.usefixtures("quick")
 def test_where_no_start_of_a_process_can_be_told_a_lock_is_watched(tmp_path):
     write_lock(tmp_path / "run", pid=os.getppid(), started="")

@@ -62,7 +62,7 @@ def changed(there: Contents, here: Contents, step: int) -> list[Change]:
     """
     if not there:
         log.info(
-            "checkpoint %d is from before version 0.5 and holds no checksums: whether data, tokenizer and "
+            "checkpoint %d is from before version 0.4.1 and holds no checksums: whether data, tokenizer and "
             "rewards are the same is not checked",
             step,
         )

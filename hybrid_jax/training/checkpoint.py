@@ -210,7 +210,7 @@ def saved_steps(folder: Folder) -> list[int]:
 
 
 def saved_note(folder: Folder, step: int) -> dict[str, Any]:
-    """What `Checkpoints` was given to keep in the checkpoint of a step; empty before version 0.5."""
+    """What `Checkpoints` was given to keep in the checkpoint of a step; empty before version 0.4.1."""
     with _checkpointer(_absolute(folder)) as reader:
         return _read_progress(reader, step).get("note", {})
 

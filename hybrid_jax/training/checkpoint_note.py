@@ -48,7 +48,7 @@ def check_sums(arrays: Any, progress: dict[str, Any]) -> None:
 def check_structure(wanted: Any, progress: dict[str, Any]) -> None:
     """Settings that were changed on purpose may need another state than there is."""
     here = shapes(wanted)
-    there = progress.get("shapes") or dict.fromkeys(progress.get("sums", here))  # before 0.5 without shapes
+    there = progress.get("shapes") or dict.fromkeys(progress.get("sums", here))  # before 0.4.1 without shapes
     for path in {**there, **here}:
         if path not in there or path not in here or there[path] not in (None, here[path]):
             raise UserError(

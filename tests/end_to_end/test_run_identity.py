@@ -177,7 +177,7 @@ def test_a_checkpoint_of_version_0_4_goes_on_with_a_note(copy, monkeypatch, capl
     monkeypatch.setattr("hybrid_jax.run_origin.saved_note", lambda folder, step: {})
     assert copy().step == 3
     assert warnings(caplog) == []
-    assert "checkpoint 3 is from before version 0.5 and holds no checksums" in caplog.text
+    assert "checkpoint 3 is from before version 0.4.1 and holds no checksums" in caplog.text
 
 
 def test_a_longer_or_shorter_run_says_how_its_learning_rate_changes(copy, caplog):

@@ -233,6 +233,7 @@ class Experiment:
             log.info("%s", banner(self.config, self.placement, shapes, self.num_rows, at))
         note = {"contents": self.made_of, "horizons": planned_steps(self.scheduler, self.steps)}
         checkpoints = Checkpoints(files.checkpoints, self.checkpoint.keep, before=files.upload, note=note)
+        out_of_memory.check_state_fits((shapes.train, shapes.references, shapes.base))
         origin = self._origin(checkpoints)
         state = origin.state
         changes = tell_origin(origin, note, changes, self.config, files.name)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
-from hybrid_jax.core.files import MEBIBYTE, read_text
+from hybrid_jax.core.files import MEBIBYTE, decode, read_text
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.devices import check_devices
 
-MOST_PROMPTS = 256 * MEBIBYTE  # of a file of prompts
+MOST_PROMPTS = 64 * MEBIBYTE  # of a file of prompts, or of standard input
 
 EXAMPLES = """\
   python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"
@@ -90,7 +90,10 @@ def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
     if file is None:
         if sys.stdin.isatty():
             print("prompts, one a line; Ctrl-D ends:", file=sys.stderr)
-        prompts = _lines(sys.stdin)
+        content = sys.stdin.buffer.read(MOST_PROMPTS + 1)
+        if len(content) > MOST_PROMPTS:
+            raise UserError(f"standard input must have at most {MOST_PROMPTS // MEBIBYTE} MiB, got more")
+        prompts = _lines(decode(content, "standard input"))
     elif file.endswith(".jsonl") and chat:
         from hybrid_jax.data.conversations import Chat
 
@@ -100,14 +103,14 @@ def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
 
         prompts = [example.prompt for example in Jsonl(train=Path(file), response_field=None).load("train")]
     else:
-        prompts = _lines(read_text(file, MOST_PROMPTS, "prompts file").splitlines())
+        prompts = _lines(read_text(file, MOST_PROMPTS, "prompts file"))
     if not prompts:
         raise UserError(f"{file or 'standard input'} holds no prompts; give --prompt TEXT or --prompts FILE")
     return prompts
 
 
-def _lines(lines: Iterable[str]) -> list[str]:
-    return [line.rstrip("\r\n") for line in lines if line.strip()]
+def _lines(text: str) -> list[str]:
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 if __name__ == "__main__":

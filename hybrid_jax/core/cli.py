@@ -100,6 +100,9 @@ def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     except SystemExit as error:
         print(f"error: a component ended the program by sys.exit({error.code!r})", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print("error: the machine is out of memory:", _one_line(str(error)), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

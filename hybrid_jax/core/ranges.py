@@ -42,6 +42,11 @@ Fraction = Annotated[float, Interval(gt=0, lt=1)]  # that divides something into
 Seconds = Annotated[float, Interval(gt=0, le=86400)]
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
+# Of models: beyond what anybody has built, and small enough that a mistake ends before time or memory does.
+Layers = Annotated[int, Interval(ge=1, le=1024)]
+Width = Annotated[int, Interval(ge=1, le=2**20)]  # heads, channels and experts, too
+Vocabulary = Annotated[int, Interval(ge=1, le=2**24)]
+BatchSize = Annotated[int, Interval(ge=1, le=2**20)]  # rows at once
 Order = Annotated[int, Interval(ge=1, le=20)]  # the length of an n-gram
 Seed = Annotated[int, Interval(ge=0, le=MOST_SEED)]
 

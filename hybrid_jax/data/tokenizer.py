@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
 
-from annotated_types import Ge
+from annotated_types import Interval
 
 from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import settings
@@ -234,7 +234,7 @@ class Bpe:
         chat_template: as in `Bytes`; its special tokens are part of ``vocab_size``.
     """
 
-    vocab_size: Annotated[int, Ge(257)] = 512
+    vocab_size: Annotated[int, Interval(ge=257, le=2**20)] = 512
     chat_template: str | None = None
 
     def build(self, texts: Iterable[str]) -> Tokenizer:

@@ -15,7 +15,7 @@ from annotated_types import Ge
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, PromptBatch
-from hybrid_jax.core.ranges import Count, Natural, settings
+from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class EvaluationConfig:
     num_prompts: Natural = 64  # answered; 0 answers none
     num_examples: Natural = 256  # for the loss
     num_shown: Natural = 8  # samples written into samples.jsonl
-    batch_size: Count = 64
+    batch_size: BatchSize = 64
     length: Annotated[int, Ge(2)] | None = None  # tokens a row for the loss; None takes what SFT reads
     sampler: Sampler | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with

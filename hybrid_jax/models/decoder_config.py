@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
-from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, settings
+from hybrid_jax.core.ranges import (
+    Count,
+    Layers,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Vocabulary,
+    Width,
+    settings,
+)
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.attention import AttentionRule, alibi_slopes
 from hybrid_jax.models.base import BACKBONES
@@ -31,21 +41,21 @@ _PER_LAYER = ("window_layers", "rotary_layers")
 class DecoderConfig:
     """Every switch of the decoder. ``None`` means the usual choice, named behind it."""
 
-    num_layers: Count = 4
-    width: Count = 256
-    num_heads: Count = 8
-    num_kv_heads: Count | None = None  # num_heads
-    head_width: Count | None = None  # width // num_heads
-    mlp_width: Count | None = None  # 4 * width
+    num_layers: Layers = 4
+    width: Width = 256
+    num_heads: Width = 8
+    num_kv_heads: Width | None = None  # num_heads
+    head_width: Width | None = None  # width // num_heads
+    mlp_width: Width | None = None  # 4 * width
     max_length: Count = 1024
-    vocab_size: Count | None = None  # the tokenizer's
+    vocab_size: Vocabulary | None = None  # the tokenizer's
 
     position: Literal["learned", "rotary", "alibi"] = "learned"
     position_offset: Natural = 0  # rows of the learned table before the one of position 0
     rope_theta: RopeBase = 10_000.0
     rope_scaling: Annotated[Any, ROPE_SCALINGS] | None = None
     local_rope_theta: RopeBase | None = None  # base of the windowed layers, never scaled; rope_theta
-    rotary_width: Count | None = None  # channels of a head that turn; all
+    rotary_width: Width | None = None  # channels of a head that turn; all
     rotary_interleaved: bool = False  # channel pairs (2i, 2i + 1) instead of (i, i + C/2)
     rotary_layers: tuple[bool, ...] | None = None  # layers that know positions; all
     alibi_exponent: Positive = 8.0  # the smallest slope is 2^-8
@@ -77,7 +87,7 @@ class DecoderConfig:
     mlp_bias: bool = True
     head_bias: bool = False
 
-    embedding_width: Count | None = None  # of the token embedding, mapped to width and back; width
+    embedding_width: Width | None = None  # of the token embedding, mapped to width and back; width
     embedding_scale: Positive = 1.0
     residual_scale: Positive = 1.0  # of what a branch adds
     logit_scale: Positive = 1.0

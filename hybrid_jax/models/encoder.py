@@ -19,7 +19,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import segment_positions
-from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, settings
+from hybrid_jax.core.ranges import (
+    Count,
+    Layers,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Vocabulary,
+    Width,
+    settings,
+)
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.blocks import Linear
@@ -33,11 +43,11 @@ from hybrid_jax.models.pooling import Pooling, cls_pooling
 class EncoderConfig:
     """Every switch of the encoder. ``None`` means the usual choice, named behind it."""
 
-    vocab_size: Count
-    num_layers: Count = 4
-    width: Count = 256
-    num_heads: Count = 8
-    mlp_width: Count | None = None  # 4 * width
+    vocab_size: Vocabulary
+    num_layers: Layers = 4
+    width: Width = 256
+    num_heads: Width = 8
+    mlp_width: Width | None = None  # 4 * width
     max_length: Count = 512
     position_offset: Natural = 0  # rows of the position table before the one of position 0
     token_types: Natural = 2  # rows of the table of token types; 0 is none

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
-from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Rate, settings
+from hybrid_jax.core.ranges import (
+    Count,
+    Layers,
+    Natural,
+    NonNegative,
+    Positive,
+    Rate,
+    Vocabulary,
+    Width,
+    settings,
+)
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.decoder_config import Activation
@@ -21,13 +31,13 @@ if TYPE_CHECKING:
 class EncoderDecoderConfig:
     """Every switch of the encoder-decoder. ``None`` means the usual choice, named behind it."""
 
-    num_layers: Count = 4  # of the encoder
-    num_decoder_layers: Count | None = None  # num_layers
-    width: Count = 256
-    num_heads: Count = 8
-    head_width: Count | None = None  # width // num_heads
-    mlp_width: Count | None = None  # 4 * width
-    vocab_size: Count | None = None  # the tokenizer's
+    num_layers: Layers = 4  # of the encoder
+    num_decoder_layers: Layers | None = None  # num_layers
+    width: Width = 256
+    num_heads: Width = 8
+    head_width: Width | None = None  # width // num_heads
+    mlp_width: Width | None = None  # 4 * width
+    vocab_size: Vocabulary | None = None  # the tokenizer's
 
     num_buckets: Annotated[int, Ge(4)] = 32  # of relative positions, each with a learned bias a head
     max_distance: Count = 128  # all farther positions share a bucket

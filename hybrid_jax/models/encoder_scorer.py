@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.json_text import MOST_TOKENIZER, read_json
-from hybrid_jax.core.ranges import Count, Natural, Rate, settings
+from hybrid_jax.core.ranges import Count, Natural, Rate, Width, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
@@ -259,7 +259,7 @@ class EncoderScorerSettings:
     pair: Pair = "none"
     separator_id: Natural | None = None
     freeze: bool = False
-    hidden_width: Count | None = None
+    hidden_width: Width | None = None
     dropout: Rate = 0.0
     max_length: Count | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum
-from hybrid_jax.core.ranges import Count, NonNegative, settings
+from hybrid_jax.core.ranges import NonNegative, Width, settings
 
 
 @settings
@@ -35,12 +35,12 @@ class Experts:
         z_coef: weight of the router's z-loss in training.
     """
 
-    count: Count
-    per_token: Count
-    width: Count
+    count: Width
+    per_token: Width
+    width: Width
     normalize: bool = True
     layers: tuple[bool, ...] | None = None
-    shared_width: Count | None = None
+    shared_width: Width | None = None
     shared_gate: bool = False
     router_bias: bool = False
     bias: bool = False

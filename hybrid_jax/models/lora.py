@@ -25,7 +25,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float
 
-from hybrid_jax.core.ranges import Count, Positive, Rate, settings
+from hybrid_jax.core.ranges import Positive, Rate, Width, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.layers import linear
 
@@ -49,7 +49,7 @@ class Lora:
         path: a folder of `peft` to start from; it brings all other settings.
     """
 
-    rank: Count = 8
+    rank: Width = 8
     alpha: Positive = 16.0
     targets: str = ALL_MAPS
     dropout: Rate = 0.0

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from annotated_types import Interval, MinLen
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from hybrid_jax.core.ranges import Count, Order, Rate, settings
+from hybrid_jax.core.ranges import Order, Rate, Width, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.layers import linear
@@ -43,7 +43,7 @@ class NGrams:
     labels: tuple[str, ...]
     orders: Annotated[tuple[Order, ...], MinLen(1)] = (1, 2)
     bucket_bits: Annotated[int, Interval(ge=1, le=30)] = 18
-    width: Count = 16
+    width: Width = 16
     dropout: Rate = 0.0
 
     def __post_init__(self):

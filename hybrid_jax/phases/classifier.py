@@ -17,7 +17,7 @@ from jax import Array
 from hybrid_jax.algorithms.classification import label_cross_entropy, squared_error
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.ranges import Count, NonNegative, Rate, settings
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Rate, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
 from hybrid_jax.data.long_rows import LongRows, Policy
@@ -69,7 +69,7 @@ class Classification:
 
     trains_scorer: ClassVar[bool] = True
 
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     length: Annotated[int, Ge(4)] | None = None
     long_rows: Policy = "truncate_end"
     prompt: bool = True

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 from hybrid_jax.algorithms.kl_control import KL_CONTROLS, FixedKL, KLControl
-from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, Share, settings
+from hybrid_jax.core.ranges import BatchSize, Count, Natural, NonNegative, Positive, Share, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
@@ -44,7 +44,7 @@ class Opponent:
     """Who answers the same prompts, for rewards that compare: the texts are their column ``opponents``."""
 
     reference: str  # the name of a reference
-    num_samples: Count = 1  # of its answers to each prompt
+    num_samples: BatchSize = 1  # of its answers to each prompt
 
 
 @settings
@@ -52,7 +52,7 @@ class SFTMix:
     """Examples mixed into every PPO update: PPO-ptx (Ouyang et al. 2022), ``+ coef · cross-entropy``."""
 
     coef: Positive
-    batch_size: Count = 16  # rows a minibatch
+    batch_size: BatchSize = 16  # rows a minibatch
     length: Annotated[int, Ge(2)] = 256
     long_rows: Policy = "truncate_end"  # as in `SFT`
     packing: bool = True
@@ -68,8 +68,8 @@ class PPO:
     """Settings of PPO; the defaults are those that work for most language models."""
 
     reward: CompositeReward
-    prompts_per_step: Count = 64
-    samples_per_prompt: Count = 1
+    prompts_per_step: BatchSize = 64
+    samples_per_prompt: BatchSize = 1
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
     prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once

@@ -13,7 +13,7 @@ import numpy as np
 from annotated_types import Ge
 
 from hybrid_jax.core.batches import Example, Message
-from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.core.ranges import BatchSize, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
@@ -42,7 +42,7 @@ class ReferenceSamples:
 
     path: Path
     num_prompts: Annotated[int, Ge(2)] = 256
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     sampler: Annotated[Any, SAMPLERS] = Sampler()
 
     def draw(self, preferences: Sequence[Preference], seed: int) -> list[Answered]:

@@ -23,7 +23,7 @@ from hybrid_jax.algorithms.preference import (
     reward_margin,
 )
 from hybrid_jax.core.arrays import Sum
-from hybrid_jax.core.ranges import Count, NonNegative, Positive, settings
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Positive, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
@@ -81,7 +81,7 @@ class RewardModel:
 
     trains_scorer: ClassVar[bool] = True
 
-    batch_size: Count = 16
+    batch_size: BatchSize = 16
     length: Annotated[int, Ge(4)] = 256
     long_rows: Policy = "truncate_end"
     prompt: bool = True

@@ -15,7 +15,7 @@ from jax import Array
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
-from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.core.ranges import BatchSize, Count, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
@@ -42,7 +42,7 @@ from hybrid_jax.training.update import Objective, update_state
 class SFT:
     """Settings of supervised fine-tuning."""
 
-    batch_size: Count = 16  # rows a step
+    batch_size: BatchSize = 16  # rows a step
     length: Annotated[int, Ge(2)] = 256  # tokens a row
     long_rows: Policy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
     packing: bool = True  # several examples a row

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hybrid_jax.core.ranges import Count, Natural, settings
+from hybrid_jax.core.ranges import BatchSize, Natural, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
@@ -36,7 +36,7 @@ class Comet:
     """
 
     checkpoint: Path
-    batch_size: Count = 8
+    batch_size: BatchSize = 8
     gpus: Natural = 0
 
     def __call__(

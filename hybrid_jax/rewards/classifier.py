@@ -14,7 +14,7 @@ import numpy as np
 from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.core.ranges import Count, Natural, settings
+from hybrid_jax.core.ranges import BatchSize, Natural, settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import Cut, encode_scored
@@ -79,7 +79,7 @@ class ClassifierReward:
     output: Literal["log_odds", "log_prob", "probability"] = "log_odds"
     reads: Literal["response", "prompt", "source"] = "response"
     max_length: Annotated[int, Ge(8)] | None = None
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()

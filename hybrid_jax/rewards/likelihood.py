@@ -14,7 +14,7 @@ from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.algorithms.log_probs import state_log_probs
-from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.core.ranges import BatchSize, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
@@ -54,7 +54,7 @@ class Perplexity:
     path: str
     what: Literal["mean_log_prob", "perplexity"] = "mean_log_prob"
     max_length: Annotated[int, Ge(2)] = 1024
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return self.start(prompts, responses)()
@@ -90,7 +90,7 @@ class GptScore:
     template: str = "Write an answer that is {aspect}.\n\n{prompt}\n\nAnswer: {response}"
     aspect: str = "fluent, correct and complete"
     max_length: Annotated[int, Ge(2)] = 1024
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __post_init__(self) -> None:
         if places(self.template).count("response") != 1 or not self.template.endswith("{response}"):

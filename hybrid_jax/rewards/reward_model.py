@@ -15,7 +15,7 @@ from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.batches import Message
-from hybrid_jax.core.ranges import Count, NonNegative, settings
+from hybrid_jax.core.ranges import BatchSize, NonNegative, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,7 +62,7 @@ class RewardModelReward:
     uncertainty_penalty: NonNegative = 0.0
     normalised: bool = True
     max_length: Annotated[int, Ge(8)] = 512
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     _spread: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.core.ranges import Count, Positive, Rate, settings
+from hybrid_jax.core.ranges import BatchSize, Positive, Rate, settings
 from hybrid_jax.metrics.text import sentences, words
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
@@ -51,7 +51,7 @@ class CosineSimilarity:
 
     path: str
     to: Literal["references", "prompt", "source"] = "references"
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()
@@ -84,7 +84,7 @@ class TruthfulContrast:
     """
 
     path: str
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(
         self,
@@ -135,7 +135,7 @@ class FacilityCoverage:
 
     path: str
     budget: Positive | None = 0.5
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], source: Sequence[Any]) -> list[float]:
         return self.start(prompts, responses, source)()
@@ -189,7 +189,7 @@ class BertScore:
     path: str
     measure: Literal["f1", "precision", "recall"] = "f1"
     baseline: Rate | None = None
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]

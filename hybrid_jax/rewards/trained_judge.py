@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.core.ranges import BatchSize, settings
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.hf_files import read_json, save_tensors, write_json
 from hybrid_jax.rewards.base import REWARDS
@@ -173,7 +173,7 @@ class BleurtStyle:
 
     path: str
     encoder: str
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
@@ -201,7 +201,7 @@ class CometStyle:
 
     path: str
     encoder: str
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
         return self.start(prompts, responses, **columns)()

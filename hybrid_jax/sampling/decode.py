@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
-from hybrid_jax.core.ranges import Count, NonNegative, settings
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
 from hybrid_jax.core.registry import Registry, UserError
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
@@ -36,7 +36,8 @@ class Sampler:
     temperature: NonNegative = 1.0
     top_k: Count | None = None
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
-    slots: Count | None = None  # rows decoded at once; one that has ended takes the next prompt (`refill`). All
+    # rows decoded at once; one that has ended takes the next prompt (`refill`). All
+    slots: BatchSize | None = None
 
     def __call__(
         self,

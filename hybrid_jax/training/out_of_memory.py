@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -43,3 +46,24 @@ def explained(what: str) -> Iterator[None]:
         where = f"{what}, program {program[1]}" if program else what
         details = f" ({size})" if size else ""
         raise OutOfMemory(f"{where}: a device is out of memory{details}; {_ADVICE}") from error
+
+
+def check_state_fits(shapes: Any) -> None:
+    """Checks that a state is not larger than the machine, on a CPU, where Linux would end the process unasked.
+
+    Args:
+        shapes: of the state's arrays.
+
+    Raises:
+        OutOfMemory: it is.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    leaves = [leaf for leaf in jax.tree.leaves(shapes) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise OutOfMemory(
+            f"the state of the run needs {needed / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f}; "
+            "what helps: a smaller model, or devices with more memory"
+        )

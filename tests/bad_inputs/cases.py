@@ -137,14 +137,14 @@ def settings(place: Place) -> Iterator[Case]:
         "steps": ("-1", "1.5", ".nan", ".inf", "x", "[1]", "1e30", "9" * 400, "null", "true", "1:30"),
         "seed": ("-1", "4294967296", "9" * 30, "1.5", "null", "x"),
         "run_dir": ("null", "''", "[a]", "3"),
-        "model.width": ("0", "-16", ".nan", "x", "17", "9999999999999"),
-        "model.num_layers": ("-1", "1.5", "null", "x"),
+        "model.width": ("0", "-16", ".nan", "x", "17", "1000000", "9999999999999"),
+        "model.num_layers": ("-1", "1.5", "null", "x", "2000000000"),
         "model.num_heads": ("0", "3", "-2", "x"),
         "model.init_std": ("-1", ".nan", ".inf", "x"),
         "model.logit_scale": ("0", ".nan", ".inf"),
-        "model.max_length": ("0", "-1", "x"),
+        "model.max_length": ("0", "-1", "x", "2000000000"),
         "model.dtype": ("float8", "3", "[]"),
-        "phases.sft.batch_size": ("0", "-4", "1.5", "x", "null", "{}"),
+        "phases.sft.batch_size": ("0", "-4", "1.5", "x", "null", "{}", "2000000000"),
         "phases.sft.length": ("0", "1", "-1", "1000000", "x"),
         "phases.sft.optimizer.learning_rate": ("-1", ".nan", ".inf", "x", "null", "[1]"),
         "phases.sft.optimizer.weight_decay": ("-1", ".nan", "x"),
@@ -158,7 +158,7 @@ def settings(place: Place) -> Iterator[Case]:
         "phases.ppo.discount": ("-0.1", "1.1", ".nan"),
         "phases.ppo.trace": ("-0.1", "1.1", ".nan"),
         "phases.ppo.minibatches": ("0", "3", "5", "x"),
-        "phases.ppo.samples_per_prompt": ("0", "-1", "x"),
+        "phases.ppo.samples_per_prompt": ("0", "-1", "x", "2000000000"),
         "phases.ppo.sampler.temperature": ("-1", ".nan", ".inf", "x"),
         "phases.ppo.sampler.top_p": ("0", "1.5", ".nan"),
         "phases.ppo.sampler.max_new_tokens": ("0", "-1", "48", "1.5", "x"),
@@ -170,12 +170,19 @@ def settings(place: Place) -> Iterator[Case]:
         "scheduler": ("zigzag", "{name: alternation, cycle: {}}", "{name: alternation, cycle: {dpo: 1}}", "3"),
         "scheduler.cycle.sft": ("-1", "1.5", "x"),
         "evaluation.every": ("0", "-1", "1.5", "x"),
-        "evaluation.num_prompts": ("0", "-1", "x"),
+        "evaluation.num_prompts": ("-1", "x"),  # 0 asks none
+        "evaluation.batch_size": ("0", "2000000000"),
         "checkpoint.every": ("0", "-1", ".nan", "x"),
         "checkpoint.keep": ("0", "-1", "x"),
         "mesh.data": ("0", "-1", "1000", "x"),
-        "tokenizer": ("bite", "{name: bpe, vocab_size: 3}", "{name: bpe, vocab_size: -1}", "3"),
-        "data": ("null", "{name: jsonl}", "{name: jsonll}", "3", "{name: text, train: gone.txt}"),
+        "tokenizer": (
+            "bite",
+            "{name: bpe, vocab_size: 3}",
+            "{name: bpe, vocab_size: -1}",
+            "{name: bpe, vocab_size: 2000000000}",
+            "3",
+        ),
+        "data": ("null", "{name: jsonll}", "3", "{name: text, train: gone.txt}"),
         "data.held_out_fraction": ("0", "1", "-1", ".nan", "2", "x"),
         "data.prompt_field": ("gone", "3", "[a]"),
         "data.prompt_template": ("'{gone}'", "'{'", "'{0}'", "'{a.b}'"),
@@ -404,6 +411,25 @@ def model_folders(place: Place) -> Iterator[Case]:
     files |= {
         "no config.json": ("config.json", None),
         "an empty config.json": ("config.json", ""),
+        "special tokens of 50,000 levels": ("special_tokens_map.json", deep),
+        "special tokens that are a list": ("special_tokens_map.json", "[]"),
+        "added tokens twice": ("added_tokens.json", '{"a": 1, "a": 2}'),
+        "a tokenizer without a model": ("tokenizer.json", "{}"),
+        "a tokenizer of another kind": ("tokenizer.json", json.dumps({"model": {"type": "Alien"}})),
+        "merges of unknown tokens": (
+            "tokenizer.json",
+            json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}}),
+        ),
+        "a vocabulary with negative ids": (
+            "tokenizer.json",
+            json.dumps({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}),
+        ),
+        "a generation of -1 tokens": ("generation_config.json", json.dumps({"max_new_tokens": -1})),
+        "a temperature that is a text": (
+            "generation_config.json",
+            json.dumps({"do_sample": True, "temperature": "hot"}),
+        ),
+        "an end token that is a text": ("generation_config.json", json.dumps({"eos_token_id": "</s>"})),
         "no tokenizer.json": ("tokenizer.json", None),
         "no weights": ("model.safetensors", None),
         "empty weights": ("model.safetensors", b""),
@@ -455,6 +481,8 @@ def model_folders(place: Place) -> Iterator[Case]:
         "a width of 10**12": {"hidden_size": 10**12, "n_embd": 10**12},
         "layers as a text": {"num_hidden_layers": "many", "n_layer": "many"},
         "10**9 layers": {"num_hidden_layers": 10**9, "n_layer": 10**9},
+        "10**9 labels": {"num_labels": 10**9},
+        "10**12 positions": {"max_position_embeddings": 10**12, "n_positions": 10**12},
         "heads that do not divide": {"num_attention_heads": 3, "n_head": 3},
         "a vocabulary of 1": {"vocab_size": 1},
         "a vocabulary of -1": {"vocab_size": -1},
@@ -466,6 +494,12 @@ def model_folders(place: Place) -> Iterator[Case]:
         "config.json as a folder": lambda copy: _as_folder(copy / "config.json"),
         "config.json as a pipe": lambda copy: (os.unlink(copy / "config.json"), _fifo(copy / "config.json")),
         "config.json as /dev/zero": lambda copy: _link(copy / "config.json", "/dev/zero"),
+        "merges.txt as /dev/zero": lambda copy: _link(_touched(copy / "merges.txt"), "/dev/zero"),
+        "2 GB of nothing as a sentencepiece model": lambda copy: _sparse(copy / "tokenizer.model", 2 << 30),
+        "generation_config.json as a pipe": lambda copy: (
+            os.unlink(copy / "generation_config.json"),
+            _fifo(copy / "generation_config.json"),
+        ),
         "tokenizer.json as /dev/zero": lambda copy: _link(copy / "tokenizer.json", "/dev/zero"),
         "weights as a pipe": lambda copy: (
             os.unlink(copy / "model.safetensors"),
@@ -512,6 +546,9 @@ def run_directories(place: Place) -> Iterator[Case]:
         "a config.yaml as /dev/zero": lambda copy: _link(copy / "config.yaml", "/dev/zero"),
         "a config.yaml without a model": config(model=None),
         "a config.yaml with another model": config(model={"name": "decoder", "width": 24, "num_heads": 2}),
+        "a config.yaml with 10**9 layers": config(
+            model={"name": "decoder", "width": 16, "num_heads": 2, "num_layers": 10**9}
+        ),
         "a config.yaml whose model imports": config(model={"name": "planted_module:Model"}),
         "a tokenizer that is a file": lambda copy: (
             shutil.rmtree(copy / "tokenizer"),
@@ -544,7 +581,6 @@ def run_directories(place: Place) -> Iterator[Case]:
         "metrics as a folder": lambda copy: _as_folder(copy / "metrics.jsonl"),
         "metrics as a pipe": lambda copy: ((copy / "metrics.jsonl").unlink(), _fifo(copy / "metrics.jsonl")),
         "metrics as /dev/zero": lambda copy: _link(copy / "metrics.jsonl", "/dev/zero"),
-        "no config.yaml": lambda copy: (copy / "config.yaml").unlink(),
     }
     for name, change in reports.items():
         yield Case("run directory", f"report: {name}", changed("report", change), "report")
@@ -692,6 +728,7 @@ def _judge(place: Place, changes: dict[str, Any]) -> Callable[[Path], list[Any]]
 _OF_ANY_FAMILY = (
     "model_type",
     "auto_map",
+    "num_labels",
     "model",
 )  # the others are called one thing in GPT-2, another in Llama
 
@@ -741,6 +778,11 @@ def _loop(path: Path) -> Path:
 def _link(path: Path, target: str) -> Path:
     path.unlink()
     path.symlink_to(target)
+    return path
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
     return path
 
 

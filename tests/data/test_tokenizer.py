@@ -199,7 +199,7 @@ def test_a_tokenizer_of_ours_without_its_end_is_one_clear_line(tmp_path):
 
 
 def test_a_vocabulary_too_small_for_the_bytes_is_refused():
-    with pytest.raises(UserError, match="vocab_size must be at least 257"):
+    with pytest.raises(UserError, match=r"vocab_size must be in \[257, 1048576\], got 256"):
         parse(Bpe, {"vocab_size": 256})
 
 

@@ -53,7 +53,7 @@ def test_a_seed_decides_the_samples_and_several_samples_differ(run_dir, command)
 def test_prompts_come_from_a_file_or_standard_input_too(run_dir, command, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("one\n\ntwo\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two", "more": 1}\n')
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one\ntwo\n")))
     sources = [(), ("--prompts", tmp_path / "prompts.txt"), ("--prompts", tmp_path / "prompts.jsonl")]
     outputs = {command(generate.main, "--run", run_dir, "--json", *source)[1] for source in sources}
     assert len(outputs) == 1

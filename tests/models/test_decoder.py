@@ -153,7 +153,7 @@ def test_the_value_head_starts_at_zero_and_is_linear():
     [
         ({"num_heads": 3}, "width must be a multiple of num_heads=3, got 16"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4, got 3"),
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_layers": 0}, "num_layers must be in \\[1, 1024\\], got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"head_width": 5, "position": "rotary"}, "head_width must be even for rotary positions, got 5"),
     ],

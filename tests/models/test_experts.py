@@ -83,7 +83,7 @@ def test_experts_used_alike_have_the_balance_loss_k():
     ("settings", "message"),
     [
         ({"count": 2, "per_token": 3}, "per_token must be at most count=2, got 3"),
-        ({"count": 0, "per_token": 1}, "count must be at least 1, got 0"),
+        ({"count": 0, "per_token": 1}, "count must be in \\[1, 1048576\\], got 0"),
     ],
 )
 def test_impossible_mixtures_are_refused(settings, message):

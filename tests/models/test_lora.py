@@ -165,7 +165,7 @@ def test_what_is_no_linear_map_has_no_adapter(config, targets, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"rank": 0}, "rank must be in \\[1, 1048576\\], got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"targets": "("}, r"targets must be a regular expression .*, got '\('"),

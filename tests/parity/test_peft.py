@@ -204,7 +204,7 @@ def adapter(bases, tmp_path):
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
         ({"of_tomorrow": 1}, "of_tomorrow = 1 is not supported"),
-        ({"r": 0}, "rank must be at least 1, got 0"),
+        ({"r": 0}, "rank must be in \\[1, 1048576\\], got 0"),
     ],
 )
 def test_what_we_would_read_differently_from_peft_is_refused(settings, message, adapter, bases):

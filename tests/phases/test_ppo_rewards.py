@@ -270,7 +270,7 @@ def test_settings_that_contradict_each_other_are_refused():
         PPO(reward=COUNT, value_init="somewhere")
     with pytest.raises(ValueError, match=r"opponent.reference must be one of sft, got 'old'"):
         PPO(reward=COUNT, opponent=Opponent("old"))
-    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_samples must be in \\[1, 1048576\\], got 0"):
         Opponent("sft", num_samples=0)
     with pytest.raises(ValueError, match="it never changes"):
         Reference(path="folder", refresh_every_cycles=2)

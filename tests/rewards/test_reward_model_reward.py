@@ -83,7 +83,7 @@ def test_a_model_without_a_scale_is_read_raw_or_not_at_all(folders, params):
     [
         ({"path": ()}, "path must be a folder, or at least one, got none"),
         ({"path": "x", "uncertainty_penalty": -1.0}, "uncertainty_penalty must be at least 0"),
-        ({"path": "x", "batch_size": 0}, "batch_size must be at least 1"),
+        ({"path": "x", "batch_size": 0}, "batch_size must be in \\[1, 1048576\\], got 0"),
     ],
 )
 def test_a_wrong_setting_is_one_line(settings, message):

@@ -182,7 +182,7 @@ def test_mistakes_are_one_clear_line(folder, tmp_path):
     with pytest.raises(UserError, match=re.escape(str(tmp_path / "none"))):
         CosineSimilarity(str(tmp_path / "none"))([""], ["a"], references=["b"])
     for settings, message in [
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be in \\[1, 1048576\\], got 0"),
         ({"baseline": 1.0}, "baseline"),
     ]:
         with pytest.raises(ValueError, match=message):

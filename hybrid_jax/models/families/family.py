@@ -28,6 +28,8 @@ Tensors = dict[str, Reader]  # by name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+_COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "num_labels")
+_MOST = 2**16  # of layers and labels
 _THREADS = 4  # that load weights, each with a row of its own in memory
 _FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora", "execution")
 
@@ -223,10 +225,22 @@ def _their_config(model_type: str, content: Mapping[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
 
     content = {name: value for name, value in content.items() if name != "model_type"}
+    _check_counts(content)
     try:
         return CONFIG_MAPPING[model_type].from_dict(content)
     except Exception as error:  # its validation raises errors of many kinds, over several lines
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _check_counts(content: Mapping[str, Any]) -> None:
+    """Checks the numbers of which `transformers` makes lists, at once and however large they are."""
+    counts = [(name, content.get(name)) for name in _COUNTS]
+    blocks = content.get("attention_types")  # of GPT-Neo: [[kinds of layers, how often], …]
+    for block in blocks if isinstance(blocks, list) else ():
+        counts += [("attention_types", item) for item in (block if isinstance(block, list) else ())]
+    for name, count in counts:
+        if isinstance(count, int) and count > _MOST:
+            raise UserError(f"{name} must be at most {_MOST}, got {count}")
 
 
 def parameter_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -92,7 +92,7 @@ def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
             print("prompts, one a line; Ctrl-D ends:", file=sys.stderr)
         content = sys.stdin.buffer.read(MOST_PROMPTS + 1)
         if len(content) > MOST_PROMPTS:
-            raise UserError(f"standard input must have at most {MOST_PROMPTS // MEBIBYTE} MiB, got more")
+            raise UserError(f"standard input must have at most {MOST_PROMPTS} bytes, got more")
         prompts = _lines(decode(content, "standard input"))
     elif file.endswith(".jsonl") and chat:
         from hybrid_jax.data.conversations import Chat

@@ -22,6 +22,12 @@ def test_a_users_mistake_is_one_line_on_stderr_and_exit_code_2():
     assert done.stderr == "error: depth must be positive, got -1\n"
 
 
+def test_a_machine_without_memory_left_is_one_line_too():
+    done = run("raise MemoryError('Unable to allocate 15 GiB')")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: the machine is out of memory: Unable to allocate 15 GiB\n"
+
+
 def test_what_was_given_is_shown_in_part_where_it_is_a_megabyte_long():
     done = run("""raise UserError("unknown setting " + "k" * 1_000_000 + "; did you mean 'length'?")""")
     assert done.stderr.startswith("error: unknown setting kkk")

@@ -1,5 +1,6 @@
 """A user's mistakes: one line on stderr that says what, got and fix; exit code 2; nothing saved is lost."""
 
+import io
 import json
 import subprocess
 import sys
@@ -319,6 +320,20 @@ def test_an_export_never_overwrites_what_is_not_ours(run_dir, tmp_path, mistake)
 )
 def test_mistakes_of_generate(run_dir, mistake, arguments, message):
     assert message in mistake(generate.main, "--run", run_dir, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a" * 101, "standard input must have at most 100 bytes, got more"),
+        (b"caf\xe9\n", "standard input must be UTF-8 text, got byte 0xe9 at 3"),
+        (b"\n \n", "standard input holds no prompts; give --prompt TEXT or --prompts FILE"),
+    ],
+)
+def test_standard_input_is_text_and_has_a_bound(run_dir, mistake, monkeypatch, content, message):
+    monkeypatch.setattr(generate, "MOST_PROMPTS", 100)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert mistake(generate.main, "--run", run_dir) == message
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path, run_dir, mistake):

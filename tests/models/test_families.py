@@ -102,3 +102,19 @@ def test_settings_spelled_differently_are_the_same_decoder():
 def test_an_impossible_decoder_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         DecoderConfig(width=32, num_heads=4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "message"),
+    [
+        ("gpt2", {"n_layer": 10**9}, "n_layer must be at most 65536, got 1000000000"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 65536, got 1000000000"),
+        ("gpt2", {"num_labels": 10**9}, "num_labels must be at most 65536, got 1000000000"),
+        ("gpt_neo", {"attention_types": [[["global"], 10**9]]}, "attention_types must be at most 65536"),
+        ("llama", {"hidden_size": 2**30}, r"width must be in \[1, 1048576\], got 1073741824"),
+        ("llama", {"vocab_size": 2**30}, r"vocab_size must be in \[1, 16777216\], got 1073741824"),
+    ],
+)
+def test_a_size_beyond_any_models_is_refused_before_a_list_is_made_of_it(family, content, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        FAMILIES[family].read_config(content)

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from hybrid_jax.training.out_of_memory import OutOfMemory, explained
+from hybrid_jax.training.out_of_memory import OutOfMemory, check_state_fits, explained
 
 ON_GPU = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
 ON_TPU = (
@@ -42,3 +42,11 @@ def test_other_errors_pass_as_they_are():
 def test_a_real_program_that_no_memory_holds_is_explained():
     with pytest.raises(OutOfMemory, match="sft: a device is out of memory"), explained("sft"):
         jax.block_until_ready(jax.numpy.zeros((1 << 46,), "int8"))
+
+
+def test_a_state_larger_than_the_machine_is_one_line_before_anything_is_made():
+    check_state_fits({"kernel": jax.ShapeDtypeStruct((1024, 1024), "float32")})
+    with pytest.raises(
+        OutOfMemory, match=r"the state of the run needs 4,194,304 GiB, this machine has [\d,]+;"
+    ):
+        check_state_fits({"kernel": jax.ShapeDtypeStruct((2**25, 2**25), "float32")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -13,6 +14,8 @@ from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.secrets import text_without_secrets
 
 MOST_SHOWN = 500  # characters of an error
+# What the system says of a path that a user gave, wherever it is first looked at.
+_OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Ended(SystemExit):
@@ -109,4 +112,9 @@ def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
         # The interpreter flushes stdout once more on its way out; give it somewhere to write to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        print("error:", _one_line(f"{str(error.filename)!r} cannot be used: {error.strerror}"), file=sys.stderr)
+        return 2
     return 0

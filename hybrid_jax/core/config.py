@@ -42,8 +42,10 @@ def local_path(value: str | Path, name: str) -> Path:
     """``value`` as a path on this machine.
 
     Raises:
-        UserError: it is a URL, of which `Path` would make a folder here.
+        UserError: it is a URL, of which `Path` would make a folder here, or holds a zero byte.
     """
+    if "\0" in str(value):
+        raise UserError(f"{name} must be a path, got {str(value)!r}, which holds a zero byte")
     if is_url(value):
         raise UserError(f"{name} must be a path on this machine, got the URL {str(value)!r}")
     return Path(value)

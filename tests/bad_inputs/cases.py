@@ -136,7 +136,8 @@ def settings(place: Place) -> Iterator[Case]:
     wrong: dict[str, tuple[Any, ...]] = {
         "steps": ("-1", "1.5", ".nan", ".inf", "x", "[1]", "1e30", "9" * 400, "null", "true", "1:30"),
         "seed": ("-1", "4294967296", "9" * 30, "1.5", "null", "x"),
-        "run_dir": ("null", "''", "[a]", "3"),
+        "run_dir": ("null", "''", "[a]", "3", "r" * 5_000, '"a\\0b"'),
+        "start_from": ("r" * 5_000, "gone", "3", '"a\\0b"'),
         "model.width": ("0", "-16", ".nan", "x", "17", "1000000", "9999999999999"),
         "model.num_layers": ("-1", "1.5", "null", "x", "2000000000"),
         "model.num_heads": ("0", "3", "-2", "x"),
@@ -279,9 +280,17 @@ def command_lines(place: Place) -> Iterator[Case]:
         ),
     }
     for command, arguments in lines.items():
-        for line in arguments:
+        for line in (*arguments, *LONG_NAMES.get(command, ())):
             shown = " ".join(word if len(word) < 30 else f"…{word[-25:]}" for word in line)
             yield Case("command line", f"{command} {shown}", lambda folder, line=line: line, command)
+
+
+LONG_NAMES = {
+    "generate": (["--model", "m" * 5_000, "--prompt", "a"], ["--run", "r" * 5_000, "--prompt", "a"]),
+    "evaluate": (["--run", "r" * 5_000],),
+    "export": (["--run", "r" * 5_000, "--output", "o"],),
+    "report": (["--run", "r" * 5_000],),
+}
 
 
 def data(place: Place) -> Iterator[Case]:

@@ -28,6 +28,20 @@ def test_a_machine_without_memory_left_is_one_line_too():
     assert done.stderr == "error: the machine is out of memory: Unable to allocate 15 GiB\n"
 
 
+def test_a_path_that_the_system_refuses_is_one_line_too(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").write_text("")
+    for path, problem in {
+        "a" * 300: "File name too long",
+        str(tmp_path / "file" / "in"): "Not a directory",
+        str(tmp_path / "loop"): "Too many levels of symbolic links",
+    }.items():
+        done = run("open(arguments[0])", path)
+        assert (done.returncode, done.stderr) == (2, f"error: {path!r} cannot be used: {problem}\n")
+    done = run("open('of_ours.html')")
+    assert (done.returncode, "Traceback" in done.stderr) == (1, True)
+
+
 def test_what_was_given_is_shown_in_part_where_it_is_a_megabyte_long():
     done = run("""raise UserError("unknown setting " + "k" * 1_000_000 + "; did you mean 'length'?")""")
     assert done.stderr.startswith("error: unknown setting kkk")

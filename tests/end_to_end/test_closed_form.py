@@ -28,7 +28,7 @@ THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_p
 
 
 def ppo_functions(**settings) -> PPOFunctions:
-    reward = TokenCount(weights={"2": 1.0}, first_token_weights={"1": -0.5})
+    reward = TokenCount(weights={2: 1.0}, first_token_weights={1: -0.5})
     config = PPO(
         **{
             "reward": CompositeReward({"count": Part(reward)}),

@@ -73,7 +73,7 @@ def test_it_learns_is_exported_and_continues_with_the_same_numbers(config, tmp_p
 
 
 def test_ppo_and_examples_without_a_prompt_are_refused(config, tmp_path):
-    new = f"run_dir={tmp_path}"
+    new = f"run_dir={tmp_path / 'run'}"
     ppo = "phases.ppo={reward: {parts: {length: {reward: {name: length, target: 6}}}}}"
     with pytest.raises(
         UserError, match=r"phases\.ppo: PPO needs a decoder; an encoder-decoder learns by sft alone"

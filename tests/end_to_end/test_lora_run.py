@@ -60,15 +60,16 @@ class Kept(list):
 @pytest.fixture(scope="module")
 def run(built):
     """The state before each step and after the last, and the metrics; the second and the last are saved."""
-    state, checkpoints, recorder = built.open()
-    states, metrics = [copied(state)], Kept()
-    for number in range(4):  # sft ppo sft ppo
-        state = take_step(built, built.phases[built.scheduler.choose(state.schedule)], state, metrics)
-        states.append(copied(state))
-        if number in (1, 3):
-            checkpoints.save(state)
-    checkpoints.close()
-    recorder.close()
+    with built.owned():
+        state, checkpoints, recorder = built.open()
+        states, metrics = [copied(state)], Kept()
+        for number in range(4):  # sft ppo sft ppo
+            state = take_step(built, built.phases[built.scheduler.choose(state.schedule)], state, metrics)
+            states.append(copied(state))
+            if number in (1, 3):
+                checkpoints.save(state)
+        checkpoints.close()
+        recorder.close()
     return states, metrics
 
 
@@ -164,9 +165,10 @@ def test_a_checkpoint_holds_no_base_and_resumes_to_the_same_bits(built, run):
     assert not any(b"token_embedding" in text for text in texts)
     (folder / "4").rename(folder.parent / "newest")
     try:
-        state, checkpoints, recorder = built.open()
-        checkpoints.close()
-        recorder.close()
+        with built.owned():
+            state, checkpoints, recorder = built.open()
+            checkpoints.close()
+            recorder.close()
     finally:
         (folder.parent / "newest").rename(folder / "4")
     assert state.step == 2
@@ -217,10 +219,11 @@ def test_another_base_below_the_adapter_is_noticed(built, run, tmp_path):
 def test_a_base_from_scratch_is_made_again_from_the_seed(tiny, tmp_path):
     model = f"model={{name: decoder, num_layers: 1, width: {WIDTH}, num_heads: 2, max_length: 48, lora: {{}}}}"
     built = build(load_config(tiny / "config.yaml", [f"run_dir={tmp_path}", "seed=5", model]))
-    state, checkpoints, recorder = built.open()
-    checkpoints.save(state)
-    checkpoints.close()
-    recorder.close()
+    with built.owned():
+        state, checkpoints, recorder = built.open()
+        checkpoints.save(state)
+        checkpoints.close()
+        recorder.close()
     policy = load_policy(tmp_path)
     assert bits(policy.params) == bits(state.policy)
     with pytest.raises(UserError, match="an adapter needs its base, and this one came from no folder"):

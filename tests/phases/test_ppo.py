@@ -205,8 +205,9 @@ def test_a_response_that_does_not_end_pays_the_penalty():
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
     scored = scored.replace(tokens=jnp.pad(tokens, ((0, 0), (2, 0))), response_mask=mask)
-    scores, metrics = ppo._final_scores(jnp.array([0.25, 0.25, 0.25]), scored)
+    scores, metrics = ppo._shaped_scores(jnp.array([0.25, 0.25, 0.25]), None, None, scored)
     np.testing.assert_allclose(scores, [0.25, -0.45, 0.25], atol=1e-7)
+    assert metrics["penalty"] == pytest.approx(0.7 / 3)
     assert metrics["eos_fraction"] == pytest.approx(2 / 3)
     assert metrics["response_length"] == pytest.approx(8 / 3)
 
@@ -215,7 +216,7 @@ def test_fractional_scores_stay_float32():
     ppo = functions(missing_eos_penalty=None)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    scores, _ = ppo._final_scores(jnp.full(ROWS, 0.7), scored)
+    scores, _ = ppo._shaped_scores(jnp.full(ROWS, 0.7), None, None, scored)
     np.testing.assert_array_equal(scores, np.full(ROWS, 0.7, np.float32))
 
 

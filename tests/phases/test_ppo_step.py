@@ -158,7 +158,7 @@ MODEL = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=16)
 
 def functions(model, **settings) -> PPOFunctions:
     config = PPO(
-        reward=CompositeReward({"count": Part(TokenCount(weights={"2": 1.0}))}),
+        reward=CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))}),
         prompts_per_step=ROWS,
         sampler=Sampler(max_new_tokens=RESPONSE),
         optimizer=SGD(learning_rate=0.1, schedule=Constant()),

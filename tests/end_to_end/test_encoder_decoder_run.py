@@ -82,5 +82,7 @@ def test_ppo_and_examples_without_a_prompt_are_refused(config, tmp_path):
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "only this"}\n' * 8)
     texts = f"data={{name: text, train: {documents}, held_out_fraction: 0.5}}"
-    with pytest.raises(UserError, match=r"documents\.jsonl: an encoder-decoder needs a prompt to encode, got none"):
+    with pytest.raises(
+        UserError, match=r"documents\.jsonl: an encoder-decoder needs a prompt to encode, got none"
+    ):
         build(load_config(config, [new, texts]))

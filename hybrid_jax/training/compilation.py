@@ -83,6 +83,11 @@ def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
+def _count_maps() -> int:
+    with _MAPS.open("rb") as maps:
+        return sum(1 for _ in maps)
+
+
 def free_programs(limit: int | None = None) -> bool:
     """Lets go of all compiled programs once this process has more than ``limit`` memory maps.
 
@@ -97,25 +102,27 @@ def free_programs(limit: int | None = None) -> bool:
     Returns:
         Whether programs were let go.
     """
-    global _looked_at
+    global _looked_at, _left
     _listen()
     if limit is None and len(_compiled) == _looked_at:
         return False
     _looked_at = len(_compiled)
     try:
-        with _MAPS.open("rb") as maps:
-            used = sum(1 for _ in maps)
-        limit = int(_MOST_MAPS.read_text()) // 2 if limit is None else limit
+        used = _count_maps()
+        # Maps that were no programs stay; half of the others, so that the next program does not clear all again.
+        limit = (int(_MOST_MAPS.read_text()) + _left) // 2 if limit is None else limit
     except (OSError, ValueError):  # no Linux
         return False
     if used <= limit:
         return False
     jax.clear_caches()
+    _left = _count_maps()
     log.info("compiled programs took %d memory maps of this process and were let go", used)
     return True
 
 
 _compiled: list[Compiled] = []
+_left = 0  # memory maps after they were let go
 _looked_at = 0  # how many of them `free_programs` has seen
 _lowered: dict[str, float] = {}  # seconds of lowering, until the same function has been compiled
 _listens = False

@@ -109,7 +109,7 @@ def free_programs(limit: int | None = None) -> bool:
     _looked_at = len(_compiled)
     try:
         used = _count_maps()
-        # Maps that were no programs stay; half of the others, so that the next program does not clear all again.
+        # What is no program stays: half of the rest, or each program after the first would clear all again.
         limit = (int(_MOST_MAPS.read_text()) + _left) // 2 if limit is None else limit
     except (OSError, ValueError):  # no Linux
         return False

@@ -90,12 +90,16 @@ def _of_rows(rows: Sequence[Example]) -> str:
 
 
 def _of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    try:
+        encoding = tokenizer.encode(_PROBE)
+    except Exception:  # one of the user's own may read other texts alone, and need not list its tokens
+        encoding = None
     return {
-        "vocabulary": sorted(tokenizer.vocabulary.items()),
-        "special_tokens": sorted(tokenizer.special_tokens.items()),
+        "vocabulary": sorted(getattr(tokenizer, "vocabulary", {}).items()),
+        "special_tokens": sorted(getattr(tokenizer, "special_tokens", {}).items()),
         "end_token": tokenizer.eos_id,
-        "chat_template": tokenizer.chat_template,
-        "encoding": tokenizer.encode(_PROBE),
+        "chat_template": getattr(tokenizer, "chat_template", None),
+        "encoding": encoding,
     }
 
 

@@ -345,7 +345,10 @@ def _seal(folder: Path) -> None:
 def _check_seal(folder: Folder) -> None:
     if not isinstance(folder, Path) or not (folder / SEAL).is_file():
         return
-    sealed = read_json(folder / SEAL)
+    try:
+        sealed = read_json(folder / SEAL)
+    except UserError as error:  # a torn seal is damage like any other, and no reason to give up older checkpoints
+        raise ValueError(str(error)) from error
     here = sorted(sealed)[hosts.index() :: hosts.size()]  # the processes share the reading
     for name in here:
         if not (folder / name).is_file():

@@ -347,7 +347,9 @@ def _check_seal(folder: Folder) -> None:
         return
     try:
         sealed = read_json(folder / SEAL)
-    except UserError as error:  # a torn seal is damage like any other, and no reason to give up older checkpoints
+    except (
+        UserError
+    ) as error:  # a torn seal is damage like any other, and no reason to give up older checkpoints
         raise ValueError(str(error)) from error
     here = sorted(sealed)[hosts.index() :: hosts.size()]  # the processes share the reading
     for name in here:

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The banner: what a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _devices(placement: Placement) -> str:
 
 
 def _model(model: Mapping[str, Any], state: RunState) -> str:
-    """Of a model without an adapter all parameters train; heads that phases add are counted by themselves."""
+    """Describes the numbers of parameters: all, trained (adapters only, if any), and heads that phases add."""
     groups = {name: _count(group) for name, group in state.train.params.items()}
     policy, base = groups.pop("model"), _count(state.base)
     trained = "all trained" if not base else f"{_short(policy)} of them trained"
@@ -60,7 +60,7 @@ def _model(model: Mapping[str, Any], state: RunState) -> str:
 
 
 def _phases(settings: Any, name: str) -> str:
-    """With the steps that the scheduler plans for each, where no metric decides them."""
+    """Names the phases with their planned steps, where no metric decides them."""
     planned = planned_steps(settings.scheduler, settings.steps)
     if None in planned.values():
         metric = getattr(settings.scheduler, "metric", "a metric")

@@ -218,7 +218,7 @@ class Experiment:
         return find_origin(self.files, checkpoints, fresh, reference, self.config.start_from)
 
     def owned(self) -> contextlib.AbstractContextManager[None]:
-        """Around a training: nobody else writes the run directory meanwhile."""
+        """Holds the run directory during a training, so that nobody else writes it."""
         return owned(self.files)
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:

@@ -118,7 +118,7 @@ class _Planner:
 
 
 def _published_sizes(config: ExperimentConfig) -> str:
-    """Where the sizes of a published model lie in the checkout, if it cannot be had from the hub."""
+    """A hint at the folder of the checkout with a published model's config, where the hub cannot be reached."""
     path = getattr(config.model, "path", None)
     folder = Path(__file__).parents[1] / "configs" / "models" / Path(str(path)).name.lower()
     if path is None or Path(path).exists() or not folder.is_dir():

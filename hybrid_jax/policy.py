@@ -275,7 +275,7 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
 
 
 def names_to_trust(trust: bool, config: str | None) -> Container[str]:
-    """What the options ``--trust`` and ``--config FILE`` of a command let a run's config name."""
+    """The names of code that ``--trust`` or ``--config FILE`` allow a run's config to use."""
     if trust:
         return EVERYTHING
     return NOTHING if config is None else names_in(load_yaml(config))

@@ -98,7 +98,7 @@ def _headline(run: Run) -> str:
 
 
 def _score_change(run: Run) -> Change | None:
-    """From the last evaluation before PPO to the last: an evaluation at step s is made before update s."""
+    """The change from the last evaluation before PPO to the last; evaluation s is made before update s."""
     return None if run.first_ppo_step is None else change_of(run, "evaluation/score", run.first_ppo_step)
 
 

@@ -1,4 +1,4 @@
-"""How sure a difference is: the same held-out prompts before and after, prompt by prompt.
+"""Confidence intervals of differences: the same held-out prompts before and after, prompt by prompt.
 
 The interval is that of a paired t-test,  d̄ ± t(0.975, n − 1) · s / √n,  over the differences d of the n prompts
 (Student 1908). It covers the choice of prompts and the noise of sampling, not that of another seed of the run.
@@ -20,7 +20,7 @@ METHOD = "95 % interval of the mean difference over the same {} held-out prompts
 
 @dataclass(frozen=True)
 class Change:
-    """What a held-out number was at one evaluation and at a later one.
+    """A held-out number at one evaluation and at a later one.
 
     Attributes:
         before: (step, value).
@@ -57,7 +57,7 @@ class Change:
 
 
 def change_of(run: Run, metric: str, start: int) -> Change | None:
-    """From the last evaluation up to the step ``start`` to the last of all; None without two evaluations."""
+    """The change from the last evaluation up to step ``start`` to the final one; None without two."""
     before, after = run.value(metric, until=start), run.value(metric)
     if before is None or after is None or before[0] == after[0]:
         return None

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run: freely, on purpose (``--allow-change``), or not at all.
+"""Rules for changes between two starts of a run: free, on purpose (``--allow-change``), or refused.
 
 Whatever changes on purpose, and whatever else of a run has become another (`run_contents`), is kept in
 ``changes.jsonl``: a line ``{"step", "time", "name", "before", "after"}`` each.
@@ -56,7 +56,7 @@ def changed_settings(
     spelled_out: Callable[[dict[str, Any]], dict[str, Any]],
     allow_change: bool = False,
 ) -> list[Change]:
-    """What decides the learning and is another than in the run of a directory.
+    """The settings that decide the learning and differ from those of the run in a directory.
 
     A run that ended before its first checkpoint, by a mistake in its settings perhaps, binds nobody.
 

@@ -1,4 +1,4 @@
-"""What a run is made of beside its settings: rows, tokenizer, the user's code and the files that it reads.
+"""Digests of what a run is made of beside its settings: rows, tokenizer, user code and files.
 
 Every checkpoint holds their digests by name, so that a run which goes on can say what has changed meanwhile
 under the same settings.
@@ -53,7 +53,7 @@ def contents(
 
 
 def changed(there: Contents, here: Contents, step: int) -> list[Change]:
-    """What has changed since the checkpoint of ``step``; it says so in one line.
+    """Finds and reports in one line what has changed since the checkpoint of ``step``.
 
     What is in one of them alone is a change of the settings.
 
@@ -127,7 +127,7 @@ def _of_component(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _names_a_file(setting: str, value: Path | str) -> bool:
-    """A word such as "data" may be the name of a folder by chance, and "/" a separator."""
+    """Tells paths from words: "data" may be the name of a folder by chance, and "/" a separator."""
     told = isinstance(value, Path) or setting in _FILE_SETTINGS or "/" in value or "." in value
     try:
         path = Path(value)

@@ -1,4 +1,4 @@
-"""What measures the policies of an experiment."""
+"""The evaluator of an experiment's policies."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_evaluator(
     eos_ids: tuple[int, ...],
     held_out: Sequence[Example] | None = None,
 ) -> Evaluator:
-    """What measures the policies of an experiment, by the sampler and the reward that it trains with."""
+    """Makes the evaluator of an experiment, with the sampler and the reward that it trains with."""
     trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
     length, long_rows = sft.examples_read(config.phases)
     return Evaluator(

@@ -57,7 +57,7 @@ def _commit() -> str | None:
 
 @contextlib.contextmanager
 def owned(files: RunFiles) -> Iterator[None]:
-    """Around a training: the run directory is ours, and nobody else writes it meanwhile.
+    """Checks that the run directory is ours and holds its lock during a training.
 
     Raises:
         UserError: it holds something that is no run of ours, or another process trains there.

@@ -1,4 +1,4 @@
-"""Where a run goes on from: its newest checkpoint, a kept one of another run (``start_from``), or nothing."""
+"""The origin of a run: its newest checkpoint, a checkpoint of another run (``start_from``), or nothing."""
 
 from __future__ import annotations
 

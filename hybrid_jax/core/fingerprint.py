@@ -32,12 +32,12 @@ _SIMPLE = (type(None), bool, int, float, str)
 
 
 def digest(value: Any) -> str:
-    """Of a value: of what it holds, of the source of what it calls; 16 letters."""
+    """The digest of a value, 16 letters: its data, and the source of the code that it calls."""
     return rows_digest([value])
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
-    """Of values one after the other: one long text takes a second for 100 MB."""
+    """The digest of values, one after the other: a single long text would take a second for 100 MB."""
     found = hashlib.blake2b(digest_size=8)
     for row in rows:
         try:
@@ -49,7 +49,7 @@ def rows_digest(rows: Iterable[Any]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Of a file, or of every file below a folder with its name, of more than `MOST_FILES` with its size alone.
+    """The digest of a file, or of all files below a folder; of more than `MOST_FILES` files by size alone.
 
     Of a file above `WHOLE` bytes, its size and a MiB at 64 places are read: other weights differ everywhere.
     """
@@ -119,12 +119,12 @@ def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None
 
 
 def _of_bytes(value: bytes | bytearray | memoryview) -> str:
-    """Where they lie: a table may be as large as the memory."""
+    """Hashes bytes in place: a table may be as large as the memory."""
     return hashlib.blake2b(value, digest_size=16).hexdigest()
 
 
 def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:
-    """Of functions, classes and their instances."""
+    """The plain form of functions, classes and their instances."""
     if isinstance(value, ModuleType):
         return {"module": value.__name__}
     definition = inspect.unwrap(value) if callable(value) else value
@@ -163,7 +163,7 @@ def _plain_class(cls: type, go_on: Plain) -> dict[str, Any]:
 
 
 def _globals(function: FunctionType, go_on: Plain) -> dict[str, Any]:
-    """What a function names in its module: helpers, constants, lists of words."""
+    """The globals that a function uses: helpers, constants, lists of words."""
     names, found = _names(function.__code__), {}
     for name in sorted(names & function.__globals__.keys()):
         value = function.__globals__[name]

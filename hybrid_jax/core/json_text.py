@@ -89,7 +89,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _depth(value: Any) -> int:
-    """How many objects and lists lie in one another, without recursion."""
+    """The nesting depth of objects and lists, counted without recursion."""
     depth, level = 0, [value]
     while containers := [item for item in level if isinstance(item, dict | list)]:
         depth += 1

@@ -1,4 +1,4 @@
-"""How the settings of a config file, its base and the command line come together, by what the type hints say.
+"""Merges the settings of a config file, its base and the command line, guided by the type hints.
 
 Settings merge: of a dataclass or a component, what is not named stays; naming another component drops the
 settings of the old one. Collections are replaced: a mapping of entries under names of the user's own (every
@@ -24,7 +24,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a value stands among the settings, and what may stand there.
+    """A place in the settings, with the type that belongs there.
 
     Attributes:
         hint: the type of the value.

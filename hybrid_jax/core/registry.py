@@ -138,7 +138,7 @@ class Registry(Generic[T]):
 
 
 def _with_colon(name: str) -> str:
-    """What ``module.thing`` was probably meant to be."""
+    """A hint for ``module.thing``, which was probably meant as ``module:thing``."""
     module, dot, attribute = name.rpartition(".")
     return f"code of your own has a colon: {f'{module}:{attribute}'!r}; " if dot and attribute else ""
 

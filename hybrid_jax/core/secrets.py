@@ -1,4 +1,4 @@
-"""What is never written or shown: values under names that hold credentials, and those in URLs and headers."""
+"""Redaction: values under names that hold credentials, and those in URLs and headers, are never shown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HEADER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*\d)[^\s'\",;]{6,}")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a credential, as ``api-key`` does, and no ``eos_token``."""
+    """Whether a setting of this name holds a credential: ``api-key`` does, ``eos_token`` does not."""
     return _secret_word(name) is not None
 
 

@@ -29,7 +29,7 @@ def go_on() -> None:
 
 
 def result_of(future: Future[T]) -> T:
-    """What ``future`` gives or raises.
+    """Waits for ``future`` and gives its result, or raises its error.
 
     Raises:
         Stopped: `ask_to_stop` was called before it was there.

@@ -1,4 +1,4 @@
-"""What becomes of rows that have more tokens than are read, and the one line that says how many they were."""
+"""Policies for rows with more tokens than are read, and the line that counts them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Policy = Literal["truncate_end", "truncate_start", "drop", "error"]
 
 @dataclass(frozen=True)
 class LongRows:
-    """What to do with the long rows of some data, and how to speak of it.
+    """A policy for rows that are too long, with the words to report it.
 
     Attributes:
         policy: "truncate_end" cuts a row at its end, "truncate_start" at its start, "drop" leaves it out,
@@ -36,7 +36,7 @@ class LongRows:
 
     @staticmethod
     def of_phase(name: str, policy: Policy, rows: str = "rows") -> LongRows:
-        """For ``rows`` that the settings ``length`` and ``long_rows`` of a phase speak of."""
+        """Makes the policy for ``rows`` from the settings ``length`` and ``long_rows`` of a phase."""
         return LongRows(policy, f"phases.{name}.length", f"phases.{name}.long_rows", rows=rows)
 
     def report(

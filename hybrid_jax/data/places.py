@@ -11,12 +11,12 @@ _PLACE = re.compile(r"(:\d+|, row \d+)$")  # of a row in its file
 
 
 def places_of(rows: Sequence[Any]) -> list[str]:
-    """Where each row stands: its ``where``, else its number."""
+    """The place of each row: its ``where``, else its number."""
     return [row.where or f"row {number}" for number, row in enumerate(rows, start=1)]
 
 
 def share_of(count: int, places: Sequence[str], rows: str = "rows") -> str:
-    """As ``3 of 88 rows (3.41 %) of train.jsonl``."""
+    """Formats a count as ``3 of 88 rows (3.41 %) of train.jsonl``."""
     share = f"{100 * count / len(places):.3g} %" if count < len(places) else "all"
     return f"{count:,} of {len(places):,} {rows} ({share}) of {_file(places)}"
 
@@ -28,7 +28,7 @@ def some_of(chosen: Sequence[bool], places: Sequence[str], rows: str = "rows") -
 
 
 def line_of(place: str) -> str:
-    """Where in its file a row stands."""
+    """The place of a row in its file."""
     match = _PLACE.search(place)
     return match.group().lstrip(", ").replace(":", "line ") if match else place
 

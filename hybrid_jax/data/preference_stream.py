@@ -75,7 +75,7 @@ class Reading:
         responses: Sequence[str],
         messages: Sequence[Sequence[Message] | None] | None = None,
     ) -> list[ScoredRow]:
-        """As `rows`, each with the tokens that it had before it was cut."""
+        """Encodes like `rows` and also gives the length of each row before it was cut."""
         before = prompts if self.prompt else None
         asked = None
         if self.prompt and self.chat:

@@ -57,7 +57,7 @@ def measure_scored(
     messages: Sequence[Sequence[Message]] | None = None,
     cut: Cut = "truncate_end",
 ) -> list[ScoredRow]:
-    """As `encode_scored`, each row with the tokens that it had before it was cut."""
+    """Encodes like `encode_scored` and also gives the length of each row before it was cut."""
     rows: Sequence[str | None] = [None] * len(responses) if prompts is None else prompts
     asked = [()] * len(responses) if messages is None else messages
     frame = _Frame(tokenizer)

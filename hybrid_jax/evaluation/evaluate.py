@@ -281,7 +281,7 @@ def _raw(
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """As numbers of six digits, so that a line of the log stays short."""
+    """Rounds to six digits, so that a line of the log stays short."""
     return [float(f"{value:.6g}") for value in values]
 
 

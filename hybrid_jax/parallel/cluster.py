@@ -149,7 +149,7 @@ def _place_of_slice(slices: dict[str, str]) -> tuple[str, int, int]:
 
 
 def _slices_in(metadata: str) -> dict[str, str]:
-    """What lines such as ``MEGASCALE_NUM_SLICES: '2'`` say."""
+    """Parses lines such as ``MEGASCALE_NUM_SLICES: '2'``."""
     found = dict(re.findall(r"^\s*(\w+)\s*:\s*'?([^'\n]*)'?\s*$", metadata, re.MULTILINE))
     return {name: found.get(name, "") for name in _SLICES}
 

@@ -166,7 +166,7 @@ class PPOFunctions:
     def _shaped_scores(
         self, scores: Array, plain: Array | None, baseline: Array | None, scored: Scored
     ) -> tuple[Array, dict[str, Array]]:
-        """What training receives: the scores less penalty and baseline, each logged under a name of its own."""
+        """Subtracts penalty and baseline from the scores, and logs each under a name of its own."""
         length = scored.response_mask.shape[1]
         complete = ended(scored.tokens[:, -length:], scored.response_mask, self.eos_ids)
         penalty = (self.config.missing_eos_penalty or 0.0) * ~complete

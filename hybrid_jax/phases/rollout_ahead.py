@@ -57,7 +57,7 @@ class RolloutAhead:
         return state.train.extra[self._key]
 
     def cursor(self, next_prompts: int) -> dict[str, int]:
-        """What marks the responses that wait as those to the prompts from ``next_prompts`` on."""
+        """The mark of waiting responses: they answer the prompts from ``next_prompts`` on."""
         return {self._key: next_prompts}
 
     def settled(self, samples: Samples) -> Samples:
@@ -69,5 +69,5 @@ class RolloutAhead:
         return replace(train, extra={name: x for name, x in train.extra.items() if name != self._key})
 
     def keep(self, train: TrainState, samples: Samples) -> TrainState:
-        """With ``samples`` for the next step."""
+        """Adds ``samples`` for the next step to the state."""
         return replace(train, extra={**train.extra, self._key: samples})

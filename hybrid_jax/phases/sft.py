@@ -139,7 +139,7 @@ def sft_stream(config: SFT, resources: Resources, where: str) -> SFTStream:
 
 
 def long_examples(config: SFT, where: str, *, at_limit: bool = False) -> LongRows:
-    """What becomes of long examples, by the settings at ``where``; ``at_limit`` the model reads no more."""
+    """Makes the policy for long examples from the settings at ``where``; ``at_limit``: a model limit."""
     limit = f"{where}.length"
     advice = f"raise {limit} and the model's max_length" if at_limit else None
     return LongRows(config.long_rows, limit, f"{where}.long_rows", advice)

@@ -143,7 +143,7 @@ def bytes_between_slices(instruction: Instruction) -> float:
 
 
 def _share_sent(kind: str, size: int) -> float:
-    """Of a device's operand, in a collective of so many."""
+    """Bytes of a device's operand in a collective of so many devices."""
     factors = {"collective-permute": 1.0, "all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
     return factors.get(kind, (size - 1) / size)
 

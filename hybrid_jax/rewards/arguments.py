@@ -1,4 +1,4 @@
-"""What a user's function is called with: every argument by its name, never by its place.
+"""Calls of a user's function: every argument is passed by its name, never by its place.
 
 A reward takes ``prompts``, ``responses`` (or the same texts as ``completions``), and the data's columns that it
 names; ``**columns`` takes whatever else there is. A name that could mean anything else is refused, since texts
@@ -73,7 +73,7 @@ class Arguments:
     def fill(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """What to call the reward with: arguments by place, and by name.
+        """The arguments of a call of the reward: by place, and by name.
 
         ``**columns`` receives what is not named: the columns, and those of the texts that nothing else takes.
         """
@@ -93,7 +93,7 @@ class Arguments:
 
 
 def check_places(function: Callable[..., Any], names: Sequence[str]) -> None:
-    """That a function which is called by place has none of ``names`` in the place of another.
+    """Checks that a function which is called by place has none of ``names`` in the wrong place.
 
     Raises:
         ValueError: It has.

@@ -126,7 +126,7 @@ def _copied(value: Any) -> Any:
 
 
 def check_reward(reward: Any) -> None:
-    """That it is a reward which can be called; to be asked when it is given, before anything is sampled.
+    """Checks that a reward can be called, when it is given and before anything is sampled.
 
     Raises:
         ValueError: It is no reward, or takes other arguments than one.
@@ -143,7 +143,7 @@ def check_reward(reward: Any) -> None:
 
 
 def check_columns(name: str, reward: Any, columns: Iterable[str]) -> None:
-    """That the data has the columns without which a text reward cannot be called.
+    """Checks that the data has the columns that a text reward needs.
 
     Raises:
         RewardError: One is missing.
@@ -153,7 +153,7 @@ def check_columns(name: str, reward: Any, columns: Iterable[str]) -> None:
 
 
 def _begin(reward: Any) -> Callable[..., Any]:
-    """What of a text reward is called first."""
+    """The callable of a text reward that is called first."""
     return reward.start if isinstance(reward, StartedReward) else reward
 
 

@@ -257,7 +257,7 @@ class Lagrangian:
 
 @settings
 class Baseline:
-    """What is taken from every score before PPO sees it; its mean is logged as ``baseline``.
+    """A baseline, taken from every score before PPO sees it; its mean is logged as ``baseline``.
 
     Attributes:
         kind: ``ema``, the bias-corrected exponential mean of the scores before this rollout and with it;

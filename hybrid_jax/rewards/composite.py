@@ -94,7 +94,7 @@ class CompositeReward:
         self._check_combiner()
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """That the data has every column without which a part cannot be called; else a `RewardError`."""
+        """Checks that the data has every column that a part needs, or raises `RewardError`."""
         known = list(columns)
         for name, part in self.parts.items():
             check_columns(name, part.reward, known)
@@ -284,7 +284,7 @@ class CompositeReward:
         return self._fit(state) if is_normalised else self._plain[1]
 
     def _fit(self, state: RewardState) -> Any:
-        """What the combiner has learnt from its preferences, by parts with these statistics."""
+        """The state of a combiner fitted on its preferences, with parts normalised by these statistics."""
         combiner: Any = self.combine
         pairs = combiner.preferences.load("train")
         prompts = [pair.prompt for pair in pairs]

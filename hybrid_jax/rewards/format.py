@@ -214,7 +214,7 @@ def _error(message: str) -> Any:
 
 
 def _is_pattern(text: Any) -> bool:
-    """What a format checker of jsonschema asks; an error of the package regex is the answer no."""
+    """Whether a pattern compiles, for the format checker of jsonschema."""
     import regex
 
     return not isinstance(text, str) or bool(regex.compile(text))

@@ -69,7 +69,7 @@ class Part:
 
     @property
     def is_in_groups(self) -> bool:
-        """Whether its values mean something only beside others of the same prompt."""
+        """Whether values are comparable only among the responses to one prompt."""
         return isinstance(self.normalise, Group)
 
     def unclipped(self, state: Any, raw: np.ndarray, groups: Groups) -> np.ndarray:

@@ -210,7 +210,7 @@ def saved_steps(folder: Folder) -> list[int]:
 
 
 def saved_note(folder: Folder, step: int) -> dict[str, Any]:
-    """What `Checkpoints` was given to keep in the checkpoint of a step; empty before version 0.4.1."""
+    """The note that `Checkpoints` kept in the checkpoint of a step; empty before version 0.4.1."""
     with _checkpointer(_absolute(folder)) as reader:
         return _read_progress(reader, step).get("note", {})
 
@@ -260,7 +260,7 @@ def _checkpointer(folder: Folder, **settings: Any) -> Any:
 
 
 def _newest(folder: Folder, load: Callable[[int], T], steps: list[int]) -> tuple[T | None, list[int]]:
-    """What ``load`` makes of the first checkpoint of ``steps`` that it can read; those before are damaged.
+    """Loads the first checkpoint of ``steps`` that can be read, and lists the damaged ones before it.
 
     Several processes take the same one: a checkpoint that one of them cannot read is damaged for all.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint says beside its arrays: where the run was, and how to know that they are whole."""
+"""The note in a checkpoint beside its arrays: the progress of the run, and checksums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybrid_jax.training.state import RunState
 
 
 def arrays_of(state: RunState) -> dict[str, Any]:
-    """What Orbax writes."""
+    """The part of a checkpoint that Orbax writes."""
     return {"train": state.train, "references": dict(state.references), "host": dict(state.host)}
 
 

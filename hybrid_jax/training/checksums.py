@@ -54,7 +54,7 @@ def differing(tree: Any, expected: dict[str, int]) -> str | None:
 
 
 def shapes(tree: Any) -> dict[str, str]:
-    """Of every leaf by its path: ``float32[2, 3]``."""
+    """Describes every leaf by its path, as ``float32[2, 3]``."""
     leaves = [(p, x if hasattr(x, "shape") else np.asarray(x)) for p, x in tree_leaves_with_path(tree)]
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 

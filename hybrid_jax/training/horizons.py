@@ -1,4 +1,4 @@
-"""How many steps each phase will get, as far as anybody knows, and what follows for its learning rate."""
+"""Horizons: the planned steps of each phase where they are known, for its learning rate."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Interrupted(Ended):
 
 @contextlib.contextmanager
 def leaving_in_order() -> Iterator[None]:
-    """Around what comes before the first step and after the last: SIGTERM and SIGHUP end it as an error does.
+    """Makes SIGTERM and SIGHUP end the code before the first step and after the last as an error does.
 
     They would end the process on the spot and leave its lock behind. A handler that somebody has set stays. So
     does the end on the spot of one of several processes: alone it cannot leave in order.

@@ -56,7 +56,7 @@ class Run(Protocol):
         ...
 
     def owned(self) -> contextlib.AbstractContextManager[None]:
-        """Around a training: nobody else writes the run directory meanwhile."""
+        """Holds the run directory during a training, so that nobody else writes it."""
         ...
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:

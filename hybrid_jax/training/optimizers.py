@@ -130,13 +130,13 @@ class WarmupStableDecay(_ToHorizon):
 
 
 def _progress(step, start, stop):
-    """How far ``step`` is from ``start`` to ``stop``, in [0, 1]; nowhere on an endless way."""
+    """The share in [0, 1] of the way from ``start`` to ``stop`` at ``step``; 0 if ``stop`` is infinite."""
     done = jnp.clip((step - start) / jnp.maximum(stop - start, 1.0), 0.0, 1.0)
     return jnp.where(jnp.isinf(stop), 0.0, done)
 
 
 def waits_for_horizon(schedule: Schedule, horizon: float) -> bool:
-    """Whether a schedule stays where it is, since it decays to a horizon that nobody knows."""
+    """Whether a schedule stays constant because its horizon is not known."""
     return isinstance(schedule, _ToHorizon) and schedule.steps is None and math.isinf(horizon)
 
 

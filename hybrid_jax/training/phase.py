@@ -101,7 +101,7 @@ class StagedPhase(Phase, Protocol):
     """A phase that plans to go on with other programs, which its steps compile then."""
 
     def stage(self, state: RunState) -> str:
-        """What to call the programs of the next step; empty where the name of the phase says enough."""
+        """A name for the programs of the next step; empty where the name of the phase is enough."""
         ...
 
 
@@ -133,7 +133,7 @@ PHASES: Registry[Any] = Registry("phase")
 
 
 def fits(name: str, config: Any, model: Any) -> bool:
-    """That the phase of a config can train such a model: a language model, or one that scores texts."""
+    """Checks that a phase can train a model of this kind: a language model, or a scorer of texts."""
     scores = getattr(config, "trains_scorer", False)
     if scores == isinstance(model, LanguageModel):
         wanted = "scorer: classifier, encoder or ngrams" if scores else "language model"

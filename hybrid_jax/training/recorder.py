@@ -59,7 +59,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def step(self, step: int, phase: str, shapes_setting: str | None = None, stage: str = "") -> Iterator[None]:
-        """Around what starts a step: marks it for a profiler and notices what is compiled in it.
+        """Wraps the start of a step: marks it for a profiler and notices what is compiled in it.
 
         Args:
             step: its number.
@@ -79,7 +79,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _first_time(self, name: str, what: str) -> Iterator[None]:
-        """Around what compiles when it runs for the first time: says that it does, and how long it took."""
+        """Announces code that compiles when it first runs, and says how long that took."""
         if name in self._started:
             yield
             return

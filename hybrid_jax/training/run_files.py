@@ -61,11 +61,11 @@ class RunFiles:
 
     @property
     def where(self) -> str:
-        """What finds the run directory from whichever current folder."""
+        """The path of the run directory, absolute where it is local, so that it holds in any current folder."""
         return self.name if is_url(self.name) else str(self.folder)
 
     def names(self) -> list[str]:
-        """What lies at the top of the run directory, but the lock; nothing where there is no such folder.
+        """The names at the top of the run directory without the lock; empty where there is no such folder.
 
         Raises:
             UserError: it is no folder, or cannot be read.
@@ -110,7 +110,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def owned(self) -> Iterator[None]:
-        """Around a training: no other one writes here meanwhile. The first process locks for all of its run.
+        """Holds the lock of the run directory during a training. The first process locks for all of its run.
 
         Raises:
             UserError: another process trains here, or the folder holds something that is no run.

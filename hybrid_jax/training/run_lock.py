@@ -83,7 +83,7 @@ class Holder:
 
 @contextlib.contextmanager
 def owned(file: LockFile, name: str) -> Iterator[None]:
-    """Around all that a process writes into a run directory; the same thread may do it again within.
+    """Holds a lock for everything that a process writes into a run directory; reentrant in one thread.
 
     Args:
         file: the lock.
@@ -285,7 +285,7 @@ class DiskLockFile:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Around a change; a second file that a killed process left is removed after a while."""
+        """Guards a change of the lock file; removes the guard of a killed process after a while."""
         first_seen, waits_for = time.monotonic(), None
         while True:
             try:
@@ -330,7 +330,7 @@ def _system() -> str:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether there is a process of this number, of a user whose processes the system does not show."""
+    """Whether a process of this number exists, also one of another user that the system hides."""
     try:
         os.kill(pid, 0)
     except PermissionError:

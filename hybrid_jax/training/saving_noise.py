@@ -1,4 +1,4 @@
-"""What Orbax and TensorStore print of errors that they also raise: it would stand above our one line."""
+"""Silences what Orbax and TensorStore print of errors that they also raise."""
 
 from __future__ import annotations
 

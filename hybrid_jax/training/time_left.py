@@ -1,4 +1,4 @@
-"""How long the rest of a run takes, by what its phases and evaluations have cost so far."""
+"""An estimate of the time that a run still takes, from the cost of its phases and evaluations so far."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class TimeLeft:
         self._left[name] -= 1
 
     def seconds(self, steps: int) -> float | None:
-        """Of the ``steps`` that are left and the evaluations among them; None before there is a measure."""
+        """Estimates the seconds of the last ``steps`` with their evaluations; None before any measurement."""
         if not any(name in self._seconds for name in self._recent):
             return None
         left = {name: count for name, count in self._left.items() if count > 0}
@@ -82,7 +82,7 @@ class TimeLeft:
 
 
 class Ahead(Protocol):
-    """What decides the rest of a run."""
+    """The settings that decide the rest of a run."""
 
     @property
     def steps(self) -> int: ...
@@ -94,7 +94,7 @@ class Ahead(Protocol):
 
 
 def steps_ahead(run: Ahead, state: RunState) -> Iterator[str]:
-    """What is still to come: the phase of each step, and "evaluation" where there is one.
+    """Yields what is still to come: the phase of each step, and "evaluation" where there is one.
 
     A scheduler that waits for a metric is taken never to see it.
     """

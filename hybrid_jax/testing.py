@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,24 @@ SEQUENCES = np.array(list(itertools.product(range(VOCABULARY), repeat=STEPS)))  
 START = np.array([0.5, 0.3, 0.2])  # π_ref is a Markov chain: START, then TRANSITION
 TRANSITION = np.array([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]])
 NUM_PREFIXES = sum(VOCABULARY**step for step in range(STEPS))  # 13: (), (0), (1), (2), (0, 0), …
+
+TINY: dict[str, Any] = {  # of the smallest run that has everything; it learns nothing
+    "steps": 3,
+    "model": {"name": "decoder", "num_layers": 1, "width": 16, "num_heads": 2, "max_length": 48},
+    "tokenizer": "bytes",
+    "phases": {
+        "sft": {"batch_size": 4, "length": 32},
+        "ppo": {
+            "prompts_per_step": 4,
+            "epochs": 1,
+            "sampler": {"max_new_tokens": 8},
+            "reward": {"parts": {"length": {"reward": {"name": "length", "target": 6}}}},
+        },
+    },
+    "scheduler": {"name": "alternation", "cycle": {"sft": 1, "ppo": 1}},
+    "evaluation": {"num_prompts": 4, "num_examples": 8, "batch_size": 4, "length": 32},
+    "checkpoint": {"every": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -158,3 +177,8 @@ def tiny_decoder_folder(folder: str | Path, *, seed: int = 0) -> Path:
     save_pretrained(folder, model, model.init(jax.random.key(seed)), eos_ids=(tokenizer.eos_id,))
     tokenizer.save(folder)
     return Path(folder)
+
+
+def tiny_rows(count: int = 40) -> list[dict[str, Any]]:
+    """Rows of a prompt, a completion and a column, as data of a run with the settings `TINY`."""
+    return [{"prompt": f"say {i}:", "completion": f"{i} it is", "number": i} for i in range(count)]

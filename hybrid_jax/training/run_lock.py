@@ -76,7 +76,7 @@ class Holder:
         return self.started != "" and (self.host, self.system) == (socket.gethostname(), _system())
 
     def is_alive(self) -> bool:
-        """Of a near one."""
+        """Whether the process of a lock on this machine still runs."""
         started = _started(self.pid)
         return started == self.started or (started == "" and _is_hidden(self.pid))
 

@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import Case, Place, all_cases
 from judge_server import serve
 
+from hybrid_jax.testing import TINY, tiny_rows
+
 SECONDS = 5.0  # of processor time, which other work on the machine does not change
 WALL_SECONDS = 60.0  # before a case counts as one that hangs
 MEGABYTES = 1024.0  # at the peak
@@ -121,29 +123,9 @@ def _child(main, arguments: list[str], folder: Path) -> None:
         os._exit(code)
 
 
-TINY = {
-    "steps": 3,
-    "model": {"name": "decoder", "num_layers": 1, "width": 16, "num_heads": 2, "max_length": 48},
-    "tokenizer": "bytes",
-    "phases": {
-        "sft": {"batch_size": 4, "length": 32},
-        "ppo": {
-            "prompts_per_step": 4,
-            "epochs": 1,
-            "sampler": {"max_new_tokens": 8},
-            "reward": {"parts": {"length": {"reward": {"name": "length", "target": 6}}}},
-        },
-    },
-    "scheduler": {"name": "alternation", "cycle": {"sft": 1, "ppo": 1}},
-    "evaluation": {"num_prompts": 4, "num_examples": 8, "batch_size": 4, "length": 32},
-    "checkpoint": {"every": 2},
-}
-
-
 def prepare(folder: Path, judge: str) -> Place:
     """Trains a tiny run and exports it, each in a process of its own."""
-    rows = [{"prompt": f"say {i}:", "completion": f"{i} it is", "number": i} for i in range(40)]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tiny_rows()))
     source = {"name": "jsonl", "train": str(folder / "data.jsonl"), "held_out_fraction": 0.2}
     settings = {"run_dir": str(folder / "run"), "data": source, **TINY}
     (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))

@@ -152,10 +152,10 @@ def _check_free(path: Path) -> None:
     """Checks, before anything is measured, that no file of the user lies where the numbers go.
 
     Raises:
-        UserError: there is a file that is none of this command.
+        UserError: there is a folder, or a file that is none of this command.
     """
     try:
-        ours = not path.is_file() or "suite" in dict(json.loads(path.read_text()))
+        ours = not path.exists() or "suite" in dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError, RecursionError):
         ours = False
     if not ours:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -88,9 +89,10 @@ def _readable(answer) -> str:
 def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
     """Prompts of a file, or of standard input; conversations of a file of them."""
     if file is None:
-        if sys.stdin.isatty():
+        stdin = sys.stdin or io.TextIOWrapper(io.BytesIO())  # None where it was closed
+        if stdin.isatty():
             print("prompts, one a line; Ctrl-D ends:", file=sys.stderr)
-        content = sys.stdin.buffer.read(MOST_PROMPTS + 1)
+        content = stdin.buffer.read(MOST_PROMPTS + 1)
         if len(content) > MOST_PROMPTS:
             raise UserError(f"standard input must have at most {MOST_PROMPTS} bytes, got more")
         prompts = _lines(decode(content, "standard input"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybrid_jax.core.config import load_yaml
+from hybrid_jax.core.config import is_url, load_yaml
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.run_changes import Change, changed_settings, differences, why_fixed
@@ -70,6 +70,8 @@ def pinned(start_from: str | None, files: RunFiles) -> str | None:
     """
     if start_from is None:
         return None
+    if not is_url(files.name) and Path(split(start_from)[0]).resolve() == files.folder.resolve():
+        raise UserError(f"start_from must be another run than run_dir, got {start_from!r} for both")
     if saved_steps(files.checkpoints):
         there = load_yaml(files.folder / "config.yaml").get("start_from")
         return there if there is not None and split(there)[0] == start_from else start_from

@@ -16,6 +16,7 @@ from hybrid_jax.core.secrets import text_without_secrets
 MOST_SHOWN = 500  # characters of an error
 # What the system says of a path that a user gave, wherever it is first looked at.
 _OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class Ended(SystemExit):
@@ -82,13 +83,22 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
     ours and keeps its traceback; an `Ended` (143 after SIGTERM) passes through. Another `SystemExit` is a
     component that left, and no success.
     """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by who called
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole process
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
     sys.exit(_exit_code(main, sys.argv[1:]))
 
 
 def _one_line(text: str) -> str:
     """``text`` on one line that a screen can show: what was given may be a megabyte long."""
-    text = " ".join(text.split())
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN * 2 // 3]} … {text[-MOST_SHOWN // 3 :]}"
+
+
+def _drop_stdout() -> None:
+    """Gives the interpreter, which flushes stdout once more on its way out, somewhere to write to."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
@@ -109,10 +119,13 @@ def _exit_code(main: Callable[[list[str]], None], arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The interpreter flushes stdout once more on its way out; give it somewhere to write to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 141
     except OSError as error:
+        if error.filename is None and error.errno in _OF_FULL_DISKS:
+            _drop_stdout()
+            print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
         if error.filename is None or error.errno not in _OF_PATHS:
             raise
         print("error:", _one_line(f"{str(error.filename)!r} cannot be used: {error.strerror}"), file=sys.stderr)

@@ -48,7 +48,13 @@ def local_path(value: str | Path, name: str) -> Path:
         raise UserError(f"{name} must be a path, got {str(value)!r}, which holds a zero byte")
     if is_url(value):
         raise UserError(f"{name} must be a path on this machine, got the URL {str(value)!r}")
-    return Path(value)
+    path = Path(value)
+    try:
+        return path.expanduser()  # a shell does so only where nothing quotes it, and never in a file
+    except RuntimeError:
+        raise UserError(
+            f"{name} begins with the home of a user whom this machine lacks, got {str(value)!r}"
+        ) from None
 
 
 def load_yaml(
@@ -69,7 +75,11 @@ def load_yaml(
     if base is not None and not isinstance(base, str):
         raise _wrong_type("base", "a path", base)
     dotted = {key: settings.pop(key) for key in [*settings] if "." in str(key)}
-    settings = merge(read_yaml(Path(path).parent / base), settings, place) if base else settings
+    if base:
+        below = read_yaml(Path(path).parent / base)
+        if "base" in below:
+            raise UserError(f"{base} is the base of {path} and must have no base of its own")
+        settings = merge(below, settings, place)
     for key, value in dotted.items():
         settings = put(settings, key.split("."), value, place)
     return apply_overrides(settings, overrides, kind, trust)
@@ -127,7 +137,9 @@ def to_dict(value: Any, hint: Any = Any) -> Any:
 def _parse_override(override: str) -> tuple[list[str], Any]:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"an override is written a.b=value, got {text_without_secrets(override)!r}")
+        raise UserError(
+            f"an override is written a.b=value, without spaces, got {text_without_secrets(override)!r}"
+        )
     return dotted.split("."), parse_yaml(text, f"override {dotted!r}")
 
 

@@ -127,7 +127,7 @@ def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:
     """The plain form of functions, classes and their instances."""
     if isinstance(value, ModuleType):
         return {"module": value.__name__}
-    definition = inspect.unwrap(value) if callable(value) else value
+    definition = _definition(value)
     if isinstance(definition, FunctionType | type):
         if not is_own_code(definition) or id(definition) in told:
             return {"name": f"{definition.__module__}:{definition.__qualname__}"}
@@ -139,6 +139,12 @@ def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:
     else:
         held = getattr(value, "__dict__", {}) if is_own_code(type(value)) else {}
     return {"object": [go_on(type(value)), go_on(held)]}
+
+
+def _definition(value: Any) -> Any:
+    """The function or class behind a compiled or cached one; a wrapper in Python stands for itself."""
+    wrapper = callable(value) and not isinstance(value, FunctionType | type)
+    return inspect.unwrap(value, stop=lambda inner: isinstance(inner, FunctionType)) if wrapper else value
 
 
 def _plain_function(function: FunctionType, go_on: Plain) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _globals(function: FunctionType, go_on: Plain) -> dict[str, Any]:
 
 
 def _is_told(value: Any) -> bool:
-    definition = inspect.unwrap(value) if callable(value) else value
+    definition = _definition(value)
     if isinstance(definition, FunctionType | type):
         return is_own_code(definition)
     return not isinstance(value, ModuleType) and (not callable(value) or is_own_code(type(value)))
@@ -191,7 +197,8 @@ def _source(definition: Any) -> str | None:
     if getattr(definition, "__name__", "") == "<lambda>":
         return None
     try:
-        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(definition))))
+        of = definition.__code__ if isinstance(definition, FunctionType) else definition  # not what it wraps
+        return ast.unparse(ast.parse(textwrap.dedent(inspect.getsource(of))))
     except (OSError, TypeError, SyntaxError):
         return None
 

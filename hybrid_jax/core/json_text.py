@@ -60,7 +60,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise ValueError(f"key {_short(key)} is there twice; keep one")
+                raise ValueError(f"key {shown(key)} is there twice; keep one")
             seen.add(key)
     return entries
 
@@ -68,7 +68,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _number(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"number {_short(text)} is too large for 64 bits")
+        raise ValueError(f"number {shown(text)} is too large for 64 bits")
     return number
 
 
@@ -111,5 +111,7 @@ def _too_deep(where: str) -> UserError:
     return UserError(f"{where}: more than {MOST_NESTED} objects and lists in one another")
 
 
-def _short(value: str) -> str:
-    return repr(value) if len(value) <= 60 else f"{value[:60]!r}…"
+def shown(value: Any) -> str:
+    """The start of a value as an error shows it, with JSON's ``null``."""
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 62 else f"{text[:60]}…"

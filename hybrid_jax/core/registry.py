@@ -17,6 +17,7 @@ import difflib
 import importlib
 import inspect
 import operator
+import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -65,6 +66,7 @@ class Registry(Generic[T]):
         self.default = default
         self._entries: dict[str, Any] = {}
         self._risks: dict[str, str] = {}
+        self._imported: dict[str, Any] = {}
 
     def register(self, name: str, risk: str | None = None) -> Callable[[E], E]:
         """Adds an entry.
@@ -110,15 +112,19 @@ class Registry(Generic[T]):
     def name_of(self, entry: Any) -> str:
         """The name under which a config finds ``entry`` (an instance, or the entry itself)."""
         wanted = entry if is_definition(entry) else type(entry)
-        for name, known in self._entries.items():
+        # The own name of a decorated function, a lambda or an alias finds something else, or nothing.
+        for name, known in (*self._entries.items(), *self._imported.items()):
             if known is wanted:
                 return name
-        return f"{wanted.__module__}:{wanted.__qualname__}"
+        name = f"{wanted.__module__}:{wanted.__qualname__}"
+        return name if _found(name) is wanted else f"{wanted.__module__}:<{wanted.__qualname__}>"
 
     def _import(self, name: str) -> Any:
         module_name, _, attribute = name.partition(":")
         try:
-            return operator.attrgetter(attribute)(importlib.import_module(module_name))
+            entry = operator.attrgetter(attribute)(importlib.import_module(module_name))
+            self._imported[name] = entry
+            return entry
         except KeyboardInterrupt:
             raise
         except BaseException as error:  # whatever the module does when it is imported, leaving included
@@ -141,6 +147,15 @@ def _with_colon(name: str) -> str:
     """A hint for ``module.thing``, which was probably meant as ``module:thing``."""
     module, dot, attribute = name.rpartition(".")
     return f"code of your own has a colon: {f'{module}:{attribute}'!r}; " if dot and attribute else ""
+
+
+def _found(name: str) -> Any:
+    """The object of an imported module that ``module:attribute`` finds; None if there is none."""
+    module_name, _, attribute = name.partition(":")
+    try:
+        return operator.attrgetter(attribute)(sys.modules[module_name])
+    except (KeyError, AttributeError):
+        return None
 
 
 def _lives_only_in_python(name: str) -> bool:

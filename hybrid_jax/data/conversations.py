@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import UserError, suggest
 from hybrid_jax.data.files import json_rows
@@ -93,7 +94,7 @@ def check_messages(value: Any, where: str, field: str = "messages") -> tuple[Mes
         UserError: one line with the message's number, what was expected and got.
     """
     if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{where}: {field!r} must be a list of messages, got {_short(value)}")
+        raise UserError(f"{where}: {field!r} must be a list of messages, got {shown(value)}")
     return tuple(_message(item, f"{where}: {field}[{index}]") for index, item in enumerate(value))
 
 
@@ -106,14 +107,14 @@ def _messages(value: Any, where: str, field: str, role: str | None = None) -> tu
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(f"{where} must be {{role: …, content: …}}, got {_short(item)}")
+        raise UserError(f"{where} must be {{role: …, content: …}}, got {shown(item)}")
     for key in ("role", "content"):
         if key not in item:
             raise UserError(f"{where} has no {key!r}; {suggest(key, list(map(str, item)))}")
     if item["role"] not in ROLES:
         raise UserError(f"{where}.role is {item['role']!r}; {suggest(str(item['role']), ROLES)}")
     if not isinstance(item["content"], str):
-        raise UserError(f"{where}.content must be a text, got {_short(item['content'])}")
+        raise UserError(f"{where}.content must be a text, got {shown(item['content'])}")
     return {key: value for key, value in item.items() if value is not None}
 
 
@@ -122,8 +123,3 @@ def _rows(path: Path, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
         return json_rows(path)
     dataset = HuggingFaceDataset(path=str(path)).rows(split)
     return ((f"{path}, row {number}", row) for number, row in enumerate(dataset, start=1))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import Registry, UserError, suggest
 from hybrid_jax.data.conversations import check_messages
@@ -158,7 +159,7 @@ class PreferenceRows:
         if given is None and isinstance(prompt, list | tuple):
             given, name = prompt, self.prompt_field
         if prompt is not None and not isinstance(prompt, str | list | tuple):
-            raise UserError(f"{where}: {self.prompt_field!r} must be a text or messages, got {_short(prompt)}")
+            raise UserError(f"{where}: {self.prompt_field!r} must be a text or messages, got {shown(prompt)}")
         text = prompt if isinstance(prompt, str) else None
         return text, () if given is None else check_messages(given, where, str(name))
 
@@ -183,12 +184,12 @@ class PreferenceRows:
         texts, places = row[self.responses_field], row.get(self.ranking_field)
         is_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
         if not is_texts or len(texts) < 2:
-            raise UserError(f"{where}: {self.responses_field!r} must be two texts or more, got {_short(texts)}")
+            raise UserError(f"{where}: {self.responses_field!r} must be two texts or more, got {shown(texts)}")
         is_places = isinstance(places, list | tuple) and all(_is_number(place) for place in places)
         if places is None or not is_places or len(places) != len(texts):
             raise UserError(
                 f"{where}: {self.ranking_field!r} must be {len(texts)} numbers, the place of each response, "
-                f"got {_short(places)}"
+                f"got {shown(places)}"
             )
         order = sorted(set(places))
         return tuple(texts), tuple(order.index(place) for place in places)
@@ -198,14 +199,14 @@ class PreferenceRows:
             return None
         if not _is_number(row[self.margin_field]):
             raise UserError(
-                f"{where}: {self.margin_field!r} must be a number or null, got {_short(row[self.margin_field])}"
+                f"{where}: {self.margin_field!r} must be a number or null, got {shown(row[self.margin_field])}"
             )
         return float(row[self.margin_field])
 
     def _tie(self, row: Mapping[str, Any], where: str) -> bool:
         tie = row.get(self.tie_field, False)
         if not isinstance(tie, bool):
-            raise UserError(f"{where}: {self.tie_field!r} must be true or false, got {_short(tie)}")
+            raise UserError(f"{where}: {self.tie_field!r} must be true or false, got {shown(tie)}")
         return tie
 
 
@@ -318,8 +319,3 @@ def _answer(
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

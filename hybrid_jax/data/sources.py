@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Count, Fraction, Seed, Share, settings
 from hybrid_jax.core.registry import Registry, UserError, suggest
 from hybrid_jax.data.corpora import restaurants
@@ -275,26 +276,21 @@ def _text(row: Mapping[str, Any], field: str | None, template: str | None, where
             _check_field(row, name, where)
             if not isinstance(row[name], str | int | float):
                 raise UserError(
-                    f"{where}: field {name!r} must be a text or a number for a template, "
-                    f"got {_short(row[name])}"
+                    f"{where}: field {name!r} must be a text or a number for a template, got {shown(row[name])}"
                 )
         return template.format(**row)
     if field is None:
         return None
     _check_field(row, field, where)
     if not isinstance(row[field], str):
-        raise UserError(f"{where}: field {field!r} must be a text, got {_short(row[field])}")
+        raise UserError(f"{where}: field {field!r} must be a text, got {shown(row[field])}")
     return row[field]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_field(row: Mapping[str, Any], field: str, where: str) -> None:
     if field not in row:
-        raise UserError(f"{where}: no field {field!r}; {suggest(field, list(row))}")
+        named = "prompt_field and response_field name them, or prompt_template and response_template"
+        raise UserError(f"{where}: no field {field!r}; {suggest(field, list(row))}; {named}")
 
 
 def _check_template(name: str, template: str | None) -> None:
@@ -317,11 +313,17 @@ def choose(
     examples: Sequence[Example], split: Split, own_held_out: bool, fraction: float | None, name: str
 ) -> Sequence[Example]:
     """The examples of the split, where they are not a file or split of their own."""
+    given = len(examples)
     if fraction is not None:
         held_out = _held_out_texts(examples, fraction)
         examples = [e for e in examples if (_identity(e) in held_out) == (split == "held_out")]
     elif split == "held_out" and not own_held_out:
         raise _nothing_held_out(name, "held_out (a file or split) or held_out_fraction")
+    if not examples and given:
+        raise UserError(
+            f"{name} has no {split.replace('_', '-')} examples left: held_out_fraction {fraction} of {given} "
+            "holds out all of them; give more rows or a file of held-out data"
+        )
     return _not_empty(examples, split, name)
 
 

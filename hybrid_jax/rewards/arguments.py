@@ -46,6 +46,10 @@ class Arguments:
         Raises:
             ValueError: They cannot be read, the first is none of the texts, or there is none for the responses.
         """
+        if inspect.iscoroutinefunction(reward):
+            raise ValueError(
+                "must be a plain function, got one with async: call asyncio.run in it where it waits"
+            )
         parameters = _parameters(reward)
         bound = frozenset(reward.keywords) if isinstance(reward, functools.partial) else frozenset()
         named = [p for p in parameters if p.kind in _NAMED and p.name not in bound]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ class Progress:
         line_seconds: float = 30.0,
         time_left: TimeLeft | None = None,
     ):
-        self._stream = stream or sys.stderr
+        self._stream = stream or sys.stderr or io.StringIO()  # None where it was closed
         self._is_terminal = self._stream.isatty()
         self._total, self._done = total, initial
         self._line_seconds = line_seconds
@@ -112,8 +113,11 @@ class Progress:
         return f"{about}{tqdm.format_interval(round(seconds))} left"
 
     def _write(self, text: str) -> None:
-        self._bar.write(text, file=self._stream)
-        self._stream.flush()
+        try:
+            self._bar.write(text, file=self._stream)
+            self._stream.flush()
+        except OSError:  # a full disk or a reader that left: no reason to lose a run
+            self._stream = io.StringIO()
 
 
 def sample_table(records: list[dict[str, Any]], width: int) -> str:

@@ -280,7 +280,8 @@ class DiskLockFile:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run_dir {folder} cannot be made: {error.strerror}") from error
+            reason = "it is a link to nowhere" if folder.is_symlink() else error.strerror
+            raise UserError(f"run_dir {folder} cannot be made: {reason}") from error
         self._made += missing
 
     @contextlib.contextmanager

@@ -1,5 +1,7 @@
 """How a command ends, seen from outside: a real process, its exit code and its stderr."""
 
+import os
+import shlex
 import subprocess
 import sys
 
@@ -109,3 +111,32 @@ def test_a_reader_that_leaves_is_met_quietly():
     assert writer.stderr.read() == ""
     writer.stderr.close()
     assert writer.wait() == 141
+
+
+def test_what_steers_a_terminal_is_not_printed():
+    assert run("raise UserError('a \\x1b[31m red')").stderr == "error: a \N{REPLACEMENT CHARACTER}[31m red\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "2>/dev/full"])
+def test_a_closed_or_full_stream_is_no_failure(closed):
+    script = HEAD + "def main(arguments):\n    print('done')\nrun_command(main)"
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} {closed}"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_output_on_a_full_disk_is_one_line():
+    script = HEAD + "def main(arguments):\n    print('done')\nrun_command(main)"
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(script)} > /dev/full"
+    done = subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: the output cannot be written: No space left on device\n",
+    )
+
+
+def test_a_terminal_without_a_letter_shows_its_code():
+    script = HEAD + "def main(arguments):\n    print('\\u00fc')\nrun_command(main)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xfc\n", "")

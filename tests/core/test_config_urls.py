@@ -56,3 +56,11 @@ def test_the_compilation_cache_in_a_bucket_reaches_jax_as_it_was_written():
         assert jax.config.jax_compilation_cache_dir == "gs://bucket/compiled"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_path_may_begin_with_the_users_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_path("~/runs/one", "run_dir") == Path("/home/me/runs/one")
+    assert local_path("a/~b", "run_dir") == Path("a/~b")
+    with pytest.raises(UserError, match="run_dir begins with the home of a user whom this machine lacks"):
+        local_path("~nobody-of-this-name/x", "run_dir")

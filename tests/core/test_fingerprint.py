@@ -1,5 +1,6 @@
 """What changes a digest and what does not; that another process finds the same one."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -170,3 +171,28 @@ def test_a_hundred_megabytes_of_rows_take_seconds():
     began = time.process_time()
     rows_digest(rows)
     assert time.process_time() - began < 0.1  # 100 MB in 10 s, on a slow day; measured 1 s
+
+
+def wrapped_by(factor):
+    def base(prompts, responses):
+        return [1.0] * len(responses)
+
+    if factor == 2:
+
+        @functools.wraps(base)
+        def safe(prompts, responses):
+            return [2.0 * x for x in base(prompts, responses)]
+
+    else:
+
+        @functools.wraps(base)
+        def safe(prompts, responses):
+            return [3.0 * x for x in base(prompts, responses)]
+
+    return base, safe
+
+
+def test_the_body_of_a_decorator_is_part_of_what_it_decorates():
+    base, safe = wrapped_by(2)
+    assert len({digest(base), digest(safe), digest(wrapped_by(3)[1])}) == 3
+    assert digest(safe) == digest(wrapped_by(2)[1])

@@ -9,6 +9,7 @@ import pytest
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import UserError
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
+from hybrid_jax.rewards.arguments import Arguments
 from hybrid_jax.rewards.base import RewardError, StartedReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.shaping import WinRate
@@ -204,3 +205,11 @@ def test_a_reward_with_start_alone_is_a_reward():
     won = evaluate_reward("won", WinRate(Lengths()), PROMPTS, ["a", "bcd"], {"opponents": [["b"], ["cde"]]})
     assert won.tolist() == [0.0, 0.0]
     EvaluationConfig(judges={"lengths": Lengths()})
+
+
+def test_an_async_reward_is_refused_when_it_is_given():
+    async def reward(prompts, responses):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="must be a plain function, got one with async"):
+        Arguments.of(reward)

@@ -1,5 +1,7 @@
 """What a record says of speed and memory: where the seconds went, what was compiled, traced and used."""
 
+import errno
+import io
 import logging
 import os
 import re
@@ -330,3 +332,14 @@ def test_an_impossible_profile_is_refused():
         ProfileConfig(steps=0)
     with pytest.raises(ValueError, match="start must be at least 0, got -1"):
         ProfileConfig(start=-1)
+
+
+def test_a_stream_that_cannot_be_written_costs_the_lines_and_not_the_run():
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    progress = Progress(total=3, stream=Full())
+    for step in range(3):
+        progress.update({"step": step, "phase": "sft", "sft/loss": 1.0})
+    progress.close()

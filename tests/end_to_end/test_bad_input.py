@@ -37,7 +37,7 @@ def mistake(command):
         ("phases.sft.batch_size=many", "phases.sft.batch_size must be a whole number, got 'many'"),
         ("steps=2.5", "steps must be a whole number, got 2.5"),
         ("steps=-1", "steps must be at least 0, got -1"),
-        ("steps", "an override is written a.b=value, got 'steps'"),
+        ("steps", "an override is written a.b=value, without spaces, got 'steps'"),
         ("model.num_heads=3", "model.width must be a multiple of num_heads=3, got 16"),
         ("model.name=decodr", "model: unknown backbone 'decodr'; did you mean 'decoder'?"),
         ("phases.sft.length=64", "phases.sft: length must be at most the model's max_length 48, got 64"),

@@ -117,7 +117,9 @@ class Registry(Generic[T]):
             if known is wanted:
                 return name
         name = f"{wanted.__module__}:{wanted.__qualname__}"
-        return name if _found(name) is wanted else f"{wanted.__module__}:<{wanted.__qualname__}>"
+        if _lives_only_in_python(name) or _found(name) is wanted:
+            return name
+        return f"{wanted.__module__}:<{wanted.__qualname__}>"
 
     def _import(self, name: str) -> Any:
         module_name, _, attribute = name.partition(":")

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
-from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING, NOTHING
 from hybrid_jax.parallel.devices import check_devices
 
 EXPLANATION = """\
@@ -75,7 +76,7 @@ def _measure_run(options: argparse.Namespace) -> None:
     if options.num_prompts is not None:
         overrides.append(f"evaluation.num_prompts={options.num_prompts}")
 
-    from hybrid_jax.policy import names_to_trust
+    from hybrid_jax.runs.policy import names_to_trust
 
     if options.json is not None and not (folder := Path(options.json).parent).is_dir():
         raise UserError(f"{options.json} cannot be written: there is no folder {folder}")
@@ -120,8 +121,8 @@ def evaluate(
     """
     from hybrid_jax.evaluation.suites import SUITES
     from hybrid_jax.experiment import load_run_config
-    from hybrid_jax.policy import load_policy
-    from hybrid_jax.run_evaluator import make_evaluator
+    from hybrid_jax.runs.evaluator import make_evaluator
+    from hybrid_jax.runs.policy import load_policy
     from hybrid_jax.scorer_commands import evaluate_scorer, trains_scorer
     from hybrid_jax.training.compilation import keep_compiled
 

@@ -16,11 +16,12 @@ from typing import Any
 import jax
 from jax import Array
 
-from hybrid_jax.banner import banner
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
-from hybrid_jax.core.registry import UserError, names_in
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import names_in
 from hybrid_jax.core.secrets import without_secrets
+from hybrid_jax.core.writing import write_folder, write_text
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.conversations import Chat
@@ -29,17 +30,20 @@ from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
 from hybrid_jax.experiment_config import load_config as load_config
 from hybrid_jax.experiment_config import load_run_config as load_run_config
-from hybrid_jax.models import decoder, encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import LanguageModel
+from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import Policy, as_list, default_sampler, init_key
-from hybrid_jax.run_changes import Change, record_changes
-from hybrid_jax.run_contents import Contents, contents
-from hybrid_jax.run_evaluator import make_evaluator
-from hybrid_jax.run_identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
-from hybrid_jax.run_origin import (
+from hybrid_jax.runs.banner import banner
+from hybrid_jax.runs.changes import Change, record_changes
+from hybrid_jax.runs.contents import Contents, contents
+from hybrid_jax.runs.evaluator import make_evaluator
+from hybrid_jax.runs.files import RunFiles, run_files
+from hybrid_jax.runs.identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
+from hybrid_jax.runs.initial_state import fresh_state, reference_shapes, state_shapes
+from hybrid_jax.runs.origin import (
     Origin,
     changes_since,
     find_origin,
@@ -48,9 +52,9 @@ from hybrid_jax.run_origin import (
     split,
     tell_origin,
 )
+from hybrid_jax.runs.policy import Policy, as_list, default_sampler, init_key
+from hybrid_jax.runs.trained_scorer import TrainedScorer
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
-from hybrid_jax.scorer_run import TrainedScorer
-from hybrid_jax.start import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
 from hybrid_jax.training.compilation import keep_compiled
@@ -62,8 +66,6 @@ from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPh
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
-from hybrid_jax.training.run_directory import write_folder, write_text
-from hybrid_jax.training.run_files import RunFiles, run_files
 from hybrid_jax.training.scheduler import phase_after, planned_steps
 from hybrid_jax.training.state import RunState
 from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
@@ -324,7 +326,7 @@ class Experiment:
 
     def finish(self, state: RunState) -> None:
         """Writes the report of a finished run, and the scorer that it has trained."""
-        from hybrid_jax.report import write_report
+        from hybrid_jax.reports.report import write_report
 
         if self.evaluator is None:
             log.info("model: %s", self.export(state, self.files.folder / "model"))

@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hybrid_jax.core.config import Url, apply_overrides, load_yaml, parse, to_dict
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.merging import MERGED
 from hybrid_jax.core.ranges import Natural, Positive, Seed, settings
-from hybrid_jax.core.registry import EVERYTHING, NOTHING, UserError
+from hybrid_jax.core.registry import EVERYTHING, NOTHING
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
-from hybrid_jax.models import decoder, encoder_scorer, hf, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES
+from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.policy import run_settings, trust_explained
+from hybrid_jax.runs.policy import run_settings, trust_explained
 from hybrid_jax.training.checkpoint import CheckpointConfig
 from hybrid_jax.training.compilation import cache_folder
 from hybrid_jax.training.loggers import LOGGERS

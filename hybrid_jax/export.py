@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.devices import check_devices
 
 EXAMPLES = """\
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
     check_devices(expect_accelerator=False)
 
-    from hybrid_jax.policy import load_policy, names_to_trust, save_value
+    from hybrid_jax.runs.policy import load_policy, names_to_trust, save_value
     from hybrid_jax.scorer_commands import export_scorer, trains_scorer
 
     trust = names_to_trust(options.trust, options.config)

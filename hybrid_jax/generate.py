@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.cli import ArgumentParser, add_trust, run_command, set_up_logging
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, decode, read_text
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.devices import check_devices
 
 MOST_PROMPTS = 64 * MEBIBYTE  # of a file of prompts, or of standard input
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
     check_devices()
 
-    from hybrid_jax.policy import load_policy, load_pretrained_policy, names_to_trust, run_settings
+    from hybrid_jax.runs.policy import load_policy, load_pretrained_policy, names_to_trust, run_settings
     from hybrid_jax.training.compilation import cache_folder, keep_compiled
 
     if options.run is not None:

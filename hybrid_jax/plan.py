@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.devices import check_devices
 
 if TYPE_CHECKING:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Container
 from pathlib import Path
 
-from hybrid_jax.core.registry import NOTHING, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import NOTHING
 from hybrid_jax.experiment import Experiment, build, load_run_config
-from hybrid_jax.policy import run_settings, trust_explained
+from hybrid_jax.runs.policy import run_settings, trust_explained
 from hybrid_jax.training.checkpoint import Checkpoints
 from hybrid_jax.training.phase import PHASES
 from hybrid_jax.training.state import RunState

@@ -21,8 +21,8 @@ from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_folder import save_encoder
-from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.models.folders.encoder import save_encoder
+from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.models.pooling import Mode, Pooling
 
 VOCABULARY, STEPS = 3, 3

@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> None:
     with joined():  # before JAX looks at any device
         check_devices()
         from hybrid_jax.experiment import build, load_config
-        from hybrid_jax.run_identity import owned
+        from hybrid_jax.runs.files import run_files
+        from hybrid_jax.runs.identity import owned
         from hybrid_jax.training.interrupts import leaving_in_order
         from hybrid_jax.training.loop import train
-        from hybrid_jax.training.run_files import run_files
 
         config = load_config(options.config, options.overrides)
         with owned(run_files(config.run_dir)):  # so that a second trainer hears of it before it loads anything

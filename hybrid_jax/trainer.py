@@ -11,13 +11,14 @@ from typing import Any
 
 from hybrid_jax.core.cli import set_up_logging
 from hybrid_jax.core.config import load_yaml, parse, to_dict
-from hybrid_jax.core.registry import EVERYTHING, UserError, names_in
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING, names_in
 from hybrid_jax.data.listed import Listed
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
 from hybrid_jax.parallel.devices import check_devices
-from hybrid_jax.policy import Policy, load_policy
 from hybrid_jax.rewards.base import DeviceReward, StartedReward
 from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.runs.policy import Policy, load_policy
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import METRICS_FILE, read_records
 from hybrid_jax.training.loop import train
@@ -120,7 +121,7 @@ class HybridTrainer:
 
     def report(self) -> Path:
         """Writes ``report.html`` into the run directory and returns its path; in a bucket, that of a copy."""
-        from hybrid_jax.report import write_report
+        from hybrid_jax.reports.report import write_report
 
         return write_report(self.experiment.files.where)
 

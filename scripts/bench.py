@@ -38,7 +38,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.cli import ArgumentParser, run_command
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
 from hybrid_jax.experiment import ExperimentConfig, build, environment
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
@@ -181,7 +181,7 @@ class RewardModel:
             model, {"model": model.init(jax.random.key(2)), "head": {"kernel": kernel, "bias": jnp.zeros(1)}}
         )
 
-    def score_tokens(self, tokens, attention_mask, response_mask):
+    def score_tokens(self, tokens, attention_mask, action_mask):
         return _last_scores(self.model, self.params, tokens, attention_mask)
 
 

@@ -64,7 +64,7 @@ from accelerator.table import render
 from bench import PEER_PYTHON, Numbers, Ours, Peer, RandomNumbers, Step, measure
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, environment, plan_phases
 from hybrid_jax.models.decoder import DecoderConfig

@@ -20,7 +20,7 @@ import jax
 from bench import SHAPES, Step, experiment_step, ppo, work_of
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import environment
 from hybrid_jax.rewards.composite import CompositeReward, Part
 

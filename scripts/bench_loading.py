@@ -104,7 +104,7 @@ def measure(reader: str, folder: Path) -> dict[str, float]:
     from transformers import LlamaConfig
 
     from hybrid_jax.models.decoder import DecoderConfig
-    from hybrid_jax.models.hf import load_pretrained
+    from hybrid_jax.models.folders.hf import load_pretrained
 
     LlamaConfig()
     jax.eval_shape(DecoderConfig(num_layers=1, norm="rms", mlp="gated").build(8).init, jax.random.key(0))

@@ -24,7 +24,7 @@ from hybrid_jax.rewards import model_based
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.overlap import Bleu, Rouge
 from hybrid_jax.rewards.similarity import CosineSimilarity
-from hybrid_jax.run_identity import environment
+from hybrid_jax.runs.identity import environment
 
 STORY = (
     "the film is a slow and quiet story about two people who meet on a train and talk all night of love music "

@@ -27,7 +27,7 @@ import numpy as np
 from bench import SHAPES, STEPS, Ours, Step, Work, work_of
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import environment
 from hybrid_jax.sampling.decode import Sampler
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import Experiment, build, load_config
 from hybrid_jax.parallel.devices import check_devices
 from hybrid_jax.phases.ppo_settings import PPO

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from hybrid_jax.banner import banner
 from hybrid_jax.experiment import load_config
+from hybrid_jax.runs.banner import banner
 
 TRIGGERED = "scheduler={name: triggered, metric: sft/loss, below: 2.0}"
 

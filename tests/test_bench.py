@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import parameter_shapes
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.report import _data_block, main, write_report
-from hybrid_jax.report_change import paired_interval
-from hybrid_jax.report_charts import (
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.report import main
+from hybrid_jax.reports.change import paired_interval
+from hybrid_jax.reports.charts import (
     Block,
     Panel,
     Series,
@@ -26,6 +26,7 @@ from hybrid_jax.report_charts import (
     short_number,
     thin,
 )
+from hybrid_jax.reports.report import _data_block, write_report
 
 
 class Page(HTMLParser):

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from hybrid_jax.report import write_report
-from hybrid_jax.report_charts import Band, Panel, Series, draw
-from hybrid_jax.report_flags import GAMING, WEAKNESS, find_flags, trend
-from hybrid_jax.report_glossary import glossary_entry
-from hybrid_jax.report_run import Run
+from hybrid_jax.reports.charts import Band, Panel, Series, draw
+from hybrid_jax.reports.flags import GAMING, WEAKNESS, find_flags, trend
+from hybrid_jax.reports.glossary import glossary_entry
+from hybrid_jax.reports.report import write_report
+from hybrid_jax.reports.run import Run
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -69,18 +69,28 @@ class PromptBatch:
 
 @struct.dataclass
 class Samples:
-    """Sampled responses, right-padded."""
+    """What followed the prompts, right-padded: the tokens that a policy chose and those that it was told.
+
+    A token that was not chosen, such as one of a user's turn, is read and never learned. Ancestral sampling
+    chooses all of them: then the two masks are the same.
+    """
 
     tokens: Int[Array, "B R"]
     log_probs: Float[Array, "B R"]  # under the distribution that sampled (temperature and truncation included)
-    response_mask: Bool[Array, "B R"]  # True up to and including the end-of-sequence token
+    action_mask: Bool[Array, "B R"]  # chosen by the policy, up to and including the end-of-sequence token
+    attention_mask: Bool[Array, "B R"]  # read by the policy: whatever was chosen, and more
 
     @classmethod
     def empty(cls, rows: int, num_tokens: int) -> Samples:
         shape = (rows, num_tokens)
-        return cls(
-            tokens=jnp.zeros(shape, jnp.int32), log_probs=jnp.zeros(shape), response_mask=jnp.zeros(shape, bool)
-        )
+        return cls.chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
+
+    @classmethod
+    def chosen(
+        cls, tokens: Int[Array, "B R"], log_probs: Float[Array, "B R"], mask: Bool[Array, "B R"]
+    ) -> Samples:
+        """Responses that a policy chose whole."""
+        return cls(tokens=tokens, log_probs=log_probs, action_mask=mask, attention_mask=mask)
 
 
 @struct.dataclass
@@ -88,8 +98,8 @@ class Rollout:
     """What PPO learns from: prompts with sampled responses, scored by policy, value and reference models."""
 
     tokens: Int[Array, "B T"]  # left-padded prompt, then right-padded response; T = P + R
-    attention_mask: Bool[Array, "B T"]
-    response_mask: Bool[Array, "B R"]
+    attention_mask: Bool[Array, "B T"]  # what may be read
+    action_mask: Bool[Array, "B R"]  # what the policy chose: only this has a probability and an advantage
     log_probs: Float[Array, "B R"]  # of the behaviour policy
     values: Float[Array, "B R"]
     advantages: Float[Array, "B R"]

@@ -18,9 +18,10 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
+from hybrid_jax.core.errors import Untrusted, UserError
 from hybrid_jax.core.merging import Place, merge, put, registry_of, without_extras
 from hybrid_jax.core.ranges import check_ranges, hints_of
-from hybrid_jax.core.registry import NOTHING, Registry, Untrusted, UserError, is_definition, suggest
+from hybrid_jax.core.registry import NOTHING, Registry, is_definition, suggest
 from hybrid_jax.core.secrets import text_without_secrets, without_secrets
 from hybrid_jax.core.yaml_text import MOST_BITS, NUMBER, parse_yaml, read_yaml
 

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 MEBIBYTE = 2**20
 _OTHERS = {

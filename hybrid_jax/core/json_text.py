@@ -11,8 +11,8 @@ import math
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, read_text
-from hybrid_jax.core.registry import UserError
 
 MOST_NESTED = 100  # objects and lists in one another: nobody's data or config comes near it
 MOST_BYTES = 32 * MEBIBYTE  # of a JSON file: the index of a model of 150,000 tensors has 15

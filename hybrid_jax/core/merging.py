@@ -16,7 +16,8 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Union, get_args, get_origin
 
-from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import Registry, suggest
 
 MERGED = "merged"  # key of a field's metadata
 Settings = Mapping[str, Any]

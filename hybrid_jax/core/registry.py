@@ -21,16 +21,10 @@ import sys
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from hybrid_jax.core.errors import Untrusted, UserError
+
 T = TypeVar("T")
 E = TypeVar("E")
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: shown as one line, without a traceback, exit code 2."""
-
-
-class Untrusted(UserError):
-    """A name that would run code, in a file that the user has not written."""
 
 
 class _Everything:

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, read_text
-from hybrid_jax.core.registry import UserError
 
 MOST_BYTES = MEBIBYTE  # of a file
 MOST_VALUES = 30_000  # with every alias written out

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax.core.batches import Message
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.rendering import Span, render_template
 from hybrid_jax.data.tokenizer import Tokenizer, Tokens
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, read_text
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 
 MOST_LETTERS = MEBIBYTE  # of a template; those of the hub have up to 20,000
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 

@@ -12,8 +12,8 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Natural, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.sources import SOURCES, Jsonl, Split
 
 SLOT = re.compile(r"([\w ]+)\[([^\]]*)\]")

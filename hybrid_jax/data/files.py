@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, decode, open_regular, reason
 from hybrid_jax.core.json_text import parse_json
-from hybrid_jax.core.registry import UserError
 
 MOST_ROW = 64 * MEBIBYTE  # of one line
 MOST_EXPANDED = 100  # bytes for each one packed: text has 3 to 10, a file made to fill the memory up to 1,000

@@ -13,8 +13,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import settings
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.scored_text import padded
 from hybrid_jax.data.sources import SOURCES, Jsonl

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.conversations import conversation
 from hybrid_jax.data.sources import Rows, Split, choose
 

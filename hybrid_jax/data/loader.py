@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.long_rows import DEFAULT, LongRows
 from hybrid_jax.data.packing import (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.places import line_of, share_of
 
 log = logging.getLogger(__name__)

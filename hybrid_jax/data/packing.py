@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybrid_jax.core.batches import Example, TokenBatch
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_conversation, encode_question
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.places import places_of, some_of

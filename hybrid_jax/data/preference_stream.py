@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Message
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import length_buckets, visits
 from hybrid_jax.data.long_rows import DEFAULT, LongRows
 from hybrid_jax.data.places import places_of, share_of, some_of

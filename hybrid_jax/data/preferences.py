@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
-from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.registry import Registry, suggest
 from hybrid_jax.data.conversations import check_messages
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose

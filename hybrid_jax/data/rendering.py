@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat_templates import CHAT_TEMPLATES, MOST_LETTERS
 
 SECONDS = 5.0  # for one conversation; a template of the hub takes a millisecond

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Count, Fraction, Seed, Share, settings
-from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.registry import Registry, suggest
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.files import json_rows, read_data
 

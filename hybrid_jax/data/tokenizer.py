@@ -13,9 +13,10 @@ from typing import Annotated, Any, NamedTuple, Protocol
 
 from annotated_types import Interval
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import settings
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
 from hybrid_jax.data.tokenizer_files import CONFIG, VOCABULARY, check_tokenizer_files
 

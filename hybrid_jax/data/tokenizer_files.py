@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, open_regular
 from hybrid_jax.core.json_text import MOST_TOKENIZER, read_json
-from hybrid_jax.core.registry import UserError
 
 VOCABULARY, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _VOCABULARIES = (VOCABULARY, "vocab.json", "vocab.txt", "merges.txt", "*.model")

@@ -192,10 +192,10 @@ class Evaluator:
         """
         asked, asked_mask = _on_devices((prompts.tokens, prompts.mask))
         drawn = self._sample(params, asked, asked_mask, jax.random.fold_in(self._key, index))
-        complete = self._ended(drawn.tokens, drawn.response_mask)
+        complete = self._ended(drawn.tokens, drawn.action_mask)
         rows = rows_here(drawn.tokens)
         rows = rows[rows < count]
-        fetched = (fetch_rows(array)[: len(rows)] for array in (drawn.tokens, drawn.response_mask, complete))
+        fetched = (fetch_rows(array)[: len(rows)] for array in (drawn.tokens, drawn.action_mask, complete))
         tokens, mask, complete = fetched
         answers = {
             "row": (before + rows).tolist(),
@@ -207,7 +207,7 @@ class Evaluator:
             answers["pieces"] = response_pieces(self._tokenizer, tokens, mask, self._eos_ids)
         if self._reward is not None and self._reward.on_device:
             joined = join(asked, asked_mask, drawn)
-            scores = self._reward.score_tokens(*joined, drawn.response_mask)
+            scores = self._reward.score_tokens(*joined, drawn.action_mask)
             answers["score"] = fetch_rows(scores)[: len(rows)].tolist()
         return answers
 

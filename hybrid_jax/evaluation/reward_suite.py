@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Float
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse
-from hybrid_jax.core.registry import EVERYTHING, UserError, suggest
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING, suggest
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.sources import Text
 from hybrid_jax.metrics.text import words

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.models.base import Params
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 
 def import_package(

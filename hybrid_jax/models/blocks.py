@@ -22,7 +22,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.models.attention import AttentionRule
+from hybrid_jax.models.attention.rule import AttentionRule
 from hybrid_jax.models.decoder_cache import LayerCache
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.execution import Execution

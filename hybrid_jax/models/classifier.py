@@ -18,14 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.hf import CLASSIFIER, PretrainedDecoder
-from hybrid_jax.models.hf_files import CONFIG, is_finite, read_json
-from hybrid_jax.models.hf_folder import (
+from hybrid_jax.models.folders.family_folder import (
     Dtype,
     Shardings,
     family_of,
@@ -34,7 +32,9 @@ from hybrid_jax.models.hf_folder import (
     read_params,
     write_folder,
 )
-from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.folders.files import CONFIG, is_finite, read_json
+from hybrid_jax.models.folders.hf import CLASSIFIER, PretrainedDecoder
+from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.layers import linear
 from hybrid_jax.models.lora import merge
 from hybrid_jax.models.scorer import check_labels, head_of, with_head

@@ -19,7 +19,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.arrays import Sum, segment_positions
-from hybrid_jax.models.attention import cached_attention, causal_attention
+from hybrid_jax.models.attention.choice import causal_attention
+from hybrid_jax.models.attention.einsum import cached_attention
 from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_cache import DecoderCache

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Interval
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import (
     Count,
     Layers,
@@ -19,8 +20,7 @@ from hybrid_jax.core.ranges import (
     Width,
     settings,
 )
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.attention import AttentionRule, alibi_slopes
+from hybrid_jax.models.attention.rule import AttentionRule, alibi_slopes
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Experts

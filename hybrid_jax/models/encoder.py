@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import segment_positions
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import (
     Count,
     Layers,
@@ -30,7 +31,6 @@ from hybrid_jax.core.ranges import (
     Width,
     settings,
 )
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.blocks import Linear
 from hybrid_jax.models.decoder_config import Activation

@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.encoder_blocks import masked_attention
 from hybrid_jax.models.encoder_decoder_blocks import Attend, Network

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import (
     Count,
     Layers,
@@ -18,7 +19,6 @@ from hybrid_jax.core.ranges import (
     Width,
     settings,
 )
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.decoder_config import Activation
 

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import MOST_TOKENIZER, read_json
 from hybrid_jax.core.ranges import Count, Natural, Rate, Width, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_folder import load_encoder
-from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.folders.encoder import load_encoder
+from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.layers import linear
 from hybrid_jax.models.pooling import Mode, Pooling
 from hybrid_jax.models.scorer import check_labels, dropped, head_of, with_head

@@ -25,8 +25,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Positive, Rate, Width, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.layers import linear
 
 Params = dict[str, Any]

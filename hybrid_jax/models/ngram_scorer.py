@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from annotated_types import Interval, MinLen
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Order, Rate, Width, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.layers import linear
 from hybrid_jax.models.scorer import check_labels, dropped

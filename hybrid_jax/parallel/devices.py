@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.cluster import has_tpu_device
 
 ASKED = "JAX_PLATFORMS"

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from hybrid_jax.core.cli import Ended
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.cluster import Cluster, find_cluster
 from hybrid_jax.parallel.meeting import meet
 

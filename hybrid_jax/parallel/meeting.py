@@ -10,7 +10,7 @@ import contextlib
 import socket
 import time
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.cluster import Cluster
 
 _GREETING = "hybrid_jax"

@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, Sharding
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.parallel.rules import AXES, Placement
 
 T = TypeVar("T")

@@ -17,8 +17,8 @@ from jax import Array
 from hybrid_jax.algorithms.classification import label_cross_entropy, squared_error
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Rate, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.places import places_of

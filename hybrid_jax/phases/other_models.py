@@ -8,13 +8,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models import hf
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.classifier import Classifier
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.families.family import flatten
-from hybrid_jax.models.scorer_folder import load_scorer, read_extra
+from hybrid_jax.models.folders import hf
+from hybrid_jax.models.folders.scorer import load_scorer, read_extra
 
 
 def read_like(path: str, model: LanguageModel, policy: Params, base: Params) -> Params:

@@ -32,7 +32,7 @@ import numpy as np
 from jax import Array
 
 from hybrid_jax.core.batches import PromptBatch, Samples, TokenBatch
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
@@ -300,9 +300,9 @@ class PPOPhase:
         """Scores of the responses; texts are scored on the host while the device scores the tokens."""
         reward, reward_state = self.config.reward, state.host[f"{self.name}/reward"]
         if reward.on_device:
-            scores = reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask)
+            scores = reward.score_tokens(scored.tokens, scored.attention_mask, scored.action_mask)
             return {"scores": scores}, reward_state, {}
-        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
         here = [prompts.examples[row] for row in rows_here(samples.tokens)]
         others = [self._texts(other) for other in opponents]
         clock.lap("rollout")
@@ -332,7 +332,7 @@ class PPOPhase:
         return put_rows(self._placement, received), reward_state, metrics
 
     def _texts(self, samples: Samples) -> list[str]:
-        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.response_mask)
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
         return decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
 
     def _example_batch(self, cursor: int) -> TokenBatch | None:

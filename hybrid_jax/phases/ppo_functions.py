@@ -54,7 +54,7 @@ class Scored:
 
     tokens: Int[Array, "B T"]
     attention_mask: Bool[Array, "B T"]
-    response_mask: Bool[Array, "B R"]
+    action_mask: Bool[Array, "B R"]
     log_probs: Float[Array, "B R"]
     values: Float[Array, "B R"]
     reference_log_probs: dict[str, Float[Array, "B R"]]
@@ -119,7 +119,7 @@ class PPOFunctions:
         return Scored(
             tokens=tokens,
             attention_mask=attention_mask,
-            response_mask=samples.response_mask,
+            action_mask=samples.action_mask,
             log_probs=samples.log_probs,
             values=value(params["value"]["head"], states),
             reference_log_probs=reference_log_probs,
@@ -157,8 +157,8 @@ class PPOFunctions:
 
     def _work(self, scored: Scored, groups: tuple[str, ...]) -> dict[str, Any]:
         """Tokens sampled and arithmetic needed in one step."""
-        rows, length = scored.response_mask.shape
-        tokens = scored.response_mask.sum()
+        rows, length = scored.action_mask.shape
+        tokens = scored.action_mask.sum()
         prompt_length = scored.tokens.shape[1] - length
         work = ppo_flops(self.config, self.model, rows, prompt_length, length, tokens, groups)
         return {"tokens": tokens, **work}
@@ -167,8 +167,8 @@ class PPOFunctions:
         self, scores: Array, plain: Array | None, baseline: Array | None, scored: Scored
     ) -> tuple[Array, dict[str, Array]]:
         """Subtracts penalty and baseline from the scores, and logs each under a name of its own."""
-        length = scored.response_mask.shape[1]
-        complete = ended(scored.tokens[:, -length:], scored.response_mask, self.eos_ids)
+        length = scored.action_mask.shape[1]
+        complete = ended(scored.tokens[:, -length:], scored.action_mask, self.eos_ids)
         penalty = (self.config.missing_eos_penalty or 0.0) * ~complete
         plain = scores if plain is None else plain
         shaped = scores - penalty - (0.0 if baseline is None else baseline)
@@ -179,7 +179,7 @@ class PPOFunctions:
             "penalty": penalty.mean(),
             **({} if baseline is None else {"baseline": baseline.mean()}),
             "eos_fraction": complete.mean(),
-            "response_length": scored.response_mask.sum(axis=1).mean(),
+            "response_length": scored.action_mask.sum(axis=1).mean(),
         }
 
     def advantages(
@@ -190,7 +190,7 @@ class PPOFunctions:
         placed: Float[Array, "B R"] | None = None,
     ) -> tuple[Rollout, dict[str, Array]]:
         """Rewards, advantages and returns of a scored rollout. ``kl`` sums over a response, in nats."""
-        config, mask = self.config, scored.response_mask
+        config, mask = self.config, scored.action_mask
         weights = {name: reference.weight for name, reference in config.references.items()}
         last = scores if placed is None else scores - jnp.where(mask, placed, 0).sum(axis=1)
         rewards = token_rewards(last, scored.log_probs, scored.reference_log_probs, weights, kl_coef, mask)
@@ -211,7 +211,7 @@ class PPOFunctions:
         rollout = Rollout(
             tokens=scored.tokens,
             attention_mask=scored.attention_mask,
-            response_mask=mask,
+            action_mask=mask,
             log_probs=scored.log_probs,
             values=scored.values,
             advantages=advantages,
@@ -286,7 +286,7 @@ class PPOFunctions:
 
         def weights(batch) -> dict[str, Any]:
             rollout, examples = batch
-            weights = dict.fromkeys(coefs, rollout.response_mask.sum())
+            weights = dict.fromkeys(coefs, rollout.action_mask.sum())
             weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
             return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}
 
@@ -306,7 +306,7 @@ class PPOFunctions:
         self, params: dict[str, Params], rollout: Rollout, examples: TokenBatch | None
     ) -> tuple[dict[str, Sum], dict[str, Sum]]:
         """The terms of the loss on some rows of a rollout (and of examples), as Sums."""
-        config, model, mask = self.config, self.model, rollout.response_mask
+        config, model, mask = self.config, self.model, rollout.action_mask
         length, policy = mask.shape[1], self._whole(params["model"])
         hidden, model_losses = model.hidden_and_losses(policy, rollout.tokens, rollout.attention_mask)
         states = shift_states(hidden, length)
@@ -347,7 +347,7 @@ class PPOFunctions:
         sample_key, learn_key = jax.random.split(key)
         samples = self.sample(state.params["model"], prompt_tokens, prompt_mask, sample_key)
         scored = self.score(state.params, references, prompt_tokens, prompt_mask, samples)
-        scores = self.config.reward.score_tokens(scored.tokens, scored.attention_mask, scored.response_mask)
+        scores = self.config.reward.score_tokens(scored.tokens, scored.attention_mask, scored.action_mask)
         return self.learn(state, scored, scores, None, learn_key, rate)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, MinLen
 
 from hybrid_jax.algorithms.kl_control import KL_CONTROLS, FixedKL, KLControl
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, NonNegative, Positive, Share, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.phases.sft import SFT

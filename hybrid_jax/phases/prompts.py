@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hybrid_jax.core.batches import PromptBatch
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.phases.ppo_settings import PPO

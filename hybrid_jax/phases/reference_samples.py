@@ -13,13 +13,13 @@ import numpy as np
 from annotated_types import Ge
 
 from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.preferences import Preference
 from hybrid_jax.data.tokenizer import load_tokenizer
-from hybrid_jax.models.hf import load_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained
 from hybrid_jax.sampling.decode import SAMPLERS, Sampler
 from hybrid_jax.sampling.generation_config import read_eos_ids
 from hybrid_jax.sampling.responses import decode_responses
@@ -73,7 +73,7 @@ class ReferenceSamples:
             key = jax.random.fold_in(jax.random.key(seed), index)
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             samples = self.sampler(model, params, *prompts, key, eos_ids=eos_ids)
-            tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.response_mask)[:count]
+            tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]
             texts = decode_responses(tokenizer, tokens, mask, eos_ids)
             drawn += [(e.prompt, text, e.messages) for e, text in zip(batch.examples, texts, strict=False)]
         return drawn

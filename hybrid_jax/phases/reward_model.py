@@ -23,8 +23,8 @@ from hybrid_jax.algorithms.preference import (
     reward_margin,
 )
 from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Positive, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
 from hybrid_jax.data.preferences import PREFERENCES, Preference

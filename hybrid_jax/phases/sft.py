@@ -15,8 +15,8 @@ from jax import Array
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.sources import SOURCES

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.planning.accelerators import TPUS, Accelerator, local_accelerator
 
 LOCAL = "local"

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Natural, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import texts_of_rows

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import Registry, UserError, suggest
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import Registry, suggest
 from hybrid_jax.rewards.arguments import TOKENS, Arguments, check_places
 
 REWARDS = Registry("reward")

@@ -14,16 +14,17 @@ import numpy as np
 from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Natural, settings
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import Cut, encode_scored
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.hf_files import CONFIG, read_json
-from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.scorer import load_scorer, read_extra
 from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.models.scorer_folder import load_scorer, read_extra
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     COUNTED,

@@ -21,8 +21,9 @@ from annotated_types import MinLen
 from jaxtyping import Array, Bool, Float, Int
 
 import hybrid_jax.rewards.catalogue  # noqa: F401  fills the registry
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import settings
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.rewards.base import StartedReward, check_columns, columns_of, start_reward
 from hybrid_jax.rewards.combine import (
     COMBINERS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.coverage import concept_recall
 from hybrid_jax.metrics.text import words
 from hybrid_jax.rewards.base import REWARDS

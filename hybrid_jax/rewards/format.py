@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NoReturn
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Seconds, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.packages import import_package
 from hybrid_jax.rewards.base import REWARDS
 

@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, Natural, NonNegative, Seconds, Share, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.waiting import result_of
 from hybrid_jax.rewards.judge_cache import JudgeCache, Spent
 from hybrid_jax.rewards.judge_parsing import BadAnswer, read_reply

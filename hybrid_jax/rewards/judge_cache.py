@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import read_json
-from hybrid_jax.core.registry import UserError
 
 SPENT = "spent.json"
 MOST_BYTES = 4096  # of one of its files

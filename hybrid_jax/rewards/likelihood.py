@@ -14,8 +14,8 @@ from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.algorithms.log_probs import state_log_probs
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (

@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.data.tokenizer_files import VOCABULARY, check_tokenizer_files
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder import Encoder
-from hybrid_jax.models.encoder_folder import load_encoder
-from hybrid_jax.models.hf import load_adapted, load_pretrained
-from hybrid_jax.models.hub import find_folder
-from hybrid_jax.models.peft_folder import ADAPTER_CONFIG
+from hybrid_jax.models.folders.encoder import load_encoder
+from hybrid_jax.models.folders.hf import load_adapted, load_pretrained
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
 
 SHORTEST = 16  # tokens of the shortest batch; the others are 32, 64, …
 TEXTS_AT_A_TIME = 32  # tokenised before the next full batch is sent off

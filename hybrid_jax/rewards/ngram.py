@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Order, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.sources import Jsonl, Text
 from hybrid_jax.metrics.ngram_text import NgramText, Unit, vocabulary_of
 from hybrid_jax.rewards.base import REWARDS

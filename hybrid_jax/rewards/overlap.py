@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, Natural, Order, Positive, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics import overlap
 from hybrid_jax.rewards.base import REWARDS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 _PLACE = re.compile(r"\{([A-Za-z_]\w*)\}")
 

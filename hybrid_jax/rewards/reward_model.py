@@ -15,14 +15,14 @@ from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.batches import Message
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, NonNegative, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.scorer import load_scorer, read_extra
 from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.models.scorer_folder import load_scorer, read_extra
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     COUNTED,

@@ -10,8 +10,8 @@ import functools
 import re
 from collections.abc import Sequence
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Share, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.rewards.base import REWARDS
 
 _SLOT = re.compile(r"([A-Za-z][A-Za-z ]*?)\s*\[([^\]]*)\]")

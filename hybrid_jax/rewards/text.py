@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, Natural, Positive, Share, settings
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.metrics.text import distinct_n, repetition_rate, words
 from hybrid_jax.rewards.base import REWARDS
 

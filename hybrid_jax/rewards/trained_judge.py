@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, settings
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.hf_files import read_json, save_tensors, write_json
+from hybrid_jax.models.folders.files import read_json, save_tensors, write_json
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     needed_column,

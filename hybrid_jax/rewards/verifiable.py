@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import settings
-from hybrid_jax.core.registry import UserError, suggest
+from hybrid_jax.core.registry import suggest
 from hybrid_jax.metrics.answers import Number, final_number
 from hybrid_jax.rewards.base import REWARDS
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -13,8 +14,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import as_in_training, shard_params, target_platform
@@ -112,10 +114,11 @@ def _generate(
         drawn = lax.dynamic_index_in_dim(noise, t, axis=1, keepdims=False)
         token, log_prob = sample_token(logits, drawn, sampler.temperature, sampler.top_k, sampler.top_p)
         token, log_prob = jnp.where(ended, 0, token), jnp.where(ended, 0.0, log_prob)
-        samples = Samples(
+        samples = replace(
+            samples,
             tokens=lax.dynamic_update_slice(samples.tokens, token[:, None], (0, t)),
             log_probs=lax.dynamic_update_slice(samples.log_probs, log_prob[:, None], (0, t)),
-            response_mask=lax.dynamic_update_slice(samples.response_mask, ~ended[:, None], (0, t)),
+            action_mask=lax.dynamic_update_slice(samples.action_mask, ~ended[:, None], (0, t)),
         )
         return samples, token, ended | is_end(token, eos_ids)
 
@@ -141,7 +144,7 @@ def _generate(
             cache = cache.grown(length)
         state = (t, samples, cache, token, ended)
         t, samples, cache, token, ended = lax.while_loop(unfinished, next_token, state)
-    return samples
+    return replace(samples, attention_mask=samples.action_mask)
 
 
 def cache_lengths(model: LanguageModel, prompt_length: int, num_tokens: int) -> tuple[int, ...]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.config import parse
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import read_json
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.sampling.decode import Sampler

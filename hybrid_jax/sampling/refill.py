@@ -19,7 +19,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import SlotCache
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import current_placement, shard_params
@@ -73,7 +73,7 @@ class _Group:
         """Writes down the next token of the busy ones of some slots; frees those whose response has ended."""
         busy = (slots < len(self.busy)) & _at(self.busy, slots)
         place = jnp.where(busy, _at(self.row, slots), len(self.samples.tokens)), _at(self.length, slots)
-        drawn = Samples(token, log_prob, busy)
+        drawn = Samples.chosen(token, log_prob, busy)
         return replace(
             self,
             samples=jax.tree.map(lambda array, value: _put(array, place, value), self.samples, drawn),

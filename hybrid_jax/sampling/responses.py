@@ -23,7 +23,7 @@ def join(
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
     """Prompts and responses as one row each: tokens and attention mask."""
     tokens = jnp.concatenate([prompt_tokens, samples.tokens], axis=1)
-    return tokens, jnp.concatenate([prompt_mask, samples.response_mask], axis=1)
+    return tokens, jnp.concatenate([prompt_mask, samples.attention_mask], axis=1)
 
 
 def states_before(
@@ -63,18 +63,18 @@ def response_log_probs(
 
 
 def ended(
-    tokens: Int[Array, "B R"], response_mask: Bool[Array, "B R"], eos_ids: Sequence[int]
+    tokens: Int[Array, "B R"], action_mask: Bool[Array, "B R"], eos_ids: Sequence[int]
 ) -> Bool[Array, "B"]:
     """Whether a response ended by itself, with an end-of-sequence token, rather than by its length."""
     is_end = jnp.isin(tokens, jnp.asarray(eos_ids, tokens.dtype))
-    return jnp.any(is_end & response_mask, axis=1)
+    return jnp.any(is_end & action_mask, axis=1)
 
 
 def decode_responses(
-    tokenizer: Tokenizer, tokens: np.ndarray, response_mask: np.ndarray, eos_ids: Sequence[int]
+    tokenizer: Tokenizer, tokens: np.ndarray, action_mask: np.ndarray, eos_ids: Sequence[int]
 ) -> list[str]:
     """Texts of the responses, without their end-of-sequence tokens."""
     return [
         tokenizer.decode([int(token) for token in row[mask] if int(token) not in eos_ids])
-        for row, mask in zip(tokens, response_mask, strict=True)
+        for row, mask in zip(tokens, action_mask, strict=True)
     ]

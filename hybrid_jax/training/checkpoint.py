@@ -28,15 +28,15 @@ from typing import Any, ClassVar, TypeVar
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import Count, settings
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.writing import write_text
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel import hosts
 from hybrid_jax.training import saving_noise
 from hybrid_jax.training.checkpoint_note import arrays_of, check_base, check_structure, check_sums, progress_of
 from hybrid_jax.training.checksums import file_checksums, file_names
-from hybrid_jax.training.run_directory import write_text
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 T = TypeVar("T")

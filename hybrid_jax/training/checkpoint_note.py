@@ -6,7 +6,7 @@ import dataclasses
 import re
 from typing import Any
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.training.checksums import checksums, differing, shapes, sum_of_bits
 from hybrid_jax.training.state import RunState

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, settings
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.core.secrets import without_secrets
 
 METRICS_FILE = "metrics.jsonl"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 METRIC = "nonfinite"  # "<phase>/nonfinite": a place in `tensor_names`, their number for the loss, or FINE
 FINE = -1

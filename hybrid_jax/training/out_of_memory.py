@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 _ADVICE = (
     "what helps: model.execution.remat full, more microbatches, smaller batches or lengths, mesh.fsdp over "

@@ -9,7 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from jax import Array
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState, ScheduleState

@@ -15,7 +15,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from hybrid_jax.training import run_files
+from hybrid_jax.runs import files
 
 OBJECT = re.compile(r"(?:/download|/upload)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?(?<!/)$")
 
@@ -264,9 +264,9 @@ def bucket(_served, tmp_path, monkeypatch):
     _served.log.clear()
     _served.refusal = None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    run_files._in_bucket.cache_clear()
+    files._in_bucket.cache_clear()
     yield _served
-    run_files._in_bucket.cache_clear()
+    files._in_bucket.cache_clear()
 
 
 @pytest.fixture
@@ -275,6 +275,6 @@ def other_machine(tmp_path):
 
     def other():
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        run_files._in_bucket.cache_clear()
+        files._in_bucket.cache_clear()
 
     return other

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.runs.files import run_files
 from hybrid_jax.training.checkpoint import Checkpoints, SaveError, newest_policy, saved_steps
-from hybrid_jax.training.run_files import run_files
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 RUN = "gs://bucket/runs/one"

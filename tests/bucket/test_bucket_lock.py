@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.training import run_lock
-from hybrid_jax.training.bucket import BucketLockFile
-from hybrid_jax.training.run_files import fetched, run_files
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.runs import lock as lock_module
+from hybrid_jax.runs.bucket import BucketLockFile
+from hybrid_jax.runs.files import fetched, run_files
 
 RUN = "gs://bucket/runs/one"
 LOCK = "runs/one/lock.json"
@@ -18,9 +18,9 @@ LOCK = "runs/one/lock.json"
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(run_lock, "GONE_SECONDS", 0.3)
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(run_lock, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lock_module, "GONE_SECONDS", 0.3)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(lock_module, "_LOOK_SECONDS", 0.02)
 
 
 def held_elsewhere(bucket, host="tpu-2", **changes):
@@ -72,7 +72,7 @@ def test_a_trainer_renews_its_lock_and_ends_when_another_machine_has_it(bucket):
             time.sleep(0.01)
         assert json.loads(bucket[LOCK])["beat"] >= 1
         bucket.put(LOCK, b'{"host": "tpu-2"}')
-        while not run_lock._locks[RUN].is_lost and time.monotonic() < deadline:
+        while not lock_module._locks[RUN].is_lost and time.monotonic() < deadline:
             time.sleep(0.01)
         (files.folder / "metrics.jsonl").write_text("1\n")
         with pytest.raises(UserError, match=f"run_dir {RUN} was moved or removed while"):
@@ -81,10 +81,10 @@ def test_a_trainer_renews_its_lock_and_ends_when_another_machine_has_it(bucket):
 
 
 def test_a_lock_of_a_living_process_of_this_machine_is_refused_at_once(bucket):
-    held_elsewhere(bucket, run_lock.socket.gethostname())
+    held_elsewhere(bucket, lock_module.socket.gethostname())
     lock = json.loads(bucket[LOCK])
     parent = os.getppid()
-    lock |= {"pid": parent, "started": run_lock._started(parent)}
+    lock |= {"pid": parent, "started": lock_module._started(parent)}
     bucket.put(LOCK, json.dumps(lock).encode())
     with pytest.raises(UserError, match=f"run_dir {RUN} is being trained by process {parent} on "):
         run_files(RUN).owned().__enter__()

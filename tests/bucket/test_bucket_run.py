@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from hybrid_jax import evaluate, export, generate, report
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.training.loggers import without_timings
 from hybrid_jax.training.loop import train
@@ -112,7 +112,7 @@ def test_a_bucket_that_cannot_be_written_ends_a_run_before_its_first_step(bucket
 
 
 def test_an_export_goes_to_a_folder_on_this_machine(tmp_path, monkeypatch):
-    from hybrid_jax.policy import Policy
+    from hybrid_jax.runs.policy import Policy
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="to export to must be a path on this machine, got the URL 'gs://b/x'"):

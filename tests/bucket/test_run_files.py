@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.runs.files import fetched, run_files
 from hybrid_jax.training.loggers import open_loggers
-from hybrid_jax.training.run_files import fetched, run_files
 
 RUN = "gs://bucket/runs/one"
 

@@ -14,7 +14,8 @@ import annotated_types as at
 import pytest
 
 from hybrid_jax.core.config import Url, parse
-from hybrid_jax.core.registry import Registry, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.experiment_config import ExperimentConfig
 from hybrid_jax.models.pooling import Pooling
 from hybrid_jax.training.loss_scale import DynamicLossScale

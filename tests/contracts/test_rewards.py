@@ -12,8 +12,8 @@ import pytest
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.models.folders.scorer import save_scorer
 from hybrid_jax.models.ngram_scorer import NGrams
-from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.trained_judge import Head, save_head

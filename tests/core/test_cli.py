@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from hybrid_jax.core.cli import ArgumentParser
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 
 HEAD = "from hybrid_jax.core.cli import *\nfrom hybrid_jax.core.registry import UserError\n"
 

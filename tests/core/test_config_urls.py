@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from hybrid_jax.core.config import Url, is_url, local_path, parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.training.compilation import keep_compiled
 
 

@@ -3,9 +3,9 @@ import socket
 
 import pytest
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import open_regular, read_bytes, read_text
 from hybrid_jax.core.json_text import parse_json, read_json
-from hybrid_jax.core.registry import UserError
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from hybrid_jax.core.config import load_yaml, parse, to_dict
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.merging import Place, merge, registry_of, without_extras, without_none
-from hybrid_jax.core.registry import EVERYTHING, NOTHING, Registry, UserError
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, Registry
 from hybrid_jax.experiment import ExperimentConfig, load_config
 
 HYBRID = Path("configs/debug/hybrid.yaml")

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from hybrid_jax.core.registry import EVERYTHING, Registry, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING, Registry
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import pytest
 
 from hybrid_jax.core.cli import _exit_code
 from hybrid_jax.core.config import apply_overrides, parse
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.merging import registry_of, without_extras, without_none
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.secrets import is_secret_name, text_without_secrets, without_secrets
 from hybrid_jax.experiment_config import ExperimentConfig
 

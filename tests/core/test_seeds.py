@@ -1,12 +1,12 @@
 import jax
 import pytest
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import MOST_SEED
-from hybrid_jax.core.registry import UserError
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.sources import Restaurants
-from hybrid_jax.policy import Policy
 from hybrid_jax.rewards.mixture import Bandit
+from hybrid_jax.runs.policy import Policy
 
 
 def test_a_seed_that_would_repeat_another_is_refused_wherever_one_is_taken():

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from hybrid_jax.core.config import apply_overrides, load_yaml, parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.yaml_text import MOST_BYTES, dump_yaml, parse_yaml, read_yaml
 from hybrid_jax.experiment import load_config
 

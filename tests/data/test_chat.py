@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_conversation, encode_question, end_of_turn
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.packing import encode_examples

@@ -6,7 +6,7 @@ import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.conversations import Chat, check_messages
 from hybrid_jax.data.listed import Listed
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.e2e import E2E, delexicalised, recombine, slots_of
 from hybrid_jax.rewards.slots import SlotCoverage
 

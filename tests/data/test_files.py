@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data import files
 from hybrid_jax.data.files import json_rows, read_data
 from hybrid_jax.data.sources import Jsonl, Text

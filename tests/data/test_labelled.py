@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.labelled import Labelled, LabelledStream, targets_of
 
 

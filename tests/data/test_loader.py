@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream, SFTStream, length_buckets
 from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.packing import encode_examples

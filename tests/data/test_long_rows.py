@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.preference_stream import PreferenceStream, Reading
 from hybrid_jax.data.preferences import Preference

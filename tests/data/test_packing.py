@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.packing import Encoded, encode_examples, number_pairs, pack, pad, token_batch
 from hybrid_jax.data.tokenizer import Bytes

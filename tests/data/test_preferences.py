@@ -5,7 +5,7 @@ import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.preferences import (
     HuggingFacePreferences,
     JsonlPreferences,

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data import rendering
 from hybrid_jax.data.chat_templates import CHAT_TEMPLATES
 from hybrid_jax.data.rendering import render_template

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.sources import (
     SOURCES,
     HuggingFaceDataset,

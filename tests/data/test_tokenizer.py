@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_question
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.tokenizer import EOS_TOKEN, TOKENIZERS, Bpe, Bytes, HuggingFace, load_tokenizer

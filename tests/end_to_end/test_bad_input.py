@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from hybrid_jax import HybridTrainer, evaluate, export, generate, train
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.policy import load_policy
+from hybrid_jax.runs.policy import load_policy
 
 
 @pytest.fixture

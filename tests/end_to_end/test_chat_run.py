@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hybrid_jax import generate
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_question
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.policy import load_policy, load_pretrained_policy
+from hybrid_jax.runs.policy import load_policy, load_pretrained_policy
 from hybrid_jax.training.loop import train
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax import evaluate, export, generate, train
-from hybrid_jax.models.hf import load_pretrained
-from hybrid_jax.policy import load_policy, load_pretrained_policy
+from hybrid_jax.models.folders.hf import load_pretrained
+from hybrid_jax.runs.policy import load_policy, load_pretrained_policy
 from hybrid_jax.sampling.decode import Sampler
 
 

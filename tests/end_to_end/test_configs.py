@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.models.hf import load_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained
 from hybrid_jax.training.loop import take_step, train
 
 CONFIGS = Path(__file__).parents[2] / "configs"

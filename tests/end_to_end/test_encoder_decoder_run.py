@@ -9,9 +9,9 @@ import torch
 import transformers
 import yaml
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.policy import load_policy, load_pretrained_policy
+from hybrid_jax.runs.policy import load_policy, load_pretrained_policy
 from hybrid_jax.training.loop import train
 
 MODEL = {"name": "encoder_decoder", "num_layers": 1, "width": 32, "num_heads": 2, "start_id": 256}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from hybrid_jax import export
 from hybrid_jax.models.classifier import load_classifier
 from hybrid_jax.models.heads import init_value_head, value
-from hybrid_jax.policy import load_policy
+from hybrid_jax.runs.policy import load_policy
 from hybrid_jax.training.checkpoint import newest_params
 
 
@@ -69,7 +69,7 @@ def test_a_separate_value_network_is_written_with_its_own_weights(run_dir, tmp_p
 
 def test_a_run_without_a_value_says_so(run_dir, tmp_path, monkeypatch):
     from hybrid_jax import policy as module
-    from hybrid_jax.core.registry import UserError
+    from hybrid_jax.core.errors import UserError
 
     settings = module.run_settings(run_dir)
     del settings["phases"]["ppo"]

@@ -6,7 +6,7 @@ import stat
 import numpy as np
 
 from hybrid_jax import export
-from hybrid_jax.models.hf_files import save_tensors
+from hybrid_jax.models.folders.files import save_tensors
 from hybrid_jax.rewards.judge_cache import JudgeCache, Spent, key_of
 
 

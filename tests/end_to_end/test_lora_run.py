@@ -10,13 +10,13 @@ import pytest
 
 from hybrid_jax import export
 from hybrid_jax.core.batches import Samples
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.hf import Pretrained, load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hf import Pretrained, load_pretrained, save_pretrained
 from hybrid_jax.models.lora import ADAPTER, Lora
-from hybrid_jax.policy import load_policy, load_pretrained_policy
+from hybrid_jax.runs.policy import load_policy, load_pretrained_policy
 from hybrid_jax.training.loop import take_step
 
 RANK, WIDTH = 2, 16
@@ -144,7 +144,7 @@ def test_the_value_network_is_another_adapter_above_the_same_base(built, run):
     mask = jnp.ones((2, 3), bool)
 
     def both(params, references, base):
-        samples = Samples(tokens=response, log_probs=jnp.zeros((2, 3)), response_mask=mask)
+        samples = Samples.chosen(response, jnp.zeros((2, 3)), mask)
         scored = ppo.score(params, references, prompt, jnp.ones((2, 6), bool), samples)
         read = jnp.concatenate([prompt, response], 1)
         return scored.values, built.model.hidden({**base, **params["value"]["model"]}, read)

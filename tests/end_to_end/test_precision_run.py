@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.training.loggers import read_records
 from hybrid_jax.training.loop import train

@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from hybrid_jax import HybridTrainer, evaluate, export, train
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.run_identity import owned
-from hybrid_jax.training.run_files import run_files
+from hybrid_jax.runs import lock as lock_module
+from hybrid_jax.runs.files import run_files
+from hybrid_jax.runs.identity import owned
 
 
 def contents(folder: Path) -> dict:
@@ -145,14 +146,13 @@ def test_a_run_that_is_being_trained_is_refused_also_from_a_notebook_and_may_be_
     run_dir, tiny, tmp_path, refused, command
 ):
     """Only another thread or process is refused: here the lock is that of a process that lives, our parent."""
-    from hybrid_jax.training import run_lock
 
     run = tmp_path / "run"
     shutil.copytree(run_dir, run)
     with owned(run_files(run)):
         lock = json.loads((run / "lock.json").read_text())
-    parent = run_lock.os.getppid()
-    lock |= {"pid": parent, "started": run_lock._started(parent)}
+    parent = lock_module.os.getppid()
+    lock |= {"pid": parent, "started": lock_module._started(parent)}
     (run / "lock.json").write_text(json.dumps(lock))
     before = contents(run)
     assert f"run_dir {run} is being trained by process {parent} on " in refused(tiny / "config.yaml", run)

@@ -9,7 +9,7 @@ import pytest
 from hybrid_jax import HybridTrainer, evaluate, export, generate, train
 from hybrid_jax.core.cli import _exit_code
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.composite import CompositeReward
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "debug"

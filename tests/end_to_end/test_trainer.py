@@ -11,7 +11,7 @@ import yaml
 from hybrid_jax import HybridTrainer, evaluate, train
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import load_config
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.rewards.text import Length

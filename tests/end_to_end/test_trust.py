@@ -9,10 +9,11 @@ import yaml
 
 from hybrid_jax import evaluate, export, generate, report
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import EVERYTHING, Registry, Untrusted, UserError, names_in
+from hybrid_jax.core.errors import Untrusted, UserError
+from hybrid_jax.core.registry import EVERYTHING, Registry, names_in
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment_config import ExperimentConfig, load_config, load_run_config, spelled_out
-from hybrid_jax.models.scorer_folder import load_scorer
+from hybrid_jax.models.folders.scorer import load_scorer
 from hybrid_jax.rewards.composite import CompositeReward
 
 NAME = "planted_module:Thing"

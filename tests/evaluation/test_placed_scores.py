@@ -45,7 +45,7 @@ def test_held_out_segments_are_scored_as_in_training_and_shown_as_wholes(level, 
         seed=0,
         eos_ids=(tokenizer.eos_id,),
     )
-    drawn = Samples(*jax.device_put((tokens, np.zeros(tokens.shape, np.float32), mask)))
+    drawn = Samples.chosen(*jax.device_put((tokens, np.zeros(tokens.shape, np.float32), mask)))
     monkeypatch.setattr(evaluator, "_sample", lambda params, prompts, prompt_mask, key: drawn)
     numbers, samples, by_prompt = evaluator.answers({})
     assert by_prompt["score"] == [sample["score"] for sample in samples[:2]] == scores

@@ -5,14 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.models.attention import (
-    AttentionRule,
-    alibi_slopes,
-    blocked_attention,
-    cached_attention,
-    causal_attention,
-    plain_attention,
-)
+from hybrid_jax.models.attention.blocked import blocked_attention
+from hybrid_jax.models.attention.choice import causal_attention
+from hybrid_jax.models.attention.einsum import cached_attention, plain_attention
+from hybrid_jax.models.attention.rule import AttentionRule, alibi_slopes
 
 
 def _qkv(batch=2, length=70, heads=4, kv_heads=2, channels=8, dtype=jnp.float32):

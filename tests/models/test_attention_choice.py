@@ -12,9 +12,10 @@ import pytest
 from jax.sharding import Mesh
 
 from hybrid_jax.core.batches import TokenBatch
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models import attention
-from hybrid_jax.models.attention import IMPLEMENTATIONS, AttentionCall, AttentionRule, causal_attention, choose
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.attention import choice
+from hybrid_jax.models.attention.choice import IMPLEMENTATIONS, causal_attention, choose
+from hybrid_jax.models.attention.rule import AttentionCall, AttentionRule
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.parallel.rules import AXES, Placement, under
 from hybrid_jax.phases.sft import sft_losses
@@ -70,9 +71,9 @@ def test_what_training_computes_with_is_what_the_docs_say(platform, masked, chos
         made.append(choose(call, asked)[0])
         return "einsum", None
 
-    monkeypatch.setattr(attention, "choose", taken)
-    monkeypatch.setattr(attention, "target_platform", lambda: platform)
-    monkeypatch.setattr(attention, "_capability", lambda: (9, 0))
+    monkeypatch.setattr(choice, "choose", taken)
+    monkeypatch.setattr(choice, "target_platform", lambda: platform)
+    monkeypatch.setattr(choice, "_capability", lambda: (9, 0))
     model = DecoderConfig(num_layers=1, width=64, num_heads=1, max_length=256, dtype="bfloat16").build(8)
     params, tokens = jax.eval_shape(model.init, jax.random.key(0)), jnp.ones((2, 128), jnp.int32)
     if masked:
@@ -140,14 +141,14 @@ def test_the_compute_capability_is_that_of_the_devices_to_compile_for(said, capa
     other = SimpleNamespace(compute_capability="7.0")
     placement = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([[device]])))
     monkeypatch.setattr(jax, "devices", lambda: [other if placed else device])
-    monkeypatch.setattr(attention, "current_placement", lambda: placement if placed else None)
-    assert attention._capability() == capability
+    monkeypatch.setattr(choice, "current_placement", lambda: placement if placed else None)
+    assert choice._capability() == capability
 
 
 @pytest.mark.parametrize(("kv_heads", "alike"), [(4, True), (2, False), (1, False)])
 def test_heads_are_split_alike_where_the_mesh_divides_both(kv_heads, alike, monkeypatch):
     calls = []
-    monkeypatch.setattr(attention, "choose", lambda call, asked: calls.append(call) or ("einsum", None))
+    monkeypatch.setattr(choice, "choose", lambda call, asked: calls.append(call) or ("einsum", None))
     placement = Placement(Mesh(np.asarray(jax.devices()).reshape(1, 2, 4), AXES))
     q, k = jnp.zeros((2, 9, 8, 4)), jnp.zeros((2, 9, kv_heads, 4))
     jax.eval_shape(under(placement, causal_attention), q, k, k)
@@ -155,8 +156,8 @@ def test_heads_are_split_alike_where_the_mesh_divides_both(kv_heads, alike, monk
 
 
 def test_a_choice_is_logged_once(caplog):
-    attention._log_once.cache_clear()
-    with caplog.at_level(logging.DEBUG, attention.__name__):
+    choice._log_once.cache_clear()
+    with caplog.at_level(logging.DEBUG, choice.__name__):
         for options in ({}, {}, {"rule": SOFTCAP}, {"rule": SOFTCAP}, {"implementation": "einsum"}):
             _call(**options)
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [

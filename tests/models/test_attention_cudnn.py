@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from hybrid_jax.models.attention import PLAIN, AttentionRule, on_each_device, plain_attention
-from hybrid_jax.models.attention_cudnn import cudnn_attention
+from hybrid_jax.models.attention.choice import on_each_device
+from hybrid_jax.models.attention.cudnn import cudnn_attention
+from hybrid_jax.models.attention.einsum import plain_attention
+from hybrid_jax.models.attention.rule import PLAIN, AttentionRule
 from hybrid_jax.parallel.rules import AXES, Placement, under
 
 PLACEMENT = Placement(Mesh(np.asarray(jax.devices()).reshape(2, 2, 2), AXES))
@@ -106,7 +108,8 @@ def test_over_a_mesh_every_device_attends_to_its_own_rows_and_heads():
 
 ON_A_GPU = """
 import jax, jax.numpy as jnp, numpy as np
-from hybrid_jax.models.attention import AttentionRule, causal_attention
+from hybrid_jax.models.attention.rule import AttentionRule
+from hybrid_jax.models.attention.choice import causal_attention
 keys = jax.random.split(jax.random.key(0), 3)
 qkv = [jax.random.normal(key, (2, 129, n, 64), jnp.bfloat16) for key, n in zip(keys, (4, 2, 2))]
 ids = jnp.asarray(np.arange(129) // 50 + np.zeros((2, 1), int), jnp.int32).at[0, :30].set(0)

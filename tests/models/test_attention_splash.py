@@ -9,15 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from hybrid_jax.models import attention
-from hybrid_jax.models.attention import (
-    PLAIN,
-    AttentionRule,
-    causal_attention,
-    on_each_device,
-    plain_attention,
-    splash_attention,
-)
+from hybrid_jax.models.attention import choice
+from hybrid_jax.models.attention.choice import causal_attention, on_each_device
+from hybrid_jax.models.attention.einsum import plain_attention
+from hybrid_jax.models.attention.rule import PLAIN, AttentionRule
+from hybrid_jax.models.attention.splash import splash_attention
 from hybrid_jax.parallel.rules import AXES, ROLLOUTS, TRAINING, Placement, under
 
 interpreted = partial(splash_attention, interpret=True)
@@ -113,7 +109,7 @@ def tpu(monkeypatch):
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")  # needs the devices
 @pytest.mark.parametrize("rule", [PLAIN, AttentionRule(0.1, 200, 50.0)])
 def test_a_training_step_compiles_for_a_tpu_and_holds_the_kernel(tpu, rule, caplog):
-    attention._log_once.cache_clear()
+    choice._log_once.cache_clear()
     placement = Placement(Mesh(np.asarray(tpu).reshape(1, 2, 2), AXES))
     whole = NamedSharding(placement.mesh, PartitionSpec())
     inputs = (_inputs(4, 300, 4, 2, 64, sinks=True, dtype=jnp.bfloat16), _segments(4, 300))
@@ -121,7 +117,7 @@ def test_a_training_step_compiles_for_a_tpu_and_holds_the_kernel(tpu, rule, capl
     def loss(inputs, ids):
         return jnp.sum(causal_attention(*inputs[:3], ids, rule, inputs[3]).astype(jnp.float32) ** 2)
 
-    with caplog.at_level(logging.INFO, attention.__name__):
+    with caplog.at_level(logging.INFO, choice.__name__):
         step = jax.jit(under(placement, jax.value_and_grad(loss)))
         lowered = step.lower(
             *jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), inputs)

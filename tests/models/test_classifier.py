@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.classifier import Classifier, architecture_of, load_classifier, save_classifier
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
 
 VOCAB, PAD = 31, 30
 LABELS = ("bad", "fair", "good")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.heads import init_value_head, value

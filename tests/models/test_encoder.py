@@ -12,11 +12,11 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_folder import load_encoder, save_encoder
 from hybrid_jax.models.families.encoders import ENCODERS
 from hybrid_jax.models.families.family import dump_weights, parameter_shapes
+from hybrid_jax.models.folders.encoder import load_encoder, save_encoder
 from hybrid_jax.models.pooling import Mode, Pooling
 
 VOCAB, LABELS = 61, 3

@@ -15,13 +15,13 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from hybrid_jax.algorithms.log_probs import token_log_probs
 from hybrid_jax.core.batches import TokenBatch
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from hybrid_jax.models.encoder_decoder_blocks import relative_buckets
-from hybrid_jax.models.encoder_decoder_folder import load_encoder_decoder, save_encoder_decoder
 from hybrid_jax.models.families.family import dump_weights, parameter_shapes
 from hybrid_jax.models.families.t5 import T5
+from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
 from hybrid_jax.phases.sft import sft_losses
 from hybrid_jax.sampling.decode import generate
 
@@ -169,7 +169,7 @@ def test_sampled_tokens_have_the_log_probs_of_the_full_forward(case):
     model, params = case.model, case.params
     prompts, mask = map(jnp.asarray, _padded([p[0] for p in PAIRS], left=True))
     samples = generate(model, params, prompts, mask, jax.random.key(1), max_new_tokens=9)
-    logits = case.apply_pairs(params, prompts, mask, samples.tokens, samples.response_mask).logits
+    logits = case.apply_pairs(params, prompts, mask, samples.tokens, samples.action_mask).logits
     np.testing.assert_allclose(samples.log_probs, token_log_probs(logits, samples.tokens), atol=1e-4)
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.weights import Fused, Stacked, Tensor, expand, with_fused

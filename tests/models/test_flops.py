@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.flops import forward_flops, matmul_parameters, train_flops
-from hybrid_jax.models.hf import abstract_params
+from hybrid_jax.models.folders.hf import abstract_params
 from hybrid_jax.models.lora import Lora
 
 TINY = DecoderConfig(num_layers=2, width=8, num_heads=2, mlp_width=32, vocab_size=11, max_length=64)

@@ -10,13 +10,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models import hf, hf_files
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
-from hybrid_jax.models.hf_files import WEIGHTS
-from hybrid_jax.models.host_copy import packed
+from hybrid_jax.models.folders import files, hf
+from hybrid_jax.models.folders.files import WEIGHTS
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.host_copy import packed
 
 CONFIG = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=16)
 
@@ -398,8 +398,8 @@ def test_an_interrupted_export_leaves_no_folder_that_loads(folder, monkeypatch):
                 raise KeyboardInterrupt
         os_replace(source, target)
 
-    os_replace = hf_files.os.replace
-    monkeypatch.setattr(hf_files.os, "replace", replace)
+    os_replace = files.os.replace
+    monkeypatch.setattr(files.os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(folder, model, params, max_shard_bytes=600)
     assert not (folder / "config.json").exists()

@@ -11,11 +11,11 @@ import pytest
 from huggingface_hub import errors
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
-from hybrid_jax.models.hub import find_folder
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hub import find_folder
 
 TOKEN = "hf_secret"
 

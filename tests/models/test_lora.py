@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.blocks import Linear
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.experts import Experts

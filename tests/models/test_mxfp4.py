@@ -44,7 +44,7 @@ def test_a_published_folder_is_read_packed_and_exported_unpacked(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     from hybrid_jax.models.decoder import Decoder
-    from hybrid_jax.models.hf import load_pretrained, save_pretrained
+    from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
 
     config = GPT_OSS.read_config(
         {

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms import log_probs
-from hybrid_jax.models import attention, layers
+from hybrid_jax.models import layers
+from hybrid_jax.models.attention import choice
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
@@ -49,8 +50,8 @@ def platform(request, monkeypatch):
     """Functions are traced as they are for this platform; attention is einsum, which kernels stand for."""
     name = {"cuda": "gpu"}.get(request.param, request.param)
     monkeypatch.setattr(layers, "target_platform", lambda: name)
-    monkeypatch.setattr(attention, "target_platform", lambda: name)
-    monkeypatch.setitem(attention._PREFERRED, name, "einsum")
+    monkeypatch.setattr(choice, "target_platform", lambda: name)
+    monkeypatch.setitem(choice._PREFERRED, name, "einsum")
     return request.param
 
 

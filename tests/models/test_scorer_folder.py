@@ -10,17 +10,17 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.classifier import Classifier, ClassifierSettings, PretrainedClassifier
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_folder import save_encoder
 from hybrid_jax.models.encoder_scorer import EncoderScorerSettings
-from hybrid_jax.models.hf import Pretrained, load_pretrained, save_pretrained
+from hybrid_jax.models.folders.encoder import save_encoder
+from hybrid_jax.models.folders.hf import Pretrained, load_pretrained, save_pretrained
+from hybrid_jax.models.folders.scorer import load_scorer, read_extra, save_scorer
 from hybrid_jax.models.lora import Lora, split
 from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.models.scorer_folder import load_scorer, read_extra, save_scorer
 
 LABELS = ("bad", "good")
 SEPARATOR = 3

@@ -5,7 +5,7 @@ import logging
 import jax
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel import devices
 from hybrid_jax.parallel.devices import check_devices, check_platforms
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel import cluster, hosts
 from hybrid_jax.parallel.cluster import Cluster, find_cluster
 from hybrid_jax.parallel.hosts import Peers

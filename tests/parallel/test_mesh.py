@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.mesh import MeshConfig, arrange, split_over_slices
 from hybrid_jax.planning.search import meshes
 

@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import ExperimentConfig, build, plan_phases
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import MeshConfig, fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, TRAINING, path_of, shard, under

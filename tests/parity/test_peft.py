@@ -11,10 +11,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.hf import Pretrained, abstract_params, load_pretrained, save_pretrained
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.folders.hf import Pretrained, abstract_params, load_pretrained, save_pretrained
+from hybrid_jax.models.folders.peft import save_adapter
 from hybrid_jax.models.lora import ADAPTER, Lora
-from hybrid_jax.models.peft_folder import save_adapter
 
 peft = pytest.importorskip("peft")
 

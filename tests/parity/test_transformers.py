@@ -9,7 +9,7 @@ import transformers
 from jax import lax
 
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
 
 VOCAB, PROMPT, NEW, PADS = 61, 24, 32, 7
 # Parity is about numbers, not speed: the compiler may skip its expensive passes.

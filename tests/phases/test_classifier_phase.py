@@ -10,15 +10,15 @@ import pytest
 
 from hybrid_jax.algorithms.classification import label_cross_entropy, squared_error
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_folder import save_encoder
 from hybrid_jax.models.encoder_scorer import EncoderScorerSettings
+from hybrid_jax.models.folders.encoder import save_encoder
 from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases.classifier import Classification
-from hybrid_jax.start import fresh_state
+from hybrid_jax.runs.initial_state import fresh_state
 from hybrid_jax.training.optimizers import Adam, Constant
 from hybrid_jax.training.phase import Resources, ScorerPhase
 

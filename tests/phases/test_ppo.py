@@ -102,7 +102,7 @@ def test_the_ratio_of_a_fresh_policy_is_one_and_its_kl_to_itself_zero(temperatur
     ppo = functions(sampler=Sampler(max_new_tokens=RESPONSE, temperature=temperature), minibatches=minibatches)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    mask = np.asarray(scored.response_mask)
+    mask = np.asarray(scored.action_mask)
     assert mask.sum() < mask.size  # some rows have ended early
     difference = np.asarray(scored.log_probs - scored.reference_log_probs["sft"])[mask]
     assert np.abs(difference).max() < 2e-6  # cached decoding against one pass, float32
@@ -119,7 +119,7 @@ def test_the_log_probs_are_those_of_the_tempered_distribution():
     checked = 0
     for row in range(ROWS):
         prompt = scored.tokens[row, :PROMPT][np.asarray(prompts()[1][row])]
-        for t in range(int(samples.response_mask[row].sum())):
+        for t in range(int(samples.action_mask[row].sum())):
             before = np.concatenate([prompt, samples.tokens[row, :t]])
             # What follows is not seen, so that one length serves all.
             whole = np.pad(before, (0, PROMPT + RESPONSE - len(before)))
@@ -142,7 +142,7 @@ def test_values_belong_to_the_state_before_the_token():
     hidden = apply(MODEL, state.params["model"], scored.tokens[row : row + 1]).hidden[0]
     head = state.params["value"]["head"]
     expected = np.asarray(hidden @ head["kernel"])[:, 0] + 0.2
-    for t in range(int(scored.response_mask[row].sum())):
+    for t in range(int(scored.action_mask[row].sum())):
         assert scored.values[row, t] == pytest.approx(expected[PROMPT + t - 1], abs=1e-5)
 
 
@@ -161,12 +161,10 @@ def test_padding_and_what_stands_in_it_change_nothing():
     tokens, mask = prompts()
     wide = jnp.concatenate([jnp.full((ROWS, 3), 9), jnp.where(mask, tokens, 7)], axis=1)
     wide_mask = jnp.concatenate([jnp.zeros((ROWS, 3), bool), mask], axis=1)
-    longer = Samples(
-        tokens=jnp.pad(
-            jnp.where(samples.response_mask, samples.tokens, EOS), ((0, 0), (0, 2)), constant_values=2
-        ),
-        log_probs=jnp.pad(samples.log_probs, ((0, 0), (0, 2))),
-        response_mask=jnp.pad(samples.response_mask, ((0, 0), (0, 2))),
+    longer = Samples.chosen(
+        jnp.pad(jnp.where(samples.action_mask, samples.tokens, EOS), ((0, 0), (0, 2)), constant_values=2),
+        jnp.pad(samples.log_probs, ((0, 0), (0, 2))),
+        jnp.pad(samples.action_mask, ((0, 0), (0, 2))),
     )
     rescored = ppo.score(state.params, {"sft": state.params["model"]}, wide, wide_mask, longer)
     garbage = replace_masked(rescored, jnp.nan)
@@ -177,7 +175,7 @@ def test_padding_and_what_stands_in_it_change_nothing():
 
 
 def replace_masked(scored, garbage):
-    blank = lambda x: jnp.where(scored.response_mask, x, garbage)  # noqa: E731
+    blank = lambda x: jnp.where(scored.action_mask, x, garbage)  # noqa: E731
     return scored.replace(
         values=blank(scored.values),
         log_probs=blank(scored.log_probs),
@@ -192,7 +190,7 @@ def test_the_score_lands_on_the_end_token_and_only_there():
     scores = jnp.arange(1.0, ROWS + 1)
     rollout, _ = ppo.advantages(scored, scores, jnp.asarray(0.0))
     for row in range(ROWS):
-        length = int(scored.response_mask[row].sum())
+        length = int(scored.action_mask[row].sum())
         # With γ = λ = 1 the return of every response token is the score that comes at the end.
         np.testing.assert_allclose(rollout.returns[row, :length], float(scores[row]), rtol=1e-6)
         np.testing.assert_array_equal(rollout.returns[row, length:], 0)
@@ -204,7 +202,7 @@ def test_a_response_that_does_not_end_pays_the_penalty():
     mask = jnp.array([[True] * 3 + [False], [True] * 3 + [False], [True, True, False, False]])
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    scored = scored.replace(tokens=jnp.pad(tokens, ((0, 0), (2, 0))), response_mask=mask)
+    scored = scored.replace(tokens=jnp.pad(tokens, ((0, 0), (2, 0))), action_mask=mask)
     scores, metrics = ppo._shaped_scores(jnp.array([0.25, 0.25, 0.25]), None, None, scored)
     np.testing.assert_allclose(scores, [0.25, -0.45, 0.25], atol=1e-7)
     assert metrics["penalty"] == pytest.approx(0.7 / 3)
@@ -331,7 +329,7 @@ def test_an_adaptive_coefficient_follows_the_sequence_kl():
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state, references={"sft": initial(MODEL, jax.random.key(9))})
     new, metrics = ppo.learn(state, scored, jnp.zeros(ROWS), None, jax.random.key(0), 0.0)
-    mask = np.asarray(scored.response_mask)
+    mask = np.asarray(scored.action_mask)
     k1 = np.asarray(scored.log_probs, np.float64) - np.asarray(scored.reference_log_probs["sft"], np.float64)
     kl = (k1 * mask).sum(axis=1).mean()
     assert metrics["kl"] == pytest.approx(kl, rel=1e-5)
@@ -345,7 +343,7 @@ def test_references_weigh_as_named():
     trees = {"a": initial(MODEL, jax.random.key(1)), "b": initial(MODEL, jax.random.key(2))}
     _, scored = rolled_out(ppo, state, references=trees)
     _, metrics = ppo.advantages(scored, jnp.zeros(ROWS), jnp.asarray(1.0))
-    mask = np.asarray(scored.response_mask)
+    mask = np.asarray(scored.action_mask)
     k1 = {
         n: (np.asarray(scored.log_probs - x) * mask).sum(1).mean()
         for n, x in scored.reference_log_probs.items()

@@ -16,11 +16,11 @@ import pytest
 from hybrid_jax.algorithms.kl_control import FixedKL
 from hybrid_jax.algorithms.returns import gae
 from hybrid_jax.core.batches import Example, PromptBatch, Samples
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder_config import DecoderConfig
-from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.other_models import read_like, read_value
 from hybrid_jax.phases.ppo import _Clock
@@ -259,7 +259,7 @@ def test_a_value_network_starts_as_the_normalised_reward_model(tmp_path):
     mask = jnp.ones((4, 9), bool)
     read = jax.jit(classifier.apply)
     rewards = (np.asarray(read(params, tokens[:, :-1], mask[:, :-1]))[:, 0] - 0.5) / 2.0
-    samples = Samples(tokens=tokens[:, 4:], log_probs=jnp.zeros((4, 5)), response_mask=mask[:, 4:])
+    samples = Samples.chosen(tokens[:, 4:], jnp.zeros((4, 5)), mask[:, 4:])
     scored = ppo.score({"model": policy, "value": value}, {"sft": policy}, tokens[:, :4], mask[:, :4], samples)
     assert np.asarray(scored.values[:, -1]) == pytest.approx(rewards, abs=1e-5)  # of the state before the last
     assert jax.tree.structure(value["model"]) == jax.tree.structure(policy)
@@ -281,7 +281,7 @@ def test_raw_reward_shaped_reward_and_penalty_are_logged_under_names_of_their_ow
     ppo, state, scored = rolled_out
     ppo = replace(ppo, config=replace(ppo.config, missing_eos_penalty=0.5), eos_ids=(2,))
     tokens = scored.tokens.at[:, -3:].set(0).at[0, -3:].set(2)
-    scored = replace(scored, tokens=tokens, response_mask=jnp.ones((ROWS, 3), bool).at[0, 1:].set(False))
+    scored = replace(scored, tokens=tokens, action_mask=jnp.ones((ROWS, 3), bool).at[0, 1:].set(False))
     plain, normalised = jnp.arange(8.0), jnp.arange(8.0) - 3.5
     key = jax.random.key(0)
     _, metrics = ppo.learn(state, scored, normalised, None, key, 1e-2, plain=plain)
@@ -302,7 +302,7 @@ def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(
     phase.config = replace(phase.config, reward=given)
     mask = np.ones((4, 3), bool)
     asked = PromptBatch(np.ones((4, 2), np.int32), mask[:, :2], (Example("Go on."),) * 4)
-    samples = Samples(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
+    samples = Samples.chosen(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
     state: Any = SimpleNamespace(host={"ppo/reward": given.init()})
     received, _, metrics = phase._reward(state, asked, samples, None, (), _Clock())
     assert received["baseline"].tolist() == [10, 10, 0, 0]

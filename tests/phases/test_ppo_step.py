@@ -78,13 +78,13 @@ class Stage:
         self.sampled.append(np.asarray(jax.random.key_data(key)).tolist())
         self.prompts.append(np.asarray(tokens))
         shape = (len(tokens), 3)
-        return Samples(jnp.full(shape, 65, jnp.int32), jnp.zeros(shape), jnp.ones(shape, bool))
+        return Samples.chosen(jnp.full(shape, 65, jnp.int32), jnp.zeros(shape), jnp.ones(shape, bool))
 
     def _score(self, base, params, references, tokens, mask, samples):
         whole = jnp.concatenate([tokens, samples.tokens], axis=1)
-        real = jnp.concatenate([mask, samples.response_mask], axis=1)
+        real = jnp.concatenate([mask, samples.action_mask], axis=1)
         zeros = jnp.zeros(samples.tokens.shape)
-        return Scored(whole, real, samples.response_mask, zeros, zeros, {"sft": zeros})
+        return Scored(whole, real, samples.action_mask, zeros, zeros, {"sft": zeros})
 
     def _learn(self, base, train, scored, scores, examples, key, rate, *, groups, **received):
         self.learnt.append({"phase": "ppo", "groups": groups, "examples": examples, "rate": float(rate)})
@@ -175,7 +175,7 @@ def rollout_of(model) -> Rollout:
     return Rollout(
         tokens=jnp.asarray(draw.integers(0, model.vocab_size, (ROWS, LENGTH)), jnp.int32),
         attention_mask=jnp.concatenate([prompt, jnp.asarray(mask)], axis=1),
-        response_mask=jnp.asarray(mask),
+        action_mask=jnp.asarray(mask),
         log_probs=zeros,
         values=zeros,
         advantages=jnp.ones(mask.shape),
@@ -268,7 +268,7 @@ def test_router_losses_weigh_by_all_tokens_that_the_router_saw():
     experts = Experts(count=2, per_token=1, width=4, balance_coef=0.5, z_coef=0.1)
     model = replace(MODEL, mlp="gated", experts=experts).build(11)
     ppo, rollout = functions(model), rollout_of(model)
-    responses = int(rollout.response_mask.sum())
+    responses = int(rollout.action_mask.sum())
     weights = ppo.objective({}).weights((rollout, None))
     assert {name: int(weight) for name, weight in weights.items()} == {
         "policy_loss": responses,

@@ -58,7 +58,7 @@ def rollout() -> Rollout:
     return Rollout(
         tokens=jnp.asarray(draw.integers(0, VOCABULARY, (ROWS, PROMPT + RESPONSE)), jnp.int32),
         attention_mask=jnp.ones((ROWS, PROMPT + RESPONSE), bool),
-        response_mask=mask,
+        action_mask=mask,
         log_probs=jnp.full(mask.shape, -2.4),
         values=numbers[0],
         advantages=numbers[1],

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.prompts import prompt_stream

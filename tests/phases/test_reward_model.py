@@ -11,7 +11,7 @@ import pytest
 
 import hybrid_jax.models.ngram_scorer
 import hybrid_jax.phases.reward_model  # noqa: F401
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.preference_stream import PreferenceStream, Reading, bootstrap_weights
 from hybrid_jax.data.preferences import JsonlPreferences, Preference
 from hybrid_jax.data.scored_text import encode_scored
@@ -20,7 +20,7 @@ from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.encoder import EncoderConfig
 from hybrid_jax.models.encoder_scorer import EncoderScorer
-from hybrid_jax.models.hf import save_pretrained
+from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.phases.reference_samples import ReferenceSamples
 from hybrid_jax.phases.reward_model import RewardModel, reward_objective

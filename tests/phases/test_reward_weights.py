@@ -67,7 +67,7 @@ def composite(first, second) -> CompositeReward:
 def values_of(reward, scored):
     """The weighted value of each part, [parts B]."""
     parts = [part.reward for part in reward.parts.values()]
-    seen = scored.tokens, scored.attention_mask, scored.response_mask
+    seen = scored.tokens, scored.attention_mask, scored.action_mask
     return jnp.stack([part.score_tokens(*seen) for part in parts])
 
 
@@ -115,7 +115,7 @@ def test_at_the_optimum_of_two_references_every_answer_returns_the_same_and_that
     scored = Scored(
         tokens=jnp.concatenate([jnp.zeros((4, 1), jnp.int32), arms], axis=1),
         attention_mask=jnp.ones((4, 2), bool),
-        response_mask=every,
+        action_mask=every,
         log_probs=jnp.log(best)[:, None],
         values=jnp.zeros((4, 1)),
         reference_log_probs={name: jnp.log(policy)[:, None] for name, policy in policies.items()},

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.planning.accelerators import GIB, Accelerator
 from hybrid_jax.planning.plan import PhasePlan, Plan
 from hybrid_jax.planning.program_cost import Cost, ProgramCost

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import ExperimentConfig, plan_phases
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.planning.search import meshes

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
 from hybrid_jax.rewards.arguments import Arguments
 from hybrid_jax.rewards.base import RewardError, StartedReward, evaluate_reward

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import RewardError, column_names, columns_of, evaluate_reward
 
 PROMPTS = ["p", "q"]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.scored_text import encode_scored
 from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.models.folders.scorer import save_scorer
 from hybrid_jax.models.ngram_scorer import NGrams
-from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.classifier import ClassifierReward, log_odds
 

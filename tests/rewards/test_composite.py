@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import EVERYTHING, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.rewards.base import RewardError
 from hybrid_jax.rewards.combine import Baseline, Lagrangian, Limit
 from hybrid_jax.rewards.composite import CompositeReward, Part

@@ -15,7 +15,8 @@ import pytest
 
 from hybrid_jax.core import waiting
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import EVERYTHING, UserError
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.judge import Endpoint, Judge, _seconds

@@ -11,7 +11,7 @@ import pytest
 
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.models.decoder import Decoder
-from hybrid_jax.models.hf import load_pretrained, save_pretrained
+from hybrid_jax.models.folders.hf import load_pretrained, save_pretrained
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.likelihood import GptScore, Perplexity, mc1, mc2
 from hybrid_jax.rewards.text import Repetition

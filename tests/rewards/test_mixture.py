@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.preferences import JsonlPreferences
 from hybrid_jax.rewards.combine import COMBINERS
 from hybrid_jax.rewards.composite import CompositeReward, Part

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.metrics.text import words
 from hybrid_jax.rewards import ngram
 from hybrid_jax.rewards.base import evaluate_reward

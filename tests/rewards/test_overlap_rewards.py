@@ -3,7 +3,7 @@ import time
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import evaluate_reward
 from hybrid_jax.rewards.overlap import Bleu, Chrf, EditSimilarity, ExactMatch, Rouge, Ter, TokenF1
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.postprocess import Affine, Ema, Group, Logit, LogSigmoid, Running
 

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import encode_scored, padded
 from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.models.folders.scorer import save_scorer
 from hybrid_jax.models.ngram_scorer import NGrams
-from hybrid_jax.models.scorer_folder import save_scorer
 from hybrid_jax.rewards.reward_model import RewardModelReward
 
 TOKENIZER = Bytes(chat_template="chatml").build([])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.shaping import WinRate
 from hybrid_jax.rewards.tokens import TokenLength

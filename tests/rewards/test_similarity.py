@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.models.encoder_folder import load_encoder
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.folders.encoder import load_encoder
 from hybrid_jax.rewards import model_based
 from hybrid_jax.rewards.base import RewardError, evaluate_reward, start_reward
 from hybrid_jax.rewards.model_based import run_in_batches

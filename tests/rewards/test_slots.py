@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import evaluate_reward
 from hybrid_jax.rewards.slots import SlotCoverage, contradicted_slots, read_slots, stated_slots
 

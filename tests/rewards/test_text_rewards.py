@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.rewards.base import columns_of, evaluate_reward
 from hybrid_jax.rewards.style import Formality, Readability

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.similarity import CosineSimilarity
 from hybrid_jax.rewards.trained_judge import (
     BleurtStyle,

@@ -1,7 +1,7 @@
 import pytest
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import evaluate_reward
 from hybrid_jax.rewards.coverage import ConceptCoverage, KeywordCoverage
 from hybrid_jax.rewards.verifiable import FinalNumber

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.sampling import decode
@@ -40,7 +40,7 @@ def _sample(model_and_params, seed=0, batch=8, **settings):
 def _assert_same(samples, others):
     """The same tokens; log-probs as far as float32 sums in another order allow."""
     np.testing.assert_array_equal(samples.tokens, others.tokens)
-    np.testing.assert_array_equal(samples.response_mask, others.response_mask)
+    np.testing.assert_array_equal(samples.action_mask, others.action_mask)
     np.testing.assert_allclose(samples.log_probs, others.log_probs, atol=1e-5)
 
 
@@ -54,11 +54,11 @@ def test_log_probs_are_those_of_reading_the_whole_sequence_again(model_and_param
     tokens, mask = _prompts()
     samples = _sample(model_and_params, eos_ids=(3, 4, 5, 6), **settings)
     everything = jnp.concatenate([tokens, samples.tokens], 1)
-    attention_mask = jnp.concatenate([mask, samples.response_mask], 1)
+    attention_mask = jnp.concatenate([mask, samples.action_mask], 1)
     logits = jax.jit(model.apply)(params, everything, attention_mask).logits[:, P - 1 : -1]
     log_probs = jax.nn.log_softmax(sampling_logits(logits, **settings))
     expected = np.take_along_axis(np.asarray(log_probs), np.asarray(samples.tokens)[..., None], 2)[..., 0]
-    kept = np.asarray(samples.response_mask)
+    kept = np.asarray(samples.action_mask)
     np.testing.assert_allclose(np.asarray(samples.log_probs)[kept], expected[kept], atol=1e-4)
     assert "top_k" in settings or not kept.all()  # some row ended early
 
@@ -71,7 +71,7 @@ def test_the_end_is_sampled_and_kept_and_nothing_follows_it(model_and_params):
         ends = np.flatnonzero(np.isin(free.tokens[row], (3, 4)))
         length = ends[0] + 1 if len(ends) else R
         ended += len(ends) > 0
-        np.testing.assert_array_equal(samples.response_mask[row], np.arange(R) < length)
+        np.testing.assert_array_equal(samples.action_mask[row], np.arange(R) < length)
         np.testing.assert_array_equal(samples.tokens[row, :length], free.tokens[row, :length])
         assert not np.any(samples.tokens[row, length:])
         assert not np.any(samples.log_probs[row, length:])
@@ -94,7 +94,7 @@ def test_decoding_stops_when_every_row_has_ended(model_and_params):
     assert len(steps) == 0
     samples = generate(counting, params, *_prompts(), jax.random.key(0), max_new_tokens=R, eos_ids=range(20))
     jax.effects_barrier()
-    assert len(steps) == int(np.max(np.sum(samples.response_mask, 1))) - 1 < R - 1
+    assert len(steps) == int(np.max(np.sum(samples.action_mask, 1))) - 1 < R - 1
 
 
 def test_the_last_token_may_fill_the_model_and_one_more_is_an_error(model_and_params):
@@ -144,7 +144,7 @@ def test_eight_devices_draw_the_samples_of_one(model_and_params):
         )  # fmt: skip
         whole = _sample(model_and_params, batch=16, eos_ids=(3,), **settings)
         np.testing.assert_array_equal(split.tokens, whole.tokens)
-        np.testing.assert_array_equal(split.response_mask, whole.response_mask)
+        np.testing.assert_array_equal(split.action_mask, whole.action_mask)
         np.testing.assert_allclose(split.log_probs, whole.log_probs, atol=1e-5)
 
 
@@ -153,7 +153,7 @@ def test_greedy_takes_the_most_likely_token_at_every_step(model_and_params):
     tokens, mask = _prompts()
     samples = _sample(model_and_params, temperature=0.0)
     everything = jnp.concatenate([tokens, samples.tokens], 1)
-    attention_mask = jnp.concatenate([mask, samples.response_mask], 1)
+    attention_mask = jnp.concatenate([mask, samples.action_mask], 1)
     logits = jax.jit(model.apply)(params, everything, attention_mask).logits[:, P - 1 : -1]
     np.testing.assert_array_equal(samples.tokens, np.argmax(logits, -1))
     assert not np.any(samples.log_probs)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import read_eos_ids, read_generation_config, write_generation_config
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
@@ -47,7 +47,7 @@ def _sample(model_and_params, rows=N, eos_ids=EOS, **settings):
 def _assert_same(samples, others):
     """The same tokens; log-probs as far as float32 sums in another order allow."""
     np.testing.assert_array_equal(samples.tokens, others.tokens)
-    np.testing.assert_array_equal(samples.response_mask, others.response_mask)
+    np.testing.assert_array_equal(samples.action_mask, others.action_mask)
     np.testing.assert_allclose(samples.log_probs, others.log_probs, atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def _assert_same(samples, others):
 def test_every_prompt_gets_the_response_of_plain_sampling(name):
     model_and_params = _model(**CONFIGS[name])
     plain = _sample(model_and_params)
-    lengths = np.sum(plain.response_mask, axis=1)
+    lengths = np.sum(plain.action_mask, axis=1)
     assert lengths.min() < R / 2 < lengths.max() == R
     _assert_same(_sample(model_and_params, slots=3), plain)
 
@@ -80,10 +80,10 @@ def test_log_probs_are_those_of_reading_the_whole_sequence_again(model_and_param
     tokens, mask = _prompts()
     samples = _sample(model_and_params, slots=4)
     everything = jnp.concatenate([tokens, samples.tokens], 1)
-    logits = jax.jit(model.apply)(params, everything, jnp.concatenate([mask, samples.response_mask], 1)).logits
+    logits = jax.jit(model.apply)(params, everything, jnp.concatenate([mask, samples.action_mask], 1)).logits
     log_probs = np.asarray(jax.nn.log_softmax(logits[:, P - 1 : -1]))
     expected = np.take_along_axis(log_probs, np.asarray(samples.tokens)[..., None], 2)[..., 0]
-    kept = np.asarray(samples.response_mask)
+    kept = np.asarray(samples.action_mask)
     np.testing.assert_allclose(np.asarray(samples.log_probs)[kept], expected[kept], atol=1e-4)
 
 
@@ -103,7 +103,7 @@ def test_slots_stay_busy(model_and_params):
 
     samples = _sample((Counting(model.config), params), rows=64, slots=8)
     jax.effects_barrier()
-    lengths = np.sum(samples.response_mask, axis=1)
+    lengths = np.sum(samples.action_mask, axis=1)
     batches = sum(max(lengths[i : i + 8]) - 1 for i in range(0, 64, 8))
     assert sum(reads) == 64  # a prompt is read once, at the price of one
     assert np.sum(lengths - 1) / 8 <= len(steps) < 0.8 * batches

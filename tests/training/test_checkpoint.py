@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.training import checkpoint, saving_noise
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError, newest_policy
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState

@@ -84,7 +84,7 @@ LOADING = """
 import sys, time
 from pathlib import Path
 from hybrid_jax.training.interrupts import leaving_in_order
-from hybrid_jax.training.run_lock import DiskLockFile, owned
+from hybrid_jax.runs.lock import DiskLockFile, owned
 with owned(DiskLockFile(Path(sys.argv[1])), "mine"), leaving_in_order():
     print("loading", flush=True)
     time.sleep(60)

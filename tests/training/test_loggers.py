@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.training.loggers import LOGGERS, JsonLines, TensorBoard, WeightsAndBiases, open_loggers
 from hybrid_jax.training.progress import Progress, sample_table
 from hybrid_jax.training.time_left import TimeLeft

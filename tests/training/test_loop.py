@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core import waiting
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import open_loggers, read_records

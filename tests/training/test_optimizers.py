@@ -10,7 +10,7 @@ import pytest
 from hybrid_jax.algorithms.log_probs import token_log_probs
 from hybrid_jax.algorithms.policy_gradient import clipped_policy_loss
 from hybrid_jax.core.config import parse, to_dict
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.training.optimizers import OPTIMIZERS, SCHEDULES, SGD, clip_by_global_norm
 from hybrid_jax.training.update import apply_gradients
 

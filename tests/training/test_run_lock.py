@@ -14,15 +14,15 @@ import time
 
 import pytest
 
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.training import run_lock
-from hybrid_jax.training.run_files import run_files
-from hybrid_jax.training.run_lock import DiskLockFile, Holder, check_owned, owned
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.runs import lock as lock_module
+from hybrid_jax.runs.files import run_files
+from hybrid_jax.runs.lock import DiskLockFile, Holder, check_owned, owned
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from hybrid_jax.training.run_lock import DiskLockFile, owned
+from hybrid_jax.runs.lock import DiskLockFile, owned
 with owned(DiskLockFile(Path(sys.argv[1])), "theirs"):
     print("taken", flush=True)
     time.sleep(60)
@@ -30,8 +30,9 @@ with owned(DiskLockFile(Path(sys.argv[1])), "theirs"):
 COUNT = """
 import sys, time
 from pathlib import Path
-from hybrid_jax.core.registry import UserError
-from hybrid_jax.training.run_lock import DiskLockFile, owned
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.runs import lock as lock_module
+from hybrid_jax.runs.lock import DiskLockFile, owned
 folder, left = Path(sys.argv[1]), 10
 while left:
     try:
@@ -49,10 +50,10 @@ while left:
 @pytest.fixture
 def quick(monkeypatch):
     """A minute of waiting as a third of a second."""
-    monkeypatch.setattr(run_lock, "GONE_SECONDS", 0.3)
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(run_lock, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(run_lock, "_STUCK_SECONDS", 0.1)
+    monkeypatch.setattr(lock_module, "GONE_SECONDS", 0.3)
+    monkeypatch.setattr(lock_module, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(lock_module, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(lock_module, "_STUCK_SECONDS", 0.1)
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_a_younger_process_of_the_same_number_does_not_keep_the_lock(tmp_path):
     write_lock(tmp_path / "run", pid=os.getppid(), started="1")
     with take(tmp_path / "run"):
         assert lock_of(tmp_path / "run")["pid"] == os.getpid()
-    write_lock(tmp_path / "run", pid=os.getppid(), started=run_lock._started(os.getppid()))
+    write_lock(tmp_path / "run", pid=os.getppid(), started=lock_module._started(os.getppid()))
     with pytest.raises(UserError, match=f"is being trained by process {os.getppid()} "), take(tmp_path / "run"):
         pass
 
@@ -156,11 +157,11 @@ def test_a_lock_is_kept_though_the_answers_to_its_writes_are_lost(tmp_path):
 def test_without_proc_the_start_of_a_process_is_the_same_in_every_time_zone_and_language(monkeypatch):
     if shutil.which("ps") is None:
         pytest.skip("no ps")
-    monkeypatch.setattr(run_lock.Path, "exists", lambda path: False)
+    monkeypatch.setattr(lock_module.Path, "exists", lambda path: False)
     told = set()
     for zone in ("UTC", "Asia/Tokyo"):
         monkeypatch.setenv("TZ", zone)
-        told.add(run_lock._started(os.getpid()))
+        told.add(lock_module._started(os.getpid()))
     assert len(told) == 1
     assert re.search(r"\d\d:\d\d:\d\d \d{4}$", told.pop())
 
@@ -283,7 +284,7 @@ def test_a_trainer_that_stood_still_and_was_replaced_writes_nothing_more(tmp_pat
         write_lock_of_another = json.dumps({**lock_of(tmp_path / "run"), "mark": "theirs", "host": "tpu-2"})
         (tmp_path / "run" / "lock.json").write_text(write_lock_of_another)
         deadline = time.monotonic() + 5
-        while not run_lock._locks[files.name].is_lost and time.monotonic() < deadline:
+        while not lock_module._locks[files.name].is_lost and time.monotonic() < deadline:
             time.sleep(0.01)
         for write in (lambda: logger.metrics({"step": 1}), files.upload):
             with pytest.raises(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.encoder import EncoderConfig
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.settings import (

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.families.settings import Part, Settings
 from hybrid_jax.models.families.weights import Row, Table, expand
-from hybrid_jax.models.host_copy import packed
+from hybrid_jax.models.folders.host_copy import packed
 from hybrid_jax.parallel.mesh import whole_array
 
 Reader = Callable[[], np.ndarray]  # of one tensor; its ``file``, if it has one, is named in messages

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.settings import INIT_STD, SIZES, Part, fixed, require, same
 from hybrid_jax.models.families.weights import Fused

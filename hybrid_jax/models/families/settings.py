@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hybrid_jax.core.registry import UserError
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder_config import Activation, DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.rope import Dynamic, Linear, Llama3, LongRope, Yarn, yarn_amplification

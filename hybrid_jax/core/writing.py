@@ -1,0 +1,44 @@
+"""Files of a run directory that a kill or a full disk can never leave half written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from hybrid_jax.core.errors import UserError
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one step: a reader sees the old text or the new one.
+
+    Raises:
+        UserError: the file system refused; the old text is still there.
+    """
+    beside = path.with_name(path.name + ".new")
+    try:
+        # A model may write half a surrogate pair.
+        beside.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes the folder in one step by ``write(folder)``, unless it is there already.
+
+    Raises:
+        UserError: the file system refused; there is no folder.
+    """
+    if path.is_dir():
+        return
+    beside = path.with_name(path.name + ".new")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

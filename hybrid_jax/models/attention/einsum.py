@@ -1,0 +1,80 @@
+"""Attention as it is written down: every score at once. The oracle of the other implementations.
+
+It serves every call on every device, and is what decoding uses everywhere: one query over a cache is bound
+by reading the cache, which XLA's own fusions already do at full speed.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.models.attention.rule import PLAIN, AttentionRule
+from hybrid_jax.models.layers import product
+
+HIDDEN = -1e30  # finite: exp gives exactly 0 and no NaN can arise
+
+
+def plain_attention(q, k, v, segment_ids=None, rule=PLAIN, sinks=None):
+    """`causal_attention` as it is written down."""
+    batch, length, _, channels = q.shape
+    visible = jnp.tril(jnp.ones((length, length), bool))[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
+    distance = jnp.arange(length)[:, None] - jnp.arange(length)
+    grouped = q.reshape(batch, length, k.shape[2], -1, channels)
+    scores = product("btkgc,bskc->bkgts", grouped, k)
+    weights = _weights(scores, visible[:, None, None], distance, rule, channels, sinks)
+    out = product("bkgts,bskc->btkgc", weights.astype(v.dtype), v)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def cached_attention(
+    q: Float[Array, "B H C"],
+    keys: Float[Array, "B K S C"],
+    values: Float[Array, "B K S C"],
+    key_mask: Bool[Array, "B S"],
+    slot: Int[Array, ""] | int = 0,
+    rule: AttentionRule = PLAIN,
+    sinks: Float[Array, "H"] | None = None,
+) -> Float[Array, "B H C"]:
+    """Attention of one query a row, in ``slot``, over the cached positions where ``key_mask``.
+
+    The slots are a ring: those behind ``slot`` hold what was written before the first one.
+    """
+    batch, heads, channels = q.shape
+    grouped = q.reshape(batch, keys.shape[1], -1, channels)
+    scores = jnp.einsum("bkgc,bksc->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    distance = ((slot - jnp.arange(keys.shape[2])) % keys.shape[2])[None]
+    weights = _weights(scores[..., None, :], key_mask[:, None, None, None], distance, rule, channels, sinks)[
+        ..., 0, :
+    ]
+    out = jnp.einsum(
+        "bkgs,bksc->bkgc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
+    )
+    return out.reshape(batch, heads, channels).astype(q.dtype)
+
+
+def _weights(
+    scores: Float[Array, "B K G T S"],
+    visible: Bool[Array, "B #K #G #T S"],
+    distance: Int[Array, "T S"],
+    rule: AttentionRule,
+    channels: int,
+    sinks: Float[Array, "H"] | None,
+) -> Float[Array, "B K G T S"]:
+    """Softmax over the visible positions (and the sink) of the scores as the rule changes them."""
+    scores = scores * rule.score_scale(channels)
+    if rule.softcap is not None:
+        scores = rule.softcap * jnp.tanh(scores / rule.softcap)
+    if rule.slopes is not None:
+        slopes = jnp.asarray(rule.slopes).reshape(scores.shape[1:3])
+        scores = scores - slopes[..., None, None] * distance
+    if rule.window is not None:
+        visible = visible & (distance < rule.window)
+    scores = jnp.where(visible, scores, HIDDEN)
+    if sinks is None:
+        return jax.nn.softmax(scores, axis=-1)
+    sink = jnp.broadcast_to(sinks.reshape(*scores.shape[1:3], 1, 1), (*scores.shape[:-1], 1))
+    return jax.nn.softmax(jnp.concatenate([scores, sink], -1), axis=-1)[..., :-1]

@@ -1,0 +1,159 @@
+"""A model's folder and its family together: what decoders, encoders and classifiers load and save alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import suggest
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.families.family import Family, Place, dump_weights, load_weights
+from hybrid_jax.models.folders.files import CONFIG, is_finite, open_weights, read_json, write_model
+from hybrid_jax.models.folders.host_copy import packed
+from hybrid_jax.parallel import hosts
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Shardings = Sharding | Callable[[str, tuple[int, ...]], Sharding]  # of all leaves, or by path and shape
+GENERATION = "generation_config.json"
+
+
+def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, Any, dict[str, Any]]:
+    """The family that a folder's config.json names, our settings, and the file's content.
+
+    Raises:
+        UserError: the family is unknown, the weights are quantised, or a setting is missing or not supported.
+    """
+    content = read_json(folder / CONFIG)
+    model_type = str(content.get("model_type"))
+    if model_type not in families:
+        known = suggest(model_type, list(families))
+        raise UserError(f"{folder}: unknown model_type {model_type!r}; {known}")
+    if quantization := content.pop("quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method is None or method != families[model_type].quantization:
+            raise UserError(
+                f"{folder / CONFIG}: weights quantised by {method!r} are not supported: take the original"
+            )
+    try:
+        return families[model_type], families[model_type].read_config(content), content
+    except KeyError as error:
+        raise UserError(f"{folder / CONFIG}: {error.args[0]!r} is missing") from error
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+
+
+def read_params(
+    folder: Path,
+    family: Family,
+    model: Any,
+    *,
+    dtype: Dtype = "float32",
+    sharding: Shardings | None = None,
+    check_finite: bool = False,
+) -> Params:
+    """The parameters of ``model`` out of a folder, tensor by tensor.
+
+    Beside the parameters, no more than one of them is in memory at a time.
+
+    Args:
+        folder: with weights.
+        family: that the names are of.
+        model: whose ``init`` gives the wanted parameters.
+        dtype: of the parameters.
+        sharding: where they lie; a process reads only its own part. None is the default device.
+        check_finite: refuse NaN and infinity.
+    """
+    file, tensors = open_weights(folder, check_finite)
+    return load_weights(family, model, dict(tensors), placement(dtype, sharding), str(file))
+
+
+def placement(dtype: Dtype, sharding: Shardings | None = None) -> Place:
+    """How an array becomes a parameter."""
+
+    def place(path: str, array: np.ndarray) -> jax.Array:
+        if sharding is None:
+            placed = jax.device_put(packed(array, jax.numpy.dtype(dtype)))
+        else:
+            where = sharding if isinstance(sharding, Sharding) else sharding(path, array.shape)
+            placed = jax.make_array_from_callback(
+                array.shape, where, lambda index: packed(array[index], jax.numpy.dtype(dtype))
+            )
+        return jax.block_until_ready(placed)  # else the copies for the device would pile up
+
+    return place
+
+
+def family_of(
+    config: Any, families: Mapping[str, Family], content: Mapping[str, Any] | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """The family that a model is exported as, and its config.json.
+
+    That is ``config.family`` where it is set, else the first that can express the model. ``content`` is a
+    config.json whose other settings shall survive.
+    """
+    if config.family is not None:
+        if config.family not in families:
+            raise UserError(f"unknown family {config.family!r}; {suggest(config.family, list(families))}")
+        return families[config.family], families[config.family].write_config(config, content)
+    misfits: dict[str, list[str]] = {}
+    refusals: dict[str, list[str]] = {}
+    for family in families.values():
+        try:
+            theirs = family.their_config(config, content)
+            differences = family.differences(config, theirs)
+        except (UserError, ValueError) as error:  # a value that the family does not know
+            refusals[family.model_type] = [str(error)]
+            continue
+        if not differences:
+            return family, family.write_config(config, content)
+        misfits[family.model_type] = [f"{name} {got!r} instead of {ours!r}" for name, ours, got in differences]
+    misfits = misfits or refusals
+    nearest = min(misfits, key=lambda name: len(misfits[name]))
+    raise UserError(
+        f"no Hugging Face family can express this model; the nearest is {nearest}, which has "
+        f"{', '.join(misfits[nearest])}"
+    )
+
+
+def write_folder(
+    folder: Path,
+    family: Family,
+    model: Any,
+    params: Params,
+    contents: Mapping[str, Mapping[str, Any]],
+    *,
+    dtype: Dtype = "float32",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes the parameters and JSON files: a whole folder or none.
+
+    Raises:
+        UserError: the parameters are not those of the model, or not finite in this dtype.
+    """
+    written = np.dtype(jax.numpy.dtype(dtype))
+
+    def tensors():
+        for name, array in dump_weights(family, model, params):
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
+                cast = array.astype(written, copy=False)
+            yield name, _finite(name, array, cast)
+
+    if hosts.is_first():
+        write_model(folder, tensors(), contents, max_shard_bytes)
+    else:
+        for _ in tensors():  # each is gathered from all processes, and written by one
+            pass
+
+
+def _finite(name: str, ours: np.ndarray, written: np.ndarray) -> np.ndarray:
+    if is_finite(written):
+        return written
+    if not is_finite(ours):
+        raise UserError(f"parameter {name!r} holds NaN or infinity, so the model is not exported")
+    raise UserError(f"parameter {name!r} is too large for {written.dtype}; export as bfloat16 or float32")

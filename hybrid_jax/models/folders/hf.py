@@ -1,0 +1,227 @@
+"""Hugging Face folders of decoders in and out: config.json, weights, generation_config.json."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.ranges import Rate, settings
+from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
+from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder_config import ComputeDtype
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.execution import Execution
+from hybrid_jax.models.families import FAMILIES
+from hybrid_jax.models.families.family import Family
+from hybrid_jax.models.folders.encoder_decoder import LoadedEncoderDecoder
+from hybrid_jax.models.folders.family_folder import (
+    GENERATION,
+    Dtype,
+    Shardings,
+    family_of,
+    read_config,
+    read_params,
+    write_folder,
+)
+from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, read_adapter, read_settings
+from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import current_placement
+
+log = logging.getLogger(__name__)
+
+CLASSIFIER = "ForSequenceClassification"  # how the architectures with such a head end
+
+
+def load_pretrained(
+    folder: str | Path,
+    dtype: ComputeDtype = "float32",
+    *,
+    param_dtype: Dtype = "float32",
+    sharding: Shardings | None = None,
+    check_finite: bool = False,
+) -> tuple[Decoder, Params]:
+    """Reads a Hugging Face folder; its ``config.json`` decides the family.
+
+    Args:
+        folder: Holds config.json and model.safetensors (or shards with their index, or pytorch_model.bin); or
+            the id of a model on the hub, see `hub.find_folder`.
+        dtype: Of the computation.
+        param_dtype: Of the parameters.
+        sharding: Where the parameters lie: one for all, or by path and shape. None is the default device.
+        check_finite: Refuse weights with NaN or infinity.
+
+    Raises:
+        UserError: The family is unknown, a file is missing or damaged, a tensor is missing, left over, there
+            twice or of the wrong shape.
+    """
+    folder = find_folder(folder)
+    family, model = _read_model(folder, dtype)
+    read = read_params(folder, family, model, dtype=param_dtype, sharding=sharding, check_finite=check_finite)
+    return model, read
+
+
+def save_pretrained(
+    folder: str | Path,
+    model: Decoder,
+    params: Params,
+    *,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    dtype: Dtype = "float32",
+    max_shard_bytes: float = 5e9,
+    like: str | Path | None = None,
+) -> None:
+    """Writes a folder that `transformers` loads; it is there as a whole or not at all.
+
+    Args:
+        folder: An earlier model in it is replaced.
+        model: Written as the family that ``config.family`` names, else as the first that can express it.
+        params: Of the model, all finite; adapters are merged into the maps that they change.
+        eos_ids: Tokens that end a response; none keeps those of ``like``.
+        pad_id: Token of padding; None keeps that of ``like``.
+        dtype: Of the weights in the file.
+        max_shard_bytes: Of one file of weights; more become several, with an index. One is in memory at a time.
+        like: A folder whose other settings, those that we do not know, survive; by default the one that the
+            model came from (`Pretrained`).
+
+    Raises:
+        UserError: No family can express the decoder, or a parameter is not finite.
+    """
+    like = getattr(model, "folder", None) if like is None else like
+    params = merge(model.config.lora, model.listed(params))
+    model = Decoder(
+        replace(model.as_list().config, lora=None)
+    )  # whose shapes are known without reading a folder
+    content = _content(like, CONFIG, model.config.family)
+    family, config = family_of(model.config, FAMILIES, content)
+    ids = _token_ids(content, eos_ids, pad_id)
+    header = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
+    generation = {"_from_model_config": True, **_content(like, GENERATION, model.config.family), **ids}
+    contents = {CONFIG: {**config, **header, **ids}, GENERATION: generation}
+    write_folder(Path(folder), family, model, params, contents, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+
+def load_adapted(folder: str | Path) -> tuple[PretrainedDecoder, Params]:
+    """Reads an adapter of `peft` and the base that its adapter_config.json names.
+
+    Raises:
+        UserError: it names none, or one of the two cannot be read.
+    """
+    file = Path(folder) / ADAPTER_CONFIG
+    if not (base := read_json(file).get("base_model_name_or_path")):
+        raise UserError(f"{file}: base_model_name_or_path must name the adapter's base, got {base!r}")
+    model = Pretrained(str(base), lora=Lora(path=str(folder))).build()
+    return model, model.init(jax.random.key(0))
+
+
+def abstract_params(model: LanguageModel) -> Params:
+    """Shapes and dtypes of a model's parameters; nothing is read or made."""
+    if isinstance(model, LoadedEncoderDecoder):
+        model = EncoderDecoder(model.config)
+    if not isinstance(model, PretrainedDecoder):
+        return jax.eval_shape(model.init, jax.random.key(0))
+    base = jax.eval_shape(Decoder(replace(model.as_list().config, lora=None)).init, jax.random.key(0))
+    return jax.eval_shape(
+        lambda base, key: model.arranged(model.with_adapter(base, key)), base, jax.random.key(0)
+    )
+
+
+@BACKBONES.register("pretrained")
+@settings
+class Pretrained:
+    """A backbone that starts from a Hugging Face folder, or from a model on the hub.
+
+    Attributes:
+        path: Of the folder, or an id: ``org/name``, ``org/name@revision``.
+        dtype: Of the computation; parameters are float32.
+        dropout: None keeps the folder's.
+        check_finite: Refuse weights with NaN or infinity.
+        lora: Adapters that train in place of the parameters; ``{path: ...}`` starts from those of a folder.
+        execution: How the model is computed.
+    """
+
+    path: str
+    dtype: ComputeDtype = "float32"
+    dropout: Rate | None = None
+    check_finite: bool = False
+    lora: Lora | None = None
+    execution: Execution = Execution()
+
+    def build(self, vocab_size: int | None = None) -> PretrainedDecoder:
+        folder = find_folder(self.path)
+        config = _read_model(folder, self.dtype)[1].config
+        if self.dropout is not None:
+            config = replace(config, dropout=self.dropout)
+        _check_vocabulary(config.vocab_size, vocab_size, self.path)
+        lora = read_settings(self.lora, Decoder(config))
+        config = replace(config, lora=lora, execution=self.execution)
+        return PretrainedDecoder(config, str(folder), self.check_finite)
+
+
+@dataclass(frozen=True)
+class PretrainedDecoder(Decoder):
+    """A decoder whose `init` reads its folder; the key is for new adapters. Call it outside `jax.jit`."""
+
+    folder: str
+    check_finite: bool = False
+
+    def init(self, key) -> Params:
+        params = load_pretrained(self.folder, check_finite=self.check_finite, sharding=_sharding())[1]
+        return self.arranged(self.with_adapter(params, key))
+
+    def with_adapter(self, params: Params, key: jax.Array) -> Params:
+        """The base's ``params`` and the adapters to start from: those of a folder, or fresh ones."""
+        lora = self.config.lora
+        if lora is None or lora.path is None:
+            return add_adapter(lora, params, key)
+        return {**params, ADAPTER: read_adapter(lora, Decoder(self.as_list().config), params)}
+
+
+def _sharding() -> Shardings | None:
+    """Where the parameters are born: each process reads only what its own devices keep."""
+    if (placement := current_placement()) is None:
+        return None
+    return lambda path, shape: placement.sharding(shape, param_axes(path, shape))
+
+
+def _check_vocabulary(model: int | None, tokenizer: int | None, path: str) -> None:
+    """A published tokenizer may have a few tokens that its model never reads (Gemma 3's mark of an image)."""
+    if model is None or tokenizer is None or tokenizer <= model:
+        return
+    message = f"the tokenizer has {tokenizer} tokens, more than the {model} of {path!r}"
+    if tokenizer > 1.001 * model:
+        raise UserError(message)
+    log.warning("%s: a text that holds one of the last %d cannot be learned from", message, tokenizer - model)
+
+
+def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:
+    family, config, content = read_config(folder, FAMILIES)
+    if str(next(iter(content.get("architectures") or ()), "")).endswith(CLASSIFIER):
+        raise UserError(f"{folder} holds a classifier, not a language model: read it with load_classifier")
+    return family, Decoder(replace(config, dtype=dtype))
+
+
+def _content(like: str | Path | None, name: str, family: str | None) -> dict[str, Any]:
+    """A JSON file of the folder that an export shall be like, if it is there and of the same family."""
+    if like is None or not (Path(like) / name).is_file():
+        return {}
+    if read_json(Path(like) / CONFIG).get("model_type") != family:
+        return {}
+    content = read_json(Path(like) / name)
+    content.pop("quantization_config", None)  # what we write is not quantised
+    return content
+
+
+def _token_ids(content: dict[str, Any], eos_ids: Sequence[int], pad_id: int | None) -> dict[str, Any]:
+    eos = list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), content.get("eos_token_id"))
+    pad = content.get("pad_token_id") if pad_id is None else pad_id
+    return {"bos_token_id": content.get("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad}

@@ -1,0 +1,381 @@
+"""A policy that answers: out of a run directory, or out of a Hugging Face folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
+from hybrid_jax.core.errors import Untrusted, UserError
+from hybrid_jax.core.registry import EVERYTHING, NOTHING, names_in
+from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.data.conversations import chat_example, check_messages
+from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.data.packing import encode_prompt
+from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_jax.models import encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
+from hybrid_jax.models.classifier import Classifier, save_classifier
+from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.families.t5 import ENCODER_DECODERS
+from hybrid_jax.models.folders import hf
+from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
+from hybrid_jax.models.folders.family_folder import Dtype
+from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
+from hybrid_jax.models.heads import init_value_head
+from hybrid_jax.models.lora import merge, split, whole
+from hybrid_jax.parallel import hosts
+from hybrid_jax.runs.files import RunFiles, fetched
+from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.generation_config import (
+    read_eos_ids,
+    read_generation_config,
+    write_generation_config,
+)
+from hybrid_jax.sampling.responses import decode_responses, ended
+from hybrid_jax.training.checkpoint import newest_params, newest_policy
+from hybrid_jax.training.compilation import free_programs
+
+EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
+VALUE = "value"  # folder in an export that holds the value function
+BATCH_SIZE = 64  # responses sampled at a time
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled response."""
+
+    prompt: str
+    response: str
+    complete: bool  # it ended by itself, not by its length
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with all that it takes to answer in text."""
+
+    model: LanguageModel
+    params: Params
+    tokenizer: Tokenizer
+    sampler: Sampler
+    eos_ids: tuple[int, ...]
+    step: int | None = None  # of the run that it comes from
+
+    def generate(
+        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, seed: int = 0, num_samples: int = 1
+    ) -> list[Answer]:
+        """``num_samples`` answers to every prompt, those to one prompt one after the other.
+
+        A prompt is a text, or a conversation: a list of ``{"role": …, "content": …}`` that the tokenizer's
+        chat template renders, with the header of an answer behind it.
+
+        Raises:
+            UserError: a prompt is empty, or leaves no room for ``sampler.max_new_tokens`` in the context.
+        """
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, got {num_samples}")
+        try:
+            check_seed(seed)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        asked = [_example(prompt, row) for row, prompt in enumerate(prompts, start=1)]
+        examples = [example for example in asked for _ in range(num_samples)]
+        if not examples:
+            return []
+        free_programs()  # each other sampler compiles another one
+        stream = PromptStream(examples, self.tokenizer, self._longest_prompt(asked))
+        answers = []
+        for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
+            key = jax.random.fold_in(jax.random.key(seed), index)
+            prompt, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
+            drawn = self.sampler(self.model, self.params, prompt, mask, key, eos_ids=self.eos_ids)
+            tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.action_mask)[:count]
+            texts = decode_responses(self.tokenizer, tokens, mask, self.eos_ids)
+            complete = np.asarray(ended(drawn.tokens, drawn.action_mask, self.eos_ids))
+            answers += [
+                Answer(example.prompt, text, bool(end))
+                for example, text, end in zip(batch.examples, texts, complete, strict=False)
+            ]
+        return answers
+
+    def save_pretrained(self, folder: str | Path, *, adapter: bool = False, dtype: Dtype = "float32") -> Path:
+        """Writes a Hugging Face folder with tokenizer and generation settings; returns it.
+
+        Args:
+            folder: a new or an empty one, or an earlier export.
+            adapter: writes the adapter alone, as `peft` keeps it, in place of the whole model.
+            dtype: of the weights in the file; an adapter's are float32.
+
+        Raises:
+            UserError: the folder holds something that we did not export, or cannot be written.
+        """
+        folder = local_path(folder, "the folder to export to")
+        if not isinstance(self.model, Decoder | EncoderDecoder):
+            raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
+        if not hosts.is_first():
+            self._save_weights(folder, adapter, dtype)
+            return folder
+        is_new = not folder.exists()
+        claim_export_folder(folder, self.step)
+        try:
+            self.tokenizer.save(folder)
+            self._save_weights(folder, adapter, dtype)
+            write_generation_config(folder, self.sampler, self.eos_ids)
+        except UserError:  # of a model that has no such format
+            if is_new:
+                shutil.rmtree(folder)
+            raise
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return folder
+
+    def _save_weights(self, folder: Path, adapter: bool, dtype: Dtype) -> None:
+        if adapter:
+            return save_adapter(folder, self.model, self.params)
+        settings: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0], "dtype": dtype}
+        if isinstance(self.model, EncoderDecoder):
+            save_encoder_decoder(folder, self.model, self.params, **settings)
+        elif isinstance(self.model, Decoder):
+            hf.save_pretrained(folder, self.model, self.params, **settings)
+
+    def _longest_prompt(self, prompts: Sequence[Example]) -> int:
+        lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
+        context, new = self.model.max_length, self.sampler.max_new_tokens
+        room = 2**30 if context is None else context - new
+        if room < 1:
+            raise UserError(
+                f"sampler.max_new_tokens must leave room for a prompt in the context of {context} tokens, "
+                f"got {new}"
+            )
+        for row, length in enumerate(lengths, start=1):
+            if length == 0:
+                raise UserError(f"prompt {row} is empty; give it at least one token to go on from")
+            if length > room:
+                raise UserError(
+                    f"prompt {row} must have at most {room} tokens (context {context} less "
+                    f"sampler.max_new_tokens {new}), got {length}; shorten it or lower sampler.max_new_tokens"
+                )
+        return max(room, 2)
+
+
+def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING) -> Policy:
+    """The newest policy of a run; it needs neither the run's data nor its reward.
+
+    Args:
+        run_dir: of a run that has saved a checkpoint.
+        overrides: ``sampler.a=value`` over the settings that the run samples with.
+        trust: names in the run's config that may run code.
+
+    Raises:
+        Untrusted: the model's name runs code and is not in ``trust``.
+    """
+    files = fetched(run_dir)
+    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
+    with trust_explained(run_dir):
+        model, trained, base = _run_model(settings, tokenizer, trust)
+    found = newest_policy(files.checkpoints, trained, base)
+    if found is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    step, params = found
+    model, params = as_list(model, whole(base, params))
+    sampler = overridden(_run_sampler(settings, model.max_length), overrides)
+    eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
+    return Policy(model, params, tokenizer, sampler, eos_ids, step)
+
+
+def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
+    """A model as files and a single device want it: its layers one by one."""
+    return (model.as_list(), model.listed(params)) if isinstance(model, Decoder) else (model, params)
+
+
+def save_value(
+    run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32", trust: Container[str] = NOTHING
+) -> Path:
+    """Writes the newest value function of a run beside its exported policy; returns the folder ``value``.
+
+    It is a classifier with one label (`classifier.load_classifier`): the network that the value reads, the
+    policy's own or a separate one, and its head as ``score``. Its logit at the last token of a text is V there.
+
+    Raises:
+        UserError: the run trains no value, or the model is no decoder that can be a classifier.
+    """
+    files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
+    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
+    with trust_explained(run_dir):
+        model, trained, base = _run_model(settings, tokenizer, trust)
+    kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
+    if not kinds:
+        raise UserError(
+            f"{run_dir} has no value: none of its phases {', '.join(settings['phases'])} trains one"
+        )
+    if not isinstance(model, Decoder) or model.config.embedding_width is not None:
+        raise UserError(
+            "this model's value has no Hugging Face format: its head does not read what theirs would"
+        )
+    value: dict[str, Any] = {"head": jax.eval_shape(lambda: init_value_head(model.width))}
+    separate = kinds[-1] == "separate"  # phases share one value, the last one makes it
+    groups = {"value": {**value, "model": trained}} if separate else {"value": value, "model": trained}
+    found = newest_params(files.checkpoints, groups, base)
+    if found is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    params = found[1]
+    backbone = model.listed(whole(base, params["value"]["model"] if separate else params["model"]))
+    backbone = merge(model.config.lora, backbone)
+    weights = {name: leaf for name, leaf in backbone.items() if name != "lm_head"}
+    classifier = Classifier(replace(model.as_list().config, lora=None), labels=("value",), has_bias=True)
+    weights["score"] = params["value"]["head"]
+    like = getattr(model, "folder", None)
+    save_classifier(beside, classifier, weights, pad_id=tokenizer.eos_id, dtype=dtype, like=like)
+    return beside
+
+
+def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
+    """The model of a Hugging Face folder or of an id on the hub; generation_config.json has the defaults.
+
+    The folder may be an adapter of `peft` that says where its base is.
+    """
+    folder = find_folder(folder)
+    if (folder / CONFIG).is_file():
+        paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
+        model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        model, params = hf.load_adapted(folder)
+        folder = folder if (folder / "tokenizer_config.json").is_file() else Path(model.folder)
+    else:
+        hint = "; it is a run directory, which --run takes" if (folder / "config.yaml").is_file() else ""
+        raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json{hint}")
+    tokenizer = load_tokenizer(folder)
+    sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
+    return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
+
+
+def init_key(seed: int) -> jax.Array:
+    """What a run's model is initialised with."""
+    return jax.random.fold_in(jax.random.key(seed), 0)
+
+
+def run_settings(run_dir: str | Path) -> dict[str, Any]:
+    """The config of a run directory, as it was written."""
+    folder = fetched(run_dir).folder
+    if not (folder / "config.yaml").is_file():
+        problem = "it holds no config.yaml" if folder.is_dir() else "there is no such directory"
+        raise UserError(f"{run_dir} is no run directory: {problem}")
+    return load_yaml(folder / "config.yaml")
+
+
+def names_to_trust(trust: bool, config: str | None) -> Container[str]:
+    """The names of code that ``--trust`` or ``--config FILE`` allow a run's config to use."""
+    if trust:
+        return EVERYTHING
+    return NOTHING if config is None else names_in(load_yaml(config))
+
+
+@contextlib.contextmanager
+def trust_explained(run_dir: str | Path) -> Iterator[None]:
+    """Says how to let a run's config run code, where it may not."""
+    try:
+        yield
+    except Untrusted as error:
+        raise Untrusted(
+            f"{run_dir}/config.yaml: {error}; if you trust this run, give --trust, or --config with the file "
+            "that you trained it by"
+        ) from error
+
+
+def run_tokenizer(files: RunFiles) -> Tokenizer:
+    """The tokenizer that a run saved when it started."""
+    if not (files.folder / "tokenizer").is_dir():
+        raise UserError(f"{files.name} holds no tokenizer: its training has not begun")
+    return load_tokenizer(files.folder / "tokenizer")
+
+
+def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
+    """``sampler`` with ``sampler.a=value`` settings over its own."""
+    for name in (override.partition("=")[0] for override in overrides):
+        if name in {field.name for field in fields(sampler)}:
+            raise UserError(f"unknown setting {name!r}; did you mean 'sampler.{name}'?")
+    settings = apply_overrides({"sampler": to_dict(sampler)}, overrides, _SamplerSettings)
+    return parse(_SamplerSettings, settings).sampler
+
+
+@dataclass(frozen=True)
+class _ModelSettings:
+    model: Annotated[Any, BACKBONES]
+
+
+@dataclass(frozen=True)
+class _SamplerSettings:
+    sampler: Sampler
+
+
+def _run_model(
+    settings: dict[str, Any], tokenizer: Tokenizer, trust: Container[str]
+) -> tuple[LanguageModel, Params, Params]:
+    """The model of a run, the shapes of what trains, and the parameters below adapters."""
+    named = parse(_ModelSettings, {"model": settings.get("model")}, trust=trust)
+    model = named.model.build(tokenizer.vocab_size)
+    if not isinstance(model, LanguageModel):
+        raise UserError("this run trains a scorer of texts, which gives no answers; export or evaluate it")
+    trained, base = split(hf.abstract_params(model))
+    if base:
+        base = split(model.init(init_key(settings.get("seed", 0))))[1]
+    return model, trained, base
+
+
+def _run_sampler(settings: dict[str, Any], context: int | None) -> Sampler:
+    """What the run samples with: for its evaluation, or for the first phase that samples."""
+    components = [settings.get("evaluation"), *(settings.get("phases") or {}).values()]
+    found = (component.get("sampler") for component in components if component)
+    sampler = next((sampler for sampler in found if sampler), None)
+    return (
+        default_sampler(context) if sampler is None else parse(_SamplerSettings, {"sampler": sampler}).sampler
+    )
+
+
+def default_sampler(context: int | None) -> Sampler:
+    """Where nothing says how to sample: at most half of the context, at most 64 tokens."""
+    return Sampler(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
+
+
+def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
+    if isinstance(prompt, str):
+        return Example(prompt)
+    messages = check_messages(prompt, f"prompt {row}")
+    if messages[-1]["role"] == "assistant":
+        raise UserError(
+            f"prompt {row} ends with a message of the assistant; end it with what is to be answered"
+        )
+    return chat_example(messages, f"prompt {row}")
+
+
+def claim_export_folder(folder: Path, step: int | None) -> None:
+    """Makes a folder ours to export to: until all is there again, nothing can be loaded from it.
+
+    Raises:
+        UserError: the folder holds something that we did not export, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; give a folder to export to")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
+        raise UserError(f"{folder} is not empty and no export of ours; give a new or an empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
+        for name in (CONFIG, ADAPTER_CONFIG):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / VALUE, ignore_errors=True)  # that of the policy which was here
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error

@@ -62,7 +62,7 @@ from hybrid_jax.training.horizons import horizons, say_what_stays
 from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read_records
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import ObservingPhase, Phase, Resources, ScorerPhase, fits
+from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase, fits
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -136,6 +136,7 @@ def _build_phases(
         name: phase.build(
             Resources(
                 name=name,
+                kind=PHASES.name_of(phase),
                 model=model,
                 tokenizer=tokenizer,
                 examples=examples,

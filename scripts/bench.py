@@ -181,7 +181,7 @@ class RewardModel:
             model, {"model": model.init(jax.random.key(2)), "head": {"kernel": kernel, "bias": jnp.zeros(1)}}
         )
 
-    def score_tokens(self, tokens, attention_mask, action_mask):
+    def score_tokens(self, tokens, attention_mask, response_mask):
         return _last_scores(self.model, self.params, tokens, attention_mask)
 
 

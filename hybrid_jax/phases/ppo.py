@@ -62,7 +62,7 @@ class PPOPhase:
         self.config = config
         self.waits_for_device = not config.rollout_ahead
         self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
-        self.name = resources.name
+        self.name, self.kind = resources.name, resources.kind
         self.optimizer_key = resources.optimizer_key
         self.functions = PPOFunctions(config, resources.model, resources.eos_ids, self.name, self.optimizer_key)
         self._tokenizer = resources.tokenizer

@@ -119,7 +119,7 @@ class RewardModelPhase:
 
     def __init__(self, config: RewardModel, resources: Resources):
         self.config = config
-        self.name, self.optimizer_key = resources.name, resources.optimizer_key
+        self.name, self.kind, self.optimizer_key = resources.name, resources.kind, resources.optimizer_key
         self._resources, self._model, self._placement = resources, resources.model, resources.placement
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
         self._stream = None if resources.examples is None else self._training_stream()

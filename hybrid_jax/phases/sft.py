@@ -67,7 +67,7 @@ class SFTPhase:
 
     def __init__(self, config: SFT, resources: Resources):
         self.config = config
-        self.name = resources.name
+        self.name, self.kind = resources.name, resources.kind
         self.optimizer_key = resources.optimizer_key
         self._horizon = resources.horizon
         self._placement = resources.placement

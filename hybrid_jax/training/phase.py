@@ -46,7 +46,8 @@ class Program:
 class Phase(Protocol):
     """One way to learn. All state goes in and out of `step`; the phase itself holds only what never changes."""
 
-    name: str
+    name: str  # under which the config lists it: of its metrics and its state
+    kind: str  # the name of its settings in `PHASES`: what it does, whatever it is called
     optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
     waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
     # One whose steps have several shapes may have a `shapes_setting`: the setting that decides them, in words.
@@ -111,6 +112,7 @@ class Resources:
     """What an experiment hands to a phase config when it builds the phase."""
 
     name: str  # under which the config lists the phase
+    kind: str  # the name of its settings in `PHASES`
     model: Any  # a `LanguageModel`; a `SequenceScorer` for a `ScorerPhase`
     tokenizer: Any  # a `Tokenizer`; None where the phase is only planned
     examples: Sequence[Example] | None  # the training split; None where the phase is only planned

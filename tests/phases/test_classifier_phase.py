@@ -40,8 +40,9 @@ def examples(count, seed):
 def build(settings, model, train, held_out, steps=60):
     placement = MeshConfig(data=1).placement(jax.devices()[:1])
     resources = Resources(
-        name="classifier", kind="classifier", model=model, tokenizer=Bytes().build(), examples=train, eos_ids=(256,), held_out=lambda: held_out,
-        seed=0, horizon=steps, placement=placement, optimizer_key="classifier",
+        name="classifier", kind="classifier", model=model, tokenizer=Bytes().build(), examples=train,
+        eos_ids=(256,), held_out=lambda: held_out, seed=0, horizon=steps, placement=placement,
+        optimizer_key="classifier",
     )  # fmt: skip
     phase = settings.build(resources)
     assert isinstance(phase, ScorerPhase)

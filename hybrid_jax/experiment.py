@@ -13,12 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax import Array
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Purpose, stream
 from hybrid_jax.core.registry import names_in
 from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.core.writing import write_folder, write_text
@@ -52,7 +52,7 @@ from hybrid_jax.runs.origin import (
     split,
     tell_origin,
 )
-from hybrid_jax.runs.policy import Policy, as_list, default_sampler, init_key
+from hybrid_jax.runs.policy import Policy, as_list, default_sampler
 from hybrid_jax.runs.trained_scorer import TrainedScorer
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.training import out_of_memory
@@ -104,7 +104,7 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    key = stream(config.seed, Purpose.TRAINING)
     answers = isinstance(model, LanguageModel)
     evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
     rows = {"train": len(examples), "held_out": len(held_out())}
@@ -208,7 +208,7 @@ class Experiment:
 
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
-        return fresh_state(self.model, self.phases, self.placement, init_key(self.config.seed))
+        return fresh_state(self.model, self.phases, self.placement, stream(self.config.seed, Purpose.MODEL))
 
     def begin(self) -> RunState:
         """The state that the next training begins with; reads it and writes nothing."""

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.arrays import Sum, segment_positions
+from hybrid_jax.core.keys import Parameters
 from hybrid_jax.models.attention.choice import causal_attention
 from hybrid_jax.models.attention.einsum import cached_attention
 from hybrid_jax.models.base import ModelOutput, Params
@@ -56,7 +57,7 @@ class Decoder:
         return born(param_axes, self._init, key)
 
     def _init(self, key: Array) -> Params:
-        params = add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, 1))
+        params = add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, Parameters.ADAPTER))
         return self.arranged(params)
 
     def arranged(self, params: Params) -> Params:

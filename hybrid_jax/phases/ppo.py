@@ -33,6 +33,7 @@ from jax import Array
 
 from hybrid_jax.core.batches import PromptBatch, Samples, TokenBatch
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Branch
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
@@ -123,7 +124,7 @@ class PPOPhase:
         samples, following = self._answers(state, cursor, (tokens, mask), sample_key)
         scored = self._score(state.base, state.train.params, dict(state.references), tokens, mask, samples)
 
-        opponents = self._opponents(state, (tokens, mask), sample_key)
+        opponents = self._opponents(state, (tokens, mask), key)
         received, reward_state, host_metrics = self._reward(state, prompts, samples, scored, opponents, clock)
         groups = ("value",) if self.stage(state) else ("model", "value")
         rate = self._rate(*jax.device_put((steps, self._horizon)))
@@ -372,7 +373,7 @@ class _Clock:
 @partial(jax.jit, static_argnums=1)
 def _opponent_keys(key: Array, count: int) -> list[Array]:
     """Noise that the policy's own answers do not share."""
-    return list(jax.random.split(jax.random.fold_in(key, 1), count))
+    return list(jax.random.split(jax.random.fold_in(key, Branch.OPPONENTS), count))
 
 
 def _like_rows(placement: Placement, shapes: Any) -> Any:

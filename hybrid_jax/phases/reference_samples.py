@@ -14,6 +14,7 @@ from annotated_types import Ge
 
 from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Purpose
 from hybrid_jax.core.ranges import BatchSize, settings
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
@@ -70,7 +71,7 @@ class ReferenceSamples:
         drawn: list[Answered] = []
         stream = PromptStream(chosen, tokenizer, None)
         for index, (batch, count) in enumerate(stream.sequential(min(self.batch_size, len(chosen)))):
-            key = jax.random.fold_in(jax.random.key(seed), index)
+            key = jax.random.fold_in(stream(seed, Purpose.REFERENCE_ANSWERS), index)
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             samples = self.sampler(model, params, *prompts, key, eos_ids=eos_ids)
             tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]

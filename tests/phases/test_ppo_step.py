@@ -113,6 +113,13 @@ def test_opponents_and_policy_and_steps_share_no_noise():
     stage.steps(2)
     assert len(stage.sampled) == 2 * 3
     assert len({tuple(key) for key in stage.sampled}) == 2 * 3
+    for step in (0, 3):  # a key that draws a row's noise begins nobody else's
+        policy = jax.random.wrap_key_data(jnp.asarray(stage.sampled[step], jnp.uint32))
+        of_rows = [jax.random.fold_in(policy, row) for row in range(100)]
+        below = {
+            tuple(jax.random.key_data(key).tolist()) for row in of_rows for key in jax.random.split(row, 3)
+        }
+        assert not below & {tuple(key) for key in stage.sampled[step + 1 : step + 3]}
 
 
 def test_every_step_answers_the_next_prompts_each_as_often_as_it_is_sampled():

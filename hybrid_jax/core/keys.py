@@ -1,0 +1,37 @@
+"""Random keys by purpose: everything that a run draws random numbers for has a stream of its own.
+
+A key is never stored and never used twice. `stream` begins one from the seed; below it comes ``fold_in`` with a
+running number (a step, a batch, a row) or ``split``.
+"""
+
+from enum import IntEnum
+
+import jax
+from jax import Array
+
+
+class Purpose(IntEnum):
+    """What the random numbers of a seed are for. A number that results depend on is never given to another."""
+
+    MODEL = 0  # the parameters at the start
+    TRAINING = 1  # every step folds its number in
+    EVALUATION = 2  # answers to held-out prompts; every batch folds its number in
+    GENERATION = 3  # answers that a user asks for
+    REFERENCE_ANSWERS = 4  # what a reward model's scores are centred on
+
+
+class Branch(IntEnum):
+    """What else is drawn below a key whose split and whose running numbers are in use: far beyond those."""
+
+    OPPONENTS = 2**31  # below a step of training
+
+
+class Parameters(IntEnum):
+    """Parameters of a model beside its trunk's, below the key of the trunk."""
+
+    ADAPTER = 1
+
+
+def stream(seed: int | Array, purpose: Purpose) -> Array:
+    """The key from which all randomness for ``purpose`` comes."""
+    return jax.random.fold_in(jax.random.key(seed), purpose)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import field, replace
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge
@@ -18,7 +15,7 @@ from hybrid_jax.algorithms.classification import label_cross_entropy, squared_er
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Rate, settings
+from hybrid_jax.core.ranges import BatchSize, NonNegative, Rate, settings
 from hybrid_jax.data.labelled import LabelledBatch, LabelledStream, targets_of
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.places import places_of
@@ -27,27 +24,18 @@ from hybrid_jax.data.scored_text import ScoredRow, cut_of
 from hybrid_jax.data.sources import SOURCES, choose
 from hybrid_jax.metrics.labels import classification_report, fit_temperature, regression_report, softmax
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.lora import whole
-from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.parallel.mesh import put_rows
-from hybrid_jax.parallel.rules import shard_params, under
-from hybrid_jax.phases.row_reader import RowReader
-from hybrid_jax.training.layerwise import layer_by_layer
-from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
-from hybrid_jax.training.offload import without_idle
-from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
-from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
-from hybrid_jax.training.state import RunState, TrainState
-from hybrid_jax.training.update import Objective, update_state
-
-Rows = list[np.ndarray]
+from hybrid_jax.phases.scorer_reader import ScorerReader
+from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
+from hybrid_jax.training.phase import PHASES, Resources
+from hybrid_jax.training.shapes import row_shape
+from hybrid_jax.training.state import RunState
+from hybrid_jax.training.update import Objective
 
 
 @PHASES.register("classifier")
 @settings
-class Classification:
+class Classification(Supervised):
     """Settings of the training of a classifier; of a scorer with one label alone, of a regression.
 
     Attributes:
@@ -61,10 +49,7 @@ class Classification:
         label_smoothing: the share of the label in [0, 1) that is spread over all labels.
         calibration_fraction: the share of the training data in [0, 1), by a hash of the text (or its prompt),
             that is kept back to fit the temperature of the probabilities. 0 fits none.
-        microbatches: parts in which a batch is read, to save memory; the gradient is the same.
-        dropout: apply the model's dropout, if it has any.
         source: labelled texts of its own; None takes the run's.
-        optimizer: of the group "model".
     """
 
     trains_scorer: ClassVar[bool] = True
@@ -77,84 +62,51 @@ class Classification:
     class_weights: tuple[NonNegative, ...] | Literal["balanced"] | None = None
     label_smoothing: Rate = 0.0
     calibration_fraction: Rate = 0.05
-    microbatches: Count = 1
-    dropout: bool = True
     source: Annotated[Any, SOURCES] | None = None
-    optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-3))
-
-    def __post_init__(self):
-        if self.batch_size % self.microbatches:
-            raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
 
     def build(self, resources: Resources) -> ClassifierPhase:
         return ClassifierPhase(self, resources)
 
 
-class ClassifierPhase:
-    """Steps of a classifier. Trains the group "model" and nothing else."""
-
-    references = ()
-    waits_for_device = False
+class ClassifierPhase(SupervisedPhase):
+    """Steps of a classifier."""
 
     def __init__(self, config: Classification, resources: Resources):
-        self.config = config
-        self.name, self.kind, self.optimizer_key = resources.name, resources.kind, resources.optimizer_key
-        self._resources, self._model, self._placement = resources, resources.model, resources.placement
-        check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
+        self.config, self.name = config, resources.name
+        self._resources, self._model = resources, resources.model
         self._check()
         limits = [limit for limit in (config.length, self._model.max_length) if limit is not None]
         self._length = min(limits, default=None)
-        self._stream = None if resources.examples is None else self._training_stream()
-        self._weights = self._class_weights()
-        self._rate = jax.jit(config.optimizer.rate)
-        update: Any = functools.partial(_update, config, resources, self._weights)
-        update.__name__ = f"{self.name}_update"
-        self._update = jax.jit(under(self._placement, update), donate_argnums=1)
-        self._reader = RowReader(self._model, self._placement, 4 * config.batch_size, self._length)
+        stream = None if resources.examples is None else self._training_stream()
+        self.class_weights = self._class_weights(stream)
+        super().__init__(
+            config,
+            resources,
+            stream=stream,
+            objective=classifier_objective(config, self._model, self.class_weights),
+            shapes=self._batch_shapes,
+        )
+        self._reader = ScorerReader(self._model, resources.placement, 4 * config.batch_size, self._length)
 
-    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        transform = layer_by_layer(self.config.optimizer.transform())
-        opt_state = {"model": transform.init(params["model"])}
-        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self._model))
-
-    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
-        assert self._stream is not None, "a planned phase takes no steps"
-        started = time.perf_counter()
-        cursor, size = state.cursors.get(self.name, 0), self.config.batch_size
-        features = None
+    def batch(self, state: RunState, cursor: int) -> tuple[LabelledBatch, dict[str, Any]]:
+        stream: Any = self.stream
         if self._reader.keeps_features:
-            features = self._reader.features(state.policy, self._stream.rows, "train")
-        host = self._stream.batch(cursor, size, features)
-        batch = put_rows(self._placement, host)
-        input_seconds = time.perf_counter() - started
-        steps = state.schedule.steps.get(self.name, 0)
-        rate = self._rate(*jax.device_put((steps, self._resources.horizon)))
-        train, metrics = self._update(state.base, state.train, batch, key, rate)
-        metrics |= {"learning_rate": rate, "input_seconds": input_seconds}
-        if host.mask is not None:
-            metrics |= {"tokens": host.mask.sum()}
-        state = replace(state, train=train, cursors={**state.cursors, self.name: cursor + size})
-        return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
+            features = self._reader.features(state.policy, stream.rows, "train")
+            return stream.batch(cursor, self.config.batch_size, features), {}
+        batch = stream.batch(cursor, self.config.batch_size)
+        return batch, {"tokens": batch.mask.sum()}
 
-    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+    def _batch_shapes(self) -> LabelledBatch:
         if self._length is None:
             raise UserError(f"phases.{self.name}: length must be given to plan for a model that reads any")
-        rows, shape = self.config.batch_size, functools.partial(row_shape, self._placement)
-        make: Any = LabelledBatch
-        kind = "float32" if len(self._model.labels) == 1 else "int32"
-        targets = shape(rows, dtype=kind)
+        rows, shape = self.config.batch_size, functools.partial(row_shape, self._resources.placement)
+        make: Any = LabelledBatch  # pyright does not see the fields of a flax.struct.dataclass
+        targets = shape(rows, dtype="float32" if len(self._model.labels) == 1 else "int32")
         if self._reader.keeps_features:
-            read = shape(rows, self._model.num_features, dtype="float32")
-            batch = make(tokens=None, mask=None, targets=targets, features=read)
-        else:
-            tokens, mask = (shape(rows, self._length, dtype=dtype) for dtype in ("int32", "bool"))
-            batch = make(tokens=tokens, mask=mask, targets=targets)
-        state, idle = without_idle(state, self)
-        inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
-        beside = {"optimizer_states": idle, "references": state.references}
-        beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
-        tokens = rows * self._length
-        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
+            features = shape(rows, self._model.num_features, dtype="float32")
+            return make(tokens=None, mask=None, targets=targets, features=features)
+        tokens, mask = (shape(rows, self._length, dtype=dtype) for dtype in ("int32", "bool"))
+        return make(tokens=tokens, mask=mask, targets=targets)
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with the labels of the held-out data, and calibration before and after the temperature."""
@@ -242,10 +194,10 @@ class ClassifierPhase:
         stream.chosen(0, self.config.batch_size)  # are there so many?
         return stream
 
-    def _class_weights(self) -> np.ndarray:
+    def _class_weights(self, stream: LabelledStream | None) -> np.ndarray:
         weights, num_labels = self.config.class_weights, len(self._model.labels)
-        if weights == "balanced" and self._stream is not None:
-            counts = np.bincount(self._stream.targets, minlength=num_labels)
+        if weights == "balanced" and stream is not None:
+            counts = np.bincount(stream.targets, minlength=num_labels)
             if not counts.all():
                 missing = self._model.labels[int(np.argmin(counts))]
                 raise UserError(
@@ -274,15 +226,13 @@ class ClassifierPhase:
         return fit_temperature(self._reader.scores(state.policy, rows, "calibration"), targets)
 
 
-def classifier_objective(
-    config: Classification, model: SequenceScorer, class_weights: np.ndarray, base: Params | None = None
-) -> Objective:
-    """The loss of the group "model", which is all parameters, or what trains above a ``base``."""
+def classifier_objective(config: Classification, model: SequenceScorer, class_weights: np.ndarray) -> Objective:
+    """The loss of the group "model"."""
     weights = jnp.asarray(class_weights)
     is_regression = len(model.labels) == 1
 
     def loss(params, batch: LabelledBatch, key: Array):
-        scores = _scores(model, whole(base or {}, params["model"]), batch, key if config.dropout else None)
+        scores = _scores(model, params["model"], batch, key if config.dropout else None)
         if is_regression:
             return {"loss": squared_error(scores[:, 0], batch.targets)}, {}
         right = (jnp.argmax(scores, axis=1) == batch.targets).astype(jnp.float32)
@@ -301,21 +251,3 @@ def _scores(model: Any, params: Params, batch: LabelledBatch, dropout_key: Array
     if batch.features is not None:
         return model.read(params, batch.features, dropout_key=dropout_key)
     return model.apply(params, batch.tokens, batch.mask, dropout_key=dropout_key)
-
-
-def _update(
-    config: Classification, resources: Resources, weights, base: Params, state: TrainState, batch, key, rate
-):
-    """One optimizer step, as a pure function of the state."""
-    state, metrics, _ = update_state(
-        classifier_objective(config, resources.model, weights, base),
-        config.optimizer,
-        state,
-        batch,
-        key,
-        rate,
-        optimizer_key=resources.optimizer_key,
-        microbatches=config.microbatches,
-        scaling=loss_scale_of(resources.model),
-    )
-    return shard_params(state, param_axes), metrics

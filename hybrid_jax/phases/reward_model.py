@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import field
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -24,33 +22,27 @@ from hybrid_jax.algorithms.preference import (
 )
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Positive, settings
+from hybrid_jax.core.ranges import BatchSize, NonNegative, Positive, settings
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
 from hybrid_jax.data.preferences import PREFERENCES, Preference
 from hybrid_jax.data.scored_text import cut_of
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.lora import whole
-from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.parallel.mesh import put_rows
-from hybrid_jax.parallel.rules import shard_params, under
 from hybrid_jax.phases.reference_samples import ReferenceSamples
 from hybrid_jax.phases.reward_report import agreement
-from hybrid_jax.phases.row_reader import RowReader
-from hybrid_jax.training.layerwise import layer_by_layer
-from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
-from hybrid_jax.training.offload import without_idle
+from hybrid_jax.phases.scorer_reader import ScorerReader
+from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
-from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape, row_shape
-from hybrid_jax.training.state import RunState, TrainState
-from hybrid_jax.training.update import Objective, update_state
+from hybrid_jax.training.phase import PHASES, Resources
+from hybrid_jax.training.shapes import row_shape
+from hybrid_jax.training.state import RunState
+from hybrid_jax.training.update import Objective
 
 
 @PHASES.register("reward_model")
 @settings
-class RewardModel:
+class RewardModel(Supervised):
     """Settings of the training of a reward model.
 
     The model is a scorer. With one label it is one reward; with several it is an ensemble, each label a member
@@ -63,8 +55,6 @@ class RewardModel:
             ("truncate_end") or the start of its response, here and where the model is a reward; to drop leaves
             out the prompt with all its responses.
         prompt: a response is read behind what it answers; else alone.
-        microbatches: parts in which a batch is read, to save memory; the gradient is the same.
-        dropout: apply the model's dropout, if it has any.
         loss: "pairs" of responses (Bradley-Terry), or "plackett_luce" of whole rankings, which have no ties,
             margins or smoothing.
         margin: by how much the better response must be ahead.
@@ -85,8 +75,6 @@ class RewardModel:
     length: Annotated[int, Ge(4)] = 256
     long_rows: Policy = "truncate_end"
     prompt: bool = True
-    microbatches: Count = 1
-    dropout: bool = True
     loss: Literal["pairs", "plackett_luce"] = "pairs"
     margin: NonNegative = 0.0
     margin_coef: NonNegative = 0.0
@@ -99,8 +87,7 @@ class RewardModel:
     optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-4))
 
     def __post_init__(self):
-        if self.batch_size % self.microbatches:
-            raise ValueError(f"microbatches must divide batch_size {self.batch_size}, got {self.microbatches}")
+        super().__post_init__()
         extras = (self.margin, self.margin_coef, self.label_smoothing, self.tie_threshold or 0.0)
         if self.loss == "plackett_luce" and any(extras):
             raise ValueError(
@@ -111,51 +98,37 @@ class RewardModel:
         return RewardModelPhase(self, resources)
 
 
-class RewardModelPhase:
-    """Steps of a reward model. Trains the group "model" and nothing else."""
-
-    references = ()
-    waits_for_device = False
+class RewardModelPhase(SupervisedPhase):
+    """Steps of a reward model."""
 
     def __init__(self, config: RewardModel, resources: Resources):
-        self.config = config
-        self.name, self.kind, self.optimizer_key = resources.name, resources.kind, resources.optimizer_key
-        self._resources, self._model, self._placement = resources, resources.model, resources.placement
-        check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
-        self._stream = None if resources.examples is None else self._training_stream()
-        self._rate = jax.jit(config.optimizer.rate)
-        update: Any = functools.partial(_update, config, resources)
-        update.__name__ = f"{self.name}_update"
+        self.config, self.name = config, resources.name
+        self._resources, self._model = resources, resources.model
+        super().__init__(
+            config,
+            resources,
+            stream=None if resources.examples is None else self._training_stream(),
+            objective=reward_objective(config, self._model),
+            shapes=self._batch_shapes,
+        )
         self._loss = jax.jit(functools.partial(preference_loss, config))
-        self._update = jax.jit(under(self._placement, update), donate_argnums=1)
-        self._reader = RowReader(self._model, self._placement, 2 * config.batch_size, config.length)
+        self._reader = ScorerReader(self._model, resources.placement, 2 * config.batch_size, config.length)
 
-    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        transform = layer_by_layer(self.config.optimizer.transform())
-        opt_state = {"model": transform.init(params["model"])}
-        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self._model))
+    def batch(self, state: RunState, cursor: int) -> tuple[PreferenceBatch, dict[str, Any]]:
+        stream: Any = self.stream
+        batch = stream.batch(cursor, self.config.batch_size)
+        logged = {"tokens": batch.mask.sum()}
+        if not self._reader.keeps_features:
+            return batch, logged
+        flat = self._reader.features(state.policy, stream.flat, "train")
+        return batch.replace(tokens=None, mask=None, features=flat[stream.places[batch.index]]), logged
 
-    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
-        assert self._stream is not None, "a planned phase takes no steps"
-        started = time.perf_counter()
-        cursor = state.cursors.get(self.name, 0)
-        host: Any = self._stream.batch(cursor, self.config.batch_size)
-        batch = put_rows(self._placement, self._with_features(state, host))
-        input_seconds = time.perf_counter() - started
-        steps = state.schedule.steps.get(self.name, 0)
-        rate = self._rate(*jax.device_put((steps, self._resources.horizon)))
-        train, metrics = self._update(state.base, state.train, batch, key, rate)
-        metrics |= {"learning_rate": rate, "tokens": host.mask.sum(), "input_seconds": input_seconds}
-        cursors = {**state.cursors, self.name: cursor + self.config.batch_size}
-        state = replace(state, train=train, cursors=cursors)
-        return state, {f"{self.name}/{name}": value for name, value in metrics.items()}
-
-    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
-        rows, length = self.config.batch_size, self.config.length
-        shape = functools.partial(row_shape, self._placement, rows)
+    def _batch_shapes(self) -> PreferenceBatch:
+        length = self.config.length
+        shape = functools.partial(row_shape, self._resources.placement, self.config.batch_size)
         make: Any = PreferenceBatch  # pyright does not see the fields of a flax.struct.dataclass
         labels: Any = Labels
-        batch = make(
+        return make(
             tokens=shape(2, length, dtype="int32"),
             mask=shape(2, length, dtype="bool"),
             labels=labels(
@@ -166,12 +139,6 @@ class RewardModelPhase:
             ),
             index=shape(dtype="int32"),
         )
-        state, idle = without_idle(state, self)
-        inputs = (state.base, state.train, batch, key_shape(self._placement), rate_shape(self._placement))
-        beside = {"optimizer_states": idle, "references": state.references}
-        beside = {name: trees for name, trees in beside.items() if name not in self._resources.offload}
-        tokens = 2 * rows * length
-        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with held-out preferences, calibration, and the part of length in it."""
@@ -192,8 +159,8 @@ class RewardModelPhase:
         section 2.1: after training, gain and bias give samples of the reference policy mean 0 and variance 1).
         """
         if (reference := self.config.reference) is None:
-            assert self._stream is not None, "a planned phase saves nothing"
-            rows, name, of = self._stream.flat, "train", "the responses of the training data"
+            assert isinstance(self.stream, PreferenceStream), "a planned phase saves nothing"
+            rows, name, of = self.stream.flat, "train", "the responses of the training data"
         else:
             drawn = reference.draw(self._preferences("train"), self._resources.seed)
             rows = self._reading.rows(self._resources.tokenizer, *zip(*drawn, strict=True))
@@ -254,20 +221,12 @@ class RewardModelPhase:
         tokenizer, reading = self._resources.tokenizer, self._reading
         return PreferenceStream(preferences, tokenizer, reading, long_rows=long_rows, **settings)
 
-    def _with_features(self, state: RunState, batch: Any) -> Any:
-        """The batch with features in place of tokens, where the body of the scorer is frozen."""
-        if not self._reader.keeps_features:
-            return batch
-        assert self._stream is not None
-        flat = self._reader.features(state.policy, self._stream.flat, "train")
-        return batch.replace(tokens=None, mask=None, features=flat[self._stream.places[batch.index]])
 
-
-def reward_objective(config: RewardModel, model: SequenceScorer, base: Params | None = None) -> Objective:
-    """The loss of the group "model", which is all parameters, or what trains above a ``base``."""
+def reward_objective(config: RewardModel, model: SequenceScorer) -> Objective:
+    """The loss of the group "model"."""
 
     def loss(params, batch: PreferenceBatch, key: Array):
-        rewards = _read(model, whole(base or {}, params["model"]), batch, key if config.dropout else None)
+        rewards = _read(model, params["model"], batch, key if config.dropout else None)
         of = batch.labels
         terms = {"loss": preference_loss(config, rewards, of)}
         if config.centring_coef:
@@ -313,19 +272,3 @@ def _read(
     else:
         scores = model.apply(params, flat(batch.tokens), flat(batch.mask), dropout_key=dropout_key)
     return scores.astype(jnp.float32).reshape(*shape, -1)
-
-
-def _update(config: RewardModel, resources: Resources, base: Params, state: TrainState, batch, key, rate):
-    """One optimizer step, as a pure function of the state."""
-    state, metrics, _ = update_state(
-        reward_objective(config, resources.model, base),
-        config.optimizer,
-        state,
-        batch,
-        key,
-        rate,
-        optimizer_key=resources.optimizer_key,
-        microbatches=config.microbatches,
-        scaling=loss_scale_of(resources.model),
-    )
-    return shard_params(state, param_axes), metrics

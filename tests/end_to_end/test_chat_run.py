@@ -53,7 +53,7 @@ def test_a_run_on_conversations_stops_at_the_end_of_a_turn_everywhere(trained, r
 
 def test_sft_learns_answers_and_ppo_reads_questions(trained):
     experiment, _ = trained
-    batch = experiment.phases["sft"]._stream.batch(0, 1)
+    batch = experiment.phases["sft"].stream.batch(0, 1)
     learned = batch.tokens[batch.loss_mask].tolist()
     answers = "".join("|" if token == END_OF_TURN else chr(token) for token in learned)
     assert re.fullmatch(r"(\d+!\|)+", answers)

@@ -111,7 +111,7 @@ def logits(model, params):
 
 def test_the_first_loss_is_that_of_the_bare_base(built, run):
     _, metrics = run
-    batch = built.phases["sft"]._stream.batch(0, 4)
+    batch = built.phases["sft"].stream.batch(0, 4)
     read = jax.jit(lambda params: built.model.apply(params, batch.tokens, batch.segment_ids).logits)
     scores = np.asarray(read(load_pretrained(built.model.folder)[1]), np.float64)[:, :-1]
     log_probs = scores - np.log(np.exp(scores).sum(-1, keepdims=True))

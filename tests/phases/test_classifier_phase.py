@@ -97,7 +97,7 @@ def test_a_planted_rule_is_learnt_and_measured(planted):
 def test_what_is_kept_back_for_the_temperature_is_not_learnt(planted):
     phase, _ = planted
     kept = {tuple(row.tolist()) for row in phase._kept_back[0]}
-    learnt = {tuple(row.tolist()) for row in phase._stream.rows}
+    learnt = {tuple(row.tolist()) for row in phase.stream.rows}
     assert kept
     assert not kept & learnt
 
@@ -138,7 +138,7 @@ def test_balanced_weights_make_rare_labels_count_the_same():
     settings = Classification(batch_size=4, class_weights="balanced", calibration_fraction=0.0)
     phase, _ = build(settings, model, rows, rows)
     counts = np.array([30, len(rows) - 30])
-    np.testing.assert_allclose(phase._weights, len(rows) / (2 * counts), rtol=1e-6)
+    np.testing.assert_allclose(phase.class_weights, len(rows) / (2 * counts), rtol=1e-6)
 
 
 def test_a_frozen_body_learns_on_features_and_stays_as_it_is(tmp_path):

@@ -18,7 +18,7 @@ from hybrid_jax.parallel.rules import Placement, under
 LENGTH_STEP = 32  # rows are read in lengths of this times a power of two
 
 
-class RowReader:
+class ScorerReader:
     """Reads rows in batches of like length.
 
     Args:

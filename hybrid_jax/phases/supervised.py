@@ -129,9 +129,7 @@ class SupervisedPhase:
         beside = {"optimizer_states": idle, "references": state.references}
         beside = {name: trees for name, trees in beside.items() if name not in self.resources.offload}
         tokens = tokens_of(batch)["tokens"]
-        return [
-            Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)
-        ]
+        return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
     def _learn(
         self, base: Params, state: TrainState, batch: Any, key: Array, rate: Array

@@ -1,19 +1,78 @@
-"""hybrid_jax teaches language models by examples and by reward: SFT and PPO in one JAX program."""
+"""hybrid_jax teaches language models by examples and by reward: SFT and PPO in one JAX program.
 
-from __future__ import annotations
+Everything public is imported from here, when it is first asked for: ``import hybrid_jax`` loads no jax. Where a
+thing lives inside the package may change, its name here does not. docs/extending.md says what each is for.
+"""
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import Any
 
-if TYPE_CHECKING:
-    from hybrid_jax.trainer import HybridTrainer
+_PUBLIC = {
+    # to train, to answer, to read and write models
+    "trainer": ["HybridTrainer"],
+    "experiment": ["Experiment", "build"],
+    "experiment_config": ["ExperimentConfig", "load_config"],
+    "models.folders.pretrained": ["load_pretrained", "save_pretrained"],
+    "runs.policy": ["Policy", "load_policy"],
+    "data.tokenizer": ["Tokenizer", "TOKENIZERS", "load_tokenizer"],
+    # the batches between the stages, and what losses are made of
+    "core.batches": ["Example", "Message", "PromptBatch", "Rollout", "Samples", "TokenBatch"],
+    "core.arrays": ["Sum", "masked_mean", "masked_sum"],
+    "core.errors": ["UserError"],
+    "core.keys": ["Purpose", "root_key"],
+    # settings and their ranges
+    "core.ranges": [
+        *("settings", "BatchSize", "Count", "Finite", "Fraction", "Layers", "Natural", "NonNegative"),
+        *("Positive", "Rate", "Seconds", "Seed", "Share", "Width"),
+    ],
+    "core.registry": ["Registry"],
+    # models
+    "models.base": ["BACKBONES", "LanguageModel", "ModelOutput", "Params", "SlotCache"],
+    "models.families": ["FAMILIES"],
+    "models.families.family": ["Family"],
+    "models.rope": ["ROPE_SCALINGS"],
+    # data
+    "data.sources": ["SOURCES", "Source"],
+    "data.preferences": ["PREFERENCES", "Preference"],
+    "data.loader": ["PromptStream", "SFTStream"],
+    # algorithms
+    "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
+    "algorithms.log_probs": ["entropy", "token_log_probs"],
+    "algorithms.returns": ["gae", "token_rewards", "whiten"],
+    "algorithms.policy_gradient": ["clipped_policy_loss", "clipped_value_loss"],
+    "algorithms.kl_control": ["KL_CONTROLS", "KLControl"],
+    # samplers
+    "sampling.decode": ["SAMPLERS", "Sampler"],
+    # rewards
+    "rewards.base": ["REWARDS", "DeviceReward", "StartedReward"],
+    "rewards.composite": ["CompositeReward"],
+    "rewards.part": ["Part"],
+    "rewards.postprocess": ["NORMALISERS", "TRANSFORMS", "Normaliser", "Transform"],
+    "rewards.combine": ["COMBINERS", "Combiner"],
+    # training
+    "training.phase": ["PHASES", "Metrics", "Phase", "PhaseInit", "Program", "Resources"],
+    "training.state": ["RunState", "ScheduleState", "TrainState"],
+    "training.update": ["Objective", "apply_gradients", "gradients", "update_state"],
+    "training.optimizers": ["OPTIMIZERS", "SCHEDULES", "Optimizer", "Schedule"],
+    "training.scheduler": ["SCHEDULERS", "Scheduler"],
+    "training.loggers": ["LOGGERS", "Logger"],
+    "evaluation.suites": ["SUITES"],
+}
+_HOMES = {name: (module, name) for module, names in _PUBLIC.items() for name in names}
+_HOMES["sample"] = ("sampling.decode", "generate")  # `hybrid_jax.generate` is the command
 
-__all__ = ["HybridTrainer"]
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str):
-    """Imports the notebook's face when it is asked for, so that ``import hybrid_jax`` costs nothing."""
-    if name == "HybridTrainer":
-        from hybrid_jax.trainer import HybridTrainer
+def __getattr__(name: str) -> Any:
+    """Imports a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hybrid_jax' has no attribute {name!r}")
+    module, attribute = _HOMES[name]
+    found = getattr(importlib.import_module(f"hybrid_jax.{module}"), attribute)
+    globals()[name] = found
+    return found
 
-        return HybridTrainer
-    raise AttributeError(f"module 'hybrid_jax' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

@@ -18,7 +18,7 @@ from jax import Array
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.keys import Purpose, stream
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.registry import names_in
 from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.core.writing import write_folder, write_text
@@ -60,6 +60,7 @@ from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_
 from hybrid_jax.training.compilation import keep_compiled
 from hybrid_jax.training.horizons import horizons, say_what_stays
 from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read_records
+from hybrid_jax.training.loop import train
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
 from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase, fits
@@ -104,7 +105,7 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
-    key = stream(config.seed, Purpose.TRAINING)
+    key = root_key(config.seed, Purpose.TRAINING)
     answers = isinstance(model, LanguageModel)
     evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
     rows = {"train": len(examples), "held_out": len(held_out())}
@@ -206,9 +207,19 @@ class Experiment:
     def offload(self) -> tuple[Idle, ...]:
         return self.config.offload
 
+    def train(self) -> RunState:
+        """Trains to the last step and returns the final state; resumes what is in the run directory.
+
+        Raises:
+            NonFiniteError: a loss, gradient or parameter is not finite. The newest checkpoint is from before.
+            Interrupted: SIGINT, SIGTERM or SIGHUP came; the state was saved first.
+            UserError: another process trains in the run directory.
+        """
+        return train(self)
+
     def init(self) -> RunState:
         """The state before the first step, a function of config and seed alone."""
-        return fresh_state(self.model, self.phases, self.placement, stream(self.config.seed, Purpose.MODEL))
+        return fresh_state(self.model, self.phases, self.placement, root_key(self.config.seed, Purpose.MODEL))
 
     def begin(self) -> RunState:
         """The state that the next training begins with; reads it and writes nothing."""

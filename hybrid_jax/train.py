@@ -43,13 +43,12 @@ def main(arguments: list[str]) -> None:
         from hybrid_jax.runs.files import run_files
         from hybrid_jax.runs.identity import owned
         from hybrid_jax.training.interrupts import leaving_in_order
-        from hybrid_jax.training.loop import train
 
         config = load_config(options.config, options.overrides)
         with owned(run_files(config.run_dir)):  # so that a second trainer hears of it before it loads anything
             with leaving_in_order():
                 experiment = build(config, allow_change=options.allow_change)
-            train(experiment)
+            experiment.train()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.runs.policy import Policy, load_policy
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import METRICS_FILE, read_records
-from hybrid_jax.training.loop import train
 from hybrid_jax.training.phase import PHASES
 
 
@@ -83,7 +82,7 @@ class HybridTrainer:
         """
         self._policy = None  # it is not the newest any more, also where this is interrupted
         try:
-            state = train(self.experiment)
+            state = self.experiment.train()
         except Interrupted as stop:
             if stop.code == 128 + signal.SIGINT:  # a notebook knows how to show this one
                 raise KeyboardInterrupt("the run is saved; train() goes on") from None

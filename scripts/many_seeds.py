@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.keys import Purpose, stream
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.experiment import Experiment, build, load_config
 from hybrid_jax.parallel.devices import check_devices
 from hybrid_jax.phases.ppo_settings import PPO
@@ -48,8 +48,8 @@ def train_seed(experiment: Experiment, prompts: tuple[jax.Array, jax.Array], see
     """A whole run as a pure function of its seed: returns the final state and the metrics of every step."""
     phase = experiment.phases["ppo"]
     functions, optimizer = phase.functions, phase.config.optimizer
-    key = stream(seed, Purpose.TRAINING)
-    state = initial_state(experiment, stream(seed, Purpose.MODEL))
+    key = root_key(seed, Purpose.TRAINING)
+    state = initial_state(experiment, root_key(seed, Purpose.MODEL))
     references = {name: state.params["model"] for name in phase.config.references}
 
     def step(state: TrainState, inputs):

@@ -1,7 +1,7 @@
 """Random keys by purpose: everything that a run draws random numbers for has a stream of its own.
 
-A key is never stored and never used twice. `stream` begins one from the seed; below it comes ``fold_in`` with a
-running number (a step, a batch, a row) or ``split``.
+A key is never stored and never used twice. `root_key` makes the first one from the seed; below it comes
+``fold_in`` with a running number (a step, a batch, a row) or ``split``.
 """
 
 from enum import IntEnum
@@ -32,6 +32,6 @@ class Parameters(IntEnum):
     ADAPTER = 1
 
 
-def stream(seed: int | Array, purpose: Purpose) -> Array:
+def root_key(seed: int | Array, purpose: Purpose) -> Array:
     """The key from which all randomness for ``purpose`` comes."""
     return jax.random.fold_in(jax.random.key(seed), purpose)

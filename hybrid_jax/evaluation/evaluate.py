@@ -15,7 +15,7 @@ from annotated_types import Ge
 from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, PromptBatch
-from hybrid_jax.core.keys import Purpose, stream
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
@@ -88,7 +88,7 @@ class Evaluator:
         self._judges = CompositeReward(judges) if judges else None
         placed = {n: part for n, part in self._reward.parts.items() if part.is_placed} if self._reward else {}
         self._wholes = CompositeReward(placed) if placed else None
-        self._key = stream(seed, Purpose.EVALUATION)
+        self._key = root_key(seed, Purpose.EVALUATION)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
         pairs = isinstance(model, EncoderDecoder)

@@ -71,7 +71,7 @@ class ReferenceSamples:
         drawn: list[Answered] = []
         stream = PromptStream(chosen, tokenizer, None)
         for index, (batch, count) in enumerate(stream.sequential(min(self.batch_size, len(chosen)))):
-            key = jax.random.fold_in(stream(seed, Purpose.REFERENCE_ANSWERS), index)
+            key = jax.random.fold_in(root_key(seed, Purpose.REFERENCE_ANSWERS), index)
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             samples = self.sampler(model, params, *prompts, key, eos_ids=eos_ids)
             tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]

@@ -17,7 +17,7 @@ import numpy as np
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
 from hybrid_jax.core.errors import Untrusted, UserError
-from hybrid_jax.core.keys import Purpose, stream
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.registry import EVERYTHING, NOTHING, names_in
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.conversations import chat_example, check_messages
@@ -100,7 +100,7 @@ class Policy:
         stream = PromptStream(examples, self.tokenizer, self._longest_prompt(asked))
         answers = []
         for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
-            key = jax.random.fold_in(stream(seed, Purpose.GENERATION), index)
+            key = jax.random.fold_in(root_key(seed, Purpose.GENERATION), index)
             prompt, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             drawn = self.sampler(self.model, self.params, prompt, mask, key, eos_ids=self.eos_ids)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.action_mask)[:count]
@@ -327,7 +327,7 @@ def _run_model(
         raise UserError("this run trains a scorer of texts, which gives no answers; export or evaluate it")
     trained, base = split(hf.abstract_params(model))
     if base:
-        base = split(model.init(stream(settings.get("seed", 0), Purpose.MODEL)))[1]
+        base = split(model.init(root_key(settings.get("seed", 0), Purpose.MODEL)))[1]
     return model, trained, base
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.config import parse
-from hybrid_jax.core.keys import Purpose, stream
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.experiment import build
 from hybrid_jax.experiment_config import ExperimentConfig
 from hybrid_jax.testing import TINY
@@ -19,8 +19,8 @@ def numbers(key) -> tuple[int, ...]:
 
 def test_the_numbers_of_a_purpose_are_those_that_results_were_published_with():
     assert {purpose.name: int(purpose) for purpose in Purpose}.items() >= {("MODEL", 0), ("TRAINING", 1)}
-    assert numbers(stream(7, Purpose.TRAINING)) == numbers(jax.random.fold_in(jax.random.key(7), 1))
-    assert len({numbers(stream(7, purpose)) for purpose in Purpose}) == len(Purpose)
+    assert numbers(root_key(7, Purpose.TRAINING)) == numbers(jax.random.fold_in(jax.random.key(7), 1))
+    assert len({numbers(root_key(7, purpose)) for purpose in Purpose}) == len(Purpose)
 
 
 def test_held_out_answers_are_drawn_with_keys_that_neither_the_model_nor_training_has(tmp_path, monkeypatch):

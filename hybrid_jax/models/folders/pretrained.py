@@ -1,0 +1,82 @@
+"""Language models out of folders and back, whatever their kind: the folder, or the model, decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.decoder_config import ComputeDtype
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.families.t5 import ENCODER_DECODERS
+from hybrid_jax.models.folders import hf
+from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
+from hybrid_jax.models.folders.family_folder import Dtype, Shardings
+from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.hub import find_folder
+
+
+def load_pretrained(
+    folder: str | Path,
+    dtype: ComputeDtype = "float32",
+    *,
+    param_dtype: Dtype = "float32",
+    sharding: Shardings | None = None,
+    check_finite: bool = False,
+) -> tuple[LanguageModel, Params]:
+    """Reads a Hugging Face folder of a decoder or an encoder-decoder; its ``config.json`` decides the family.
+
+        model, params = load_pretrained("gpt2-small")
+        output = model.apply(params, tokens, attention_mask)  # logits float32 [B T V], hidden [B T D]
+
+    Args:
+        folder: of the model, or its id on the hub: ``org/name``, ``org/name@revision``.
+        dtype: of the computation; logits are float32.
+        param_dtype: of the parameters.
+        sharding: where the parameters lie: one for all, or by path and shape; None is the default device.
+        check_finite: refuses weights with NaN or infinity.
+
+    Raises:
+        UserError: the family is unknown, a file is missing or damaged, or a tensor is missing, left over or of
+            the wrong shape.
+    """
+    folder = find_folder(folder)
+    paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
+    load = load_encoder_decoder if paired else hf.load_pretrained
+    return load(folder, dtype, param_dtype=param_dtype, sharding=sharding, check_finite=check_finite)
+
+
+def save_pretrained(
+    folder: str | Path,
+    model: LanguageModel,
+    params: Params,
+    *,
+    eos_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    dtype: Dtype = "float32",
+    max_shard_bytes: float = 5e9,
+) -> None:
+    """Writes a folder that `transformers` loads; it is there as a whole or not at all.
+
+    Args:
+        folder: an earlier model in it is replaced.
+        model: a decoder or an encoder-decoder.
+        params: of the model, all finite; adapters are merged into the maps that they change.
+        eos_ids: tokens that end a response.
+        pad_id: token of padding.
+        dtype: of the weights in the file.
+        max_shard_bytes: of one file of weights.
+
+    Raises:
+        UserError: no family can express the model, or a parameter is not finite.
+    """
+    save = save_encoder_decoder if isinstance(model, EncoderDecoder) else hf.save_pretrained
+    save(
+        folder,
+        model,
+        params,
+        eos_ids=eos_ids,
+        pad_id=pad_id,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )

@@ -168,7 +168,7 @@ class ClassifierPhase(SupervisedPhase):
     def _calibration_fraction(self) -> float | None:
         return (self.config.calibration_fraction or None) if len(self._model.labels) > 1 else None
 
-    def _read(self, examples: Sequence[Example], what: str) -> tuple[Rows, np.ndarray]:
+    def _read(self, examples: Sequence[Example], what: str) -> tuple[list[np.ndarray], np.ndarray]:
         try:
             targets = targets_of(examples, self.config.label_field, self._model.labels)
         except UserError as error:
@@ -207,11 +207,11 @@ class ClassifierPhase(SupervisedPhase):
         return np.array(weights if isinstance(weights, tuple) else [1.0] * num_labels, np.float32)
 
     @functools.cached_property
-    def _kept_back(self) -> tuple[Rows, np.ndarray]:
+    def _kept_back(self) -> tuple[list[np.ndarray], np.ndarray]:
         return self._read(self._split("held_out"), "calibration")
 
     @functools.cached_property
-    def _held_out(self) -> tuple[Rows, np.ndarray]:
+    def _held_out(self) -> tuple[list[np.ndarray], np.ndarray]:
         if self.config.source is not None:
             examples = self.config.source.load("held_out")
         else:

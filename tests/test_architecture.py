@@ -16,6 +16,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
+
 import hybrid_jax
 
 PACKAGE = Path(__file__).parents[1] / "hybrid_jax"
@@ -220,17 +222,7 @@ def shape_strings(node: ast.AST) -> list[ast.AST]:
     """The texts in ``Float[Array, "B T"]``, in ``Literal["a", "b"]`` and in ``Annotated[str, Doc("…")]``."""
     if not isinstance(node, ast.Subscript) or not isinstance(node.value, ast.Name):
         return []
-    if node.value.id not in (
-        "Float",
-        "Int",
-        "UInt32",
-        "UInt8",
-        "Bool",
-        "Num",
-        "Shaped",
-        "Literal",
-        "Annotated",
-    ):
+    if not hasattr(jaxtyping, node.value.id) and node.value.id not in ("Literal", "Annotated"):
         return []
     return [part for part in ast.walk(node.slice) if isinstance(part, ast.Constant)]
 

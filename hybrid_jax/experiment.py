@@ -300,7 +300,7 @@ class Experiment:
             if isinstance(phase, ScorerPhase):
                 found = under(self.placement, phase.evaluate)(state)
                 numbers |= {f"evaluation/{name}": value for name, value in found.items()}
-        where = {"step": state.step, "phase": "evaluation"}
+        where = {"step": state.step, "phase": "evaluation", "kind": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples], by_prompt
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:

@@ -295,3 +295,23 @@ def test_the_package_and_its_configs_import_without_heavy_libraries():
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
+
+
+def test_no_file_outside_phases_goes_by_what_a_phase_is_called():
+    """Names of the phases that the package registers, alone or before a metric, as in a condition or a key."""
+    from hybrid_jax import experiment  # noqa: F401  registers the phases
+    from hybrid_jax.training.phase import PHASES
+
+    names = tuple(PHASES)
+    assert {"sft", "ppo"} <= set(names)
+    rewards = {"classifier", "reward_model"}  # rewards of the same names are no phases
+    wrong = []
+    for path in modules():
+        if folder_of(path) in ("phases", "testing"):  # `testing` writes a config of its own
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                name, slash, _ = node.value.partition("/")
+                if name in names and (slash or name not in rewards):
+                    wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.value!r}")
+    assert not wrong, wrong

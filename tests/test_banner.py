@@ -7,7 +7,7 @@ import numpy as np
 from hybrid_jax.experiment import load_config
 from hybrid_jax.runs.banner import banner
 
-TRIGGERED = "scheduler={name: triggered, metric: sft/loss, below: 2.0}"
+TRIGGERED = "scheduler={name: triggered, first: sft, second: ppo, metric: sft/loss, below: 2.0}"
 
 
 def state_of(base=None, **groups):

@@ -16,6 +16,9 @@ Numbers = Sequence[float | None]  # None is a gap: a NaN or an infinity
 MAX_POINTS = 600
 _WIDTH, _HEIGHT = 1000, 100
 _FEW = 40  # points: fewer are shown one by one
+# Classes of the style sheet: of phases in the order in which they begin, of held-out numbers, of all else.
+_PHASES = ("blue", "orange", "pink", "brown")
+HELD_OUT, OTHER, SECOND = "green", "olive", "purple"  # the second curve of a chart that is of no other phase
 _MIN_BAND = 0.02  # of the chart's width: a narrower phase block is only part of the strip
 
 
@@ -54,7 +57,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive steps [start, end) with the share of each phase in them, ``{"sft": 0.4, "ppo": 0.6}``."""
+    """Consecutive steps [start, end), the share of each phase by colour: ``{"blue": 0.4, "orange": 0.6}``."""
 
     start: int
     end: float
@@ -104,7 +107,7 @@ def phase_blocks(steps: Iterable[tuple[int, str]], end: int) -> list[Block]:
     """Runs of equal phase as blocks; where phases alternate quickly, several periods become one mixed block.
 
     Args:
-        steps: (step, phase) of each training record, in order.
+        steps: (step, colour of the phase) of each training record, in order.
         end: the first step after the run.
     """
     runs = [(phase, next(iter(group))[0]) for phase, group in groupby(steps, key=lambda item: item[1])]
@@ -240,9 +243,9 @@ def _last(shown: Numbers) -> str:
 
 def _svg(panel: Panel, axis: Axis, blocks: Sequence[Block], end: int) -> str:
     shapes = [
-        _rectangle(block, end, f"band {phase_class(phase)}", 0, 1)
+        _rectangle(block, end, f"band {colour}", 0, 1)
         for block in blocks
-        for phase, share in block.shares.items()
+        for colour, share in block.shares.items()
         if share == 1 and block.end - block.start >= _MIN_BAND * end
     ]
     for tick in axis.ticks:
@@ -300,9 +303,9 @@ def _strip(blocks: Sequence[Block], end: int) -> str:
     shapes = []
     for block in blocks:
         below = 0.0
-        for phase, share in sorted(block.shares.items(), reverse=True):
+        for colour, share in sorted(block.shares.items()):
             wider = Block(block.start, min(block.end + end / _WIDTH, end), {})  # no seam before the next
-            shapes.append(_rectangle(wider, end, phase_class(phase), below, share))
+            shapes.append(_rectangle(wider, end, colour, below, share))
             below += share
     return f'<div class="frame strip"><div class="ys"></div>{_box(shapes)}</div>'
 
@@ -327,5 +330,6 @@ def _box(shapes: Sequence[str]) -> str:
     return f"<svg {attributes}>{''.join(shapes)}</svg>"
 
 
-def phase_class(phase: str) -> str:
-    return phase if phase in ("sft", "ppo") else "other"
+def phase_colour(number: int) -> str:
+    """The colour of the phase of that number, counted from 0; a second round of the same ones is dashed."""
+    return _PHASES[number % len(_PHASES)] + (" dashed" if number >= len(_PHASES) else "")

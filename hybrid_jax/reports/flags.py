@@ -5,8 +5,8 @@ that a part of the reward teaches little or nothing, whatever the policy does.
 
 A rule that lacks its numbers gives None, one that finds nothing gives no sentences.
 
-Curves are compared from the last evaluation before PPO on, the first third of the points with the last third. A
-curve *rose* (or *fell*) if these means differ by more than
+Curves are compared from the last evaluation before any training with reward, the first third of the points with
+the last third. A curve *rose* (or *fell*) if these means differ by more than
 
     max(1, 2 (1 + 2 / (n − 2)) √(1/a + 1/b)) σ         and by more than 1 % of the largest value,
 
@@ -26,14 +26,13 @@ from statistics import fmean
 from typing import Any
 
 from hybrid_jax.reports.charts import short_number
-from hybrid_jax.reports.run import Run
+from hybrid_jax.reports.rewarded import Rewarded
 
 MIN_POINTS = 3  # of a curve, to speak of its noise
 MAX_GROWTH = 1.5  # of the length of responses
 MAX_LENGTH_CORRELATION = 0.7
 MAX_CLIPPED = 0.5  # of the rows
 MIN_PARTS_IN_USE = 1.2  # exp of the entropy of the weights
-_LATE = "over the last tenth of the PPO steps"
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,10 @@ class Flags:
     not_looked_at: list[str]
 
 
-def find_flags(run: Run) -> Flags:
-    """Every rule on a run; none has anything to look at without PPO, and without a signal none is gamed."""
-    rules = {**(GAMING if run.has_signal else {}), **WEAKNESS}
-    answers = {name: rule(run) if run.first_ppo_step is not None else None for name, rule in rules.items()}
+def find_flags(phase: Rewarded) -> Flags:
+    """Every rule on a phase; without one none has anything to look at, without a signal none is gamed."""
+    rules = {**(GAMING if phase.has_signal else {}), **WEAKNESS}
+    answers = {name: rule(phase) if phase.phase else None for name, rule in rules.items()}
     return Flags(
         _sentences(answers, GAMING),
         _sentences(answers, WEAKNESS),
@@ -93,10 +92,10 @@ def _sentences(answers: Mapping[str, list[str] | None], rules: Mapping[str, Call
 # --- rules -----------------------------------------------------------------------------------------------
 
 
-def against_judges(run: Run) -> list[str] | None:
+def against_judges(phase: Rewarded) -> list[str] | None:
     """The held-out score rose while a judge of ``evaluation.judges`` fell."""
-    score = _trend(run, "evaluation/score")
-    judges = {name: _trend(run, f"evaluation/judge/{name}") for name in run.judges}
+    score = _trend(phase, phase.held_out("score"))
+    judges = {name: _trend(phase, phase.held_out(f"judge/{name}")) for name in phase.judges}
     if score is None or not any(judges.values()):
         return None
     return [
@@ -107,14 +106,16 @@ def against_judges(run: Run) -> list[str] | None:
     ]
 
 
-def against_length(run: Run) -> list[str] | None:
+def against_length(phase: Rewarded) -> list[str] | None:
     """The held-out score rose while the length-controlled one fell.
 
-    That is ``score − slope · (length − length before PPO)`` at each evaluation, where the slope is that of the
-    score by the length of the responses within the evaluation, ``evaluation/score_length_slope``.
+    That is ``score − slope · (length − length before the reward)`` at each evaluation, where the slope is that
+    of the score by the length of the responses within the evaluation, ``evaluation/score_length_slope``.
     """
-    scores = _since_ppo(run, "evaluation/score")
-    slopes, lengths = (dict(run.points(f"evaluation/{n}")) for n in ("score_length_slope", "response_length"))
+    scores = _since_reward(phase, phase.held_out("score"))
+    slopes, lengths = (
+        dict(phase.run.points(phase.held_out(n))) for n in ("score_length_slope", "response_length")
+    )
     known = [(score, slopes[x], lengths[x]) for x, score in scores if x in slopes and x in lengths]
     if len(known) < MIN_POINTS:
         return None
@@ -124,21 +125,21 @@ def against_length(run: Run) -> list[str] | None:
     if not (score and controlled and score.direction > 0 > controlled.direction):
         return []
     return [
-        f"The held-out score rose {score.numbers}, but at the length that responses had before PPO "
+        f"The held-out score rose {score.numbers}, but at the length that responses had before it "
         f"({short_number(first)} tokens) it would have fallen {controlled.numbers}: the gain is one of length."
     ]
 
 
-def one_part_for_another(run: Run) -> list[str] | None:
+def one_part_for_another(phase: Rewarded) -> list[str] | None:
     """One part rose while another fell: held-out where there are enough evaluations, else in training.
 
     A part whose weight is negative, or that a Lagrangian holds ``at_most`` at a limit, is wanted to fall: it
     counts the other way round.
     """
-    trends = {part: found for part in run.parts if (found := _part_trend(run, part))}
+    trends = {part: found for part in phase.parts if (found := _part_trend(phase, part))}
     if len(trends) < 2:
         return None
-    wanted = {part: found.direction * _wanted_direction(run.config, part) for part, found in trends.items()}
+    wanted = {part: found.direction * _wanted_direction(phase, part) for part, found in trends.items()}
     better, worse = ([part for part in trends if wanted[part] == sign] for sign in (1, -1))
     if not (better and worse):
         return []
@@ -150,42 +151,43 @@ def one_part_for_another(run: Run) -> list[str] | None:
     return [f"Parts are traded: {named(better)} while {named(worse)}. Look at the weights."]
 
 
-def dead_parts(run: Run) -> list[str] | None:
-    """A part was clipped in more than half of the rows, over the last tenth of the PPO steps."""
-    clipped = {part: run.late_mean(f"ppo/reward/{part}_clip_fraction") for part in run.parts}
+def dead_parts(phase: Rewarded) -> list[str] | None:
+    """A part was clipped in more than half of the rows, over the last tenth of its steps."""
+    clipped = {part: phase.late_mean(f"reward/{part}_clip_fraction") for part in phase.parts}
     known = {part: share for part, share in clipped.items() if share is not None}
     return _each(
         known,
         lambda part, share: (
-            f"{part} was clipped in {100 * share:.0f} % of the rows {_LATE}: "
+            f"{part} was clipped in {100 * share:.0f} % of the rows {phase.late}: "
             "there it tells responses apart no more."
         ),
         lambda share: share > MAX_CLIPPED,
     )
 
 
-def constant_parts(run: Run) -> list[str] | None:
-    """A part's standard deviation was 0, to a billionth of its mean, in the last tenth of the PPO steps."""
-    spreads = {part: run.late_mean(f"ppo/reward/{part}_std") for part in run.parts}
+def constant_parts(phase: Rewarded) -> list[str] | None:
+    """A part's standard deviation was 0, to a billionth of its mean, in the last tenth of its steps."""
+    spreads = {part: phase.late_mean(f"reward/{part}_std") for part in phase.parts}
     known = {
-        part: (spread, run.late_mean(f"ppo/reward/{part}") or 0.0)
+        part: (spread, phase.late_mean(f"reward/{part}") or 0.0)
         for part, spread in spreads.items()
         if spread is not None
     }
     return _each(
         known,
         lambda part, seen: (
-            f"{part} gives no signal: in all of training every response got {_value(run, part)}."
-            if part in run.silent_parts
-            else f"{part} gave all responses of a rollout the same {_LATE}: it teaches nothing more."
+            f"{part} gives no signal: in all of training every response got "
+            f"{short_number(phase.silent_parts[part])}."
+            if part in phase.silent_parts
+            else f"{part} gave all responses of a rollout the same {phase.late}: it teaches nothing more."
         ),
         lambda seen: seen[0] <= 1e-9 * max(1.0, abs(seen[1])),
     )
 
 
-def growing_responses(run: Run) -> list[str] | None:
+def growing_responses(phase: Rewarded) -> list[str] | None:
     """The held-out responses of the last third are more than 1.5 times as long as those of the first third."""
-    length = _trend(run, "evaluation/response_length") or _trend(run, "ppo/response_length")
+    length = _trend(phase, phase.held_out("response_length")) or _trend(phase, phase.trained("response_length"))
     if length is None or length.before <= 0:
         return None
     growth = length.after / length.before
@@ -194,43 +196,43 @@ def growing_responses(run: Run) -> list[str] | None:
     return [f"Responses grew {length.numbers} tokens, {growth:.1f} times as long."]
 
 
-def score_for_length(run: Run) -> list[str] | None:
-    """The correlation of score and length is beyond ±0.7, on average over the last tenth of the PPO steps."""
-    correlation = run.late_correlation("score", "response_length")
+def score_for_length(phase: Rewarded) -> list[str] | None:
+    """The correlation of score and length is beyond ±0.7, on average over the last tenth of its steps."""
+    correlation = phase.late_correlation("score", "response_length")
     if correlation is None:
         return None
     if abs(correlation) <= MAX_LENGTH_CORRELATION:
         return []
     kind = "longer" if correlation > 0 else "shorter"
-    return [f"{kind.capitalize()} responses score higher: the correlation is {correlation:.2f} {_LATE}."]
+    return [f"{kind.capitalize()} responses score higher: the correlation is {correlation:.2f} {phase.late}."]
 
 
-def single_part(run: Run) -> list[str] | None:
-    """exp(entropy of the weights) < 1.2, on average over the last tenth of the PPO steps: one part decides.
+def single_part(phase: Rewarded) -> list[str] | None:
+    """exp(entropy of the weights) < 1.2, on average over the last tenth of its steps: one part decides.
 
     Of the entropy that a gate or a bandit logs; at even weights it is the number of the parts.
     """
     kinds = {"gate": "The gate's weights", "bandit": "The bandit's chances"}
-    entropies = {words: run.late_mean(f"ppo/reward/{kind}_entropy") for kind, words in kinds.items()}
+    entropies = {words: phase.late_mean(f"reward/{kind}_entropy") for kind, words in kinds.items()}
     known = {words: entropy for words, entropy in entropies.items() if entropy is not None}
     return _each(
         known,
         lambda words, entropy: (
-            f"{words} have come down to {math.exp(entropy):.2f} of {len(run.parts)} parts "
-            f"(entropy {short_number(entropy)} nats) {_LATE}."
+            f"{words} have come down to {math.exp(entropy):.2f} of {len(phase.parts)} parts "
+            f"(entropy {short_number(entropy)} nats) {phase.late}."
         ),
         lambda entropy: math.exp(entropy) < MIN_PARTS_IN_USE,
     )
 
 
-GAMING: Mapping[str, Callable[[Run], list[str] | None]] = {
+GAMING: Mapping[str, Callable[[Rewarded], list[str] | None]] = {
     "score against judges": against_judges,
     "score at equal length": against_length,
     "parts against each other": one_part_for_another,
     "growing responses": growing_responses,
     "score with length": score_for_length,
 }
-WEAKNESS: Mapping[str, Callable[[Run], list[str] | None]] = {
+WEAKNESS: Mapping[str, Callable[[Rewarded], list[str] | None]] = {
     "clipped parts": dead_parts,
     "constant parts": constant_parts,
     "entropy of the weights": single_part,
@@ -245,26 +247,23 @@ def _each(known: Mapping[str, Any], sentence: Callable, is_wrong: Callable) -> l
     return [sentence(name, value) for name, value in known.items() if is_wrong(value)] if known else None
 
 
-def _since_ppo(run: Run, metric: str) -> list[tuple[int, float]]:
-    """The points from the last one before PPO on: an evaluation at step s is made before update s."""
-    before = run.value(metric, until=run.first_ppo_step)
-    return run.points(metric, since=before[0] if before else 0)
+def _since_reward(phase: Rewarded, metric: str) -> list[tuple[int, float]]:
+    """The points from the last one before the reward on: an evaluation at step s is made before update s."""
+    before = phase.run.value(metric, until=phase.run.first_reward_step)
+    return phase.run.points(metric, since=before[0] if before else 0)
 
 
-def _trend(run: Run, metric: str) -> Trend | None:
-    return trend([y for _, y in _since_ppo(run, metric)])
+def _trend(phase: Rewarded, metric: str) -> Trend | None:
+    return trend([y for _, y in _since_reward(phase, metric)])
 
 
-def _value(run: Run, part: str) -> str:
-    return short_number(run.silent_parts[part])
+def _part_trend(phase: Rewarded, part: str) -> Trend | None:
+    name = f"reward/{part}"
+    return _trend(phase, phase.held_out(name)) or _trend(phase, phase.trained(name))
 
 
-def _part_trend(run: Run, part: str) -> Trend | None:
-    return _trend(run, f"evaluation/reward/{part}") or _trend(run, f"ppo/reward/{part}")
-
-
-def _wanted_direction(config: Mapping[str, Any], part: str) -> int:
-    reward = _at(config, "phases", "ppo", "reward")
+def _wanted_direction(phase: Rewarded, part: str) -> int:
+    reward = _at(phase.run.settings, phase.phase, "reward")
     weight = _at(reward, "parts", part, "weight")
     at_most = _at(reward, "combine", "limits", part, "at_most")
     is_penalty = isinstance(weight, int | float) and weight < 0

@@ -46,10 +46,10 @@ GLOSSARY = {
     ),
     "perplexity": (
         "exp of the held-out loss: among how many tokens the model hesitates.",
-        "Rising during PPO: language is traded for reward.",
+        "Rising while a reward is trained on: language is traded for it.",
     ),
     "policy_loss": (
-        "The clipped PPO objective, negated.",
+        "The objective of the policy gradient, negated.",
         "Its size means little; large swings mean updates that are too big.",
     ),
     "value_loss": (

@@ -1,13 +1,21 @@
-"""Which metrics share a chart of the report."""
+"""Which metrics share a chart of the report. A metric that several phases log has a line for each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from hybrid_jax.reports.charts import HELD_OUT, OTHER, SECOND
+from hybrid_jax.reports.rewarded import Rewarded
+from hybrid_jax.reports.run import Run
+from hybrid_jax.reports.speed import PARTS
+from hybrid_jax.training.time_left import EVALUATION
+
 
 @dataclass(frozen=True)
 class Line:
+    """One curve of a chart."""
+
     metric: str
     label: str
     colour: str = ""  # that of its phase unless said
@@ -23,163 +31,164 @@ class Chart:
     band: tuple[str, str] | None = None  # metrics: the area between them is shaded in the first panel
 
 
-def pair(name: str) -> list[Line]:
-    return [Line(f"ppo/{name}", "training"), Line(f"evaluation/{name}", "held-out")]
+def by_phase(run: Run, name: str, phases: Sequence[str] | None = None, alone: Line | None = None) -> list[Line]:
+    """A line for each phase that logs a metric.
+
+    Args:
+        run: whose phases they are.
+        name: of the metric, without its phase.
+        phases: to look at; None for all.
+        alone: gives label and colour where a single phase logs it.
+    """
+    metrics = {f"{phase}/{name}": phase for phase in (run.kinds if phases is None else phases)}
+    lines = [Line(metric, run.label(phase)) for metric, phase in metrics.items() if metric in run.curves]
+    return [Line(lines[0].metric, alone.label, alone.colour)] if alone and len(lines) == 1 else lines
 
 
-def _both(name: str) -> list[Line]:
-    return [Line(f"sft/{name}", "SFT"), Line(f"ppo/{name}", "PPO")]
+def _trained(run: Run, name: str, phases: Sequence[str] | None = None) -> list[Line]:
+    return by_phase(run, name, phases, Line("", "training"))
 
 
-def _alone(title: str, name: str, floor: float | None = None) -> Chart:
-    return Chart(title, [(pair(name), floor)], name)
+def _held_out(name: str) -> Line:
+    return Line(f"evaluation/{name}", "held-out")
 
 
-HEADLINE_CHARTS = [
-    _alone("Score", "score"),
-    Chart(
-        "KL to the reference",
-        [(pair("kl"), 0.0), ([Line("ppo/kl_coef", "coefficient", "fourth")], 0.0)],
-        "kl",
-    ),
-]
-SCORER_CHARTS = [  # of a run that trains a classifier or a reward model
-    Chart(
-        "Accuracy",
-        [
-            (
-                [
-                    Line("evaluation/accuracy", "held-out"),
-                    Line("evaluation/length_balanced_accuracy", "length balanced", "sft"),
-                    Line("evaluation/longer_wins", "the longer wins", "fourth"),
-                ],
-                None,
-            )
-        ],
-        "accuracy",
-    ),
-    Chart(
-        "Loss",
-        [
-            (
-                [
-                    Line("classifier/loss", "training"),
-                    Line("reward_model/loss", "training"),
-                    Line("evaluation/loss", "held-out"),
-                ],
-                None,
-            )
-        ],
-        "scorer_loss",
-    ),
-]
-CHARTS = [
-    Chart(
-        "Language-model loss",
-        [([Line("sft/loss", "training"), Line("evaluation/loss", "held-out")], None)],
-        "loss",
-    ),
-    _alone("Perplexity", "perplexity"),
-    _alone("Policy loss", "policy_loss"),
-    _alone("Value loss", "value_loss", 0.0),
-    _alone("Explained variance", "explained_variance"),
-    _alone("Clip fraction", "clip_fraction", 0.0),
-    _alone("Size of an update", "approx_kl", 0.0),
-    _alone("Entropy", "entropy", 0.0),
-    _alone("Response length", "response_length"),
-    _alone("Responses that end", "eos_fraction"),
-    _alone("Spread of the scores", "score_std", 0.0),
-    Chart(
-        "What training receives",
-        [([Line("ppo/shaped_score", "shaped score"), Line("ppo/penalty", "penalty", "fourth")], None)],
-        "shaped_score",
-    ),
-    _alone("KL, k3 estimate", "kl_k3", 0.0),
-    Chart("Learning rate", [(_both("learning_rate"), 0.0)], "learning_rate"),
-    Chart("Gradient norm", [(_both("grad_norm"), 0.0)], "grad_norm"),
-    Chart("Loss scale", [(_both("loss_scale"), None)], "loss_scale"),
-]
-SPEED_CHARTS = [
-    Chart("Throughput, tokens a second", [(_both("tokens_per_second"), 0.0)], "tokens_per_second"),
-    Chart("Utilisation (MFU)", [(_both("mfu"), 0.0)], "mfu"),
-    Chart("Seconds a step", [(_both("seconds"), 0.0)], "seconds"),
-    Chart(
-        "Where a PPO step goes, seconds",
-        [
-            (
-                [
-                    Line("ppo/rollout_seconds", "rollout"),
-                    Line("ppo/update_seconds", "update", "sft"),
-                    Line("ppo/reward_seconds", "rewards", "fourth"),
-                    Line("ppo/score_seconds", "score", "eval"),
-                    Line("ppo/input_seconds", "input", "other"),
-                ],
-                0.0,
-            )
-        ],
-        "rollout_seconds",
-    ),
-    Chart(
-        "Where an SFT step goes, seconds",
-        [([Line("sft/update_seconds", "update"), Line("sft/input_seconds", "input", "other")], 0.0)],
-        "input_seconds",
-    ),
-    Chart(
-        "Peak memory of a device, bytes", [([Line("memory/peak_bytes", "device")], 0.0)], "memory/peak_bytes"
-    ),
-    Chart(
-        "Peak memory of the process, bytes",
-        [([Line("memory/host_peak_bytes", "host")], 0.0)],
-        "memory/host_peak_bytes",
-    ),
-    Chart(
-        "Compilation",
-        [([Line("compile/count", "programs")], 0.0), ([Line("compile/seconds", "seconds", "fourth")], 0.0)],
-        "compile/count",
-    ),
-    Chart(
-        "Between two steps, seconds",
-        [
-            (
-                [
-                    Line("time/evaluation_seconds", "evaluation", "eval"),
-                    Line("time/checkpoint_seconds", "checkpoint", "fourth"),
-                ],
-                0.0,
-            )
-        ],
-        "time/checkpoint_seconds",
-    ),
-]
-_MANY = ("ppo", "sft", "fourth", "eval", "other")  # the colours of lines that only their names tell apart
+def _pair(run: Run, title: str, name: str, floor: float | None = None) -> Chart:
+    return Chart(title, [([*_trained(run, name), _held_out(name)], floor)], name)
 
 
-def part_chart(part: str) -> Chart:
+def headline_charts(run: Run) -> tuple[list[Chart], list[Chart]]:
+    """What a run is about, and what stands in for it where it has none of these numbers."""
+    coefficient = by_phase(run, "kl_coef", alone=Line("", "coefficient", SECOND))
+    kl = [*_trained(run, "kl"), _held_out("kl")]
+    accuracy = [
+        *_trained(run, "accuracy"),
+        _held_out("accuracy"),
+        Line("evaluation/length_balanced_accuracy", "length balanced", OTHER),
+        Line("evaluation/longer_wins", "the longer wins", SECOND),
+    ]
+    first = [
+        _pair(run, "Score", "score"),
+        Chart("KL to the reference", [(kl, 0.0), (coefficient, 0.0)], "kl"),
+        Chart("Accuracy", [(accuracy, None)], "accuracy"),
+    ]
+    return first, [*loss_charts(run), _pair(run, "Perplexity", "perplexity")]
+
+
+def loss_charts(run: Run) -> list[Chart]:
+    """A chart for each kind of phase that logs a loss: those of two kinds are no two values of one quantity."""
+    kinds: dict[str, list[str]] = {}
+    for phase, kind in run.kinds.items():
+        if f"{phase}/loss" in run.curves:
+            kinds.setdefault(kind, []).append(phase)
+    evaluated = next((kind for kind, phases in kinds.items() if not judges(run, phases[0])), None)
+    evaluated = next(iter(kinds), None) if evaluated is None else evaluated
+    charts = []
+    for kind, phases in kinds.items():
+        held_out = [_held_out("loss")] if kind == evaluated else []
+        title = "Loss" if len(kinds) == 1 else f"Loss: {' and '.join(map(run.label, phases))}"
+        entry = loss_entry(run, f"{phases[0]}/loss")
+        charts.append(Chart(title, [([*_trained(run, "loss", phases), *held_out], None)], entry))
+    return charts or [Chart("Loss", [([_held_out("loss")], None)], "loss")]
+
+
+def judges(run: Run, phase: str) -> bool:
+    """Whether a phase learns to tell texts apart, by their labels or by preferences."""
+    return f"{phase}/accuracy" in run.curves
+
+
+def loss_entry(run: Run, metric: str) -> str:
+    """The glossary's entry about a loss, which is of tokens or of whole texts."""
+    phase = metric.partition("/")[0]
+    whose = run.kinds if phase == EVALUATION else (phase,)
+    return "scorer_loss" if all(judges(run, each) for each in whose) else "loss"
+
+
+def training_charts(run: Run) -> list[Chart]:
+    """How the training went."""
+    shaped = by_phase(run, "shaped_score", alone=Line("", "shaped score"))
+    penalty = by_phase(run, "penalty", alone=Line("", "penalty", SECOND))
+    return [
+        _pair(run, "Policy loss", "policy_loss"),
+        _pair(run, "Value loss", "value_loss", 0.0),
+        _pair(run, "Explained variance", "explained_variance"),
+        _pair(run, "Clip fraction", "clip_fraction", 0.0),
+        _pair(run, "Size of an update", "approx_kl", 0.0),
+        _pair(run, "Entropy", "entropy", 0.0),
+        _pair(run, "Response length", "response_length"),
+        _pair(run, "Responses that end", "eos_fraction"),
+        _pair(run, "Spread of the scores", "score_std", 0.0),
+        Chart("What training receives", [(shaped, None), (penalty, 0.0)], "shaped_score"),
+        _pair(run, "KL, k3 estimate", "kl_k3", 0.0),
+        _of_phases(run, "Learning rate", "learning_rate"),
+        _of_phases(run, "Gradient norm", "grad_norm"),
+        _of_phases(run, "Loss scale", "loss_scale", None),
+    ]
+
+
+def _of_phases(run: Run, title: str, name: str, floor: float | None = 0.0) -> Chart:
+    return Chart(title, [(by_phase(run, name), floor)], name)
+
+
+def speed_charts(run: Run) -> list[Chart]:
+    """How fast the run was, and what it needed."""
+    device = [Line("memory/peak_bytes", "device")]
+    host = [Line("memory/host_peak_bytes", "host")]
+    programs, seconds = [Line("compile/count", "programs")], [Line("compile/seconds", "seconds", SECOND)]
+    between = [
+        Line("time/evaluation_seconds", "evaluation", HELD_OUT),
+        Line("time/checkpoint_seconds", "checkpoint", SECOND),
+    ]
+    return [
+        _of_phases(run, "Throughput, tokens a second", "tokens_per_second"),
+        _of_phases(run, "Utilisation (MFU)", "mfu"),
+        _of_phases(run, "Seconds a step", "seconds"),
+        *(_step_chart(run, phase) for phase in run.kinds),
+        Chart("Peak memory of a device, bytes", [(device, 0.0)], "memory/peak_bytes"),
+        Chart("Peak memory of the process, bytes", [(host, 0.0)], "memory/host_peak_bytes"),
+        Chart("Compilation", [(programs, 0.0), (seconds, 0.0)], "compile/count"),
+        Chart("Between two steps, seconds", [(between, 0.0)], "time/checkpoint_seconds"),
+    ]
+
+
+def _step_chart(run: Run, phase: str) -> Chart:
+    """Where the seconds of a phase's step go."""
+    lines = [Line(f"{phase}/{part}_seconds", part, colour) for part, colour in PARTS.items()]
+    entry = "rollout_seconds" if f"{phase}/rollout_seconds" in run.curves else "input_seconds"
+    return Chart(f"Where a step of {run.label(phase)} goes, seconds", [(lines, 0.0)], entry)
+
+
+_MANY = ("orange", "blue", "purple", "green", "olive")  # the colours of lines that only their names tell apart
+
+
+def part_chart(phase: Rewarded, part: str) -> Chart:
     """A part's mean in training and held-out, within the distribution over the responses of a rollout."""
     name = f"reward/{part}"
-    lines = [*pair(name), Line(f"ppo/{name}_p50", "median", "ppo median")]
-    return Chart(part, [(lines, None)], None, band=(f"ppo/{name}_p10", f"ppo/{name}_p90"))
+    middle = Line(phase.trained(f"{name}_p50"), "median", f"{phase.run.colour(phase.phase)} median")
+    lines = [Line(phase.trained(name), "training"), Line(phase.held_out(name), "held-out"), middle]
+    return Chart(part, [(lines, None)], None, band=(phase.trained(f"{name}_p10"), phase.trained(f"{name}_p90")))
 
 
-def judge_chart(judge: str) -> Chart:
-    return Chart(f"Judge: {judge}", [([Line(f"evaluation/judge/{judge}", "held-out")], None)], "judge")
+def judge_chart(phase: Rewarded, judge: str) -> Chart:
+    """A judge's mean over the held-out answers."""
+    return Chart(f"Judge: {judge}", [([Line(phase.held_out(f"judge/{judge}"), "held-out")], None)], "judge")
 
 
-def combination_charts(parts: Sequence[str]) -> list[Chart]:
+def combination_charts(phase: Rewarded) -> list[Chart]:
     """How the parts became one score: whatever the run's combiner logged."""
 
+    def line(name: str, label: str, colour: str = "") -> Line:
+        return Line(phase.trained(f"reward/{name}"), label, colour)
+
     def of_each(ending: str) -> list[Line]:
-        return [Line(f"ppo/reward/{part}{ending}", part, many_colour(i)) for i, part in enumerate(parts)]
+        return [line(f"{part}{ending}", part, many_colour(i)) for i, part in enumerate(phase.parts)]
 
     def entropy(name: str) -> list[Line]:
-        return [Line(f"ppo/reward/{name}_entropy", "entropy", "fourth")]
+        return [line(f"{name}_entropy", "entropy", SECOND)]
 
-    arm = Line("ppo/reward/bandit_arm", "part that it tries, from 0", "other")
-    bandit = [(entropy("bandit"), 0.0), ([arm], 0.0)]
-    shares = [
-        Line("ppo/reward/gate_open_fraction", "gate open"),
-        Line("ppo/reward/aspects_fraction", "aspects count", "fourth"),
-    ]
+    bandit = [(entropy("bandit"), 0.0), ([line("bandit_arm", "part that it tries, from 0", OTHER)], 0.0)]
+    shares = [line("gate_open_fraction", "gate open"), line("aspects_fraction", "aspects count", SECOND)]
+    slope = [Line(phase.held_out("score_length_slope"), "held-out")]
     return [
         Chart("Weights", [(of_each("_weight"), 0.0)], "_weight"),
         Chart("The gate's shares", [(of_each("_gate"), 0.0), (entropy("gate"), 0.0)], "_gate"),
@@ -188,7 +197,7 @@ def combination_charts(parts: Sequence[str]) -> list[Chart]:
         Chart("Responses let through", [(shares, 0.0)], "reward/gate_open_fraction"),
         Chart("Spread within a rollout", [(of_each("_std"), 0.0)], "_std"),
         Chart("Clipped rows", [(of_each("_clip_fraction"), 0.0)], "_clip_fraction"),
-        _alone("Score for a token more", "score_length_slope"),
+        Chart("Score for a token more", [(slope, None)], "score_length_slope"),
     ]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-from hybrid_jax.reports.charts import Band, Panel, Series, draw, phase_class
+from hybrid_jax.reports.charts import Band, Panel, Series, draw
 from hybrid_jax.reports.glossary import GLOSSARY, PART_GLOSSARY
 from hybrid_jax.reports.metrics import Chart, Line
 from hybrid_jax.reports.run import Run
+from hybrid_jax.training.time_left import EVALUATION
 
-PHASE_NAMES = {"sft": "SFT", "ppo": "PPO"}
 _MAX_TEXT = 2000
 
 
@@ -32,6 +32,7 @@ class Figures:
         self._drawn: set[str] = set()
 
     def chart(self, chart: Chart) -> str:
+        """A chart as HTML; nothing where the run has none of its numbers."""
         band = self._band(chart.band)
         panels = []
         for names, floor in chart.panels:
@@ -45,36 +46,49 @@ class Figures:
         return f'<figure class="chart">{title}{drawing}{_note(chart.glossary)}</figure>'
 
     def has_drawn(self, chart: Chart) -> bool:
+        """Whether the page shows a line of the chart already."""
         return any(line.metric in self._drawn for lines, _ in chart.panels for line in lines)
+
+    def can_draw(self, chart: Chart) -> bool:
+        """Whether the run has any of a chart's numbers."""
+        return any(line.metric in self._run.curves for lines, _ in chart.panels for line in lines)
 
     def count_as_drawn(self, metrics: Iterable[str]) -> None:
         """What the page shows in another way than as a chart."""
         self._drawn |= set(metrics)
 
-    def rest(self, kind: str = "") -> list[Chart]:
-        """A chart for each metric that no chart has shown, of those called ``<phase>/<kind>...``."""
-        left = [metric for metric in self._run.curves if metric not in self._drawn]
-        names = sorted({name for metric in left if (name := metric.partition("/")[2]).startswith(kind)})
-        charts = []
-        for name in names:
-            lines = [Line(metric, _source_label(metric)) for metric in left if metric.partition("/")[2] == name]
-            charts.append(
-                Chart(words(name.removeprefix(kind)), [(lines, None)], name if kind else name.partition("/")[0])
-            )
-        return charts
+    def rest(self, start: str = "", of: Collection[str] | None = None) -> list[Chart]:
+        """A chart for each metric that no chart has shown.
+
+        Args:
+            start: how its name begins, after the phase; left out in the title.
+            of: the phases to look at, "evaluation" among them; None for all.
+        """
+        by_name: dict[str, list[Line]] = {}
+        for metric in self._run.curves:
+            phase, _, name = metric.partition("/")
+            if metric not in self._drawn and name.startswith(start) and (of is None or phase in of):
+                by_name.setdefault(name, []).append(Line(metric, self._source(phase)))
+        return [
+            Chart(words(name.removeprefix(start)), [(lines, None)], name if start else name.partition("/")[0])
+            for name, lines in sorted(by_name.items())
+        ]
+
+    def _source(self, phase: str) -> str:
+        return "held-out" if phase == EVALUATION else self._run.label(phase)
 
     def _band(self, metrics: tuple[str, str] | None) -> Band | None:
         if metrics is None or not all(metric in self._run.curves for metric in metrics):
             return None
         self.count_as_drawn(metrics)
-        low, high = (Series("", _colour(metric), *self._run.curves[metric]) for metric in metrics)
+        low, high = (Series("", self._run.colour(metric), *self._run.curves[metric]) for metric in metrics)
         return Band("10–90 %", low, high)
 
     def _lines(self, names: Sequence[Line]) -> list[Series]:
         found = [line for line in names if line.metric in self._run.curves]
         self._drawn |= {line.metric for line in found}
         return [
-            Series(line.label, line.colour or _colour(line.metric), *self._run.curves[line.metric])
+            Series(line.label, line.colour or self._run.colour(line.metric), *self._run.curves[line.metric])
             for line in found
         ]
 
@@ -84,30 +98,23 @@ def _note(entry: str | None) -> str:
     return f'<p class="note">{escaped(" ".join(found))}</p>' if found else ""
 
 
-def _colour(metric: str) -> str:
-    phase = metric.partition("/")[0]
-    return "eval" if phase == "evaluation" else phase_class(phase)
-
-
-def _source_label(metric: str) -> str:
-    phase = metric.partition("/")[0]
-    return "held-out" if phase == "evaluation" else PHASE_NAMES.get(phase, phase)
-
-
 def words(name: str) -> str:
+    """The name of a metric as a title."""
     words = name.replace("reward/", "Reward: ").replace("_", " ").replace("/", ": ")
     return words[:1].upper() + words[1:]
 
 
 def section(title: str, body: str, note: str = "") -> str:
+    """A section of the page, ``title`` and ``note`` in its header; nothing without a body."""
     return f"<section><header><h2>{title}</h2>{note}</header>{body}</section>" if body else ""
 
 
-def chart_grid(figures: Figures, charts: Sequence[Chart], css: str = "") -> str:
+def chart_grid(figures: Figures, charts: Iterable[Chart], css: str = "") -> str:
+    """Those of the charts that the run has numbers for, side by side."""
     drawn = "".join(figures.chart(chart) for chart in charts)
     return f'<div class="charts {css}">{drawn}</div>' if drawn else ""
 
 
 def folded(title: str, body: str, css: str = "") -> str:
-    """``title`` is HTML."""
+    """A body that opens at a click on its title, which is HTML."""
     return f'<details class="{css}"><summary>{title}</summary>{body}</details>'

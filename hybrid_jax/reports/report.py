@@ -17,12 +17,13 @@ from typing import Any
 from hybrid_jax.core.writing import write_text
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.reports.change import METHOD, Change, change_of, signed
-from hybrid_jax.reports.charts import phase_class, short_number
+from hybrid_jax.reports.charts import short_number
 from hybrid_jax.reports.flags import find_flags
-from hybrid_jax.reports.glossary import glossary_entry
-from hybrid_jax.reports.metrics import CHARTS, HEADLINE_CHARTS, SCORER_CHARTS, SPEED_CHARTS
-from hybrid_jax.reports.page import PHASE_NAMES, Figures, chart_grid, escaped, folded, section
-from hybrid_jax.reports.rewards import rewards_section
+from hybrid_jax.reports.glossary import GLOSSARY, glossary_entry
+from hybrid_jax.reports.metrics import headline_charts, loss_entry, speed_charts, training_charts
+from hybrid_jax.reports.page import Figures, chart_grid, escaped, folded, section
+from hybrid_jax.reports.rewarded import rewarded_phases
+from hybrid_jax.reports.rewards import rewards_sections, titled
 from hybrid_jax.reports.run import Run, read_run
 from hybrid_jax.reports.samples import samples_section
 from hybrid_jax.reports.speed import speed_figures
@@ -83,17 +84,19 @@ def _headline(run: Run) -> str:
 
 
 def _score_change(run: Run) -> Change | None:
-    """The change from the last evaluation before PPO to the last; evaluation s is made before update s."""
-    return None if run.first_ppo_step is None else change_of(run, "evaluation/score", run.first_ppo_step)
+    """The change from the last evaluation before any reward to the last; evaluation s is before update s."""
+    begin = run.first_reward_step
+    return None if begin is None else change_of(run, "evaluation/score", begin)
 
 
 def _verdict(run: Run) -> str:
-    sentences = []
-    if run.first_ppo_step is not None and not run.has_signal:
-        sentences.append(
-            "The reward gave no signal: in each rollout all responses scored the same, "
-            "and PPO had nothing to learn from it."
-        )
+    phases = rewarded_phases(run)
+    sentences = [
+        f"The reward{f' of {escaped(phase.phase, 100)}' if len(phases) > 1 else ''} gave no signal: in each "
+        "rollout all responses scored the same, so there was nothing to learn from it."
+        for phase in phases
+        if phase.phase and not phase.has_signal
+    ]
     kind, method = "", ""
     if change := _score_change(run):
         sentences.append(_change_sentence(run, change))
@@ -105,9 +108,8 @@ def _verdict(run: Run) -> str:
 
 def _change_sentence(run: Run, change: Change) -> str:
     (step, before), (last, after) = change.before, change.after
-    start = (
-        "SFT alone" if step > 0 else "the pretrained model" if _is_pretrained(run) else "the untrained start"
-    )
+    untrained = "the pretrained model" if _is_pretrained(run) else "the untrained start"
+    start = f"{escaped(run.before_reward, 100)} alone" if run.before_reward and step > 0 else untrained
     numbers = f"from {_score(before)} ({start}, step {step:,}) to <b>{_score(after)}</b> at step {last:,}"
     if change.interval is None:
         why = (
@@ -116,7 +118,7 @@ def _change_sentence(run: Run, change: Change) -> str:
         return (
             f"The held-out score went {numbers}; whether that is more than chance cannot be told ({why})."
             if before != after
-            else f"The held-out score is {_score(after)}, as it was before PPO."
+            else f"The held-out score is {_score(after)}, as it was before the reward."
         )
     if change.is_exactly_zero:
         same = f"Training with reward left the held-out score at <b>{_score(after)}</b>"
@@ -143,38 +145,56 @@ def _score(value: float) -> str:
 
 
 def _warning(run: Run) -> str:
-    flags = find_flags(run)
     lines = []
-    if count := len(flags.gaming):
-        lines.append(f"{'1 sign' if count == 1 else f'{count} signs'} of reward hacking: see Rewards.")
-    if (silent := list(run.silent_parts)) and run.has_signal:
-        lines.append(f"No signal in training from {escaped(', '.join(silent), 200)}: see Rewards.")
+    for phase, title in titled(run):
+        if count := len(find_flags(phase).gaming):
+            lines.append(f"{'1 sign' if count == 1 else f'{count} signs'} of reward hacking: see {title}.")
+        if (silent := list(phase.silent_parts)) and phase.has_signal:
+            lines.append(f"No signal in training from {escaped(', '.join(silent), 200)}: see {title}.")
     return "".join(f'<p class="warning">{line}</p>' for line in lines)
 
 
 def _tiles(run: Run) -> list[tuple[str, str, str]]:
+    """Label, value and note, as HTML."""
     counts: dict[str, int] = {}
     ends = [*(step for step, _ in run.training), run.num_steps][1:]
     for (step, phase), end in zip(run.training, ends, strict=True):
         counts[phase] = counts.get(phase, 0) + end - step
-    shares = " · ".join(
-        f"{count:,} {escaped(PHASE_NAMES.get(phase, phase))}" for phase, count in counts.items()
-    )
+    shares = " · ".join(f"{count:,} {escaped(run.label(phase), 100)}" for phase, count in counts.items())
     seconds = max((r["seconds"] for r in run.records if isinstance(r.get("seconds"), int | float)), default=0)
     tiles = []
     if score := run.value("evaluation/score"):
         tiles.append(("Held-out score", _score(score[1]), _score_note(_score_change(run))))
+    tiles += [
+        (f"Score of {escaped(phase.phase, 100)}", _score(score[1]), "in training, at the end")
+        for phase in rewarded_phases(run)
+        if not phase.is_evaluated and (score := run.value(phase.trained("score")))
+    ]
     if accuracy := run.value("evaluation/accuracy"):
         tiles.append(("Held-out accuracy", f"{accuracy[1]:.1%}", "at the end"))
-    if kl := run.value("evaluation/kl") or run.value("ppo/kl"):
-        note = "a response, at the end" if kl[1] >= 0 else "a response: an estimate, 0 within its noise"
-        tiles.append(("KL to the reference", f"{short_number(kl[1]).replace('-', '−')} nats", note))
+    tiles += _kl_tiles(run)
     if perplexity := run.value("evaluation/perplexity"):
         tiles.append(("Held-out perplexity", short_number(perplexity[1]), "at the end"))
-    elif loss := run.value("sft/loss"):
-        tiles.append(("SFT loss", short_number(loss[1]), "nats a token, at the end"))
+    else:
+        tiles += [
+            (f"Loss of {escaped(phase, 100)}", short_number(loss[1]), "in training, at the end")
+            for phase in run.kinds
+            if (loss := run.value(f"{phase}/loss"))
+        ]
     tiles.append(("Steps", f"{run.num_steps:,}", shares))
     tiles.append(("Duration", _duration(seconds), "wall clock"))
+    return tiles
+
+
+def _kl_tiles(run: Run) -> list[tuple[str, str, str]]:
+    """The held-out KL, or that of each phase that logs one."""
+    metrics = ["evaluation/kl"] if "evaluation/kl" in run.curves else [f"{phase}/kl" for phase in run.kinds]
+    found = {metric: kl[1] for metric in metrics if (kl := run.value(metric))}
+    tiles = []
+    for metric, kl in found.items():
+        whose = f" of {escaped(metric.partition('/')[0], 100)}" if len(found) > 1 else ""
+        note = "a response, at the end" if kl >= 0 else "a response: an estimate, 0 within its noise"
+        tiles.append((f"KL to the reference{whose}", f"{short_number(kl).replace('-', '−')} nats", note))
     return tiles
 
 
@@ -182,9 +202,9 @@ def _score_note(change: Change | None) -> str:
     if change is None:
         return "at the end"
     if change.interval is None:
-        return f"{_score(change.before[1])} before PPO"
+        return f"{_score(change.before[1])} before the reward"
     difference = "the same for each prompt" if change.is_exactly_zero else change.range
-    return f"{_score(change.before[1])} before PPO, {difference}"
+    return f"{_score(change.before[1])} before the reward, {difference}"
 
 
 def _duration(seconds: float) -> str:
@@ -194,33 +214,27 @@ def _duration(seconds: float) -> str:
 
 
 def _progress(run: Run, figures: Figures) -> str:
-    phases = list(dict.fromkeys(phase for _, phase in run.training))
     keys = "".join(
-        f'<span><i class="{phase_class(phase)}" style="background:var(--c)"></i>'
-        f"<span>{escaped(PHASE_NAMES.get(phase, phase))} steps</span></span>"
-        for phase in phases
+        f'<span><i class="{run.colour(phase)}" style="background:var(--c)"></i>'
+        f"<span>{escaped(run.label(phase), 100)} steps</span></span>"
+        for phase in run.kinds
     )
-    note = f'<div class="phases">{keys}</div>'
-    scorer = "evaluation/accuracy" in run.curves
-    headline = SCORER_CHARTS if scorer else HEADLINE_CHARTS
-    body = chart_grid(figures, headline, "wide") or chart_grid(figures, CHARTS[:2], "wide")
-    return section("Progress", body, note)
+    first, others = ([c for c in charts if figures.can_draw(c)] for charts in headline_charts(run))
+    room = len(first) % 2 if first else 2  # two charts stand side by side
+    return section(
+        "Progress",
+        chart_grid(figures, [*first, *others[:room]], "wide"),
+        f'<div class="phases">{keys}</div>',
+    )
 
 
 def _details(run: Run, figures: Figures) -> list[str]:
-    rewards = rewards_section(run, figures)
-    learning = section(
-        "Training", chart_grid(figures, [chart for chart in CHARTS if not figures.has_drawn(chart)])
-    )
-    speed = speed_figures(run.records, PHASE_NAMES) + chart_grid(figures, SPEED_CHARTS)
+    rewards = rewards_sections(run, figures)
+    charts = [*headline_charts(run)[1], *training_charts(run)]
+    learning = section("Training", chart_grid(figures, (c for c in charts if not figures.has_drawn(c))))
+    speed = section("Speed and memory", speed_figures(run) + chart_grid(figures, speed_charts(run)))
     rest = section("More metrics", chart_grid(figures, figures.rest()))
-    return [
-        rewards,
-        learning,
-        section("Speed and memory", speed),
-        rest,
-        section("Particulars", _particulars(run)),
-    ]
+    return [*rewards, learning, speed, rest, section("Particulars", _particulars(run))]
 
 
 def _particulars(run: Run) -> str:
@@ -235,7 +249,8 @@ def _particulars(run: Run) -> str:
         folds.append(("Environment", f'<dl class="rows">{rows}</dl>'))
     rows = ""
     for metric in run.curves:
-        what, wrong = glossary_entry(metric) or ("", "")
+        is_loss = metric.endswith("/loss")
+        what, wrong = GLOSSARY[loss_entry(run, metric)] if is_loss else glossary_entry(metric) or ("", "")
         rows += f"<dt><code>{escaped(metric)}</code></dt><dd>{escaped(what)} <span>{escaped(wrong)}</span></dd>"
     folds.append(("Glossary", f'<dl class="rows">{rows}</dl>'))
     return "".join(folded(title, body) for title, body in folds)

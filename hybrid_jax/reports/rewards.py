@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -10,27 +10,49 @@ from hybrid_jax.reports.change import METHOD, Change, change_of, signed
 from hybrid_jax.reports.charts import short_number
 from hybrid_jax.reports.flags import Flags, find_flags
 from hybrid_jax.reports.glossary import GLOSSARY
-from hybrid_jax.reports.metrics import combination_charts, judge_chart, part_chart
-from hybrid_jax.reports.page import Figures, escaped, folded, section
+from hybrid_jax.reports.metrics import Chart, combination_charts, judge_chart, part_chart
+from hybrid_jax.reports.page import Figures, chart_grid, escaped, folded, section
+from hybrid_jax.reports.rewarded import Rewarded, rewarded_phases
 from hybrid_jax.reports.run import Run
 from hybrid_jax.reports.samples import answer_text, score_text
+from hybrid_jax.training.time_left import EVALUATION
 
 _SHOWN_EXTREMES = 2  # of the best and of the worst answers by each part
 _MAX_NAME = 40
 
 
-def rewards_section(run: Run, figures: Figures) -> str:
+def rewards_sections(run: Run, figures: Figures) -> list[str]:
+    """A section for each phase that learns from a reward, with its name where there are several."""
+    return [_section(title, phase, figures) for phase, title in titled(run)]
+
+
+def titled(run: Run) -> list[tuple[Rewarded, str]]:
+    """The phases of the sections on rewards, each with the title of its section as HTML."""
+    phases = rewarded_phases(run)
+    several = len(phases) > 1
+    return [(p, f"Rewards of {escaped(run.label(p.phase), 100)}" if several else "Rewards") for p in phases]
+
+
+def _section(title: str, phase: Rewarded, figures: Figures) -> str:
     """Flags, charts of the parts, judges and combination, correlations, the best and the worst answers."""
-    charts = [part_chart(part) for part in run.parts] + [judge_chart(judge) for judge in run.judges]
-    figures.count_as_drawn(
-        metric for metric in run.curves if metric.startswith("ppo/reward/") and "~" in metric
-    )
-    drawn = [figures.chart(chart) for chart in [*charts, *combination_charts(run.parts)]]
-    drawn += [figures.chart(chart) for chart in figures.rest("reward/")]
-    grid = f'<div class="charts">{"".join(drawn)}</div>' if any(drawn) else ""
-    pieces = [_flags(find_flags(run)), grid, _changes(run), _heat_table(_correlations(run)), _extremes(run)]
-    note = f"<p>{escaped(' '.join(GLOSSARY['reward']))}</p>"
-    return section("Rewards", "".join(pieces), note)
+    own = phase.trained("reward/")
+    figures.count_as_drawn(metric for metric in phase.run.curves if metric.startswith(own) and "~" in metric)
+    pieces = [
+        _flags(find_flags(phase)),
+        chart_grid(figures, _charts(phase, figures)),
+        _changes(phase),
+        _heat_table(phase, _correlations(phase)),
+        _extremes(phase),
+    ]
+    return section(title, "".join(pieces), f"<p>{escaped(' '.join(GLOSSARY['reward']))}</p>")
+
+
+def _charts(phase: Rewarded, figures: Figures) -> Iterator[Chart]:
+    yield from (part_chart(phase, part) for part in phase.parts)
+    yield from (judge_chart(phase, judge) for judge in phase.judges)
+    yield from combination_charts(phase)
+    # Only now, when all of the above are drawn, is it known which are left.
+    yield from figures.rest("reward/", of=(phase.phase, EVALUATION) if phase.is_evaluated else (phase.phase,))
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -40,9 +62,7 @@ def _flags(flags: Flags) -> str:
     if not flags.looked_at:
         return ""
     missing = f" Without numbers to look at: {', '.join(flags.not_looked_at)}." if flags.not_looked_at else ""
-    thirds = (
-        "Numbers from and to are means of the first and of the last third of the evaluations since PPO began. "
-    )
+    thirds = "Numbers from and to are means of the first and the last third of the evaluations with reward. "
     note = (
         f'<p class="note">{thirds if flags.gaming else ""}Looked at: {", ".join(flags.looked_at)}.{missing}</p>'
     )
@@ -60,22 +80,22 @@ def _flags(flags: Flags) -> str:
 # --- what changed ----------------------------------------------------------------------------------------
 
 
-def _changes(run: Run) -> str:
-    """A table of score, parts and judges before PPO and at the end, each difference with its interval."""
-    if run.first_ppo_step is None:
+def _changes(phase: Rewarded) -> str:
+    """A table of score, parts and judges before any reward and at the end, differences with their intervals."""
+    if (begin := phase.run.first_reward_step) is None:
         return ""
-    names = {"score": "score", **{part: f"reward/{part}" for part in run.parts}}
-    names |= {f"judge: {judge}": f"judge/{judge}" for judge in run.judges}
+    names = {"score": "score", **{part: f"reward/{part}" for part in phase.parts}}
+    names |= {f"judge: {judge}": f"judge/{judge}" for judge in phase.judges}
     found = {
         name: change
         for name, metric in names.items()
-        if (change := change_of(run, f"evaluation/{metric}", run.first_ppo_step)) and change.interval
+        if (change := change_of(phase.run, phase.held_out(metric), begin)) and change.interval
     }
     if not found:
         return ""
-    rows = "".join(_change_row(name, change, name in run.silent_parts) for name, change in found.items())
+    rows = "".join(_change_row(name, change, name in phase.silent_parts) for name, change in found.items())
     head = "".join(
-        f"<th>{title}</th>" for title in ("", "before PPO", "at the end", "difference", "95 % interval", "")
+        f"<th>{title}</th>" for title in ("", "before reward", "at the end", "difference", "95 % interval", "")
     )
     method = METHOD.format(next(iter(found.values())).num_prompts)
     return (
@@ -99,15 +119,15 @@ def _change_row(name: str, change: Change, is_silent: bool) -> str:
 # --- correlations ----------------------------------------------------------------------------------------
 
 
-def _correlations(run: Run) -> dict[tuple[str, str], float]:
+def _correlations(phase: Rewarded) -> dict[tuple[str, str], float]:
     """Of each pair of parts, score and length that was logged."""
     whole = ("score", "response_length")
-    names = [*(part for part in run.parts if part not in whole), *whole]
-    found = {(a, b): run.late_correlation(a, b) for a, b in combinations(names, 2)}
+    names = [*(part for part in phase.parts if part not in whole), *whole]
+    found = {(a, b): phase.late_correlation(a, b) for a, b in combinations(names, 2)}
     return {pair: value for pair, value in found.items() if value is not None}
 
 
-def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
+def _heat_table(phase: Rewarded, correlations: Mapping[tuple[str, str], float]) -> str:
     """A triangle whose shade is the size of a correlation, and whose numbers say its sign."""
     if not correlations:
         return ""
@@ -119,7 +139,7 @@ def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
         for row in rows
     )
     note = (
-        "Over the responses of a rollout, the mean of the last tenth of the PPO steps. The stronger, the "
+        f"Over the responses of a rollout, the mean {escaped(phase.late)}. The stronger, the "
         "deeper the shade. A pair is missing where one of them was the same for all."
     )
     return (
@@ -132,7 +152,7 @@ def _heat_table(correlations: Mapping[tuple[str, str], float]) -> str:
 def _heat(value: float | None) -> str:
     if value is None:
         return "<td></td>"
-    colour = "ppo" if value >= 0 else "sft"
+    colour = "orange" if value >= 0 else "blue"
     return f'<td class="{colour}" style="--share:{55 * min(abs(value), 1.0):.0f}%">{_signed(value)}</td>'
 
 
@@ -147,8 +167,11 @@ def _name(name: str) -> str:
 # --- best and worst answers ------------------------------------------------------------------------------
 
 
-def _extremes(run: Run) -> str:
+def _extremes(phase: Rewarded) -> str:
     """The best and the worst answers by each part and judge at the last evaluation that has any."""
+    if not phase.is_evaluated:
+        return ""
+    run = phase.run
     last = max((record["step"] for record in run.extremes), default=0)
     by_part: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in run.extremes:
@@ -158,7 +181,7 @@ def _extremes(run: Run) -> str:
             ranks[mark["rank"]].append(record)
     if not by_part:
         return ""
-    folds = "".join(_extremes_of(part, ranks, part in run.judges) for part, ranks in by_part.items())
+    folds = "".join(_extremes_of(part, ranks, part in phase.judges) for part, ranks in by_part.items())
     return f'<div class="extremes"><h3>Best and worst answers at step {last:,}</h3>{folds}</div>'
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from hybrid_jax.core.config import load_yaml
@@ -15,15 +15,17 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import read_text
 from hybrid_jax.core.json_text import MOST_BYTES
 from hybrid_jax.core.secrets import without_secrets
-from hybrid_jax.reports.charts import Block, phase_blocks
+from hybrid_jax.reports.charts import HELD_OUT, OTHER, Block, phase_blocks, phase_colour
 from hybrid_jax.runs.files import RunFiles
 from hybrid_jax.training.loggers import (
     BY_PROMPT,
     METRICS_FILE,
     SAMPLES_FILE,
+    phase_label,
     read_records,
     without_extremes,
 )
+from hybrid_jax.training.time_left import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ class Run:
 
     @cached_property
     def training(self) -> list[tuple[int, str]]:
-        return [(r["step"], r["phase"]) for r in self.records if r["phase"] != "evaluation"]
+        """(step, phase) of every record of a step."""
+        return [(r["step"], r["phase"]) for r in self.records if r["phase"] != EVALUATION]
 
     @cached_property
     def num_steps(self) -> int:
+        """Up to the last one that was logged."""
         return max((step + 1 for step, _ in self.training), default=0)
 
     @cached_property
@@ -73,26 +77,61 @@ class Run:
 
     @cached_property
     def blocks(self) -> list[Block]:
-        return phase_blocks(self.training, max(self.num_steps, 1))
+        """Which phase ran when, each phase by its colour."""
+        steps = [(step, self.colour(phase)) for step, phase in self.training]
+        return phase_blocks(steps, max(self.num_steps, 1))
 
     @cached_property
-    def first_ppo_step(self) -> int | None:
-        return next((step for step, phase in self.training if phase == "ppo"), None)
+    def kinds(self) -> dict[str, str]:
+        """The kind of each phase that took a step, in the order in which they first did.
+
+        Records of older versions hold none: then the config says it, as ``phases.<phase>.name``, and if that is
+        left out, the phase has the name of its kind.
+        """
+        kinds: dict[str, str] = {}
+        for record in self.records:
+            if (phase := record["phase"]) != EVALUATION and phase not in kinds:
+                kinds[phase] = str(record.get("kind") or self.settings.get(phase, {}).get("name") or phase)
+        return kinds
 
     @cached_property
-    def parts(self) -> list[str]:
-        """Names of the parts of the reward; beside each stand numbers of its distribution, in newer runs."""
-        held_out = self._names("evaluation/reward/")
-        trained = [name for name in self._names("ppo/reward/") if "~" not in name]
-        if described := [name for name in trained if f"ppo/reward/{name}_std" in self.curves]:
-            trained = described
-        return list(dict.fromkeys([*held_out, *trained]))
+    def settings(self) -> dict[str, Mapping[str, Any]]:
+        """The settings of each phase, as far as the config of the run tells them."""
+        phases = self.config.get("phases")
+        found = phases.items() if isinstance(phases, Mapping) else ()
+        return {phase: of_phase for phase, of_phase in found if isinstance(of_phase, Mapping)}
+
+    def label(self, phase: str) -> str:
+        """How a phase is called on the page: its name, with its kind where that is another word."""
+        return phase_label(phase, self.kinds.get(phase))
+
+    def colour(self, metric: str) -> str:
+        """The colour of a curve, that of its phase."""
+        phase = metric.partition("/")[0]
+        if phase == EVALUATION:
+            return HELD_OUT
+        return phase_colour(list(self.kinds).index(phase)) if phase in self.kinds else OTHER
 
     @cached_property
-    def judges(self) -> list[str]:
-        return self._names("evaluation/judge/")
+    def rewarded(self) -> list[str]:
+        """The phases that learn from a reward: those that log a score, or parts of one."""
+        return [
+            phase for phase in self.kinds if f"{phase}/score" in self.curves or self.names(f"{phase}/reward/")
+        ]
 
-    def _names(self, prefix: str) -> list[str]:
+    @cached_property
+    def first_reward_step(self) -> int | None:
+        """The first step that learned from a reward; None if none did."""
+        return next((step for step, phase in self.training if phase in self.rewarded), None)
+
+    @cached_property
+    def before_reward(self) -> str:
+        """The names of the phases that took steps before the first one with a reward; "" where none did."""
+        until = self.first_reward_step or 0
+        return " and ".join(dict.fromkeys(phase for step, phase in self.training if step < until))
+
+    def names(self, prefix: str) -> list[str]:
+        """What follows a prefix in the names of the metrics."""
         return [metric.removeprefix(prefix) for metric in self.curves if metric.startswith(prefix)]
 
     def points(self, metric: str, since: int = 0) -> list[tuple[int, float]]:
@@ -104,44 +143,11 @@ class Run:
         """The value of each held-out prompt at the evaluation of a step; none where the run stored none."""
         for record in self.records:
             values = record.get(BY_PROMPT)
-            if record["step"] == step and record["phase"] == "evaluation" and isinstance(values, dict):
+            if record["step"] == step and record["phase"] == EVALUATION and isinstance(values, dict):
                 found = values.get(metric)
                 if isinstance(found, list) and all(isinstance(value, int | float) for value in found):
                     return found
         return []
-
-    @cached_property
-    def silent_parts(self) -> dict[str, float]:
-        """Parts that gave the same to all responses of each rollout of the run, with what they gave on average.
-
-        The same is a standard deviation of at most a billionth of the mean.
-        """
-        found = {}
-        for part in self.parts:
-            spreads = self.points(f"ppo/reward/{part}_std")
-            means = dict(self.points(f"ppo/reward/{part}"))
-            if spreads and all(std <= 1e-9 * max(1.0, abs(means.get(step, 0.0))) for step, std in spreads):
-                found[part] = fmean(means.values()) if means else 0.0
-        return found
-
-    @cached_property
-    def has_signal(self) -> bool:
-        """Whether the reward ever told two responses of a rollout apart; true where that was not logged."""
-        if any(f"ppo/reward/{part}_std" in self.curves for part in self.parts):
-            return len(self.silent_parts) < len(self.parts)
-        spreads = self.points("ppo/score_std")
-        return not spreads or any(spread > 0 for _, spread in spreads)
-
-    def late_mean(self, metric: str) -> float | None:
-        """The mean of a metric of PPO over the last tenth of its steps."""
-        steps = [step for step, phase in self.training if phase == "ppo"]
-        late = self.points(metric, since=steps[-math.ceil(len(steps) / 10)]) if steps else []
-        return fmean(y for _, y in late) if late else None
-
-    def late_correlation(self, a: str, b: str) -> float | None:
-        """Of two parts, "score" or "response_length", over the responses of a rollout: `late_mean` of it."""
-        forth, back = (self.late_mean(f"ppo/reward/{x}~{y}") for x, y in ((a, b), (b, a)))
-        return back if forth is None else forth
 
     def value(self, metric: str, until: int | None = None) -> tuple[int, float] | None:
         """The last (step, value) of a metric, or the last one up to the step ``until``."""

@@ -29,14 +29,15 @@ def samples_section(run: Run) -> str:
 
 
 def _moments(run: Run, steps: list[int]) -> dict[int, str]:
-    """Up to three steps to show: the first, the SFT-only level (else the middle) and the last."""
+    """Up to three steps to show: the first, the last before any reward (else the middle) and the last."""
     if not steps:
         return {}
     first, last = steps[0], steps[-1]
     moments = {first: "Before", last: "After"} if last > first else {first: "Samples"}
-    before_ppo = [step for step in steps if run.first_ppo_step is not None and step <= run.first_ppo_step]
-    if before_ppo and first < before_ppo[-1] < last:
-        moments[before_ppo[-1]] = "SFT only"
+    begin = run.first_reward_step
+    before = [step for step in steps if begin is not None and step <= begin]
+    if before and first < before[-1] < last:
+        moments[before[-1]] = f"{escaped(run.before_reward)} only"
     elif len(steps) > 2:
         middle = min(steps[1:-1], key=lambda step: abs(step - (first + last) / 2))
         moments[middle] = "During"

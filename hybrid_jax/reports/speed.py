@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from hybrid_jax.reports.charts import phase_class, short_number
+from hybrid_jax.reports.charts import HELD_OUT, OTHER, SECOND, short_number
+from hybrid_jax.reports.run import Run
 
 Record = Mapping[str, Any]
 
 # The parts of a step in their order in time, with the colour of each.
-_PARTS = {"input": "other", "rollout": "ppo", "reward": "fourth", "score": "eval", "update": "sft"}
-_BESIDE = {"evaluation": "eval", "checkpoint": "fourth"}
+PARTS = {"input": OTHER, "rollout": "orange", "reward": SECOND, "score": "green", "update": "blue"}
+_BESIDE = {"evaluation": HELD_OUT, "checkpoint": SECOND}
 
 
 @dataclass(frozen=True)
@@ -26,43 +27,36 @@ class Share:
     seconds: float
 
 
-def speed_figures(records: Sequence[Record], names: Mapping[str, str]) -> str:
-    """Bars and table as HTML; nothing for a run that logged no times.
-
-    Args:
-        records: of ``metrics.jsonl``.
-        names: how phases are called.
-    """
-    phases = list(dict.fromkeys(r["phase"] for r in records if _number(r, f"{r['phase']}/seconds") is not None))
+def speed_figures(run: Run) -> str:
+    """Bars and table as HTML; nothing for a run that logged no times."""
+    records, phases = run.records, [phase for phase in run.kinds if f"{phase}/seconds" in run.curves]
     if not phases:
         return ""
-    bars = [_bar("The whole run", _of_run(records, phases, names))]
+    bars = [_bar("The whole run", _of_run(run, phases))]
     for phase in phases:
         if shares := _of_step(_settled(records, phase), phase):
-            bars.append(_bar(f"A step of {names.get(phase, phase)}, on average", shares))
-    rows = [_row(records, phase, names.get(phase, phase)) for phase in phases]
+            bars.append(_bar(f"A step of {run.label(phase)}, on average", shares))
+    rows = [_row(records, phase, run.label(phase)) for phase in phases]
     return f'<div class="splits">{"".join(bars)}</div>{_table(rows)}{_machine(records)}'
 
 
-def _of_run(records: Sequence[Record], phases: Sequence[str], names: Mapping[str, str]) -> list[Share]:
+def _of_run(run: Run, phases: Sequence[str]) -> list[Share]:
+    def seconds(metric: str) -> float:
+        return sum(_numbers(run.records, metric))
+
     shares = [
-        Share(
-            f"{names.get(phase, phase)} steps", phase_class(phase), sum(_numbers(records, f"{phase}/seconds"))
-        )
-        for phase in phases
+        Share(f"{run.label(phase)} steps", run.colour(phase), seconds(f"{phase}/seconds")) for phase in phases
     ]
-    shares += [
-        Share(name, colour, sum(_numbers(records, f"time/{name}_seconds"))) for name, colour in _BESIDE.items()
-    ]
+    shares += [Share(name, colour, seconds(f"time/{name}_seconds")) for name, colour in _BESIDE.items()]
     return [share for share in shares if share.seconds > 0]
 
 
 def _of_step(records: Sequence[Record], phase: str) -> list[Share]:
     """Mean seconds of each part."""
-    found = {part: _numbers(records, f"{phase}/{part}_seconds") for part in _PARTS}
+    found = {part: _numbers(records, f"{phase}/{part}_seconds") for part in PARTS}
     if not found["update"]:
         return []
-    return [Share(part, _PARTS[part], fmean(seconds)) for part, seconds in found.items() if seconds]
+    return [Share(part, PARTS[part], fmean(seconds)) for part, seconds in found.items() if seconds]
 
 
 def _settled(records: Sequence[Record], phase: str) -> list[Record]:

@@ -1,12 +1,13 @@
 """Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
 
-A metrics record is ``{"step", "phase", "seconds", "<phase>/<metric>": float, ...}``, that of an evaluation with
-the values of each prompt, ``"by_prompt": {"evaluation/score": [float, ...], ...}``; a sample record is
-``{"step", "phase", "split", "index", "prompt", "response", "score", "parts"}``, with a further ``"extreme":
-{"part", "rank"}`` where it was picked as one that a part likes best or least. Steps count from 0: the record of
-update s carries s, and so does an evaluation made just before that update. Thus a run that resumes at step s
-writes every record with ``step >= s`` again, and the loggers forget those first. An evaluation of step s itself
-is forgotten once it is made again and not before: it may be the last of a run that is made longer.
+A metrics record is ``{"step", "phase", "kind", "seconds", "<phase>/<metric>": float, ...}``: the phase by its
+name in the config, the kind by that of its settings. That of an evaluation, whose phase and kind are both
+"evaluation", adds the values of each prompt, ``"by_prompt": {"evaluation/score": [float, ...], ...}``. A sample
+record is ``{"step", "phase", "kind", "split", "index", "prompt", "response", "score", "parts"}``, with another
+``"extreme": {"part", "rank"}`` where it was picked as one that a part likes best or least. Steps count from 0:
+the record of update s carries s, and so does an evaluation made just before that update. Thus a run that
+resumes at step s writes every record with ``step >= s`` again, and the loggers forget those first. That of an
+evaluation of step s is forgotten once it is made again and not before: it may be the last of a longer run.
 """
 
 from __future__ import annotations
@@ -149,6 +150,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 def _of_step(path: Path, step: int | None) -> list[dict[str, Any]]:
     return [record for record in read_records(path) if record["step"] == step]
+
+
+def phase_label(phase: str, kind: str | None) -> str:
+    """The name of a phase, with its kind in brackets where that is another word: ``rl (ppo)``.
+
+    Of a kind from outside the package, ``my_module:Mine``, only the last part is shown.
+    """
+    short = (kind or phase).rpartition(":")[2]
+    return phase if short == phase else f"{phase} ({short})"
 
 
 def without_extremes(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
     new = with_idle(new, idle)
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
     if recorder is not None:
-        recorder.add(state.step, phase.name, metrics, new.train.params)
+        recorder.add(state.step, phase.name, phase.kind, metrics, new.train.params)
     return dataclasses.replace(new, step=state.step + 1, schedule=schedule)
 
 

@@ -13,16 +13,17 @@ from typing import Any, TextIO
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from hybrid_jax.training.loggers import without_extremes
-from hybrid_jax.training.time_left import TimeLeft
+from hybrid_jax.training.loggers import phase_label, without_extremes
+from hybrid_jax.training.time_left import EVALUATION, TimeLeft
 
-# Shown in this order, the first name that the latest records hold.
+# Labels in the order in which they are shown, each with the metrics of a phase that it may stand for.
 _SHOWN = {
-    "loss": ("{phase}/loss", "ppo/policy_loss"),
-    "score": ("ppo/score", "evaluation/score"),
-    "KL": ("ppo/kl",),
-    "tokens/s": ("{phase}/tokens_per_second",),
+    "loss": ("loss", "policy_loss"),
+    "score": ("score",),
+    "KL": ("kl",),
+    "tokens/s": ("tokens_per_second",),
 }
+_KEPT = ("score", "kl")  # shown during the steps of other phases too, which log none of their own
 
 
 class Progress:
@@ -50,6 +51,7 @@ class Progress:
         self.time_left = time_left or TimeLeft()
         self._last_line: float | None = None
         self._latest: dict[str, Any] = {}
+        self._of_any_phase: dict[str, Any] = {}  # metric without its phase -> the newest value
         self._bar = tqdm(
             total=total,
             initial=initial,
@@ -65,16 +67,17 @@ class Progress:
     def update(self, record: dict[str, Any]) -> None:
         """Takes a metrics record; an evaluation changes the numbers but finishes no update."""
         self._latest |= record
-        if record["phase"] == "evaluation":
+        if record["phase"] == EVALUATION:
             return
+        self._of_any_phase |= {name.partition("/")[2]: value for name, value in record.items()}
         finished, self._done = record["step"] + 1 - self._done, record["step"] + 1
-        self._bar.set_description_str(record["phase"], refresh=False)
+        self._bar.set_description_str(_label(record), refresh=False)
         shown = [text for text in (self._left(), self._numbers(record["phase"])) if text]
         self._bar.set_postfix_str(", ".join(shown), refresh=False)
         self._bar.update(finished)
         due = self._last_line is None or time.monotonic() - self._last_line >= self._line_seconds
         if not self._is_terminal and (due or self._done == self._total):
-            self._write_line(record["phase"])
+            self._write_line(record)
 
     def samples(self, records: list[dict[str, Any]], limit: int = 4) -> None:
         """Prints the first samples as a table, above the bar."""
@@ -93,15 +96,26 @@ class Progress:
     def _numbers(self, phase: str) -> str:
         shown = []
         for label, names in _SHOWN.items():
-            values = (self._latest.get(name.format(phase=phase)) for name in names)
+            values = (self._value(phase, name) for name in names)
             value = next((value for value in values if value is not None), None)
             if value is not None:
                 shown.append(f"{label} {value:,.0f}" if label == "tokens/s" else f"{label} {value:.3f}")
         return ", ".join(shown)
 
-    def _write_line(self, phase: str) -> None:
+    def _value(self, phase: str, name: str) -> Any:
+        own = self._latest.get(f"{phase}/{name}")
+        if own is not None or name not in _KEPT:
+            return own
+        return self._of_any_phase.get(name, self._latest.get(f"{EVALUATION}/{name}"))
+
+    def _write_line(self, record: dict[str, Any]) -> None:
         self._last_line = time.monotonic()
-        shown = [f"step {self._done}/{self._total}", phase, self._numbers(phase), self._left()]
+        shown = [
+            f"step {self._done}/{self._total}",
+            _label(record),
+            self._numbers(record["phase"]),
+            self._left(),
+        ]
         self._write("  ".join(text for text in shown if text))
 
     def _left(self) -> str:
@@ -118,6 +132,10 @@ class Progress:
             self._stream.flush()
         except OSError:  # a full disk or a reader that left: no reason to lose a run
             self._stream = io.StringIO()
+
+
+def _label(record: dict[str, Any]) -> str:
+    return phase_label(record["phase"], record.get("kind"))
 
 
 def sample_table(records: list[dict[str, Any]], width: int) -> str:

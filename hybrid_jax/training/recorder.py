@@ -51,7 +51,7 @@ class Recorder:
         self._compilations = Compilations()
         self._since_stamp = Compilations()
         self._started: set[str] = set()  # phases, and what stands beside them, that have run in this process
-        self._pending: tuple[int, str, Metrics] | None = None
+        self._pending: tuple[int, str, str, Metrics] | None = None
         self._params: Mapping[str, Any] = {}
         self._beside: dict[str, float] = {}  # seconds between two steps, for the next record
         self._begin = time.monotonic() - elapsed  # so that the clock of a resumed run goes on
@@ -91,11 +91,26 @@ class Recorder:
         seconds = time.monotonic() - started
         log.info("compiled %s in %.1f s (its first %s took %.1f s)", name, compilations.seconds, what, seconds)
 
-    def add(self, step: int, phase: str, metrics: Metrics, params: Mapping[str, Any] | None = None) -> None:
-        """Takes the metrics of a step that has been started, and the parameters that come out of it."""
+    def add(
+        self,
+        step: int,
+        phase: str,
+        kind: str,
+        metrics: Metrics,
+        params: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Takes the metrics of a step that has been started.
+
+        Args:
+            step: its number.
+            phase: whose it is, by the name that the config gives it.
+            kind: of the phase.
+            metrics: may still be computed by the device.
+            params: that come out of the step; a number that is not finite is looked for in them.
+        """
         self._params = params or {}
         self.flush()
-        self._pending = (step, phase, metrics)
+        self._pending = (step, phase, kind, metrics)
 
     def flush(self) -> None:
         """Waits for the pending metrics and logs them; they come to the host here and nowhere else.
@@ -105,7 +120,7 @@ class Recorder:
         """
         if self._pending is None:
             return
-        (step, phase, metrics), self._pending = self._pending, None
+        (step, phase, kind, metrics), self._pending = self._pending, None
         with out_of_memory.explained(phase):  # a step that was only started may fail here
             numbers = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         self._profiler.finished(step)
@@ -114,7 +129,8 @@ class Recorder:
         self._progress.time_left.took(phase, seconds, compiling)
         bad = numbers.pop(f"{phase}/{nonfinite.METRIC}", nonfinite.FINE)
         numbers |= self._speed(phase, numbers, seconds)
-        self._write({"step": step, "phase": phase, "seconds": now - self._begin, **numbers})
+        record = {"step": step, "phase": phase, "kind": kind, "seconds": now - self._begin}
+        self._write(record | numbers)
         nonfinite.check(step, phase, int(bad), numbers, self._params)
 
     @contextlib.contextmanager
@@ -145,7 +161,7 @@ class Recorder:
         """Logs an evaluation; ``by_prompt`` are the values behind some of its means, for paired comparisons."""
         self.flush()
         seconds = time.monotonic() - self._begin
-        record = {"step": step, "phase": "evaluation", "seconds": seconds, **numbers}
+        record = {"step": step, "phase": EVALUATION, "kind": EVALUATION, "seconds": seconds, **numbers}
         self._write(record | ({BY_PROMPT: by_prompt} if by_prompt else {}))
         self._logger.samples(samples)
         self._progress.samples(samples)

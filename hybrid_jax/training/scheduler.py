@@ -127,9 +127,9 @@ class _Share:
 class Ratio(_Share):
     """A fixed share of the steps for the second phase: after n steps it has had ⌊n · share⌋."""
 
+    first: str
+    second: str
     share: Share
-    first: str = "sft"
-    second: str = "ppo"
 
     def share_at(self, state: ScheduleState) -> float:
         return self.share
@@ -144,13 +144,13 @@ class Curriculum(_Share):
     cosine replaces u by (1 - cos πu) / 2; step jumps at ``end_step``.
     """
 
+    first: str
+    second: str
     end_step: Count
     begin_step: Natural = 0
     start: Share = 0.1
     end: Share = 0.9
     shape: Literal["linear", "cosine", "step"] = "linear"
-    first: str = "sft"
-    second: str = "ppo"
 
     def __post_init__(self):
         if self.end_step <= self.begin_step:
@@ -174,13 +174,13 @@ class Triggered(_Share):
     Each step that logs the metric waits for its value; a step of another phase does not.
     """
 
-    metric: str  # such as sft/loss
+    first: str
+    second: str
+    metric: str  # of a phase, as it is logged: <phase>/loss
     below: Finite | None = None
     above: Finite | None = None
     before: Share = 0.0
     after: Share = 0.5
-    first: str = "sft"
-    second: str = "ppo"
 
     def __post_init__(self):
         if (self.below is None) == (self.above is None):

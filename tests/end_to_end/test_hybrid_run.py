@@ -97,7 +97,11 @@ def test_after_its_first_step_no_phase_moves_data_that_it_was_not_told_to_move(b
 
 
 def test_with_no_share_for_ppo_the_run_is_a_pure_sft_run_bit_for_bit(tmp_path):
-    mixed = train(experiment(tmp_path / "mixed", "steps=4", "scheduler={name: ratio, share: 0.0}"))
+    mixed = train(
+        experiment(
+            tmp_path / "mixed", "steps=4", "scheduler={name: ratio, first: sft, second: ppo, share: 0.0}"
+        )
+    )
     pure = train(experiment(tmp_path / "pure", "steps=4", SFT_ALONE))
     assert mixed.schedule.steps == pure.schedule.steps == {"sft": 4}
     assert "value" not in pure.train.params  # no PPO at all
@@ -106,7 +110,11 @@ def test_with_no_share_for_ppo_the_run_is_a_pure_sft_run_bit_for_bit(tmp_path):
 
 
 def test_with_the_whole_share_for_ppo_the_run_is_a_pure_ppo_run_bit_for_bit(tmp_path):
-    mixed = train(experiment(tmp_path / "mixed", "steps=3", "scheduler={name: ratio, share: 1.0}"))
+    mixed = train(
+        experiment(
+            tmp_path / "mixed", "steps=3", "scheduler={name: ratio, first: sft, second: ppo, share: 1.0}"
+        )
+    )
     pure = train(experiment(tmp_path / "pure", "steps=3", PPO_ALONE))
     assert mixed.schedule.steps == pure.schedule.steps == {"ppo": 3}
     assert bits(mixed.train.params) == bits(pure.train.params)

@@ -91,7 +91,10 @@ def test_after_another_phase_the_prompts_are_answered_anew(tmp_path, monkeypatch
     [
         ("{name: alternation, warmup: {sft: 0}, cycle: {ppo: 1, sft: 1}}", [1, 1]),  # ppo sft ppo sft
         ("{name: alternation, warmup: {sft: 0}, cycle: {ppo: 3, sft: 1}}", [2, 1, 0]),  # ppo ppo ppo sft
-        ("{name: triggered, metric: ppo/kl, above: 1e9, before: 0.5, after: 1.0}", [2, 2]),  # who knows
+        (
+            "{name: triggered, first: sft, second: ppo, metric: ppo/kl, above: 1e9, before: 0.5, after: 1.0}",
+            [2, 2],
+        ),  # who knows
     ],
 )
 def test_nothing_is_sampled_ahead_where_another_phase_comes_next(tmp_path, monkeypatch, scheduler, sampled):

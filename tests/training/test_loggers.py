@@ -221,6 +221,20 @@ def test_on_a_terminal_progress_shows_phase_loss_score_kl_speed_and_time_left():
         assert part in shown
 
 
+def test_progress_goes_by_the_metrics_of_a_phase_and_not_by_its_name():
+    stream = io.StringIO()
+    progress = Progress(total=3, stream=stream, line_seconds=0)
+    learnt = {"rl/policy_loss": -0.02, "rl/score": 0.81, "rl/kl": 1.5}
+    progress.update({"step": 0, "phase": "rl", "kind": "ppo", **learnt})
+    progress.update({"step": 1, "phase": "teach", "kind": "sft", "teach/loss": 2.5})
+    progress.update({"step": 2, "phase": "polite", "kind": "my_module:Mine", "polite/score": 0.25})
+    assert stream.getvalue().splitlines() == [
+        "step 1/3  rl (ppo)  loss -0.020, score 0.810, KL 1.500",
+        "step 2/3  teach (sft)  loss 2.500, score 0.810, KL 1.500",  # of the last phase that has any
+        "step 3/3  polite (Mine)  score 0.250, KL 1.500",
+    ]
+
+
 def test_the_time_left_says_that_it_is_a_guess_while_a_phase_has_not_run():
     stream = io.StringIO()
     plan = TimeLeft([*["sft"] * 2, "ppo"], work={"sft": 1.0, "ppo": 60.0})

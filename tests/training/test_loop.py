@@ -43,6 +43,7 @@ class Walk:
     """A phase whose parameters take a random step. ``before`` and ``after`` are called around the update."""
 
     name: str
+    kind: str = "walk"
     optimizer_key: str = "shared"
     waits_for_device: bool = False
     before: Any = None
@@ -209,6 +210,11 @@ def test_a_run_takes_its_steps_logs_each_once_and_saves_every_few(tmp_path):
         (7, "ppo"),
         (8, "evaluation"),
     ]
+    assert {(r["phase"], r["kind"]) for r in records} == {
+        ("sft", "walk"),
+        ("ppo", "walk"),
+        ("evaluation", "evaluation"),
+    }
     assert state.host["observed"] == 2  # before steps 0 and 4; nothing learns from the evaluation at the end
     assert run.finished == 1
 

@@ -150,6 +150,7 @@ class Learning:
     """A phase of one guarded update a step; at ``bad_step`` it meets a bad batch."""
 
     name: str = "sft"
+    kind: str = "sft"
     optimizer_key: str = "sft"
     waits_for_device: bool = False
     bad_step: int | None = None

@@ -69,7 +69,7 @@ def test_the_seconds_of_a_step_are_split_and_what_is_left_is_the_update(clock):
     recorder, records = recorder_of()
     parts = {"input_seconds": 0.5, "rollout_seconds": 2.0, "reward_seconds": 0.25, "score_seconds": 1.0}
     clock.seconds = 110.0
-    recorder.add(0, "ppo", {f"ppo/{name}": value for name, value in {**parts, "tokens": 400}.items()})
+    recorder.add(0, "ppo", "ppo", {f"ppo/{name}": value for name, value in {**parts, "tokens": 400}.items()})
     recorder.flush()
     assert records[0]["ppo/seconds"] == 10.0
     assert records[0]["ppo/update_seconds"] == 6.25
@@ -80,25 +80,27 @@ def test_the_seconds_of_a_step_are_split_and_what_is_left_is_the_update(clock):
 
 def test_a_phase_that_says_nothing_of_its_time_is_not_split(clock):
     recorder, records = recorder_of()
-    recorder.add(0, "sft", {"sft/loss": 1.0})
+    recorder.add(0, "sft", "sft", {"sft/loss": 1.0})
     recorder.flush()
-    assert records == [{"step": 0, "phase": "sft", "seconds": 0.0, "sft/loss": 1.0, "sft/seconds": 0.0}]
+    assert records == [
+        {"step": 0, "phase": "sft", "kind": "sft", "seconds": 0.0, "sft/loss": 1.0, "sft/seconds": 0.0}
+    ]
 
 
 def test_what_happens_between_two_steps_is_logged_and_is_no_steps_time(clock):
     recorder, records = recorder_of()
     clock.seconds = 101.0
-    recorder.add(0, "sft", {})
+    recorder.add(0, "sft", "sft", {})
     with recorder.beside("checkpoint"):  # the step's metrics come first
         clock.seconds = 104.0
     with recorder.beside("evaluation"):
         clock.seconds = 111.0
     recorder.evaluation(1, {"evaluation/score": 0.5}, [])
     clock.seconds = 113.0
-    recorder.add(1, "sft", {})
+    recorder.add(1, "sft", "sft", {})
     with recorder.beside("checkpoint"):
         clock.seconds = 120.0
-    recorder.add(2, "sft", {})
+    recorder.add(2, "sft", "sft", {})
     clock.seconds = 124.0
     recorder.flush()
     first, evaluation, second, third = records
@@ -113,7 +115,7 @@ def test_utilisation_is_the_arithmetic_needed_over_that_of_all_devices(clock):
     machine = Machine([Device("TPU v5 lite")] * 4)  # 4 × 197e12 a second
     recorder, records = recorder_of(machine)
     clock.seconds = 102.0
-    recorder.add(0, "sft", {"sft/flops": 394e12})
+    recorder.add(0, "sft", "sft", {"sft/flops": 394e12})
     recorder.flush()
     assert records[0]["sft/mfu"] == pytest.approx(0.25)
     assert "sft/flops" not in records[0]
@@ -123,7 +125,7 @@ def test_on_a_device_of_unknown_peak_there_is_no_utilisation_unless_one_is_given
     for peak, expected in ((None, None), (2.0, 0.05)):
         recorder, records = recorder_of(Machine(jax.devices()[:2], peak))
         clock.seconds += 10.0
-        recorder.add(0, "sft", {"sft/flops": 2e12})
+        recorder.add(0, "sft", "sft", {"sft/flops": 2e12})
         recorder.flush()
         assert records[0].get("sft/mfu") == expected
         assert "sft/flops" not in records[0]
@@ -278,7 +280,7 @@ def test_the_time_left_does_not_count_what_was_compiled(clock):
                 compilation._compiled.append(Compiled("update", 29.0))
                 clock.seconds += 29.0
             clock.seconds += 0.1
-        recorder.add(step, "sft", {})
+        recorder.add(step, "sft", "sft", {})
         recorder.flush()
     assert recorder._progress.time_left.seconds(570) == pytest.approx(
         57.0
@@ -288,7 +290,7 @@ def test_the_time_left_does_not_count_what_was_compiled(clock):
 def test_memory_and_compilations_are_in_every_record_of_a_step(clock):
     recorder, records = recorder_of(Machine(jax.devices()))
     for step in range(2):
-        recorder.add(step, "sft", {})
+        recorder.add(step, "sft", "sft", {})
     recorder.flush()
     for record in records:
         assert record["memory/host_peak_bytes"] > 0
@@ -311,7 +313,7 @@ def test_the_steps_that_were_asked_for_are_traced(tmp_path):
     for step in range(6):
         with recorder.step(step, "sft"):
             running.append(profiler._is_tracing)
-        recorder.add(step, "sft", {"sft/loss": jnp.ones(())})
+        recorder.add(step, "sft", "sft", {"sft/loss": jnp.ones(())})
     recorder.close()
     # The metrics of step 3 arrive while step 4 is being started.
     assert running == [False, False, True, True, True, False]

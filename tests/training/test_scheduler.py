@@ -12,6 +12,7 @@ from hybrid_jax.training.state import ScheduleState
 
 CONFIG = Path(__file__).parents[2] / "configs" / "debug" / "hybrid.yaml"
 LETTERS = {"sft": "s", "ppo": "p"}
+PAIR = {"first": "sft", "second": "ppo"}
 
 
 def play(scheduler, steps, state=None, metrics=lambda step: {}):
@@ -46,12 +47,12 @@ def test_alternation_skips_a_phase_with_no_steps():
     ],
 )
 def test_a_ratio_runs_the_second_phase_as_soon_as_it_is_owed_a_whole_step(share, expected):
-    assert play(Ratio(share=share), 12)[0] == expected
+    assert play(Ratio(**PAIR, share=share), 12)[0] == expected
 
 
 @pytest.mark.parametrize("share", [0.1, 0.2, 0.3, 0.7, 0.9])
 def test_a_share_that_is_no_binary_fraction_is_exact_after_a_thousand_steps(share):
-    chosen, _ = play(Ratio(share=share), 1000)
+    chosen, _ = play(Ratio(**PAIR, share=share), 1000)
     assert chosen.count("p") == round(1000 * share)
     for end in range(0, 1001, 10):  # and in every ten steps before
         assert chosen[:end].count("p") == round(end * share)
@@ -59,33 +60,33 @@ def test_a_share_that_is_no_binary_fraction_is_exact_after_a_thousand_steps(shar
 
 def test_a_linear_curriculum_adds_up_its_shares():
     # Shares 0, .25, .5, .75, 1, 1 sum to 0, .25, .75, 1.5, 2.5, 3.5: one is due at steps 4, 5 and 6.
-    assert play(Curriculum(end_step=4, start=0.0, end=1.0), 6)[0] == "sssppp"
+    assert play(Curriculum(**PAIR, end_step=4, start=0.0, end=1.0), 6)[0] == "sssppp"
 
 
 def test_a_cosine_curriculum_starts_later_and_ends_steeper():
     # (1 - cos πu) / 2 at u = 0, 1/6, …, 1 is 0, .067, .25, .5, .75, .933, 1;
     # the sums are 0, .067, .317, .817, 1.567, 2.5, 3.5.
-    assert play(Curriculum(end_step=6, start=0.0, end=1.0, shape="cosine"), 7)[0] == "ssssppp"
+    assert play(Curriculum(**PAIR, end_step=6, start=0.0, end=1.0, shape="cosine"), 7)[0] == "ssssppp"
     # A straight line from 0 to 1: sums 0, 1/6, 1/2, 1, 5/3, 5/2, 7/2.
-    assert play(Curriculum(end_step=6, start=0.0, end=1.0), 7)[0] == "sssp" + "spp"
+    assert play(Curriculum(**PAIR, end_step=6, start=0.0, end=1.0), 7)[0] == "sssp" + "spp"
 
 
 def test_a_step_curriculum_jumps_at_its_end_and_a_curriculum_waits_for_its_begin():
-    assert play(Curriculum(end_step=3, start=0.0, end=1.0, shape="step"), 6)[0] == "sssppp"
+    assert play(Curriculum(**PAIR, end_step=3, start=0.0, end=1.0, shape="step"), 6)[0] == "sssppp"
     # u is 0 up to step 2, then .5, then 1: shares 0, 0, 0, .5, 1, 1.
-    assert play(Curriculum(begin_step=2, end_step=4, start=0.0, end=1.0), 6)[0] == "sssspp"
+    assert play(Curriculum(**PAIR, begin_step=2, end_step=4, start=0.0, end=1.0), 6)[0] == "sssspp"
 
 
 def test_a_trigger_is_pulled_by_its_metric_and_stays_pulled():
     losses = [5.0, 3.0, 1.9, 4.0, 4.0, 4.0, 4.0, 4.0]
-    scheduler = Triggered(metric="sft/loss", below=2.0, after=0.5)
+    scheduler = Triggered(**PAIR, metric="sft/loss", below=2.0, after=0.5)
     chosen, state = play(scheduler, 8, metrics=lambda step: {"sft/loss": losses[step]})
     assert chosen == "sss" + "spsps"
     assert state.triggered
 
 
 def test_a_trigger_above_a_threshold_ignores_steps_that_do_not_log_its_metric():
-    scheduler = Triggered(metric="ppo/score", above=0.0, before=0.5, after=1.0)
+    scheduler = Triggered(**PAIR, metric="ppo/score", above=0.0, before=0.5, after=1.0)
     scores = {1: {"ppo/score": -1.0}, 2: {"sft/loss": 9.0}, 3: {"ppo/score": 0.1}}
     chosen, _ = play(scheduler, 7, metrics=lambda step: scores.get(step, {}))
     assert chosen == "spsp" + "ppp"
@@ -93,9 +94,9 @@ def test_a_trigger_above_a_threshold_ignores_steps_that_do_not_log_its_metric():
 
 SCHEDULERS = [
     Alternation(warmup={"sft": 3}, cycle={"ppo": 2, "sft": 1}),
-    Ratio(share=0.3),
-    Curriculum(end_step=20, start=0.1, end=0.9, shape="cosine"),
-    Triggered(metric="sft/loss", below=2.0, before=0.1, after=0.7),
+    Ratio(**PAIR, share=0.3),
+    Curriculum(**PAIR, end_step=20, start=0.1, end=0.9, shape="cosine"),
+    Triggered(**PAIR, metric="sft/loss", below=2.0, before=0.1, after=0.7),
 ]
 PLANNED = [scheduler for scheduler in SCHEDULERS if not isinstance(scheduler, Triggered)]
 
@@ -144,12 +145,15 @@ def test_steps_that_a_metric_decides_are_not_guessed(look):
     scheduler = Users(cycle={"sft": 1, "ppo": 1})
     assert planned_steps(scheduler, 5) == {"sft": 3, "ppo": 2}
     assert planned_steps(scheduler, 6) == {"sft": None, "ppo": None}
-    assert planned_steps(Triggered(metric="sft/loss", below=1.0), 9) == {"sft": None, "ppo": None}
+    assert planned_steps(Triggered(**PAIR, metric="sft/loss", below=1.0), 9) == {"sft": None, "ppo": None}
 
 
 def test_a_rate_does_not_decay_to_a_horizon_that_a_metric_decides(caplog):
     """The rates of PPO were 1e-5 and then 0: it was taken to have one step."""
-    overrides = ["steps=10", "scheduler={name: triggered, metric: sft/loss, below: 100.0, before: 0.0}"]
+    overrides = [
+        "steps=10",
+        "scheduler={name: triggered, first: sft, second: ppo, metric: sft/loss, below: 100.0, before: 0.0}",
+    ]
     config = load_config(CONFIG, overrides)
     ppo: Any = plan_phases(config)[0]["ppo"]
     assert [float(ppo._rate(step, ppo._horizon)) for step in range(4)] == pytest.approx([1e-5] * 4)
@@ -178,10 +182,13 @@ def test_entries_count_how_often_each_phase_was_entered():
     [
         (lambda: Alternation(cycle={"sft": 0}), "cycle must hold at least one step"),
         (lambda: Alternation(cycle={"sft": -1, "ppo": 2}), "at least 0"),
-        (lambda: Ratio(share=1.5), r"share must be in \[0, 1\], got 1.5"),
-        (lambda: Curriculum(begin_step=5, end_step=5), "end_step must be greater than begin_step 5, got 5"),
-        (lambda: Triggered(metric="sft/loss"), "below or above must be given"),
-        (lambda: Triggered(metric="sft/loss", below=1.0, above=2.0), "only one of them"),
+        (lambda: Ratio(**PAIR, share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (
+            lambda: Curriculum(**PAIR, begin_step=5, end_step=5),
+            "end_step must be greater than begin_step 5, got 5",
+        ),
+        (lambda: Triggered(**PAIR, metric="sft/loss"), "below or above must be given"),
+        (lambda: Triggered(**PAIR, metric="sft/loss", below=1.0, above=2.0), "only one of them"),
     ],
 )
 def test_impossible_schedules_are_refused(make, message):

@@ -150,13 +150,13 @@ def test_the_headline_compares_the_end_with_the_last_evaluation_before_ppo(tmp_p
     page = report(tmp_path, [*metrics, by_prompt(4, after)])
     # Differences of 0.4 and 0.6: mean 0.5, s = 0.1 √(8/7), t(0.975, 7) s / √8 = 2.3646 · 0.0378 = 0.0894.
     assert (
-        "Training with reward raised the held-out score from 0.400 (SFT alone, step 2) to 0.900 at step 4 "
+        "Training with reward raised the held-out score from 0.400 (sft alone, step 2) to 0.900 at step 4 "
         "(+0.5, 95 % interval +0.411 to +0.589). "
         "95 % interval of the mean difference over the same 8 held-out prompts, paired t."
     ) in page.text
     assert 'class="verdict up"' in (tmp_path / "report.html").read_text()
-    assert "0.400 before PPO, +0.411 to +0.589" in page.text
-    assert "Steps 4 2 SFT · 2 PPO" in page.text
+    assert "0.400 before the reward, +0.411 to +0.589" in page.text
+    assert "Steps 4 2 sft · 2 ppo" in page.text
     assert "Duration 8 s" in page.text
 
 
@@ -229,7 +229,7 @@ def test_a_report_is_written_for_each_run_that_is_named(tmp_path, capsys):
 
 def test_steps_are_counted_by_phase_also_when_only_some_are_logged(tmp_path):
     page = report(tmp_path, [sft(0), sft(10), ppo(20), ppo(30), ppo(39)])
-    assert "Steps 40 20 SFT · 20 PPO" in page.text
+    assert "Steps 40 20 sft · 20 ppo" in page.text
 
 
 @pytest.mark.parametrize(
@@ -287,15 +287,15 @@ def test_the_time_of_a_step_and_of_the_run_is_split_and_tabled(tmp_path):
     ]
     page = report(tmp_path, records)
     assert (
-        "The whole run: 40 s SFT steps 21 s 52 % PPO steps 11 s 28 % evaluation 6 s 15 % checkpoint 2 s 5 %"
+        "The whole run: 40 s sft steps 21 s 52 % ppo steps 11 s 28 % evaluation 6 s 15 % checkpoint 2 s 5 %"
         in (page.text)
     )
-    assert "A step of SFT, on average: 500 ms input 125 ms 25 % update 375 ms 75 %" in page.text
+    assert "A step of sft, on average: 500 ms input 125 ms 25 % update 375 ms 75 %" in page.text
     assert (
-        "A step of PPO, on average: 2 s input 200 ms 10 % rollout 1 s 50 % reward 100 ms 5 % "
+        "A step of ppo, on average: 2 s input 200 ms 10 % rollout 1 s 50 % reward 100 ms 5 % "
         "score 100 ms 5 % update 600 ms 30 %"
     ) in page.text
-    assert "SFT 3 500 ms – 42.5 % PPO 2 2 s 1000 –" in page.text
+    assert "sft 3 500 ms – 42.5 % ppo 2 2 s 1000 –" in page.text
     assert "Peak memory of the process (host) 1.50 GiB Programs compiled 12, in 0 ms" in page.text
     widths = [a["style"] for tag, a in page.tags if tag == "i" and a.get("style", "").startswith("width")]
     assert widths[:4] == ["width:52.50%", "width:27.50%", "width:15.00%", "width:5.00%"]
@@ -334,7 +334,7 @@ def test_a_torn_last_line_and_values_that_are_no_numbers_leave_gaps(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     page = Page(write_report(tmp_path).read_text())
     (panel,) = page.data["panels"]
-    assert panel["series"] == [{"x": [0, 1, 2, 3, 4], "y": [2, None, None, None, 2], "colour": "sft"}]
+    assert panel["series"] == [{"x": [0, 1, 2, 3, 4], "y": [2, None, None, None, 2], "colour": "blue"}]
     assert "training 2 3 not finite" in page.text
 
 
@@ -342,7 +342,7 @@ def test_samples_stand_side_by_side_before_at_the_sft_level_and_after(tmp_path):
     metrics = [sft(0), ppo(20), ppo(40)]
     samples = [sample(step, f"text at {step}", coverage=0.25) for step in (0, 10, 20, 30, 41)]
     page = report(tmp_path, metrics, samples)
-    shown = "The Eagle is Before · step 0 0.00 text at 0 coverage 0.25 SFT only · step 20 0.20 text at 20"
+    shown = "The Eagle is Before · step 0 0.00 text at 0 coverage 0.25 sft only · step 20 0.20 text at 20"
     assert shown in page.text
     assert "After · step 41 0.41 text at 41" in page.text
     assert "text at 30" not in page.text

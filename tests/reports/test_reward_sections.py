@@ -13,6 +13,7 @@ from hybrid_jax.reports.charts import Band, Panel, Series, draw
 from hybrid_jax.reports.flags import GAMING, WEAKNESS, find_flags, trend
 from hybrid_jax.reports.glossary import glossary_entry
 from hybrid_jax.reports.report import write_report
+from hybrid_jax.reports.rewarded import Rewarded, rewarded_phases
 from hybrid_jax.reports.run import Run
 
 HOSTILE = [
@@ -44,12 +45,14 @@ def ppo(count: int = 20, **metrics) -> list[dict]:
     return records
 
 
-def run(*records: list[dict], config: dict | None = None) -> Run:
+def run(*records: list[dict], config: dict | None = None) -> Rewarded:
+    """The one phase of a planted run that learns from a reward."""
     joined = sorted((r for some in records for r in some), key=lambda record: record["step"])
-    return Run("planted", joined, [], [], config or {}, {})
+    (phase,) = rewarded_phases(Run("planted", joined, [], [], config or {}, {}))
+    return phase
 
 
-def only(rule: str, planted: Run) -> str:
+def only(rule: str, planted: Rewarded) -> str:
     """The one sentence of a rule, and of no other."""
     flags = find_flags(planted)
     assert rule in flags.looked_at
@@ -141,7 +144,7 @@ def test_a_score_that_rises_by_length_alone_is_told():
     curves = {"score": line(0.3, 0.7), "response_length": line(20, 45), "score_length_slope": [0.02] * 9}
     sentences = GAMING["score at equal length"](run(ppo(), evaluations(**curves)))
     assert sentences == [
-        "The held-out score rose from 0.35 to 0.65, but at the length that responses had before PPO "
+        "The held-out score rose from 0.35 to 0.65, but at the length that responses had before it "
         "(20 tokens) it would have fallen from 0.287 to 0.212: the gain is one of length."
     ]
     for change in (
@@ -200,7 +203,7 @@ def test_a_part_that_is_the_same_for_all_is_told():
     assert only("constant parts", run(ppo(20, a=3e9, a_std=0.5))).startswith("a gives no signal")
     late = ppo(20, a=3.0, a_std=lambda i: float(i < 18))
     assert only("constant parts", run(late)) == (
-        "a gave all responses of a rollout the same over the last tenth of the PPO steps: "
+        "a gave all responses of a rollout the same over the last tenth of the ppo steps: "
         "it teaches nothing more."
     )
     assert found(find_flags(run(ppo(20, a=3.0, a_std=lambda i: float(i == 19))))) == []
@@ -215,7 +218,7 @@ def test_responses_that_grow_are_told(end, count):
 
 @pytest.mark.parametrize("name", ["score~response_length", "response_length~score"])
 def test_a_score_that_goes_with_length_is_told(name):
-    def planted(late: float) -> Run:
+    def planted(late: float) -> Rewarded:
         return run(ppo(20, **{"a": 0.1, "a_std": 1.0, name: lambda i: late if i >= 18 else 0.0}))
 
     assert only("score with length", planted(0.71)).startswith(
@@ -229,7 +232,7 @@ def test_a_score_that_goes_with_length_is_told(name):
 
 @pytest.mark.parametrize("kind", ["gate", "bandit"])
 def test_weights_that_come_down_to_one_part_are_told(kind):
-    def planted(entropy: float) -> Run:
+    def planted(entropy: float) -> Rewarded:
         return run(ppo(20, a=0.1, a_std=1.0, b=0.1, b_std=1.0, **{f"{kind}_entropy": entropy}))
 
     assert "have come down to 1.11 of 2 parts (entropy 0.1 nats)" in only(
@@ -333,13 +336,13 @@ def test_the_section_shows_each_part_the_combination_and_correlations_and_nothin
     assert "Weights a 0.6 b 0.6" in rewards
     assert "The bandit's chances a 0.5 b 0.5" in rewards
     assert "Clipped rows a 0.25 b 0.25" in rewards
-    assert "A cost PPO 7.5" in rewards
+    assert "A cost ppo 7.5" in rewards
     assert (
         "Correlations a b score b −0.25 score +0.50 +0.88 response length +0.12 +0.00 +0.30 Over the responses"
     ) in rewards
     cells = [(found["class"], found["style"]) for tag, found in page.tags if tag == "td" and "style" in found]
-    assert cells[0] == ("sft", "--share:14%")  # of 55 % at ±1, below 0 in another colour
-    assert cells[1:] == [("ppo", f"--share:{share}%") for share in (28, 48, 7, 0, 16)]
+    assert cells[0] == ("blue", "--share:14%")  # of 55 % at ±1, below 0 in another colour
+    assert cells[1:] == [("orange", f"--share:{share}%") for share in (28, 48, 7, 0, 16)]
     titles = re.findall("<h3>(.*?)</h3>", page.html)[1:]  # after the score
     assert titles == [
         "Nothing suspicious",
@@ -351,7 +354,7 @@ def test_the_section_shows_each_part_the_combination_and_correlations_and_nothin
         "clipped parts, constant parts, entropy of the weights." in rewards
     )
     assert "Without numbers to look at: score at equal length, growing responses." in rewards
-    assert page.html.count('class="area ppo"') == 2
+    assert page.html.count('class="area blue"') == 2
 
 
 def test_signs_are_told_in_the_section_and_at_the_top(tmp_path):
@@ -381,7 +384,7 @@ def test_a_run_without_signal_says_so_and_is_not_said_to_be_gamed(tmp_path):
     ]
     page = Page(tmp_path, metrics)
     assert (
-        "The reward gave no signal: in each rollout all responses scored the same, and PPO had nothing to "
+        "The reward gave no signal: in each rollout all responses scored the same, so there was nothing to "
         "learn from it. Training with reward left the held-out score at <b>0.000</b>: no prompt scored "
         "differently."
     ) in page.html
@@ -408,7 +411,7 @@ def test_parts_and_judges_have_an_interval_of_their_change(tmp_path):
     after = by_prompt(30, score=rise, reward__a=[0.5] * 5 + [0.6] * 4 + [0.2], judge__taste=[0.9] * 9 + [0.8])
     page = Page(tmp_path, [before, *ppo(20, **described("a")), after])
     assert (
-        "Held-out change before PPO at the end difference 95 % interval "
+        "Held-out change before reward at the end difference 95 % interval "
         "score 0 0.45 +0.45 +0.233 to +0.667 up "
         "a 0.5 0.51 +0.01 −0.0756 to +0.0956 within chance "
         "judge: taste 1 0.89 −0.11 −0.133 to −0.0874 down "

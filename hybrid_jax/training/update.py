@@ -55,33 +55,68 @@ def update_state(
     scaling: DynamicLossScale | None = None,
     accept: Callable[[Mapping[str, Array]], Array] | None = None,
 ) -> tuple[TrainState, dict[str, Array], Array]:
-    """One optimizer step on some ``groups`` of parameters, left out where loss or gradient is not finite.
+    """The gradient of one objective (`gradients`), and the guarded update by it (`update`).
 
     Args:
         objective: the loss of those groups.
-        optimizer: turns the gradient into a direction, which is subtracted ``rate`` times.
-        state: its ``params`` and ``opt_state[optimizer_key]`` are replaced, with ``scaling`` its state too.
+        optimizer, rate, optimizer_key, scaling, accept: see `update`.
+        state: of the run.
         batch: leaves [B ...], read in equal ``microbatches``.
         key: of the loss.
-        rate: the learning rate.
-        optimizer_key: which optimizer state to use.
         groups: those that train.
         microbatches: parts in which the batch is read; the gradient is the same.
+    """
+    trained = {group: state.params[group] for group in groups}
+    scale = state.extra[loss_scale.STATE].scale if scaling else None
+    grads, metrics = gradients(objective, trained, batch, key, microbatches, scale)
+    losses = [name for name in objective.coefs if name in metrics]
+    return update(
+        optimizer,
+        state,
+        grads,
+        metrics,
+        rate,
+        optimizer_key=optimizer_key,
+        losses=losses,
+        scaling=scaling,
+        accept=accept,
+    )
+
+
+def update(
+    optimizer: Optimizer,
+    state: TrainState,
+    grads: Groups,
+    metrics: Mapping[str, Array],
+    rate: Array | float,
+    *,
+    optimizer_key: str,
+    losses: Sequence[str] = ("loss",),
+    scaling: DynamicLossScale | None = None,
+    accept: Callable[[Mapping[str, Array]], Array] | None = None,
+) -> tuple[TrainState, dict[str, Array], Array]:
+    """One optimizer step, left out where loss or gradient is not finite; wherever the gradient is from.
+
+    Args:
+        optimizer: turns the gradient into a direction, which is subtracted ``rate`` times.
+        state: its ``params`` and ``opt_state[optimizer_key]`` are replaced, with ``scaling`` its state too.
+        grads: of the groups that train; the others stay as they are.
+        metrics: what belongs to the gradient, the terms of the loss among it.
+        rate: the learning rate.
+        optimizer_key: which optimizer state to use.
+        losses: the metrics that must be finite.
         scaling: of the loss, for a model that computes in float16.
-        accept: whether to take the step at all, from the means of terms and metrics before it.
+        accept: whether to take the step at all, from the ``metrics``.
 
     Returns:
-        The new state; the means of terms and metrics with ``grad_norm`` before clipping, ``nonfinite`` (see
-        `first_nonfinite`; an overflow that a smaller loss scale may mend is none) and ``loss_scale``, if there
-        is one; and whether the step was taken.
+        The new state; the metrics with ``grad_norm`` before clipping, ``nonfinite`` (see `first_nonfinite`; an
+        overflow that a smaller loss scale may mend is none) and ``loss_scale``, if there is one; and whether
+        the step was taken.
     """
-    scale_state = state.extra[loss_scale.STATE] if scaling else None
-    trained = {group: state.params[group] for group in groups}
-    scale = None if scale_state is None else scale_state.scale
-    grads, metrics = gradients(objective, trained, batch, key, microbatches, scale)
+    metrics = dict(metrics)
     squares = sums_of_squares(grads)
-    losses = jnp.stack([metrics[name] for name in objective.coefs if name in metrics])
-    bad = nonfinite.first_nonfinite(state.params, squares, losses)
+    terms = jnp.stack([metrics[name] for name in losses])
+    bad = nonfinite.first_nonfinite(state.params, squares, terms)
     finite = bad == nonfinite.FINE
     taken = finite if accept is None else finite & accept(metrics)
 
@@ -92,11 +127,11 @@ def update_state(
     # A branch, since choosing between old and new arrays would keep a copy of the parameters.
     old = state.params, state.opt_state[optimizer_key]
     params, opt_state = jax.lax.cond(taken, step, lambda old, grads: old, old, grads)
-    norm = global_norm(squares)
-    metrics |= {"grad_norm": norm, nonfinite.METRIC: bad}
+    metrics |= {"grad_norm": global_norm(_trunk_first(squares)), nonfinite.METRIC: bad}
     extra = state.extra
-    if scaling is not None and scale_state is not None:
-        overflow = jnp.isfinite(losses).all() & scaling.can_shrink(scale_state)
+    if scaling is not None:
+        scale_state = extra[loss_scale.STATE]
+        overflow = jnp.isfinite(terms).all() & scaling.can_shrink(scale_state)
         metrics |= {
             nonfinite.METRIC: jnp.where(overflow, nonfinite.FINE, bad),
             loss_scale.STATE: scale_state.scale,
@@ -153,6 +188,7 @@ def apply_gradients(
     The norm is taken and clipped over all groups together, from the ``squares`` of `sums_of_squares` where they
     are known already; it is returned as it was before clipping.
     """
+    squares = _trunk_first(sums_of_squares(grads) if squares is None else squares)
     grads, norm = clip_by_global_norm(grads, optimizer.max_grad_norm, squares)
     params, opt_state = dict(params), dict(opt_state)
     transform = layer_by_layer(optimizer.transform())
@@ -160,6 +196,11 @@ def apply_gradients(
         updates, opt_state[group] = transform.update(grad, opt_state[group], params[group])
         params[group] = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), params[group], updates)
     return params, opt_state, norm
+
+
+def _trunk_first(squares: Mapping[str, Any]) -> list[Any]:
+    """The order of a sum over groups, so that it does not depend on what heads and phases are called."""
+    return [squares[name] for name in sorted(squares, key=lambda name: (name != "model", name))]
 
 
 def _accumulate(grad: Callable, params: Groups, batch: Any, key: Array, microbatches: int):

@@ -38,9 +38,7 @@ def test_the_sum_of_the_gradients_of_two_objectives_updates_like_their_sum():
     parts = [gradients(term(n, s), state().params, BATCH, KEY) for n, s in (("a", 0.1), ("b", 0.2))]
     grads = jax.tree.map(jnp.add, parts[0][0], parts[1][0])
     means = {**parts[0][1], **parts[1][1]}
-    new, found, taken = update(
-        OPTIMIZER, state(), grads, means, 0.5, optimizer_key="sft", losses=("a", "b")
-    )
+    new, found, taken = update(OPTIMIZER, state(), grads, means, 0.5, optimizer_key="sft", losses=("a", "b"))
     assert bool(taken)
     np.testing.assert_allclose(new.params["model"]["w"], expected.params["model"]["w"], rtol=1e-6)
     np.testing.assert_allclose(found["grad_norm"], 0.9, rtol=1e-6)  # 3 · (0.1 + 0.2)

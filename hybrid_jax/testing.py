@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 
 from hybrid_jax.data.tokenizer import Bytes
-from hybrid_jax.models.base import ModelOutput, Params
+from hybrid_jax.models.base import ModelOutput, Params, RowCache
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
@@ -68,10 +68,10 @@ class PrefixTable:
         return params
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None):
-        prefix, prefixes = jnp.zeros(tokens.shape[0], jnp.int32), []
+        mask = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask > 0
+        prefix, prefixes = self.init_cache(*tokens.shape).state, []
         for t in range(tokens.shape[1]):
-            if t:
-                prefix = self._append(prefix, tokens[:, t])
+            prefix = jnp.where(mask[:, t], self._append(prefix, tokens[:, t]), prefix)
             prefixes.append(prefix)
         return jax.nn.one_hot(jnp.stack(prefixes, axis=1), NUM_PREFIXES)
 
@@ -80,28 +80,33 @@ class PrefixTable:
         return {}
 
     def hidden_and_losses(self, params, tokens, attention_mask=None, *, dropout_key=None):
-        return self.hidden(params, tokens), {}
+        return self.hidden(params, tokens, attention_mask), {}
 
     def logits(self, params, hidden):
         return hidden @ params["table"]
 
     def apply(self, params, tokens, attention_mask=None, *, dropout_key=None):
-        hidden = self.hidden(params, tokens)
+        hidden = self.hidden(params, tokens, attention_mask)
         return ModelOutput(self.logits(params, hidden), hidden)
 
     def init_cache(self, batch: int, length: int):
-        return jnp.zeros(batch, jnp.int32)
+        return RowCache(jnp.full(batch, -1))
 
-    def prefill(self, params, tokens, attention_mask, cache):
-        return params["table"][cache], cache
+    def extend(self, params, tokens, attention_mask, cache):
+        prefix = cache.state
+        for t in range(tokens.shape[1]):
+            prefix = jnp.where(attention_mask[:, t], self._append(prefix, tokens[:, t]), prefix)
+        return params["table"][prefix], RowCache(prefix)
+
+    prefill = extend
 
     def step(self, params, token, cache):
-        prefix = self._append(cache, token)
-        return params["table"][prefix], prefix
+        prefix = self._append(cache.state, token)
+        return params["table"][prefix], RowCache(prefix)
 
     def _append(self, prefix: Array, token: Array) -> Array:
-        """Row of the longer prefix; a whole response has none, and any will do."""
-        return jnp.minimum(VOCABULARY * prefix + 1 + token, NUM_PREFIXES - 1)
+        """Row of the longer prefix: the prompt is none, and a whole response has none, so that any will do."""
+        return jnp.where(prefix < 0, 0, jnp.minimum(VOCABULARY * prefix + 1 + token, NUM_PREFIXES - 1))
 
 
 def reference_params() -> Params:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+import jax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.registry import Registry
 
 Params = dict[str, Any]  # a nested dict of arrays
-Cache = Any  # a pytree: keys and values, a hidden state, a memory, or the last k tokens
 
 
 # Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the size named by itself.
@@ -22,22 +22,66 @@ CacheT = TypeVar("CacheT")
 
 
 @runtime_checkable
-class SlotCache(Protocol):
+class Cache(Protocol):
+    """What a model remembers of the tokens of some rows: keys and values, a hidden state, the last k tokens.
+
+    A pytree. Row ``b`` is what `LanguageModel.init_cache` made for row ``b`` of the batch, wherever the axis of
+    the rows lies in the arrays inside: only the cache itself needs to know that.
+    """
+
+    def take(self: CacheT, rows: Int[Array, "N"]) -> CacheT:
+        """The cache of ``rows`` in that order: some left out, some more than once."""
+        ...
+
+
+@runtime_checkable
+class RefillCache(Cache, Protocol):
+    """A cache whose rows can read new sequences while the others go on."""
+
+    def with_rows(self: CacheT, rows: Int[Array, "G M"], fresh: CacheT) -> CacheT:
+        """With some rows given over to new sequences.
+
+        Args:
+            rows: where each row of ``fresh`` goes within each of G equal groups of the rows, the cache's and
+                those of ``fresh``; what is no row of its group is left out.
+            fresh: of G · M rows, made for as many tokens as this cache, after `LanguageModel.prefill`.
+        """
+        ...
+
+
+@runtime_checkable
+class SlotCache(RefillCache, Protocol):
     """A cache with a slot for every token, all rows writing the same one; behind the last comes the first."""
 
     def grown(self: CacheT, length: int) -> CacheT:
         """With empty slots behind the others, ``length`` in all; only before any slot is written twice."""
         ...
 
-    def with_rows(self: CacheT, rows: Int[Array, "G M"], fresh: CacheT) -> CacheT:
-        """With some rows given over to new prompts.
 
-        Args:
-            rows: where each row of ``fresh`` goes within each of G equal groups of the rows, the cache's and
-                those of ``fresh``; what is no row of its group is left out.
-            fresh: of G · M rows and as many slots as this cache, after `LanguageModel.prefill`.
-        """
-        ...
+@struct.dataclass
+class RowCache:
+    """A cache whose arrays all begin with the axis of the rows: a hidden state, a memory, the last k tokens."""
+
+    state: Any  # a pytree of arrays [B ...]
+
+    def take(self, rows: Int[Array, "N"]) -> RowCache:
+        """`Cache.take`."""
+        return RowCache(jax.tree.map(lambda x: x[rows], self.state))
+
+    def with_rows(self, rows: Int[Array, "G M"], fresh: RowCache) -> RowCache:
+        """`RefillCache.with_rows`."""
+        return RowCache(jax.tree.map(lambda x, new: put_rows(x, rows, new), self.state, fresh.state))
+
+
+def put_rows(array: Shaped[Array, "B ..."], rows: Int[Array, "G M"], new: Any) -> Shaped[Array, "B ..."]:
+    """``array`` with the rows of ``new`` at ``rows`` of each of G equal groups; others are left out.
+
+    A group is what one device holds, so that no row moves to another device.
+    """
+    groups = len(rows)
+    split = lambda x: x.reshape(groups, -1, *x.shape[1:])  # noqa: E731
+    put = jax.vmap(lambda group, index, value: group.at[index].set(value, mode="drop"))
+    return put(split(array), rows, split(new)).reshape(array.shape)
 
 
 @struct.dataclass
@@ -123,7 +167,20 @@ class LanguageModel(Protocol):
     def prefill(
         self, params: Params, tokens: Int[Array, "B P"], attention_mask: Bool[Array, "B P"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
-        """Reads left-padded prompts into the empty cache; returns the scores of the first response token."""
+        """Reads left-padded prompts into the empty cache; returns the scores of the first response token.
+
+        It is `extend` of an empty cache, up to rounding.
+        """
+        ...
+
+    def extend(
+        self, params: Params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Reads more tokens behind those in the cache, such as a user's turn; returns the scores after them.
+
+        They are left-padded, too: a row may read fewer than others. The scores of a row that reads none mean
+        nothing. An `EncoderDecoder` reads its source first, and more of the target from then on.
+        """
         ...
 
     def step(self, params: Params, token: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:

@@ -24,7 +24,7 @@ from hybrid_jax.models.attention.choice import causal_attention
 from hybrid_jax.models.attention.einsum import cached_attention
 from hybrid_jax.models.base import ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
-from hybrid_jax.models.decoder_cache import DecoderCache
+from hybrid_jax.models.decoder_cache import EMPTY, DecoderCache
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
 from hybrid_jax.models.param_axes import param_axes
@@ -136,7 +136,7 @@ class Decoder:
         return DecoderCache(
             keys=(empty,) * arrays,
             values=(empty,) * arrays,
-            key_mask=shard(jnp.zeros((batch, length), bool), "attention_batch", None),
+            key_positions=shard(jnp.full((batch, length), EMPTY), "attention_batch", None),
             positions=shard(jnp.zeros(batch, jnp.int32), "attention_batch"),
             slot=jnp.int32(0),
         )
@@ -149,30 +149,58 @@ class Decoder:
         def attend(q, k, v, rule, sinks, layer):
             return self._attention(q, k, v, segment_ids, rule, sinks), layer.write(k, v, 0)
 
+        positions = segment_positions(segment_ids)
+        written = jnp.where(segment_ids > 0, positions, EMPTY)
         cache = replace(
             cache,
-            key_mask=lax.dynamic_update_slice(cache.key_mask, attention_mask.astype(bool), (0, 0)),
+            key_positions=lax.dynamic_update_slice(cache.key_positions, written, (0, 0)),
             positions=jnp.sum(segment_ids, axis=1),
             slot=jnp.int32(tokens.shape[1]),
         )
-        return self._read(params, tokens, segment_positions(segment_ids), attend, cache)
+        return self._read(params, tokens, positions, attend, cache)
+
+    def extend(
+        self, params, tokens, attention_mask, cache: DecoderCache
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        count, last = tokens.shape[1], self.config.max_length - 1
+        slots = (cache.slot + jnp.arange(count)) % cache.key_positions.shape[1]
+        after_each = cache.positions[:, None] + jnp.cumsum(attention_mask, axis=1)
+        positions = jnp.clip(after_each - 1, 0, last)
+        written = jnp.where(attention_mask > 0, positions, EMPTY)
+        key_positions = cache.key_positions.at[:, slots].set(written)
+        distance = positions[:, :, None] - key_positions[:, None]
+        visible = (key_positions[:, None] != EMPTY) & (distance >= 0)
+
+        def attend(q, k, v, rule, sinks, layer):
+            layer = layer.write(k, v, slots)
+            of_one = partial(cached_attention, rule=rule, sinks=sinks)
+            of_all = jax.vmap(of_one, in_axes=(1, None, None, 1, 1), out_axes=1)
+            return of_all(q, *layer.read(), visible, distance), layer
+
+        after = replace(
+            cache,
+            key_positions=key_positions,
+            positions=jnp.minimum(after_each[:, -1], last),
+            slot=cache.slot + count,
+        )
+        return self._read(params, tokens, positions, attend, after)
 
     def step(
         self, params, token: Int[Array, "B"], cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
-        slot = cache.slot % cache.key_mask.shape[1]
-        key_mask = lax.dynamic_update_slice(cache.key_mask, jnp.ones((token.shape[0], 1), bool), (0, slot))
+        slot, written = cache.slot % cache.key_positions.shape[1], cache.positions[:, None]
+        key_positions = lax.dynamic_update_slice(cache.key_positions, written, (0, slot))
+        visible, distance = key_positions != EMPTY, written - key_positions
 
         def attend(q, k, v, rule, sinks, layer):
             layer = layer.write(k, v, slot)
-            keys, values = layer.read()
-            mixed = cached_attention(q[:, 0], keys, values, key_mask, slot, rule, sinks)
+            mixed = cached_attention(q[:, 0], *layer.read(), visible, distance, rule, sinks)
             return mixed[:, None], layer
 
         # A row that has ended may wait for a new prompt, and reads on meanwhile.
         positions = jnp.minimum(cache.positions + 1, self.config.max_length - 1)
-        after = replace(cache, key_mask=key_mask, positions=positions, slot=cache.slot + 1)
-        return self._read(params, token[:, None], cache.positions[:, None], attend, after)
+        after = replace(cache, key_positions=key_positions, positions=positions, slot=cache.slot + 1)
+        return self._read(params, token[:, None], written, attend, after)
 
     def _attention(self, q, k, v, segment_ids, rule, sinks) -> Float[Array, "B T H C"]:
         return causal_attention(q, k, v, segment_ids, rule, sinks, self.config.execution.attention)

@@ -39,7 +39,11 @@ class EncoderDecoderCache:
     written: tuple[tuple[Float[Array, "B R H C"], Float[Array, "B R H C"]], ...]
     source: tuple[tuple[Float[Array, "B P H C"], Float[Array, "B P H C"]], ...]  # empty before `prefill`
     source_mask: Bool[Array, "B P"]
-    slot: Int[Array, ""]  # of the next token
+    slot: Int[Array, "B"]  # of the next token
+
+    def take(self, rows: Int[Array, "N"]) -> EncoderDecoderCache:
+        """`Cache.take`."""
+        return jax.tree.map(lambda x: x[rows], self)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class EncoderDecoder:
         c = self.config
         empty = jnp.zeros((batch, length, c.num_heads, c.channels), c.dtype)
         mask = jnp.zeros((batch, 0), bool)
-        return EncoderDecoderCache(((empty, empty),) * c.decoder_layers, (), mask, jnp.int32(0))
+        return EncoderDecoderCache(((empty, empty),) * c.decoder_layers, (), mask, jnp.zeros(batch, jnp.int32))
 
     def prefill(
         self, params, tokens, attention_mask, cache: EncoderDecoderCache
@@ -151,7 +155,7 @@ class EncoderDecoder:
 
         # A row of ``length`` prompt tokens leaves the others, and the start token, to the decoder.
         written = jax.tree.map(lambda array: array[:, : array.shape[1] - length + 1], cache.written)
-        cache = EncoderDecoderCache(written, (), mask, jnp.int32(0))
+        cache = replace(cache, written=written, source_mask=mask)
         start = jnp.full(batch, self.config.start_id, jnp.int32)
         return self._step(params, start, cache, [cross] * self.config.decoder_layers)
 
@@ -164,18 +168,33 @@ class EncoderDecoder:
 
         return self._step(params, token, cache, [partial(cross, pair=pair) for pair in cache.source])
 
+    def extend(
+        self, params, tokens, attention_mask, cache: EncoderDecoderCache
+    ) -> tuple[Float[Array, "B V"], EncoderDecoderCache]:
+        if not cache.source:
+            return self.prefill(params, tokens, attention_mask, cache)
+
+        def read(carry, inputs):
+            _, cache = carry
+            token, real = inputs
+            logits, after = self.step(params, token, cache)
+            return (logits, replace(after, slot=jnp.where(real, after.slot, cache.slot))), None
+
+        none = jnp.zeros((len(tokens), self.vocab_size))
+        return lax.scan(read, (none, cache), (tokens.T, attention_mask.T))[0]
+
     def _step(self, params, token, cache: EncoderDecoderCache, crosses: list[Attend]):
         slots = jnp.arange(cache.written[0][0].shape[1])
-        visible = (slots <= cache.slot)[None, None, None]
+        distance = slots - cache.slot[:, None, None]
+        write = jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (slot, 0, 0)))
 
         def attend(q, x, project, bias, drop, pair):
-            write = partial(lax.dynamic_update_slice, start_indices=(0, cache.slot, 0, 0))
-            keys, values = (write(old, new) for old, new in zip(pair, project(x), strict=True))
+            keys, values = (write(old, new, cache.slot) for old, new in zip(pair, project(x), strict=True))
+            visible = (distance <= 0)[:, None]
             return masked_attention(q, keys, values, visible, bias=bias), (keys, values)
 
         attends = [partial(attend, pair=pair) for pair in cache.written]
         layers = list(zip(attends, crosses, strict=True))
-        distance = (slots - cache.slot)[None]
         hidden, kept = self._run(params, "decode", token[:, None], distance, layers)
         written, source = zip(*kept, strict=True)
         return self.logits(params, hidden[:, 0]), replace(
@@ -202,9 +221,9 @@ class EncoderDecoder:
         return Network(self.config).apply({"params": params}, *inputs, rngs=rngs, method=method)
 
 
-def _distances(length: int) -> Int[Array, "T T"]:
+def _distances(length: int) -> Int[Array, "1 T T"]:
     """Key position less query position: within a segment, wherever in the row it lies, they are the same."""
-    return jnp.arange(length) - jnp.arange(length)[:, None]
+    return (jnp.arange(length) - jnp.arange(length)[:, None])[None]
 
 
 def _attend(visible: Bool[Array, "B 1 T S"], memory: Array | None = None) -> Attend:

@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.models.blocks import Linear
@@ -28,8 +29,8 @@ Attend = Callable[[Array, Array, Project, Array | None, Drop], tuple[Array, Any]
 
 
 def relative_buckets(
-    distance: Int[Array, "T S"], num_buckets: int, max_distance: int, both_ways: bool
-) -> Int[Array, "T S"]:
+    distance: Int[Array, "... T S"], num_buckets: int, max_distance: int, both_ways: bool
+) -> Int[Array, "... T S"]:
     """The bucket of each distance, key position − query position (Raffel et al. 2020, section 2.1).
 
     Half of the buckets are of one distance each, from 0; the others grow with its logarithm up to
@@ -62,19 +63,19 @@ class Network(nn.Module):
 
     def __call__(self, tokens, attend: Attend, cross: Attend):
         """Only to make the parameters."""
-        distance = jnp.zeros((1, 1), jnp.int32)
+        distance = jnp.zeros((1, 1, 1), jnp.int32)
         self.encode(tokens, distance, attend)
         x, _ = self.decode(tokens, distance, [(attend, cross)] * self.config.decoder_layers)
         return x if self.config.tie_embeddings else self.lm_head(x)
 
-    def encode(self, tokens: Int[Array, "B S"], distance: Int[Array, "S S"], attend: Attend):
+    def encode(self, tokens: Int[Array, "B S"], distance: Int[Array, "1 S S"], attend: Attend):
         x, bias = self._drop(self.token_embedding(tokens)), self._bias(self.encoder_bias, distance, True)
         for layer in self.encoder_layer:
             x, _ = layer(x, attend, None, bias, self._drop)
         return self._drop(self.encoder_norm(x))
 
     def decode(
-        self, tokens: Int[Array, "B T"], distance: Int[Array, "T S"], attends: list[tuple[Attend, Attend]]
+        self, tokens: Int[Array, "B T"], distance: Int[Array, "#B T S"], attends: list[tuple[Attend, Attend]]
     ):
         """Hidden states, and what each layer's two attentions kept."""
         x, bias = self._drop(self.token_embedding(tokens)), self._bias(self.decoder_bias, distance, False)
@@ -84,10 +85,10 @@ class Network(nn.Module):
             kept.append(keep)
         return self._drop(self.decoder_norm(x)), kept
 
-    def _bias(self, embedding: Embedding, distance, both_ways: bool) -> Float[Array, "1 H T S"]:
+    def _bias(self, embedding: Embedding, distance, both_ways: bool) -> Float[Array, "#B H T S"]:
         c = self.config
         biases = embedding(relative_buckets(distance, c.num_buckets, c.max_distance, both_ways))
-        return biases.transpose(2, 0, 1)[None]
+        return rearrange(biases, "b t s h -> b h t s")
 
     def _drop(self, x: Array) -> Array:
         return self.dropout(x, deterministic=not self.has_rng("dropout"))

@@ -75,7 +75,8 @@ def test_a_rule_changes_the_weights_as_a_loop_over_single_tokens_does(name):
     attend = jax.jit(lambda *qkv: causal_attention(*qkv, segment_ids, rule, sinks))
     np.testing.assert_allclose(attend(q, k, v), expected, atol=2e-6)
     mask = segment_ids == segment_ids[:, -1:]
-    cached = jax.jit(lambda q, k, v: cached_attention(q, k, v, mask, 12, rule, sinks))
+    distance = jnp.broadcast_to(12 - jnp.arange(13), mask.shape)
+    cached = jax.jit(lambda q, k, v: cached_attention(q, k, v, mask, distance, rule, sinks))
     last = cached(q[:, -1], k.swapaxes(1, 2), v.swapaxes(1, 2))
     np.testing.assert_allclose(last, expected[:, -1], atol=2e-6)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.attention.rule import PLAIN, AttentionRule
@@ -18,48 +19,46 @@ HIDDEN = -1e30  # finite: exp gives exactly 0 and no NaN can arise
 
 def plain_attention(q, k, v, segment_ids=None, rule=PLAIN, sinks=None):
     """`causal_attention` as it is written down."""
-    batch, length, _, channels = q.shape
+    length, _, channels = q.shape[1:]
     visible = jnp.tril(jnp.ones((length, length), bool))[None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None, :])
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
-    grouped = q.reshape(batch, length, k.shape[2], -1, channels)
+    grouped = rearrange(q, "b t (k g) c -> b t k g c", k=k.shape[2])
     scores = product("btkgc,bskc->bkgts", grouped, k)
     weights = _weights(scores, visible[:, None, None], distance, rule, channels, sinks)
     out = product("bkgts,bskc->btkgc", weights.astype(v.dtype), v)
-    return out.reshape(q.shape).astype(q.dtype)
+    return rearrange(out, "b t k g c -> b t (k g) c").astype(q.dtype)
 
 
 def cached_attention(
     q: Float[Array, "B H C"],
     keys: Float[Array, "B K S C"],
     values: Float[Array, "B K S C"],
-    key_mask: Bool[Array, "B S"],
-    slot: Int[Array, ""] | int = 0,
+    visible: Bool[Array, "B S"],
+    distance: Int[Array, "B S"] | None = None,
     rule: AttentionRule = PLAIN,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B H C"]:
-    """Attention of one query a row, in ``slot``, over the cached positions where ``key_mask``.
+    """Attention of one query a row over the cached tokens that are ``visible``.
 
-    The slots are a ring: those behind ``slot`` hold what was written before the first one.
+    ``distance`` is how many tokens each of them is behind the query, for a rule that asks.
     """
-    batch, heads, channels = q.shape
-    grouped = q.reshape(batch, keys.shape[1], -1, channels)
+    grouped = rearrange(q, "b (k g) c -> b k g c", k=keys.shape[1])
     scores = jnp.einsum("bkgc,bksc->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    distance = ((slot - jnp.arange(keys.shape[2])) % keys.shape[2])[None]
-    weights = _weights(scores[..., None, :], key_mask[:, None, None, None], distance, rule, channels, sinks)[
-        ..., 0, :
-    ]
+    each = None if distance is None else distance[:, None, None, None]
+    weights = _weights(scores[..., None, :], visible[:, None, None, None], each, rule, q.shape[-1], sinks)
+    weights = weights[..., 0, :]
     out = jnp.einsum(
         "bkgs,bksc->bkgc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
-    return out.reshape(batch, heads, channels).astype(q.dtype)
+    return rearrange(out, "b k g c -> b (k g) c").astype(q.dtype)
 
 
 def _weights(
     scores: Float[Array, "B K G T S"],
     visible: Bool[Array, "B #K #G #T S"],
-    distance: Int[Array, "T S"],
+    distance: Int[Array, "*#B T S"] | None,
     rule: AttentionRule,
     channels: int,
     sinks: Float[Array, "H"] | None,

@@ -62,12 +62,15 @@ class PrefixTable:
     max_length: int | None = STEPS + 1
 
     def init(self, key: Array) -> Params:
+        """The table of π_ref."""
         return reference_params()
 
     def cast(self, params: Params) -> Params:
+        """The parameters as they are."""
         return params
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        """The prefix that each token ends, one-hot."""
         mask = jnp.ones(tokens.shape, bool) if attention_mask is None else attention_mask > 0
         prefix, prefixes = self.init_cache(*tokens.shape).state, []
         for t in range(tokens.shape[1]):
@@ -77,22 +80,28 @@ class PrefixTable:
 
     @property
     def loss_coefs(self):
+        """Empty."""
         return {}
 
     def hidden_and_losses(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        """`hidden`, and no losses."""
         return self.hidden(params, tokens, attention_mask), {}
 
     def logits(self, params, hidden):
+        """The row of each prefix."""
         return hidden @ params["table"]
 
     def apply(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        """`LanguageModel.apply`."""
         hidden = self.hidden(params, tokens, attention_mask)
         return ModelOutput(self.logits(params, hidden), hidden)
 
     def init_cache(self, batch: int, length: int):
+        """Of rows that have read nothing."""
         return RowCache(jnp.full(batch, -1))
 
     def extend(self, params, tokens, attention_mask, cache):
+        """`LanguageModel.extend`."""
         prefix = cache.state
         for t in range(tokens.shape[1]):
             prefix = jnp.where(attention_mask[:, t], self._append(prefix, tokens[:, t]), prefix)
@@ -101,6 +110,7 @@ class PrefixTable:
     prefill = extend
 
     def step(self, params, token, cache):
+        """`LanguageModel.step`."""
         prefix = self._append(cache.state, token)
         return params["table"][prefix], RowCache(prefix)
 

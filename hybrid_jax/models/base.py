@@ -86,6 +86,8 @@ def put_rows(array: Shaped[Array, "B ..."], rows: Int[Array, "G M"], new: Any) -
 
 @struct.dataclass
 class ModelOutput:
+    """What `LanguageModel.apply` returns."""
+
     logits: Float[Array, "B T V"]  # float32; item t scores token t + 1
     hidden: Float[Array, "B T D"]  # what the heads read
 
@@ -101,17 +103,23 @@ class LanguageModel(Protocol):
     """
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of tokens, V."""
+        ...
 
     @property
-    def width(self) -> int: ...
+    def width(self) -> int:
+        """Channels of a hidden state, D."""
+        ...
 
     @property
     def max_length(self) -> int | None:
         """Longest sequence the model can read; None has no bound."""
         ...
 
-    def init(self, key: Array) -> Params: ...
+    def init(self, key: Array) -> Params:
+        """Random parameters, float32."""
+        ...
 
     def cast(self, params: Params) -> Params:
         """The parameters as the computation reads them: for a frozen or a short-lived copy in less memory.
@@ -158,7 +166,9 @@ class LanguageModel(Protocol):
         attention_mask: Bool[Array, "B T"] | Int[Array, "B T"] | None = None,
         *,
         dropout_key: Array | None = None,
-    ) -> ModelOutput: ...
+    ) -> ModelOutput:
+        """`hidden` and the `logits` of all positions."""
+        ...
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for ``batch`` rows of at most ``length`` tokens."""

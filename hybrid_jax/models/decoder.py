@@ -42,18 +42,22 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, V."""
         assert self.config.vocab_size is not None
         return self.config.vocab_size
 
     @property
     def width(self) -> int:
+        """Channels of a hidden state, D."""
         return self.config.width
 
     @property
     def max_length(self) -> int:
+        """Longest sequence that may be read."""
         return self.config.max_length
 
     def init(self, key: Array) -> Params:
+        """Random parameters, each array made where it shall lie; an adapter's beside them."""
         return born(param_axes, self._init, key)
 
     def _init(self, key: Array) -> Params:
@@ -76,6 +80,7 @@ class Decoder:
         return unstack_layers(params, c.period) if c.execution.scan_layers else params
 
     def cast(self, params: Params) -> Params:
+        """`LanguageModel.cast`: kernels and embeddings in the dtype of the computation."""
         c = self.config
         if c.lora is not None and c.lora.dora:  # whose gains read the base in float32
             return params
@@ -83,16 +88,19 @@ class Decoder:
 
     @property
     def loss_coefs(self) -> dict[str, float]:
+        """`LanguageModel.loss_coefs`: those of the routers, if there are experts."""
         experts = self.config.experts
         coefs = {"router_balance": experts.balance_coef, "router_z": experts.z_coef} if experts else {}
         return {name: coef for name, coef in coefs.items() if coef}
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None) -> Float[Array, "B T D"]:
+        """`LanguageModel.hidden`."""
         return self.hidden_and_losses(params, tokens, attention_mask, dropout_key=dropout_key)[0]
 
     def hidden_and_losses(
         self, params, tokens, attention_mask=None, *, dropout_key=None
     ) -> tuple[Float[Array, "B T D"], dict[str, Sum]]:
+        """`LanguageModel.hidden_and_losses`."""
         if attention_mask is None:
             segment_ids, positions = None, jnp.arange(tokens.shape[1])[None]
             real = jnp.ones(tokens.shape, bool)
@@ -107,6 +115,7 @@ class Decoder:
         return hidden, {name: losses[name] for name in self.loss_coefs}
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """`LanguageModel.logits`, scaled and capped as the family does."""
         c, adapters = self.config, params.get(ADAPTER, {})
         mapped = partial(adapted_linear, c.lora, dtype=hidden.dtype)
         if c.embedding_width is not None:
@@ -123,10 +132,12 @@ class Decoder:
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
 
     def apply(self, params, tokens, attention_mask=None, *, dropout_key=None) -> ModelOutput:
+        """`LanguageModel.apply`."""
         hidden = self.hidden(params, tokens, attention_mask, dropout_key=dropout_key)
         return ModelOutput(logits=self.logits(params, hidden), hidden=hidden)
 
     def init_cache(self, batch: int, length: int) -> DecoderCache:
+        """`LanguageModel.init_cache`: one slot a token."""
         c = self.config
         scanned = c.execution.scan_layers
         turns = (c.num_layers // c.period,) if scanned else ()
@@ -144,6 +155,7 @@ class Decoder:
     def prefill(
         self, params, tokens, attention_mask, cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """`LanguageModel.prefill`: attention among the prompt tokens alone, as in training."""
         segment_ids = attention_mask.astype(jnp.int32)
 
         def attend(q, k, v, rule, sinks, layer):
@@ -162,6 +174,7 @@ class Decoder:
     def extend(
         self, params, tokens, attention_mask, cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """`LanguageModel.extend`: attention over all slots."""
         count, last = tokens.shape[1], self.config.max_length - 1
         slots = (cache.slot + jnp.arange(count)) % cache.key_positions.shape[1]
         after_each = cache.positions[:, None] + jnp.cumsum(attention_mask, axis=1)
@@ -175,7 +188,8 @@ class Decoder:
             layer = layer.write(k, v, slots)
             of_one = partial(cached_attention, rule=rule, sinks=sinks)
             of_all = jax.vmap(of_one, in_axes=(1, None, None, 1, 1), out_axes=1)
-            return of_all(q, *layer.read(), visible, distance), layer
+            keys, values = layer.read()
+            return of_all(q, keys, values, visible, distance), layer
 
         after = replace(
             cache,
@@ -188,13 +202,15 @@ class Decoder:
     def step(
         self, params, token: Int[Array, "B"], cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """`LanguageModel.step`."""
         slot, written = cache.slot % cache.key_positions.shape[1], cache.positions[:, None]
         key_positions = lax.dynamic_update_slice(cache.key_positions, written, (0, slot))
         visible, distance = key_positions != EMPTY, written - key_positions
 
         def attend(q, k, v, rule, sinks, layer):
             layer = layer.write(k, v, slot)
-            mixed = cached_attention(q[:, 0], *layer.read(), visible, distance, rule, sinks)
+            keys, values = layer.read()
+            mixed = cached_attention(q[:, 0], keys, values, visible, distance, rule, sinks)
             return mixed[:, None], layer
 
         # A row that has ended may wait for a new prompt, and reads on meanwhile.

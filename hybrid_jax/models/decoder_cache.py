@@ -72,6 +72,7 @@ class DecoderCache:
         )
 
     def layers(self) -> list[LayerCache]:
+        """What each layer, or each layer of a turn, reads and writes."""
         return [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
 
@@ -88,6 +89,7 @@ class LayerCache:
         return self.replace(keys=self._written(self.keys, k, slot), values=self._written(self.values, v, slot))  # pyright: ignore[reportAttributeAccessIssue]
 
     def read(self) -> tuple[Float[Array, "B K S C"], Float[Array, "B K S C"]]:
+        """Keys and values of this layer."""
         if self.turn is None:
             return self.keys, self.values
         keys, values = (lax.dynamic_index_in_dim(x, self.turn, 0, False) for x in (self.keys, self.values))

@@ -120,21 +120,26 @@ class DecoderConfig:
 
     @property
     def kv_heads(self) -> int:
+        """Key/value heads, K."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def channels(self) -> int:
+        """Channels of one head, C."""
         return self.width // self.num_heads if self.head_width is None else self.head_width
 
     @property
     def rotary_channels(self) -> int:
+        """Channels of a head that turn with the position."""
         return self.channels if self.rotary_width is None else self.rotary_width
 
     @property
     def inner_width(self) -> int:
+        """Width of an MLP, F."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     def attention_rule(self, layer: int) -> AttentionRule:
+        """What the attention of a layer does to its scores."""
         slopes = None
         if self.position == "alibi":
             slopes = alibi_slopes(self.num_heads, self.alibi_exponent)
@@ -144,12 +149,15 @@ class DecoderConfig:
         return AttentionRule(self.attention_scale, window, self.attention_softcap, slopes)
 
     def is_windowed(self, layer: int) -> bool:
+        """Whether a layer sees only the tokens of the window."""
         return self.window is not None and (self.window_layers is None or self.window_layers[layer])
 
     def is_rotary(self, layer: int) -> bool:
+        """Whether a layer turns queries and keys by their positions."""
         return self.position == "rotary" and (self.rotary_layers is None or self.rotary_layers[layer])
 
     def has_experts(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one MLP."""
         return self.experts is not None and (self.experts.layers is None or self.experts.layers[layer])
 
     @property

@@ -59,22 +59,27 @@ class EncoderDecoder:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens, V."""
         assert self.config.vocab_size is not None
         return self.config.vocab_size
 
     @property
     def width(self) -> int:
+        """Channels of a hidden state, D."""
         return self.config.width
 
     @property
     def max_length(self) -> int | None:
+        """None: relative positions have no bound."""
         return None
 
     @property
     def loss_coefs(self) -> dict[str, float]:
+        """Empty: the model has no losses of its own."""
         return {}
 
     def init(self, key: Array) -> Params:
+        """Random parameters, float32."""
         return _init(self.config, key)
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None) -> Float[Array, "B T D"]:
@@ -98,9 +103,11 @@ class EncoderDecoder:
     def hidden_and_losses(
         self, params, tokens, attention_mask=None, *, dropout_key=None
     ) -> tuple[Float[Array, "B T D"], dict[str, Sum]]:
+        """`hidden`, and no losses."""
         return self.hidden(params, tokens, attention_mask, dropout_key=dropout_key), {}
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """`LanguageModel.logits`."""
         c = self.config
         if c.scale_outputs:
             hidden = hidden * jnp.asarray(c.width**-0.5, hidden.dtype)
@@ -108,6 +115,7 @@ class EncoderDecoder:
         return linear(hidden, kernel.astype(hidden.dtype), None, out_dtype=jnp.float32)
 
     def apply(self, params, tokens, attention_mask=None, *, dropout_key=None) -> ModelOutput:
+        """`hidden` and the `logits` of all positions."""
         hidden = self.hidden(params, tokens, attention_mask, dropout_key=dropout_key)
         return ModelOutput(logits=self.logits(params, hidden), hidden=hidden)
 
@@ -133,9 +141,11 @@ class EncoderDecoder:
         return ModelOutput(logits=self.logits(params, hidden), hidden=hidden)
 
     def cast(self, params: Params) -> Params:
+        """The parameters as they are: each is cast where it is used."""
         return params
 
     def init_cache(self, batch: int, length: int) -> EncoderDecoderCache:
+        """`LanguageModel.init_cache`."""
         c = self.config
         empty = jnp.zeros((batch, length, c.num_heads, c.channels), c.dtype)
         mask = jnp.zeros((batch, 0), bool)
@@ -162,6 +172,8 @@ class EncoderDecoder:
     def step(
         self, params, token: Int[Array, "B"], cache: EncoderDecoderCache
     ) -> tuple[Float[Array, "B V"], EncoderDecoderCache]:
+        """`LanguageModel.step`: one more token of the target."""
+
         def cross(q, x, project, bias, drop, pair):
             keys, values = pair
             return masked_attention(q, keys, values, cache.source_mask[:, None, None]), pair
@@ -171,6 +183,7 @@ class EncoderDecoder:
     def extend(
         self, params, tokens, attention_mask, cache: EncoderDecoderCache
     ) -> tuple[Float[Array, "B V"], EncoderDecoderCache]:
+        """`LanguageModel.extend`: of an empty cache the source, then tokens of the target, one by one."""
         if not cache.source:
             return self.prefill(params, tokens, attention_mask, cache)
 

@@ -48,9 +48,12 @@ def relative_buckets(
 
 
 class Network(nn.Module):
+    """Encoder and decoder over one embedding."""
+
     config: EncoderDecoderConfig
 
     def setup(self):
+        """Makes the parts that both methods use."""
         c = self.config
         bias = partial(Embedding, c.num_buckets, c.num_heads, c.init_factor * c.width**-0.5, "float32")
         self.token_embedding = Embedding(c.vocab_size or 0, c.width, c.init_factor, c.dtype)
@@ -69,6 +72,7 @@ class Network(nn.Module):
         return x if self.config.tie_embeddings else self.lm_head(x)
 
     def encode(self, tokens: Int[Array, "B S"], distance: Int[Array, "1 S S"], attend: Attend):
+        """States of the sources."""
         x, bias = self._drop(self.token_embedding(tokens)), self._bias(self.encoder_bias, distance, True)
         for layer in self.encoder_layer:
             x, _ = layer(x, attend, None, bias, self._drop)
@@ -95,6 +99,8 @@ class Network(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention, in the decoder cross-attention, and an MLP, each on a residual branch."""
+
     config: EncoderDecoderConfig
 
     @nn.compact
@@ -110,6 +116,8 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
+    """Projections around an `Attend`."""
+
     config: EncoderDecoderConfig
 
     @nn.compact
@@ -132,6 +140,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """An MLP, plain or gated."""
+
     config: EncoderDecoderConfig
 
     @nn.compact

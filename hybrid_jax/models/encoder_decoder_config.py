@@ -68,14 +68,17 @@ class EncoderDecoderConfig:
 
     @property
     def decoder_layers(self) -> int:
+        """Layers of the decoder."""
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
     def channels(self) -> int:
+        """Channels of one head, C."""
         return self.width // self.num_heads if self.head_width is None else self.head_width
 
     @property
     def inner_width(self) -> int:
+        """Width of an MLP, F."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     def resolved(self) -> EncoderDecoderConfig:

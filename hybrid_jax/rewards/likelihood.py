@@ -60,6 +60,7 @@ class Perplexity:
         return self.start(prompts, responses)()
 
     def start(self, prompts: Sequence[str], responses: Sequence[str]) -> Callable[[], list[float]]:
+        """Starts to read the texts; returns what waits for the scores."""
         finish = start_log_probs(text_model(self.path), prompts, responses, self.max_length, self.batch_size)
 
         def scores() -> list[float]:
@@ -102,6 +103,7 @@ class GptScore:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts to read the texts; returns what waits for the scores."""
         instruction = self.template.removesuffix("{response}")
         named = {name: columns[name] for name in places(instruction) if name in columns}
         instructions = []

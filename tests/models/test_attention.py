@@ -171,5 +171,6 @@ def test_cached_attention_is_the_last_row_of_causal_attention():
     q, k, v = _qkv(length=9)
     mask = jnp.arange(9)[None] >= jnp.array([[0], [4]])
     whole = jax.jit(plain_attention)(q, k, v, mask.astype(jnp.int32))
-    cached = jax.jit(cached_attention)(q[:, -1], k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+    distance = jnp.broadcast_to(8 - jnp.arange(9), mask.shape)
+    cached = jax.jit(cached_attention)(q[:, -1], k.swapaxes(1, 2), v.swapaxes(1, 2), mask, distance)
     np.testing.assert_allclose(cached, np.asarray(whole)[:, -1], atol=2e-6)

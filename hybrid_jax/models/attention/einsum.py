@@ -36,18 +36,18 @@ def cached_attention(
     keys: Float[Array, "B K S C"],
     values: Float[Array, "B K S C"],
     visible: Bool[Array, "B S"],
-    distance: Int[Array, "B S"] | None = None,
+    distance: Int[Array, "B S"],
     rule: AttentionRule = PLAIN,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B H C"]:
     """Attention of one query a row over the cached tokens that are ``visible``.
 
-    ``distance`` is how many tokens each of them is behind the query, for a rule that asks.
+    ``distance`` is how many tokens each of them is behind the query.
     """
     grouped = rearrange(q, "b (k g) c -> b k g c", k=keys.shape[1])
     scores = jnp.einsum("bkgc,bksc->bkgs", grouped, keys, preferred_element_type=jnp.float32)
-    each = None if distance is None else distance[:, None, None, None]
-    weights = _weights(scores[..., None, :], visible[:, None, None, None], each, rule, q.shape[-1], sinks)
+    behind = distance[:, None, None, None]
+    weights = _weights(scores[..., None, :], visible[:, None, None, None], behind, rule, q.shape[-1], sinks)
     weights = weights[..., 0, :]
     out = jnp.einsum(
         "bkgs,bksc->bkgc", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
@@ -58,7 +58,7 @@ def cached_attention(
 def _weights(
     scores: Float[Array, "B K G T S"],
     visible: Bool[Array, "B #K #G #T S"],
-    distance: Int[Array, "*#B T S"] | None,
+    distance: Int[Array, "*#B T S"],
     rule: AttentionRule,
     channels: int,
     sinks: Float[Array, "H"] | None,

@@ -35,25 +35,29 @@ from hybrid_jax.training.scheduler import SCHEDULERS
 class ExperimentConfig:
     """A whole experiment, as its YAML file says it."""
 
-    run_dir: Path | Url  # gs://bucket/path
+    run_dir: Path | Url  # folder of the run, or gs://bucket/path
     steps: Natural  # of all phases together
-    model: Annotated[Any, BACKBONES]
-    tokenizer: Annotated[Any, TOKENIZERS]
-    data: Annotated[Any, SOURCES]
-    phases: dict[str, Annotated[Any, PHASES]] = field(  # by the names that the scheduler uses
-        metadata={MERGED: True}  # one that no scheduler chooses does nothing
+    model: Annotated[Any, BACKBONES]  # that is trained
+    tokenizer: Annotated[Any, TOKENIZERS]  # of all texts; a resumed run has its own
+    data: Annotated[Any, SOURCES]  # training and held-out rows
+    phases: dict[str, Annotated[Any, PHASES]] = (
+        field(  # by the names that the scheduler uses; others do nothing
+            metadata={MERGED: True}
+        )
     )
-    scheduler: Annotated[Any, SCHEDULERS]
+    scheduler: Annotated[Any, SCHEDULERS]  # which phase takes the next step
     start_from: str | None = None  # RUN or RUN@step: goes on from a checkpoint of another run, see docs/runs.md
-    seed: Seed = 0
+    seed: Seed = 0  # of the parameters, the order of rows and all sampling
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
     offload: tuple[Idle, ...] = ()  # what waits in the host's memory while no phase uses it
-    evaluation: EvaluationConfig = EvaluationConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()  # what is measured on the held-out rows, and when
+    checkpoint: CheckpointConfig = CheckpointConfig()  # when the run is saved and exported
     loggers: tuple[Annotated[Any, LOGGERS], ...] = ()  # beside metrics.jsonl and samples.jsonl
-    mesh: MeshConfig = MeshConfig()
-    compilation_cache: Path | Url | None = field(default_factory=cache_folder)
-    peak_tflops: Positive | None = None  # bfloat16, of one device, for the utilisation; else its kind's
+    mesh: MeshConfig = MeshConfig()  # how the devices share the work
+    compilation_cache: Path | Url | None = field(  # where compiled programs are kept; null keeps none
+        default_factory=cache_folder
+    )
+    peak_tflops: Positive | None = None  # of one device in bfloat16, for the utilisation; null: of its kind
     profile: ProfileConfig | None = None  # steps to trace into run_dir/profile
 
     def __post_init__(self):

@@ -10,6 +10,7 @@ import ast
 import builtins
 import functools
 import importlib
+import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -83,6 +84,9 @@ UNDOCUMENTED = {
     "top": 21,
     "training": 45,
 }  # by room
+
+
+SILENT = {"phases": 24, "rewards": 8, "models": 28, "sampling": 5}  # settings without a sentence, by room
 
 
 def modules():
@@ -249,6 +253,23 @@ def test_every_public_function_method_and_class_has_a_docstring():
     assert not grown, [
         name for name in missing if name.split("/")[0] in grown or ("/" not in name and "top" in grown)
     ]
+
+
+def test_every_setting_has_a_sentence():
+    spec = importlib.util.spec_from_file_location(
+        "settings_docs", PACKAGE.parent / "scripts" / "settings_docs.py"
+    )
+    docs = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = docs  # dataclasses look there
+    spec.loader.exec_module(docs)
+    silent = {
+        f"{sys.modules[cls.__module__].__file__}: {cls.__name__}.{setting.name}"
+        for cls in docs.classes()
+        for setting in docs.settings_of(cls)
+        if not setting.sentence
+    }
+    counts = Counter(place(Path(name.split(":")[0])).split("/")[0] for name in silent)
+    assert not {room: count for room, count in counts.items() if count > SILENT.get(room, 0)}, sorted(silent)
 
 
 def test_every_public_name_is_where_the_package_says():

@@ -36,7 +36,7 @@ KL_CONTROLS: Registry[KLControl] = Registry("KL control")
 class FixedKL:
     """β = ``coef``, always."""
 
-    coef: NonNegative = 0.05
+    coef: NonNegative = 0.05  # β, the reward that a nat of KL costs
 
     def init(self) -> State:
         return jnp.asarray(self.coef, jnp.float32)
@@ -58,9 +58,9 @@ class AdaptiveKL:
     The bound on n/horizon keeps β positive for any batch; the paper's batches never reach it.
     """
 
-    initial: Positive = 0.05
-    target: Positive = 6.0  # nats, summed over a response
-    horizon: Positive = 10_000.0  # responses
+    initial: Positive = 0.05  # β of the first step
+    target: Positive = 6.0  # KL to hold, in nats summed over a response
+    horizon: Positive = 10_000.0  # responses over which β follows; fewer react faster
 
     def init(self) -> State:
         return jnp.asarray(self.initial, jnp.float32)

@@ -42,11 +42,11 @@ class EvaluationConfig:
     It always runs at the start, at the end, and before the first step of each phase.
     """
 
-    every: Count | None = None  # further steps
-    num_prompts: Natural = 64  # answered; 0 answers none
-    num_examples: Natural = 256  # for the loss
+    every: Count | None = None  # steps between two evaluations; null has no further ones
+    num_prompts: Natural = 64  # held-out prompts to answer; 0 answers none
+    num_examples: Natural = 256  # held-out examples whose loss is measured
     num_shown: Natural = 8  # samples written into samples.jsonl
-    batch_size: BatchSize = 64
+    batch_size: BatchSize = 64  # rows read or answered at once
     length: Annotated[int, Ge(2)] | None = None  # tokens a row for the loss; None takes what SFT reads
     sampler: Sampler | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with

@@ -43,28 +43,27 @@ from hybrid_jax.models.pooling import Pooling, cls_pooling
 class EncoderConfig:
     """Every switch of the encoder. ``None`` means the usual choice, named behind it."""
 
-    vocab_size: Vocabulary
-    num_layers: Layers = 4
-    width: Width = 256
-    num_heads: Width = 8
-    mlp_width: Width | None = None  # 4 * width
-    max_length: Count = 512
+    vocab_size: Vocabulary  # rows of the word embedding
+    num_layers: Layers = 4  # how many
+    width: Width = 256  # of the hidden states
+    num_heads: Width = 8  # of attention; they divide the width
+    mlp_width: Width | None = None  # of the hidden layer of a branch; null is 4 * width
+    max_length: Count = 512  # tokens of the longest row
     position_offset: Natural = 0  # rows of the position table before the one of position 0
     token_types: Natural = 2  # rows of the table of token types; 0 is none
     pad_id: Natural | None = 0  # only written down for others: padding is what the mask says
-    activation: Activation = "gelu"
-    norm_epsilon: Positive = 1e-12
+    activation: Activation = "gelu"  # of the MLPs
+    norm_epsilon: Positive = 1e-12  # added to the variance in a norm
 
     pooler: bool = True  # tanh(W x + b) of the first token
-    head: Literal["sequence", "token", "question"] | None = None  # none: hidden states only
+    head: Literal["sequence", "token", "question"] | None = None  # what reads the last states; null: nothing
     labels: tuple[str, ...] = ()  # names of the classes of a sequence or token head
-    # What lies before the last map of a sequence head: the pooler, or a map of its own on the first token.
-    head_reads: Literal["pooler", "tanh", "relu"] = "pooler"
+    head_reads: Literal["pooler", "tanh", "relu"] = "pooler"  # the pooler, or a map on the first token
 
-    dropout: Rate = 0.0
+    dropout: Rate = 0.0  # of the hidden states
     attention_dropout: Rate = 0.0  # of the attention's weights
-    head_dropout: Rate = 0.0
-    init_std: NonNegative = 0.02
+    head_dropout: Rate = 0.0  # of what a head reads
+    init_std: NonNegative = 0.02  # of the initial parameters
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
     family: str | None = None  # Hugging Face model_type to export as; the first that can express the encoder
 

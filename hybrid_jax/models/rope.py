@@ -41,7 +41,7 @@ ROPE_SCALINGS: Registry[RopeScaling] = Registry("rope scaling")
 class Linear:
     """Positions divided by ``factor`` (Chen et al. 2023, arXiv:2306.15595)."""
 
-    factor: Positive
+    factor: Positive  # how many times longer than in training rows may be
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -53,8 +53,8 @@ class Linear:
 class Dynamic:
     """NTK-aware: rows longer than ``original_length`` get a larger base, θ·(f·n/n₀ − f + 1)^(C/(C−2))."""
 
-    factor: Positive
-    original_length: Count
+    factor: Positive  # how strongly the base grows with longer rows
+    original_length: Count  # tokens of the longest row in training
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -69,10 +69,10 @@ class Dynamic:
 class Llama3:
     """Long wavelengths are divided by ``factor``, short ones kept, those between interpolated (Llama 3.1)."""
 
-    factor: Positive
-    low_freq_factor: Positive
-    high_freq_factor: Positive
-    original_length: Count
+    factor: Positive  # divisor of long wavelengths
+    low_freq_factor: Positive  # turns in the original context up to which a pair is divided
+    high_freq_factor: Positive  # turns from which on a pair is kept
+    original_length: Count  # tokens of the longest row in training
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
@@ -94,8 +94,8 @@ class Yarn:
         attention_factor: amplification; None is the paper's ``0.1 ln(factor) + 1``.
     """
 
-    factor: Positive
-    original_length: Count
+    factor: Positive  # how many times longer than in training rows may be
+    original_length: Count  # tokens of the longest row in training
     beta_fast: Positive = 32.0
     beta_slow: Positive = 1.0
     truncate: bool = True
@@ -130,10 +130,10 @@ def yarn_amplification(factor: float, strength: float = 1.0) -> float:
 class LongRope:
     """Every pair has its own divisor, another one for rows beyond ``original_length`` (arXiv:2402.13753)."""
 
-    short_factor: tuple[Positive, ...]
-    long_factor: tuple[Positive, ...]
-    original_length: Count
-    amplification: Positive = 1.0
+    short_factor: tuple[Positive, ...]  # divisor of each pair in rows up to original_length
+    long_factor: tuple[Positive, ...]  # divisor of each pair in longer rows
+    original_length: Count  # tokens of the longest row in training
+    amplification: Positive = 1.0  # factor on the rotated queries and keys
 
     def frequencies(self, plain, theta, row_lengths):
         short, long = plain / np.asarray(self.short_factor), plain / np.asarray(self.long_factor)

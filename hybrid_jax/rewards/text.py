@@ -29,7 +29,7 @@ class FactCoverage:
         UserError: A row has no facts.
     """
 
-    contradiction_penalty: Share = 1.0
+    contradiction_penalty: Share = 1.0  # what a fact loses that is stated and contradicted
 
     def __call__(
         self,
@@ -95,7 +95,7 @@ class Length:
 class Repetition:
     """Minus the share of the response's word n-grams that repeat an earlier one, in (-1, 0]."""
 
-    n: Count = 2
+    n: Count = 2  # words of an n-gram
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [-repetition_rate(response, self.n) for response in responses]
@@ -110,7 +110,7 @@ class Distinct:
     its best. Falls with length for any text.
     """
 
-    n: Count = 2
+    n: Count = 2  # words of an n-gram
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [distinct_n([response], self.n) for response in responses]

@@ -38,8 +38,8 @@ class TokenCount:
 class TokenLength:
     """``-|n - target| / scale`` for a response of n tokens, the end-of-sequence token included."""
 
-    target: Natural
-    scale: Positive = 1.0
+    target: Natural  # wanted number of tokens
+    scale: Positive = 1.0  # tokens off that cost 1
 
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]

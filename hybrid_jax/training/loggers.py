@@ -210,7 +210,7 @@ class TensorBoard:
     kept of them is written again.
     """
 
-    flush_seconds: Count = 10
+    flush_seconds: Count = 10  # longest time until an event is on the disk
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
         writer = _import_extra("tensorboardX", extra="tensorboard").SummaryWriter(
@@ -257,11 +257,11 @@ class WeightsAndBiases:
     config goes without secrets, and neither code, command line, console output nor git state is recorded.
     """
 
-    project: str = "hybrid_jax"
-    mode: Literal["offline", "online"] = "offline"
-    entity: str | None = None
-    name: str | None = None
-    tags: tuple[str, ...] = ()
+    project: str = "hybrid_jax"  # of the run at wandb
+    mode: Literal["offline", "online"] = "offline"  # offline writes files alone, online uploads them
+    entity: str | None = None  # user or team that the run belongs to; null is the default of the key
+    name: str | None = None  # of the run; null is that of its directory
+    tags: tuple[str, ...] = ()  # of the run
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
         wandb = _import_extra("wandb", extra="wandb")

@@ -44,7 +44,7 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 @settings(kw_only=True)
 class _WarmedUp:
-    warmup_steps: Natural = 0
+    warmup_steps: Natural = 0  # updates over which the rate rises to its peak
 
     def __call__(self, step: Step, horizon: Step) -> Float[Array, ""]:
         step = jnp.asarray(step, jnp.float32)
@@ -59,7 +59,7 @@ class _WarmedUp:
 
 @settings(kw_only=True)
 class _Decaying(_WarmedUp):
-    end: Share = 0.0  # the multiplier at the horizon
+    end: Share = 0.0  # multiplier of the peak that is left at the horizon
 
     def decayed(self, remaining: Float[Array, ""]) -> Float[Array, ""]:
         """From 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
@@ -123,7 +123,7 @@ class WarmupStableDecay(_ToHorizon):
     Without a horizon it stays 1.
     """
 
-    decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.2
+    decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.2  # share of the horizon that decays
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
         return self.decayed(1 - _progress(step, horizon * (1 - self.decay_fraction), horizon))
@@ -147,9 +147,9 @@ OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 class Optimizer(ABC):
     """What all optimizers share. A subclass gives `transform`."""
 
-    learning_rate: Positive = 1e-4
-    schedule: Annotated[Schedule, SCHEDULES] = field(default_factory=Linear)
-    max_grad_norm: Positive | None = 1.0  # of all parameter groups together; None does not clip
+    learning_rate: Positive = 1e-4  # at its peak
+    schedule: Annotated[Schedule, SCHEDULES] = field(default_factory=Linear)  # course of the rate over updates
+    max_grad_norm: Positive | None = 1.0  # of all parameter groups together; null does not clip
 
     def rate(self, step: Step, horizon: Step) -> Float[Array, ""]:
         """The learning rate of update number ``step`` (from 0) of the ``horizon`` that this phase plans."""
@@ -167,7 +167,7 @@ class _WithMoments(Optimizer):
     In bfloat16 every moment is rounded stochastically (see `rounding`), and computed with in float32.
     """
 
-    state_dtype: StateDtype = "float32"
+    state_dtype: StateDtype = "float32"  # of the moments; bfloat16 halves their memory
 
     def _stored(self, transform: optax.GradientTransformation) -> optax.GradientTransformation:
         return stored_in(self.state_dtype, transform)
@@ -178,10 +178,10 @@ class _WithMoments(Optimizer):
 class Adam(_WithMoments):
     """Adam (Kingma and Ba 2015, arXiv 1412.6980). See `scale_by_adam` for the two placements of ε."""
 
-    beta1: Rate = 0.9
-    beta2: Rate = 0.999
-    epsilon: Positive = 1e-8
-    epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"
+    beta1: Rate = 0.9  # decay of the mean of gradients
+    beta2: Rate = 0.999  # decay of the mean of their squares
+    epsilon: Positive = 1e-8  # added to the root of the second moment
+    epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"  # ε joins √v corrected, or as it is
 
     def transform(self) -> optax.GradientTransformation:
         return self._stored(scale_by_adam(self.beta1, self.beta2, self.epsilon, self.epsilon_placement))
@@ -195,7 +195,7 @@ class AdamW(Adam):
     Biases, scales of norms (also one for each head) and sinks do not decay, matrices and embeddings do.
     """
 
-    weight_decay: NonNegative = 0.01
+    weight_decay: NonNegative = 0.01  # share of a matrix that an update takes away, times the learning rate
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(super().transform(), _decay(self.weight_decay))
@@ -212,9 +212,9 @@ class Adafactor(Optimizer):
 
     decay_exponent: Annotated[float, Interval(gt=0, le=1)] = 0.8  # second-moment decay 1 − t^(−exponent)
     clipping_threshold: Positive | None = 1.0  # of each update's root mean square
-    relative_step_size: bool = True
+    relative_step_size: bool = True  # whether the rate is relative to the size of each parameter
     min_factored_size: Count = 128  # smaller matrices keep their full second moment
-    weight_decay: NonNegative = 0.0
+    weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
         steps = [
@@ -237,10 +237,10 @@ class Lion(_WithMoments):
     Every parameter moves by the whole learning rate, so it wants a 3–10 times smaller one than Adam.
     """
 
-    learning_rate: Positive = 2e-5
-    beta1: Rate = 0.9
-    beta2: Rate = 0.99
-    weight_decay: NonNegative = 0.0
+    learning_rate: Positive = 2e-5  # at its peak; 3 to 10 times smaller than for adam
+    beta1: Rate = 0.9  # weight of the momentum in the direction
+    beta2: Rate = 0.99  # decay of the momentum
+    weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
         return optax.chain(self._stored(optax.scale_by_lion(self.beta1, self.beta2)), _decay(self.weight_decay))
@@ -251,8 +251,8 @@ class Lion(_WithMoments):
 class SGD(_WithMoments):
     """Stochastic gradient descent with heavy-ball momentum m ← μ m + g (not damped), update m."""
 
-    momentum: Rate = 0.0
-    weight_decay: NonNegative = 0.0
+    momentum: Rate = 0.0  # decay of the sum of gradients; 0 has none
+    weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
         momentum = self._stored(optax.trace(self.momentum)) if self.momentum else optax.identity()
@@ -268,12 +268,12 @@ class Muon(_WithMoments):
     0.2 · sqrt(longer side)), so that one learning rate serves both.
     """
 
-    beta: Rate = 0.95
+    beta: Rate = 0.95  # decay of the momentum of matrices
     num_iterations: Annotated[int, Interval(ge=1, le=100)] = 5  # of Newton–Schulz
-    adam_beta1: Rate = 0.9
-    adam_beta2: Rate = 0.999
-    epsilon: Positive = 1e-8
-    weight_decay: NonNegative = 0.01
+    adam_beta1: Rate = 0.9  # of Adam, for what is no matrix
+    adam_beta2: Rate = 0.999  # of Adam, for what is no matrix
+    epsilon: Positive = 1e-8  # of Adam, for what is no matrix
+    weight_decay: NonNegative = 0.01  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
         muon = scale_by_muon(self.beta, self.num_iterations)

@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class ProfileConfig:
     """Which steps to trace: ``steps`` of them from ``start`` on."""
 
-    start: Natural = 10  # counted from 0; the first steps of a phase compile
-    steps: Count = 3
+    start: Natural = 10  # first step to trace, counted from 0; the first steps of a phase compile
+    steps: Count = 3  # how many steps to trace
 
 
 class Profiler:

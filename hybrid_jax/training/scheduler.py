@@ -78,8 +78,8 @@ class _Unknown(Mapping[str, Any]):
 class Alternation:
     """First ``warmup``, then ``cycle`` over and over: each a mapping from phases to steps, in order."""
 
-    cycle: Mapping[str, Natural]
-    warmup: Mapping[str, Natural] = field(default_factory=dict)
+    cycle: Mapping[str, Natural]  # steps of each phase, over and over
+    warmup: Mapping[str, Natural] = field(default_factory=dict)  # steps of each phase before the first cycle
 
     def __post_init__(self):
         if not sum(self.cycle.values()):
@@ -127,9 +127,9 @@ class _Share:
 class Ratio(_Share):
     """A fixed share of the steps for the second phase: after n steps it has had ⌊n · share⌋."""
 
-    first: str
-    second: str
-    share: Share
+    first: str  # phase that gets the other steps
+    second: str  # phase that gets the share
+    share: Share  # of the steps that the second phase gets
 
     def share_at(self, state: ScheduleState) -> float:
         return self.share
@@ -144,13 +144,13 @@ class Curriculum(_Share):
     cosine replaces u by (1 - cos πu) / 2; step jumps at ``end_step``.
     """
 
-    first: str
-    second: str
-    end_step: Count
-    begin_step: Natural = 0
-    start: Share = 0.1
-    end: Share = 0.9
-    shape: Literal["linear", "cosine", "step"] = "linear"
+    first: str  # phase that gets the other steps
+    second: str  # phase that gets the share
+    end_step: Count  # step of the run at which the share reaches end
+    begin_step: Natural = 0  # step of the run up to which it stays at start
+    start: Share = 0.1  # share of the second phase at first
+    end: Share = 0.9  # share of the second phase at last
+    shape: Literal["linear", "cosine", "step"] = "linear"  # course between the two
 
     def __post_init__(self):
         if self.end_step <= self.begin_step:
@@ -174,13 +174,13 @@ class Triggered(_Share):
     Each step that logs the metric waits for its value; a step of another phase does not.
     """
 
-    first: str
-    second: str
-    metric: str  # of a phase, as it is logged: <phase>/loss
-    below: Finite | None = None
-    above: Finite | None = None
-    before: Share = 0.0
-    after: Share = 0.5
+    first: str  # phase that gets the other steps
+    second: str  # phase that gets the share
+    metric: str  # that is watched, as it is logged: <phase>/loss
+    below: Finite | None = None  # value that it must fall below
+    above: Finite | None = None  # value that it must rise above, instead of below
+    before: Share = 0.0  # share of the second phase until then
+    after: Share = 0.5  # share of the second phase from then on
 
     def __post_init__(self):
         if (self.below is None) == (self.above is None):

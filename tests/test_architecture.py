@@ -25,7 +25,8 @@ PACKAGE = Path(__file__).parents[1] / "hybrid_jax"
 LAYERS = {
     **dict.fromkeys(["core"], 0),
     **dict.fromkeys(["parallel"], 0.5),  # a lower layer, so that models can say how activations lie
-    **dict.fromkeys(["models", "data", "metrics", "algorithms"], 1),
+    **dict.fromkeys(["algorithms"], 0.7),  # knows no model, and models score tokens by its log-probs
+    **dict.fromkeys(["models", "data", "metrics"], 1),
     **dict.fromkeys(["sampling", "environments", "rewards"], 2),
     **dict.fromkeys(["training"], 3),
     **dict.fromkeys(["phases", "evaluation"], 4),

@@ -12,8 +12,6 @@ import jax
 import numpy as np
 from annotated_types import Ge
 
-from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
-from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, PromptBatch
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
@@ -23,6 +21,7 @@ from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import current_placement
@@ -311,9 +310,7 @@ def _in_order(answers: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
 
 def _loss(model: LanguageModel, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:
     hidden = model.hidden(params, batch.tokens, batch.segment_ids)
-    targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    logits_of = functools.partial(model.logits, model.cast(params))
-    loss: Sum = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
+    loss = token_loss(model, params, hidden, batch)
     return loss.total, loss.weight
 
 

@@ -16,7 +16,6 @@ from flax import struct
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from hybrid_jax.algorithms.log_probs import state_log_probs
 from hybrid_jax.algorithms.policy_gradient import (
     clipped_policy_loss,
     clipped_value_loss,
@@ -28,17 +27,11 @@ from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.heads import init_value_head, value
 from hybrid_jax.models.lora import whole
+from hybrid_jax.models.scoring import response_log_probs, shift_states, states_before, target_log_probs
 from hybrid_jax.parallel.rules import shard_rows
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.phases.work import ppo_flops
-from hybrid_jax.sampling.responses import (
-    ended,
-    join,
-    response_log_probs,
-    response_logits,
-    shift_states,
-    states_before,
-)
+from hybrid_jax.sampling.responses import ended, join
 from hybrid_jax.training import nonfinite
 from hybrid_jax.training.loss_scale import loss_scale_of
 from hybrid_jax.training.state import TrainState
@@ -310,11 +303,12 @@ class PPOFunctions:
         length, policy = mask.shape[1], self._whole(params["model"])
         hidden, model_losses = model.hidden_and_losses(policy, rollout.tokens, rollout.attention_mask)
         states = shift_states(hidden, length)
-        log_probs, entropies = state_log_probs(
-            response_logits(model, policy, config.sampler.temperature),
+        log_probs, entropies = target_log_probs(
+            model,
+            policy,
             states,
             rollout.tokens[:, -length:],
-            model.vocab_size,
+            temperature=config.sampler.temperature,
             with_entropy=bool(config.entropy_coef),
         )
         if "model" in params["value"]:

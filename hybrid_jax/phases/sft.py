@@ -9,7 +9,6 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from jax import Array
 
-from hybrid_jax.algorithms.supervised import next_token_targets, token_cross_entropy
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.errors import UserError
@@ -19,6 +18,7 @@ from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.phases.supervised import Supervised, SupervisedPhase, tokens_of
 from hybrid_jax.phases.work import sft_flops
@@ -101,10 +101,7 @@ def sft_losses(
 ) -> dict[str, Sum]:
     """``loss``: Σ −log π(token | before) over the targets of a batch; and the model's own losses."""
     hidden, losses = model.hidden_and_losses(params, batch.tokens, batch.segment_ids, dropout_key=dropout_key)
-    targets, mask = next_token_targets(batch.tokens, batch.loss_mask)
-    logits_of = functools.partial(model.logits, model.cast(params))
-    loss = token_cross_entropy(logits_of, hidden[:, :-1], targets, mask, model.vocab_size)
-    return {"loss": loss, **losses}
+    return {"loss": token_loss(model, params, hidden, batch), **losses}
 
 
 def sft_objective(model: LanguageModel, *, dropout: bool = False) -> Objective:

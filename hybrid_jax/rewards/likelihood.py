@@ -13,10 +13,10 @@ import numpy as np
 from annotated_types import Ge
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.algorithms.log_probs import state_log_probs
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, settings
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.scoring import next_token_log_probs
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     CONTEXT,
@@ -153,9 +153,7 @@ def mc2(log_probs: Sequence[float], is_true: Sequence[bool]) -> float:
 def _summed_log_probs(
     model: LanguageModel, params: Params, tokens: Int[Array, "B T"], roles: Int[Array, "B T"]
 ) -> Float[Array, "B 2"]:
-    hidden = model.hidden(params, tokens, roles != PADDING)
-    logits_of = partial(model.logits, params)
-    log_probs, _ = state_log_probs(logits_of, hidden[:, :-1], tokens[:, 1:], model.vocab_size)
+    log_probs = next_token_log_probs(model, params, tokens, roles != PADDING)
     counted = roles[:, 1:] == COUNTED
     total = jnp.sum(jnp.where(counted, log_probs, 0.0), axis=1)
     return jnp.stack([total, jnp.sum(counted, axis=1).astype(jnp.float32)], axis=1)

@@ -38,7 +38,7 @@ _PUBLIC = {
     # algorithms
     "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
     "algorithms.log_probs": ["entropy", "token_log_probs"],
-    "algorithms.returns": ["gae", "token_rewards", "whiten"],
+    "algorithms.returns": ["gae", "k1", "k2", "k3", "token_rewards", "whiten"],
     "algorithms.policy_gradient": ["clipped_policy_loss", "clipped_value_loss"],
     "algorithms.kl_control": ["KL_CONTROLS", "KLControl"],
     # samplers
@@ -47,6 +47,8 @@ _PUBLIC = {
     "rewards.base": ["REWARDS", "DeviceReward", "StartedReward"],
     "rewards.composite": ["CompositeReward"],
     "rewards.part": ["Part"],
+    "rewards.learned_metrics": ["save_head", "train_head"],
+    "rewards.likelihood": ["mc1", "mc2"],
     "rewards.postprocess": ["NORMALISERS", "TRANSFORMS", "Normaliser", "Transform"],
     "rewards.combine": ["COMBINERS", "Combiner"],
     # training

@@ -11,6 +11,7 @@ import builtins
 import functools
 import importlib
 import importlib.util
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -254,6 +255,31 @@ def test_every_public_function_method_and_class_has_a_docstring():
     assert not grown, [
         name for name in missing if name.split("/")[0] in grown or ("/" not in name and "top" in grown)
     ]
+
+
+def names_used(path: Path) -> Iterator[str]:
+    """Names that a file uses, other than by importing or defining them."""
+    for node in ast.walk(parsed(path)):
+        match node:
+            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.keyword(arg=str(name)):
+                yield name
+            case ast.Constant(value=str(name)):  # as in getattr
+                yield name
+
+
+def test_nothing_is_defined_that_nobody_calls_registers_or_can_read_of():
+    scripts, pages = PACKAGE.parent / "scripts", (PACKAGE.parent / "docs").glob("*.md")
+    used = {name for path in (*modules(), *scripts.rglob("*.py")) for name in names_used(path)}
+    used |= {name for page in pages for name in re.findall(r"\w+", page.read_text())}
+    used |= {*hybrid_jax.__all__, "setup"}  # flax calls the latter
+    idle = []
+    for path in modules():
+        for node in ast.walk(parsed(path)) if path.stem != "testing" else ():
+            if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("__"):
+                continue
+            if node.name not in used and "register" not in " ".join(map(ast.unparse, node.decorator_list)):
+                idle.append(f"{place(path)}:{node.lineno} {node.name}")
+    assert not idle, idle
 
 
 def test_every_setting_has_a_sentence():

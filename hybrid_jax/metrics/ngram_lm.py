@@ -125,21 +125,6 @@ class NgramModel:
             contexts = np.where(positions > length, np.roll(ids, 1), -1)
         return np.log(probabilities)
 
-    def distribution(self, context: Sequence[int] | Int[np.ndarray, "T"] = ()) -> Float[np.ndarray, "V"]:
-        """``P(. | context)``, float64 [V], of the last k tokens of ``context``."""
-        tokens, size = [int(token) for token in context], self.vocab_size
-        probabilities = np.full(size, 1 / size)
-        for length, level in enumerate(self.levels[: len(tokens) + 1]):
-            place = 0
-            for depth, token in enumerate(tokens[len(tokens) - length :]):
-                place = int(self.levels[depth].find(np.array([place * size + token]))[0]) if place >= 0 else -1
-            if place < 0:
-                break
-            first, last = np.searchsorted(level.keys, [place * size, (place + 1) * size])
-            probabilities = level.backoffs[place] * probabilities
-            probabilities[level.keys[first:last] - place * size] += level.shares[first:last]
-        return probabilities
-
 
 def _joined(sequences: Sequence, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """All tokens in a row, and the place of each within its sequence."""

@@ -128,16 +128,6 @@ def put_rows(placement: Placement, batch: T) -> T:
     return jax.tree.map(put, batch)
 
 
-def replicate(placement: Placement, tree: T) -> T:
-    """Puts a tree of host arrays whole on every device."""
-    sharding = placement.sharding((), ())
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda index: np.asarray(x)[index]), tree
-    )
-
-
 def rows_here(array: jax.Array) -> np.ndarray:
     """Which rows of an array [B ...] this process holds, ascending."""
     return np.array(

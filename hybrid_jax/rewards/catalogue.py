@@ -5,6 +5,7 @@ import hybrid_jax.rewards.classifier
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.format
 import hybrid_jax.rewards.judge_rewards
+import hybrid_jax.rewards.learned_metrics
 import hybrid_jax.rewards.likelihood
 import hybrid_jax.rewards.mixture
 import hybrid_jax.rewards.ngram
@@ -16,5 +17,4 @@ import hybrid_jax.rewards.slots
 import hybrid_jax.rewards.style
 import hybrid_jax.rewards.text
 import hybrid_jax.rewards.tokens
-import hybrid_jax.rewards.trained_judge
 import hybrid_jax.rewards.verifiable  # noqa: F401

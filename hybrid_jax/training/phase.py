@@ -132,7 +132,7 @@ class PhaseConfig(Protocol):
     def build(self, resources: Resources) -> Phase: ...
 
 
-PHASES: Registry[Any] = Registry("phase")
+PHASES: Registry[PhaseConfig] = Registry("phase")
 
 
 def fits(name: str, config: Any, model: Any) -> bool:

@@ -30,11 +30,6 @@ def rate_shape(placement: Placement) -> Shape:
     return Shape((), jnp.float32, sharding=placement.sharding((), ()))
 
 
-def tree_bytes(tree: Any) -> int:
-    """Of all arrays of a tree together."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def check_rows(resources: Resources, setting: str, rows: int) -> None:
     """Every device must have rows to read, and the same number of them.
 

@@ -16,7 +16,7 @@ from hybrid_jax.models.folders.scorer import save_scorer
 from hybrid_jax.models.ngram_scorer import NGrams
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.rewards.trained_judge import Head, save_head
+from hybrid_jax.rewards.learned_metrics import Head, save_head
 from hybrid_jax.testing import tiny_decoder_folder, tiny_encoder_folder
 
 

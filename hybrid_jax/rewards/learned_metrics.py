@@ -146,7 +146,7 @@ def load_head(folder: str | Path, kind: Kind) -> Head:
 
     folder = Path(folder)
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"no head {str(folder / SETTINGS)!r}; train one with trained_judge.train_head")
+        raise UserError(f"no head {str(folder / SETTINGS)!r}; train one with hybrid_jax.train_head")
     settings = read_json(folder / SETTINGS)
     if settings.get("kind") != kind:
         raise UserError(f"{folder / SETTINGS}: kind must be {kind}, got {settings.get('kind')!r}")

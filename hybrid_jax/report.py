@@ -7,6 +7,7 @@ from hybrid_jax.reports.report import write_report
 
 
 def main(arguments: list[str]) -> None:
+    """Writes the report of each run that is named, and prints its path."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.report", description="Writes report.html into a run directory."
     )

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
-    """Sum of ``x`` where ``mask``; what is masked out may be anything, NaN included."""
+    """Sum of ``x`` where ``mask``; masked values may be anything, even NaN."""
     return jnp.sum(jnp.where(mask, x, 0.0))
 
 
@@ -32,7 +32,7 @@ def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[A
 
 @struct.dataclass
 class Sum:
-    """A sum over valid tokens with its weight: losses and metrics are Sums, divided once, at the end.
+    """A sum over valid tokens with its weight. Losses and metrics are Sums, divided once, at the end.
 
     Sums of two halves of a batch add up to the Sum of the whole, so microbatches, padding and the device
     count cannot change a gradient.
@@ -43,7 +43,7 @@ class Sum:
 
     @classmethod
     def of(cls, x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Sum:
-        """Sums ``x`` where ``mask``; what is masked out may be anything, NaN included."""
+        """Sums ``x`` where ``mask``; masked values may be anything, even NaN."""
         return cls(total=masked_sum(x, mask), weight=jnp.sum(mask, dtype=jnp.float32))
 
     def mean(self) -> Float[Array, ""]:
@@ -55,7 +55,7 @@ class Sum:
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of each token within its segment, from 0; padding on the left of a segment does not count."""
+    """The position of each token within its segment, from 0; padding to its left does not count."""
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
     before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     starts = jnp.where(segment_ids != before, index, 0)

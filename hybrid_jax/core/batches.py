@@ -82,6 +82,7 @@ class Samples:
 
     @classmethod
     def empty(cls, rows: int, num_tokens: int) -> Samples:
+        """Makes room for so many rows and tokens, of which none is chosen yet."""
         shape = (rows, num_tokens)
         return cls.chosen(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool))
 
@@ -89,7 +90,7 @@ class Samples:
     def chosen(
         cls, tokens: Int[Array, "B R"], log_probs: Float[Array, "B R"], mask: Bool[Array, "B R"]
     ) -> Samples:
-        """Responses that a policy chose whole."""
+        """Makes the samples of a policy that chose all of their tokens."""
         return cls(tokens=tokens, log_probs=log_probs, action_mask=mask, attention_mask=mask)
 
 

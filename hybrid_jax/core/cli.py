@@ -1,4 +1,4 @@
-"""How every command ends: 0 done, 2 the user's mistake in one line, 130 Ctrl-C, 141 a reader that left."""
+"""Runs commands: exit code 0 done, 2 the user's mistake in one line, 130 Ctrl-C, 141 a closed pipe."""
 
 from __future__ import annotations
 
@@ -13,38 +13,40 @@ from typing import Any, NoReturn
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.secrets import text_without_secrets
 
-MOST_SHOWN = 500  # characters of an error
+MOST_SHOWN = 500  # characters of an error message
 # What the system says of a path that a user gave, wherever it is first looked at.
 _OF_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _OF_FULL_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 class Ended(SystemExit):
-    """The end of a command that the program itself has chosen; any other `SystemExit` is of a user's code."""
+    """Ends a command as the program itself has decided; any other `SystemExit` comes from a user's code."""
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """An `argparse.ArgumentParser` whose mistakes are `UserError`s: one line instead of the whole usage.
 
-    An epilog is printed as it is written. An option that takes one value may be given once: of two the first
-    would be dropped in silence.
+    An epilog keeps its line breaks. An option that takes one value may be given only once, since the first of
+    two values would be dropped in silence.
     """
 
     def __init__(self, **settings: Any):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
-        self.register("action", None, _StoreOnce)  # of an option that names no action
+        self.register("action", None, _StoreOnce)  # for options that name no action
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Ends the command, as after ``--help``."""
         if message:
             self._print_message(message, sys.stderr)
         raise Ended(status)
 
     def error(self, message: str) -> NoReturn:
+        """Raises a mistake in the arguments as a `UserError`."""
         raise UserError(f"{message}; see {self.prog} --help")
 
 
 class _StoreOnce(argparse._StoreAction):
-    """Keeps the value of an option, which must not come twice; a path must not be empty, that is here."""
+    """Stores the value of an option, which must not come twice; an empty path would be this folder."""
 
     def __init__(self, *args: Any, **settings: Any):
         super().__init__(*args, **settings)
@@ -60,7 +62,7 @@ class _StoreOnce(argparse._StoreAction):
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of commands that read a run, whose config may be anybody's."""
+    """Adds the options of commands that read a run, whose config a stranger may have written."""
     parser.add_argument(
         "--trust", action="store_true", help="let the run's config name code (module:thing), which then runs"
     )
@@ -70,7 +72,7 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def set_up_logging() -> None:
-    """What the package has to say goes to stderr, a line each; other packages speak only to warn."""
+    """Sends the log of the package to stderr, one line each, and of other packages only warnings."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("hybrid_jax").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -81,23 +83,23 @@ def run_command(main: Callable[[list[str]], None]) -> NoReturn:
 
     A `UserError` becomes ``error: <one line>`` on stderr and exit code 2. Any other exception is a defect of
     ours and keeps its traceback; an `Ended` (143 after SIGTERM) passes through. Another `SystemExit` is a
-    component that left, and no success.
+    component that ended the program, and counts as a failure.
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by who called
+        if getattr(sys, name) is None:  # closed by the calling program
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  for the whole process
-        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a letter of an answer
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # a terminal may lack a character
     sys.exit(_exit_code(main, sys.argv[1:]))
 
 
 def _one_line(text: str) -> str:
-    """``text`` on one line that a screen can show: what was given may be a megabyte long."""
+    """Puts a text on one line and cuts it, since what a user gave may be a megabyte long."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN * 2 // 3]} … {text[-MOST_SHOWN // 3 :]}"
 
 
 def _drop_stdout() -> None:
-    """Gives the interpreter, which flushes stdout once more on its way out, somewhere to write to."""
+    """Points stdout at nothing, since the interpreter flushes it once more when it ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

@@ -1,6 +1,6 @@
-"""Files that others wrote: regular ones only, and no more of them than their kind can need.
+"""Reads files that others wrote: only regular files, and no more bytes than such a file can need.
 
-A pipe may never be written to, a device may never end, and what is called a config may be a disk image.
+From a pipe nothing may ever come, a device may have no end, and a file called a config may be a disk image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _OTHERS = {
 
 
 def open_regular(path: str | Path, kind: str = "file") -> BinaryIO:
-    """The file at ``path``, or behind a link there, open to read bytes.
+    """Opens the file at ``path``, or the one that a link there points to, to read bytes.
 
     Args:
         path: of the file.
@@ -39,12 +39,12 @@ def open_regular(path: str | Path, kind: str = "file") -> BinaryIO:
         return Path(path).open("rb")
     except FileNotFoundError:
         raise UserError(f"no {kind} {str(path)!r}") from None
-    except (OSError, ValueError) as error:  # a ValueError of a name that holds a zero byte
+    except (OSError, ValueError) as error:  # a name that holds a zero byte is a ValueError
         raise UserError(f"{kind} {str(path)!r} cannot be read: {reason(error)}") from error
 
 
 def read_bytes(path: str | Path, most: int, kind: str = "file") -> bytes:
-    """The content of a file of at most ``most`` bytes.
+    """Reads the content of a file of at most ``most`` bytes.
 
     Raises:
         UserError: as `open_regular`, or it has more.
@@ -61,7 +61,7 @@ def read_bytes(path: str | Path, most: int, kind: str = "file") -> bytes:
 
 
 def read_text(path: str | Path, most: int, kind: str = "file") -> str:
-    """The UTF-8 text in a file of at most ``most`` bytes, without a byte order mark.
+    """Reads the UTF-8 text in a file of at most ``most`` bytes, without a byte order mark.
 
     Raises:
         UserError: as `read_bytes`, or it is no UTF-8.
@@ -70,7 +70,7 @@ def read_text(path: str | Path, most: int, kind: str = "file") -> str:
 
 
 def decode(content: bytes, where: str) -> str:
-    """``content`` as UTF-8, without a byte order mark.
+    """Decodes ``content`` as UTF-8, without a byte order mark.
 
     Raises:
         UserError: it is something else; the line names ``where``, the byte and its place.
@@ -84,5 +84,5 @@ def decode(content: bytes, where: str) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Why, in words and without the path again."""
+    """Says in words what the system answered, without the path."""
     return getattr(error, "strerror", None) or str(error)

@@ -1,7 +1,7 @@
-"""Digests of values, of the user's code and of files, the same in every process.
+"""Computes digests of values, of the user's code and of files, the same in every process.
 
-Neither an address nor Python's own `hash` goes into them. They tell whether something is still what it was;
-they keep no secret and prove nothing.
+Neither an address in memory nor Python's own `hash` goes into them. They tell whether something has changed;
+they hide nothing and prove nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-WHOLE = 2**28  # bytes; of a larger file, blocks are read
+WHOLE = 2**28  # bytes; only blocks of a larger file are read
 MOST_FILES = 1000
 _BLOCK, _BLOCKS = 2**20, 64
 Plain = Callable[[Any], Any]
@@ -32,26 +32,26 @@ _SIMPLE = (type(None), bool, int, float, str)
 
 
 def digest(value: Any) -> str:
-    """The digest of a value, 16 letters: its data, and the source of the code that it calls."""
+    """Digests a value into 16 letters: its data, and the source of the code that it calls."""
     return rows_digest([value])
 
 
 def rows_digest(rows: Iterable[Any]) -> str:
-    """The digest of values, one after the other: a single long text would take a second for 100 MB."""
+    """Digests values one after the other, since one long text of them all would take a second for 100 MB."""
     found = hashlib.blake2b(digest_size=8)
     for row in rows:
         try:
             text = json.dumps(row, default=_plain)
-        except (TypeError, ValueError):  # a key that is no text
+        except (TypeError, ValueError):  # a key that is not a text
             text = json.dumps(_plain(row))
         found.update(text.encode() + b"\n")
     return found.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file, or of all files below a folder; of more than `MOST_FILES` files by size alone.
+    """Digests a file, or all files below a folder; more than `MOST_FILES` files count by their sizes alone.
 
-    Of a file above `WHOLE` bytes, its size and a MiB at 64 places are read: other weights differ everywhere.
+    A file above `WHOLE` bytes counts by its size and a MiB at 64 places: other weights differ everywhere.
     """
     if path.is_dir():
         names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
@@ -75,18 +75,18 @@ def is_own_code(value: Any) -> bool:
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
     if name.partition(".")[0] in ("hybrid_jax", *sys.builtin_module_names):
         return False
-    file = getattr(sys.modules.get(name), "__file__", None)  # none of a notebook
+    file = getattr(sys.modules.get(name), "__file__", None)  # a notebook has none
     installed = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
     return file is None or not file.startswith(tuple(installed))
 
 
 def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None) -> Any:
-    """``value`` as JSON can hold it: of an object, what decides how it behaves.
+    """Writes ``value`` as JSON can hold it; an object by what decides how it behaves.
 
     Args:
         value: anything.
-        above: ids of what holds it.
-        told: ids of functions and classes that have been written out; they are named from then on.
+        above: ids of the objects that hold it.
+        told: ids of functions and classes that are written out already; later they are only named.
     """
     if isinstance(value, _SIMPLE) and not isinstance(value, enum.Enum):
         return value
@@ -94,7 +94,7 @@ def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None
         return "..."
     told = set() if told is None else told
     go_on = functools.partial(_plain, above=(*above, id(value)), told=told)
-    if isinstance(value, dict | MappingProxyType):  # `os.environ` is none, and is not looked into
+    if isinstance(value, dict | MappingProxyType):  # `os.environ` is neither, so its values are left out
         return {"map": [[go_on(key), go_on(item)] for key, item in value.items()]}
     if isinstance(value, list | tuple):
         return [go_on(item) for item in value]
@@ -119,12 +119,12 @@ def _plain(value: Any, above: tuple[int, ...] = (), told: set[int] | None = None
 
 
 def _of_bytes(value: bytes | bytearray | memoryview) -> str:
-    """Hashes bytes in place: a table may be as large as the memory."""
+    """Hashes bytes without a copy, since a table may be as large as the memory."""
     return hashlib.blake2b(value, digest_size=16).hexdigest()
 
 
 def _plain_code(value: Any, go_on: Plain, told: set[int]) -> Any:
-    """The plain form of functions, classes and their instances."""
+    """Writes functions, classes and their instances in plain form."""
     if isinstance(value, ModuleType):
         return {"module": value.__name__}
     definition = _definition(value)
@@ -169,7 +169,7 @@ def _plain_class(cls: type, go_on: Plain) -> dict[str, Any]:
 
 
 def _globals(function: FunctionType, go_on: Plain) -> dict[str, Any]:
-    """The globals that a function uses: helpers, constants, lists of words."""
+    """Collects the globals that a function uses: other functions, constants, lists of words."""
     names, found = _names(function.__code__), {}
     for name in sorted(names & function.__globals__.keys()):
         value = function.__globals__[name]
@@ -193,7 +193,7 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _source(definition: Any) -> str | None:
-    """Without comments and layout; None of a lambda, whose lines hold other things, and of what has no file."""
+    """The source without comments and layout; None for a lambda, whose lines hold more, or without a file."""
     if getattr(definition, "__name__", "") == "<lambda>":
         return None
     try:

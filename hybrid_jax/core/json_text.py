@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, read strictly: what is no JSON, or may mean two things, is an error.
+"""Reads JSON strictly, as RFC 8259 defines it: what is not JSON, or could mean two things, is an error.
 
 Python's own reader lets the last of two equal keys win, reads ``NaN`` and ``1e999``, keeps half a character
 (``"\\ud83d"`` alone), and ends in a traceback over 20,000 brackets or an integer of 5,000 digits.
@@ -14,16 +14,16 @@ from typing import Any, NoReturn
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, read_text
 
-MOST_NESTED = 100  # objects and lists in one another: nobody's data or config comes near it
-MOST_BYTES = 32 * MEBIBYTE  # of a JSON file: the index of a model of 150,000 tensors has 15
-MOST_TOKENIZER = 128 * MEBIBYTE  # of a vocabulary: one of 260,000 tokens has 35
+MOST_NESTED = 100  # levels of objects and lists: more than any data or config has
+MOST_BYTES = 32 * MEBIBYTE  # in a JSON file: the index of a model with 150,000 tensors takes 15 MiB
+MOST_TOKENIZER = 128 * MEBIBYTE  # in a vocabulary: one with 260,000 tokens takes 35 MiB
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value that a JSON text holds.
+    """Reads the value that a JSON text holds.
 
     Raises:
-        UserError: one line that begins with ``where``: it is no JSON, an object has a key twice, a number is
+        UserError: one line that begins with ``where``: it is not JSON, an object has a key twice, a number is
             NaN, infinite or of thousands of digits, a text holds half a character, or it is nested too deeply.
     """
     try:
@@ -43,7 +43,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def read_json(path: Path, most: int = MOST_BYTES, kind: str = "file") -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
         UserError: there is no such file, it is too large, or there is no object in it.
@@ -75,7 +75,7 @@ def _number(text: str) -> float:
 def _integer(text: str) -> int:
     try:
         return int(text)
-    except ValueError:  # of more digits than Python reads, which is slow
+    except ValueError:  # more digits than Python is willing to read, since that is slow
         raise ValueError(f"number {text[:20]}… has {len(text)} digits") from None
 
 
@@ -89,7 +89,7 @@ _DECODER = json.JSONDecoder(
 
 
 def _depth(value: Any) -> int:
-    """The nesting depth of objects and lists, counted without recursion."""
+    """Counts the nesting depth of objects and lists, without recursion."""
     depth, level = 0, [value]
     while containers := [item for item in level if isinstance(item, dict | list)]:
         depth += 1

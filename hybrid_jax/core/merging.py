@@ -45,14 +45,16 @@ class Place:
 
     @property
     def registry(self) -> Registry | None:
+        """The registry that the component here comes from; None where there is no component."""
         return registry_of(self.hint)
 
     @property
     def is_collection(self) -> bool:
+        """Whether entries under names of the user's own stand here."""
         return get_origin(without_extras(self.hint)) in (dict, Mapping)
 
     def child(self, key: str, settings: Settings) -> Place:
-        """The place of ``key`` in ``settings``, which stand here."""
+        """The place of ``key`` within ``settings``, which stand at this place."""
         hint = without_extras(self.hint)
         if self.is_collection:
             return self._place(get_args(hint)[1], key=key)
@@ -67,7 +69,7 @@ class Place:
         return self._place(hint, default=self.plain(default, hint), merged=field.metadata.get(MERGED, False))
 
     def named(self, value: Any) -> Any:
-        """A component in its long form."""
+        """Writes a component in its long form, a mapping with its name."""
         if self.registry is None:
             return value
         if value is True and self.registry.default is not None:
@@ -75,6 +77,7 @@ class Place:
         return {"name": value} if isinstance(value, str) else value
 
     def name(self, settings: Settings) -> Any:
+        """The name of the component that settings here describe: their own, the default's, or the key."""
         default = self.default.get("name") if isinstance(self.default, Mapping) else None
         return settings.get("name", default or self.key)
 
@@ -89,14 +92,14 @@ class Place:
 
 
 def merge(old: Any, new: Any, place: Place) -> Any:
-    """``new`` over ``old``."""
+    """Merges ``new`` over ``old``."""
     new = place.named(new) if isinstance(place.named(old), Mapping) else new
     old = place.named(old)
     if not isinstance(new, Mapping) or not isinstance(old, Mapping):
         return new
     if place.is_collection and not place.merged:
         return new
-    if place.registry is not None or "name" in old:  # the latter is one that only its module knows
+    if place.registry is not None or "name" in old:  # a component without a registry has a name
         name = place.name(old)
         if new.get("name", name) != name:
             return new
@@ -110,7 +113,7 @@ def merge(old: Any, new: Any, place: Place) -> Any:
 
 
 def put(settings: Settings, path: Sequence[str], value: Any, place: Place, before: str = "") -> dict[str, Any]:
-    """``settings`` with ``value`` at a dotted ``path`` in them.
+    """Puts ``value`` at a dotted ``path`` into a copy of ``settings``.
 
     Raises:
         UserError: null is put in place of an entry that a collection does not have.
@@ -121,7 +124,7 @@ def put(settings: Settings, path: Sequence[str], value: Any, place: Place, befor
     if rest:
         inner = child.named(settings.get(key))
         if inner is None and child.is_collection:
-            inner = child.default  # else one entry would take the place of all that are there by default
+            inner = child.default  # else one entry would replace all entries of the default
         inner = inner if isinstance(inner, Mapping) else {}
         return {**settings, key: put(inner, rest, value, child, f"{dotted}.")}
     if value is None and place.is_collection:
@@ -137,12 +140,12 @@ def registry_of(hint: Any) -> Registry | None:
 
 
 def without_extras(hint: Any) -> Any:
-    """A hint without what `typing.Annotated` adds."""
+    """Strips what `typing.Annotated` adds from a hint."""
     return get_args(hint)[0] if get_origin(hint) is typing.Annotated else hint
 
 
 def without_none(hint: Any) -> Any:
-    """The hint of an optional value that is there; of several, the one that a mapping can be."""
+    """Strips None from the hint of an optional value; of several types, picks the one that a mapping can be."""
     bare = without_extras(hint) if registry_of(hint) is None else hint
     if get_origin(bare) not in (Union, types.UnionType):
         return hint

@@ -37,7 +37,7 @@ EVERYTHING: Container[str] = _Everything()  # for what the user gives on the com
 
 
 def names_in(settings: Any) -> frozenset[str]:
-    """Every word of nested settings, whatever it stands for: the names that who wrote them has chosen."""
+    """Collects every text in nested settings, whatever it means: the names that their author has chosen."""
     if isinstance(settings, str):
         return frozenset({settings})
     if isinstance(settings, Mapping):
@@ -67,7 +67,7 @@ class Registry(Generic[T]):
 
         Args:
             name: in a config.
-            risk: what it does that only the user may ask for, such as "unpickles its checkpoint".
+            risk: something that only the user may ask for, such as "unpickles its checkpoint".
         """
 
         def add(entry: E) -> E:
@@ -81,7 +81,7 @@ class Registry(Generic[T]):
         return add
 
     def find(self, name: str, trust: Container[str] = NOTHING) -> Any:
-        """The entry that a config names; one of other code is imported if its name is in ``trust``.
+        """Finds the entry that a config names; other code is imported if its name is in ``trust``.
 
         Raises:
             Untrusted: the name runs code or is risky, and is not in ``trust``.
@@ -123,7 +123,7 @@ class Registry(Generic[T]):
             return entry
         except KeyboardInterrupt:
             raise
-        except BaseException as error:  # whatever the module does when it is imported, leaving included
+        except BaseException as error:  # the module may do anything when it is imported, even end the program
             if _lives_only_in_python(name):
                 raise self._given_from_python(name) from error
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -146,7 +146,7 @@ def _with_colon(name: str) -> str:
 
 
 def _found(name: str) -> Any:
-    """The object of an imported module that ``module:attribute`` finds; None if there is none."""
+    """Finds the object that ``module:attribute`` names in a module that is imported already; else None."""
     module_name, _, attribute = name.partition(":")
     try:
         return operator.attrgetter(attribute)(sys.modules[module_name])
@@ -164,7 +164,7 @@ def is_definition(entry: Any) -> bool:
 
 
 def suggest(name: str, known: Iterator[str] | dict | set | list | tuple) -> str:
-    """The nearest known name, and all of them."""
+    """Names the nearest known name, then all of them, for an error message."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""

@@ -1,4 +1,4 @@
-"""Redaction: values under names that hold credentials, and those in URLs and headers, are never shown."""
+"""Replaces credentials by ``***``: values under names that hold them, and those in URLs and headers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def without_secrets(value: Any, name: str = "") -> Any:
     """A copy of settings, or of a text, in which every credential reads ``***``.
 
     Args:
-        value: plain values, nested as they may be.
+        value: plain values, nested to any depth.
         name: of the setting that holds them.
     """
     if isinstance(value, Mapping):  # its own names say what is secret: a part of a reward may be called "token"

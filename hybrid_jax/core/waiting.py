@@ -1,6 +1,6 @@
-"""Waiting for the network in the main thread: the first request to stop ends it.
+"""Lets the main thread wait for the network until the first request to stop.
 
-A training step is not broken off by Ctrl-C, for it is soon over. Where it waits for a server it may not be.
+Ctrl-C does not interrupt a training step, since a step ends soon. One that waits for a server may not.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ _stop = threading.Event()
 
 
 class Stopped(KeyboardInterrupt):
-    """A wait was given up since the program is to stop; what came before it is whole."""
+    """Raised where a wait is given up because the program is to stop; what came before it is complete."""
 
 
 def ask_to_stop() -> None:
-    """Ends the waits that are under way, and those to come, until `go_on`."""
+    """Ends all waits, those under way and those that begin later, until `go_on` is called."""
     _stop.set()
 
 
 def go_on() -> None:
+    """Lets waits begin again after `ask_to_stop`."""
     _stop.clear()
 
 
@@ -32,7 +33,7 @@ def result_of(future: Future[T]) -> T:
     """Waits for ``future`` and gives its result, or raises its error.
 
     Raises:
-        Stopped: `ask_to_stop` was called before it was there.
+        Stopped: `ask_to_stop` was called before the result was there.
     """
     while not wait([future], timeout=_LOOK_SECONDS).done:
         if _stop.is_set():

@@ -1,4 +1,4 @@
-"""Files of a run directory that a kill or a full disk can never leave half written."""
+"""Writes files of a run directory so that neither a kill nor a full disk leaves them half written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_text(path: Path, text: str) -> None:
     """
     beside = path.with_name(path.name + ".new")
     try:
-        # A model may write half a surrogate pair.
+        # A model may write half of a surrogate pair, which UTF-8 cannot hold.
         beside.write_text(text, encoding="utf-8", errors="replace")
         os.replace(beside, path)
     except OSError as error:
@@ -27,7 +27,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Makes the folder in one step by ``write(folder)``, unless it is there already.
+    """Makes a folder in one step by ``write(folder)``, unless it is there already.
 
     Raises:
         UserError: the file system refused; there is no folder.

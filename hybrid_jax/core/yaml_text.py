@@ -1,4 +1,4 @@
-"""YAML as people mean it: a strict reading that is bounded in time and memory.
+"""Reads YAML strictly, as people mean it, within bounds of time and memory.
 
 PyYAML reads YAML 1.1, in which ``no`` is false, ``1:30`` is 90, ``010`` is 8, ``1_000`` is 1000, ``2026-01-01``
 is a date and ``1e-4`` is a text. Here, as in YAML 1.2, only ``true`` and ``false`` are truth values and numbers
@@ -20,10 +20,10 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, read_text
 
-MOST_BYTES = MEBIBYTE  # of a file
+MOST_BYTES = MEBIBYTE  # in a file
 MOST_VALUES = 30_000  # with every alias written out
 MOST_LEVELS = 50
-MOST_BITS = 63  # of a whole number
+MOST_BITS = 63  # in a whole number
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = {  # by kind, what a text without quotes must look like, and the characters that it may begin with
@@ -40,10 +40,10 @@ NUMBER = re.compile(_PLAIN["float"][0])
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """Reads the mapping in a YAML file.
 
     Raises:
-        UserError: it is no regular file, too large, no YAML or no mapping; with the line where there is one.
+        UserError: it is not a regular file, too large, not YAML or not a mapping; with the line if known.
     """
     settings = parse_yaml(read_text(path, MOST_BYTES, "config file"), str(path))
     if not isinstance(settings, dict):
@@ -52,14 +52,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
+    """Reads the value of a YAML text.
 
     Args:
         text: one document.
         where: what to call it in an error.
 
     Raises:
-        UserError: it is no YAML, or none that is read here.
+        UserError: it is not YAML, or uses a part of YAML that is refused here.
     """
     try:
         return yaml.load(text, _Loader)
@@ -69,7 +69,7 @@ def parse_yaml(text: str, where: str) -> Any:
         problem = getattr(error, "problem", None) or error
         kind = "" if isinstance(error, _Refused) else "not YAML: "
         raise UserError(f"{where}{line}: {kind}{problem}") from error
-    except ValueError as error:  # of an escape for a character that does not exist
+    except ValueError as error:  # an escape for a character that does not exist
         raise UserError(f"{where}: not YAML: {error}") from error
 
 
@@ -84,7 +84,7 @@ def dump_yaml(settings: Any, *, unicode: bool = False) -> str:
 
 
 class _Refused(yaml.MarkedYAMLError):
-    """YAML that is not read here."""
+    """Raised for a part of YAML that is refused here."""
 
     def __init__(self, node: Any, problem: str):
         super().__init__(problem=problem, problem_mark=node.start_mark)
@@ -116,7 +116,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _measure(self, node: Node) -> tuple[int, int]:
-        """Nodes and levels of what a node stands for, each part looked at once."""
+        """Counts the nodes and levels below a node, looking at each part only once."""
         if id(node) in self._open:
             raise _Refused(node, "an alias holds itself")
         if id(node) in self._known:

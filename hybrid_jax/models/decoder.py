@@ -29,7 +29,7 @@ from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
-from hybrid_jax.parallel.rules import born, shard
+from hybrid_jax.parallel.rules import made_in_parts, shard
 
 __all__ = ["Decoder", "DecoderCache", "DecoderConfig"]
 
@@ -57,8 +57,8 @@ class Decoder:
         return self.config.max_length
 
     def init(self, key: Array) -> Params:
-        """Random parameters, each array made where it shall lie; an adapter's beside them."""
-        return born(param_axes, self._init, key)
+        """Makes random parameters, each device only its own part; an adapter's stand beside them."""
+        return made_in_parts(param_axes, self._init, key)
 
     def _init(self, key: Array) -> Params:
         params = add_adapter(self.config.lora, _init(self, key), jax.random.fold_in(key, Parameters.ADAPTER))

@@ -1,4 +1,4 @@
-"""How many processes a run has and which one this is, as the launcher says it in the environment."""
+"""Finds how many processes a run has and which one this is, from what the launcher says in the environment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hybrid_jax.core.errors import UserError
 ADDRESS, SIZE, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _TPU_PORT = 8482
 _SLICES = ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID")
-_GOOGLE = "0x1ae0"  # its number as a maker of PCI devices
+_GOOGLE = "0x1ae0"  # Google's number among the makers of PCI devices
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 Environment = Mapping[str, str]
@@ -29,10 +29,10 @@ class Cluster:
 
     Attributes:
         address: ``host:port`` of process 0.
-        size: how many they are.
-        index: which one this is.
-        found_by: what said so.
-        local_devices: the devices of this host that are this process's own; None is all of them.
+        size: the number of processes.
+        index: the number of this process, from 0.
+        found_by: where these figures come from, for errors.
+        local_devices: the devices of this host that this process uses; None for all of them.
     """
 
     address: str
@@ -51,19 +51,21 @@ class Cluster:
 
     @property
     def host(self) -> str:
+        """The host of process 0, without the brackets of an IPv6 address."""
         return self.address.rpartition(":")[0].strip("[]")
 
     @property
     def port(self) -> int:
+        """The port on which process 0 listens."""
         return int(self.address.rpartition(":")[2])
 
 
 def find_cluster(environment: Environment) -> Cluster | None:
-    """The processes of this run; None where there is but one.
+    """Finds the processes of this run; None where there is only one.
 
-    First what ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` say, then Slurm, Open
-    MPI and TPU VMs. With a launcher the address alone may be given, too; `JAX_COORDINATOR_PORT` changes the
-    port that is chosen without it.
+    Looks first at ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``, then at Slurm,
+    Open MPI and TPU VMs. Under a launcher the address alone may be given, too; ``JAX_COORDINATOR_PORT`` changes
+    the port that is chosen without it.
 
     Raises:
         UserError: what they say is incomplete or contradicts itself.
@@ -88,7 +90,7 @@ def _by_hand(environment: Environment) -> Cluster | None:
 
 
 def _slurm(environment: Environment) -> Cluster | None:
-    """The tasks of a job step; process 0 is on the first node, on a port that the job's number decides."""
+    """Reads the tasks of a job step; process 0 is on the first node, its port follows from the job's number."""
     if not all(environment.get(name) for name in _SLURM):
         return None
     size, index = _number(environment, "SLURM_NTASKS"), _number(environment, "SLURM_PROCID")
@@ -101,7 +103,7 @@ def _slurm(environment: Environment) -> Cluster | None:
 
 
 def _open_mpi(environment: Environment) -> Cluster | None:
-    """The ranks of ``mpirun``; older versions say where the launcher is, which is where process 0 is."""
+    """Reads the ranks of ``mpirun``; older versions name the host of the launcher, where process 0 runs."""
     if not environment.get("OMPI_COMM_WORLD_SIZE"):
         return None
     size, index = _number(environment, "OMPI_COMM_WORLD_SIZE"), _number(environment, "OMPI_COMM_WORLD_RANK")
@@ -117,7 +119,7 @@ def _open_mpi(environment: Environment) -> Cluster | None:
 
 
 def _tpu(environment: Environment, ask: Callable[[str], str | None] | None = None) -> Cluster | None:
-    """The hosts of TPU slices: on GKE by the environment, on TPU VMs by the metadata server."""
+    """Reads the hosts of TPU slices: on GKE from the environment, on TPU VMs from the metadata server."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if (platforms and "tpu" not in platforms) or not (ask or _has_tpu()):
         return None
@@ -157,13 +159,13 @@ def _slices_in(metadata: str) -> dict[str, str]:
 def _launched(
     environment: Environment, address: str, size: int, index: int, found_by: str, local: int | None
 ) -> Cluster:
-    """What a launcher says, over which go the address and the devices that were given by hand."""
+    """What a launcher says, except for the address and the devices where these were given by hand."""
     own = None if local is None or environment.get("JAX_LOCAL_DEVICE_IDS") else (local,)
     return Cluster(environment.get(ADDRESS) or address, size, index, found_by, own)
 
 
 def _port_of_job(environment: Environment, job: int) -> int:
-    """One of the 4,096 highest ports, so that two jobs on a host seldom meet."""
+    """One of the 4,096 highest ports by the number of the job, so that two jobs on a host seldom share one."""
     return int(environment.get("JAX_COORDINATOR_PORT") or 2**16 - 2**12 + job % 2**12)
 
 
@@ -175,7 +177,7 @@ def _number(environment: Environment, name: str) -> int:
 
 
 def _has_tpu() -> bool:
-    """Whether JAX could use a TPU of this machine."""
+    """Whether this machine has a TPU, and JAX the library to use it."""
     return importlib.util.find_spec("libtpu") is not None and has_tpu_device()
 
 
@@ -186,7 +188,7 @@ def has_tpu_device() -> bool:
 
 
 def _metadata(name: str) -> str | None:
-    """An attribute of this virtual machine; None where it has none, as on a machine that is no TPU VM."""
+    """Asks for an attribute of this virtual machine; None where it has none, as off TPU VMs."""
     server = http.client.HTTPConnection("metadata.google.internal", timeout=5)
     try:
         path = f"/computeMetadata/v1/instance/attributes/{name}"

@@ -1,4 +1,4 @@
-"""Whether JAX can use the devices that it was asked for, and whether it has fallen back to the CPU."""
+"""Checks whether JAX can use the devices that it was asked for, or has fallen back to the CPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def check_devices(*, expect_accelerator: bool = True, environment: Mapping[str, str] = os.environ) -> None:
-    """Touches the devices, so that what is wrong with them is said in one line.
+    """Uses the devices once, so that what is wrong with them is said in one line.
 
     Args:
         expect_accelerator: warns of a fall-back to the CPU where an accelerator was to be expected.
@@ -71,7 +71,7 @@ def check_platforms(asked: list[str]) -> None:
 
 
 def missed_accelerator() -> str | None:
-    """Why a run on the CPU may be a mistake: an accelerator, or the package for one, is there."""
+    """Says why a run on the CPU may be a mistake: an accelerator or the package for one is there."""
     gpus = sorted(glob.glob("/dev/nvidia[0-9]*"))
     if has_cuda_plugin():
         return (
@@ -90,6 +90,7 @@ def missed_accelerator() -> str | None:
 
 
 def has_cuda_plugin() -> bool:
+    """Whether JAX's package for NVIDIA GPUs is installed."""
     return any(map(_is_installed, _CUDA_PLUGINS))
 
 

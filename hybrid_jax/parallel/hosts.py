@@ -1,4 +1,4 @@
-"""Several processes as one run: they agree, end together, and notice when one of them is gone.
+"""Lets several processes act as one run: they agree, end together, and notice when one of them is gone.
 
 JAX's own runtime ends a process by a C++ abort, minutes later, when a peer dies. So the sockets over which the
 processes have met (`meeting`) stay open for the whole run: those of a killed process close at once, and a small
@@ -27,19 +27,19 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.cluster import Cluster, find_cluster
 from hybrid_jax.parallel.meeting import meet
 
-_GRACE_SECONDS = 10.0  # for a process that ends by an error, before threads that wait for peers are cut off
+_GRACE_SECONDS = 10.0  # that a process which ends by an error waits for its threads before it cuts them off
 _ADVICE = "run the same command on all workers again: it goes on from the newest checkpoint"
 
 log = logging.getLogger(__name__)
 
 
 class Peers:
-    """The lifelines of one process: to all others in process 0, to process 0 in the others.
+    """The open sockets of one process to its peers: to all others in process 0, to process 0 in the others.
 
     Args:
-        cluster: who we are.
+        cluster: says which process this is.
         lines: a connected socket for each peer, by its index.
-        end: ends this process with a message, from the thread that watches the lines.
+        end: ends this process with a message; called from the thread that watches the sockets.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Peers:
         self._watcher.start()
 
     def exchange(self, value: Any) -> list[Any]:
-        """What every process gives, by its index; all must call it, as often and in the same order.
+        """Returns the values of all processes, by index; all must call it equally often and in the same order.
 
         Args:
             value: anything that JSON can hold.
@@ -72,7 +72,7 @@ class Peers:
         return values
 
     def close(self) -> None:
-        """Parts once every process has come here."""
+        """Closes the sockets once every process has called this."""
         self.exchange(None)
         for index in self._lines:
             self._send(index, {"bye": True})
@@ -81,7 +81,7 @@ class Peers:
             line.close()
 
     def fail(self, reason: str) -> None:
-        """Tells the others why this process ends alone, so that they end too."""
+        """Tells the others why this process ends by an error, so that they end too."""
         self._leaving = True
         self._tell(reason, self._lines)
 
@@ -116,7 +116,7 @@ class Peers:
                             self._inbox[key.data].put(message["value"])
 
     def _lost(self, index: int, reason: str | None) -> None:
-        """Ends this process and with it, in process 0, all others: none can go on without the rest."""
+        """Ends this process, and from process 0 all others: none can go on without the rest."""
         if self._leaving:
             return
         who = f"process {index} of {self.cluster.size}"
@@ -132,7 +132,7 @@ _peers: Peers | None = None
 
 
 def initialize() -> Peers | None:
-    """Makes this process one of several, if there are several; call it before a device is touched.
+    """Joins the processes of the run, if there are several; call it before a device is used.
 
     They are found on TPU VMs, under Slurm and Open MPI, and by ``JAX_COORDINATOR_ADDRESS``,
     ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID`` (`cluster.find_cluster`).
@@ -147,7 +147,7 @@ def initialize() -> Peers | None:
         lines = meet(cluster, seconds)
         import jax
 
-        # It would catch SIGTERM in the place of `training.interrupts`.
+        # Else JAX would catch SIGTERM, and `training.interrupts` could not.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
             cluster.address,
@@ -166,7 +166,7 @@ def initialize() -> Peers | None:
 
 @contextlib.contextmanager
 def joined() -> Iterator[None]:
-    """Around a whole program: `initialize` before it, and an end of all processes together.
+    """Wraps a whole program: joins the processes before it, and ends all of them together.
 
     An `Ended` counts as an end that all have agreed on. Any other error ends the other processes with a
     message.
@@ -200,7 +200,7 @@ def size() -> int:
 
 
 def exchange(value: Any) -> list[Any]:
-    """`Peers.exchange`; alone, what was given."""
+    """Returns the values of all processes, as `Peers.exchange`; of a single process, its own."""
     return [value] if _peers is None else _peers.exchange(value)
 
 
@@ -241,7 +241,7 @@ def _timeout(text: str) -> float:
 
 
 def _part(peers: Peers | None) -> None:
-    """The end of a run that all processes reach."""
+    """Ends a run that all processes have finished."""
     global _peers
     if peers is not None:
         import jax
@@ -252,9 +252,9 @@ def _part(peers: Peers | None) -> None:
 
 
 def _leave_alone(peers: Peers, error: BaseException) -> None:
-    """The end of one process by an error; JAX's own parting, which would wait for the others, is left out."""
+    """Ends this process by an error, without JAX's own shutdown, which would wait for the others."""
     expected = isinstance(error, UserError | KeyboardInterrupt)
-    if not expected:  # a collective fails when a peer is gone: then the watcher ends this process
+    if not expected:  # a collective fails when a peer is gone; then the watching thread ends this process
         time.sleep(1.0)
     what = "it was interrupted" if isinstance(error, KeyboardInterrupt) else f"{error}"
     peers.fail(" ".join(what.split()) or type(error).__name__)

@@ -1,7 +1,7 @@
-"""The processes of a run meet on the coordinator's port before JAX does.
+"""Connects the processes of a run over the coordinator's port, before JAX uses it.
 
 JAX's own runtime ends a process by a C++ abort when a peer is missing, and cannot say which. Over plain sockets
-the one who waits can name the missing, and say what to check.
+the process that waits can name those that are missing, and say what to check.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.parallel.cluster import Cluster
 
 _GREETING = "hybrid_jax"
-_HELLO_SECONDS = 5.0  # for the first line of a connection; strangers knock at open ports, too
+_HELLO_SECONDS = 5.0  # for the first line of a connection, which may come from a foreign program
 
 
 class PeerError(UserError):
-    """Another process is missing."""
+    """Raised where another process is missing."""
 
 
 def meet(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
-    """The lifelines of a process to its peers, once all of them are there.
+    """Opens the sockets of a process to its peers and returns them once all processes are there.
 
     Raises:
-        PeerError: somebody is missing after ``seconds``.
+        PeerError: a process is missing after ``seconds``.
         UserError: the port is taken, or the processes contradict each other.
     """
     return _call(cluster, seconds) if cluster.index else _gather(cluster, seconds)
 
 
 def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
-    """Process 0 waits on its port until every other process has called, and lets all of them go at once."""
+    """Waits, in process 0, until every other process has connected, then answers all of them at once."""
     deadline, lines = time.monotonic() + seconds, {}
     with _listen(cluster.port) as listener, contextlib.ExitStack() as until_all_are_there:
         while len(lines) < cluster.size - 1:
@@ -55,7 +55,7 @@ def _gather(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
 
 
 def _greeted(line: socket.socket, cluster: Cluster, lines: dict[int, socket.socket]) -> int | None:
-    """The index of who has called; None of a stranger."""
+    """Reads the index of the process that has connected; None for a foreign program."""
     line.settimeout(_HELLO_SECONDS)
     try:
         greeting, index, size = _read_line(line).split()
@@ -80,7 +80,7 @@ def _greeted(line: socket.socket, cluster: Cluster, lines: dict[int, socket.sock
 
 
 def _call(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
-    """Any other process calls process 0 until it answers, then waits until all have called."""
+    """Connects, in any other process, to process 0, and waits until all have connected."""
     deadline = time.monotonic() + seconds
     line, trouble = None, "no answer"
     while line is None:
@@ -97,7 +97,7 @@ def _call(cluster: Cluster, seconds: float) -> dict[int, socket.socket]:
             trouble = error.strerror or str(error)
             time.sleep(min(0.2, max(left, 0.0)))
     line.sendall(f"{_GREETING} {cluster.index} {cluster.size}\n".encode())
-    line.settimeout(max(deadline - time.monotonic(), 0.0) + 2.0)  # process 0 knows better who is missing
+    line.settimeout(max(deadline - time.monotonic(), 0.0) + 2.0)  # process 0 knows who is missing
     try:
         answer = _read_line(line)
     except OSError:
@@ -126,7 +126,7 @@ def _listen(port: int) -> socket.socket:
 
 
 def _lifeline(line: socket.socket) -> socket.socket:
-    """Waits without end, yet notices within 90 s a machine that has vanished without a word."""
+    """Lets a socket wait without end, yet notice within 90 s that the other machine has vanished."""
     line.settimeout(None)
     line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -137,7 +137,7 @@ def _lifeline(line: socket.socket) -> socket.socket:
 
 
 def _read_line(line: socket.socket) -> str:
-    """Up to the first newline, byte by byte: what follows belongs to another reader."""
+    """Reads up to the first newline, byte by byte, since what follows is for another reader."""
     text = b""
     while not text.endswith(b"\n") and len(text) < 1000:
         byte = line.recv(1)

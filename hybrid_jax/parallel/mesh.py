@@ -1,4 +1,4 @@
-"""The mesh of devices that a config asks for, and host arrays on their way to it."""
+"""Makes the mesh of devices that a config asks for, and moves host arrays to it and back."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ T = TypeVar("T")
 
 @settings
 class MeshConfig:
-    """How the devices share the work; their product is the number of devices used.
+    """How the devices share the work. The product of the three sizes is the number of devices that are used.
 
-    Over several slices of TPUs, or hosts of GPUs, which a slower network joins, ``data`` goes first: make it a
-    multiple of their number, and little but gradients travels between them. What ``data`` cannot take of the
-    slices goes to ``fsdp``, and the rest to ``tensor``.
+    Several slices of TPUs, or hosts of GPUs, are joined by a slower network. ``data`` is split over them first:
+    where it is a multiple of their number, little but gradients travels between them. Where it is not, ``fsdp``
+    is split over them too, and ``tensor`` last.
 
     Attributes:
         data: Copies of the model, each reading its own rows.
@@ -39,10 +39,11 @@ class MeshConfig:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """The sizes of the mesh axes, in the order of `AXES`."""
         return self.data, self.fsdp, self.tensor
 
     def placement(self, devices: Sequence[Any] | None = None) -> Placement:
-        """The mesh over the first of ``devices`` (default: all that JAX sees).
+        """Lays the mesh over the first of ``devices`` (default: all that JAX sees).
 
         Raises:
             UserError: there are too few, or, with several processes, some would be left out, or those of a
@@ -62,7 +63,7 @@ class MeshConfig:
 
 
 def arrange(shape: tuple[int, ...], devices: Sequence[Any], name: str) -> np.ndarray:
-    """The devices as an array of this shape, in the order that suits the networks between them.
+    """Arranges devices in an array of this shape, in the order that suits the networks between them.
 
     A physical axis of a TPU slice is split where it must be, which `jax.make_mesh` does on some TPUs only.
 
@@ -102,7 +103,7 @@ def arrange(shape: tuple[int, ...], devices: Sequence[Any], name: str) -> np.nda
 
 
 def split_over_slices(shape: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """Over how many slices each mesh axis goes: the first takes what it can, then the next.
+    """Splits the mesh axes over slices: the first takes as many slices as it can, then the next.
 
     Their product is the number of slices wherever that divides the product of ``shape``.
     """
@@ -129,14 +130,14 @@ def put_rows(placement: Placement, batch: T) -> T:
 
 
 def rows_here(array: jax.Array) -> np.ndarray:
-    """Which rows of an array [B ...] this process holds, ascending."""
+    """Lists the rows of an array [B ...] that this process holds, ascending."""
     return np.array(
         sorted({row for shard in array.addressable_shards for row in _rows(shard, len(array))}), int
     )
 
 
 def fetch_rows(array: jax.Array) -> np.ndarray:
-    """The rows of `rows_here`, as a host array; nothing travels between processes."""
+    """Fetches the rows that this process holds (`rows_here`); nothing travels between processes."""
     if array.is_fully_addressable:
         return np.asarray(array)
     rows = {
@@ -147,7 +148,7 @@ def fetch_rows(array: jax.Array) -> np.ndarray:
 
 
 def gather_rows(placement: Placement, here: np.ndarray, num_rows: int) -> np.ndarray:
-    """All rows [B ...] out of those that each process holds, on every process: for a few numbers a row."""
+    """Gathers all rows [B ...] on every process out of those that each holds: for a few numbers a row."""
     if jax.process_count() == 1:
         return here
     sharding = placement.row_sharding(here.ndim, num_rows)
@@ -157,7 +158,7 @@ def gather_rows(placement: Placement, here: np.ndarray, num_rows: int) -> np.nda
 
 @functools.cache
 def _replicated(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
-    """Compiled once for each shape, not at every call."""
+    """A function that copies an array to all devices, compiled once for each shape and not at every call."""
 
     def gather(x):
         return x
@@ -166,9 +167,9 @@ def _replicated(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
 
 
 def whole_array(array: Any) -> np.ndarray:
-    """All of an array on the host: of one that lies on devices of several processes, in each of them.
+    """Fetches a whole array to the host, in every process where it lies on devices of several.
 
-    All processes call it. Only this one array is then whole on their devices.
+    Then all processes must call it, and their devices hold the whole of this one array meanwhile.
     """
     if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)

@@ -1,8 +1,8 @@
-"""Logical axes: which axis of an array lies on which axis of the mesh.
+"""Logical axes: they say which axis of an array is split over which axes of the mesh.
 
 Every axis of a parameter and of the large activations has a name, and `ShardingRules` says over which mesh axes
-an axis of that name is split. A `Placement` (mesh and rules) is in force while a function is traced; where
-none is, on one device, nothing is constrained.
+an axis of that name is split. A `Placement` (mesh and rules) is in force while a function is traced; without
+one, on a single device, nothing is constrained.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class ShardingRules:
-    """The mesh axes of each logical axis; an axis that they do not divide stays whole."""
+    """The mesh axes that each logical axis is split over; an axis that they do not divide stays whole."""
 
-    # of parameters
+    # Axes of parameters.
     embed: MeshAxes = ("fsdp",)  # the width
     heads: MeshAxes = ("tensor",)  # query heads × channels
     kv_heads: MeshAxes = ("tensor",)
     mlp: MeshAxes = ("tensor",)  # also of what the MLP computes
     vocab: MeshAxes = ("tensor",)  # also of scores
     experts: MeshAxes = ()
-    # of activations
+    # Axes of activations.
     batch: MeshAxes = ("data", "fsdp")
     length: MeshAxes = ()
     width: MeshAxes = ()
@@ -44,7 +44,7 @@ class ShardingRules:
     attention_kv_heads: MeshAxes = ("tensor",)
 
     def spec(self, mesh: Mesh, shape: Sequence[int], names: Sequence[str | None]) -> PartitionSpec:
-        """Where an array of this shape lies, its axes having these names (None: whole)."""
+        """Says how an array of this shape is split by the names of its axes; one without a name stays whole."""
         assert len(shape) == len(names), (tuple(shape), tuple(names))
         entries, used = [], set()
         for size, name in zip(shape, names, strict=True):
@@ -92,7 +92,7 @@ ROLLOUTS = {
 
 @dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules for what lies on it.
+    """A mesh and the rules by which arrays are split over it.
 
     Within `jax.shard_map` it is ``local``: arrays are a device's own part there, and nothing is constrained.
     """
@@ -102,10 +102,11 @@ class Placement:
     local: bool = False
 
     def sharding(self, shape: Sequence[int], names: Sequence[str | None]) -> NamedSharding:
+        """The sharding of an array by its shape and the names of its axes."""
         return NamedSharding(self.mesh, self.rules.spec(self.mesh, shape, names))
 
     def shardings(self, tree: Any, axes_of: AxesOf) -> Any:
-        """Where every array of a tree lies; ``axes_of(path, shape)`` names its axes."""
+        """The sharding of every array of a tree; ``axes_of(path, shape)`` names its axes."""
 
         def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
             return self.sharding(leaf.shape, axes_of(path_of(path), tuple(leaf.shape)))
@@ -121,39 +122,40 @@ class Placement:
         return jax.tree.map(shape, tree, self.shardings(tree, axes_of))
 
     def row_sharding(self, ndim: int, rows: int) -> NamedSharding:
-        """Of a batch: split over its rows."""
+        """The sharding of a batch that is split over its rows."""
         return self.sharding((rows, *[1] * (ndim - 1)), ("batch", *[None] * (ndim - 1)))
 
     @property
     def platform(self) -> str:
-        """Of the devices that a traced function is for: "cpu", "gpu" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def num_row_shards(self) -> int:
-        """In how many parts a batch is split."""
+        """The number of parts that a batch is split into."""
         return _size(self.mesh, self.rules.batch)
 
     def with_rules(self, rules: ShardingRules) -> Placement:
+        """The same mesh under other rules."""
         return replace(self, rules=rules)
 
 
-_active = jax.make_user_context(None)  # belongs to the key of everything that is traced under it
+_active = jax.make_user_context(None)  # JAX traces a function again where this value is another
 
 
 def current_placement() -> Placement | None:
-    """What the function being traced is for; None is the default device."""
+    """The placement that the function being traced is for; None for the default device."""
     return _active.value
 
 
 def target_platform() -> str:
-    """Of the devices that the function being traced will run on."""
+    """The platform of the devices that the function being traced will run on."""
     placement = current_placement()
     return jax.default_backend() if placement is None else placement.platform
 
 
 def under(placement: Placement | None, function: F) -> F:
-    """``function``, traced and run with ``placement`` in force."""
+    """Wraps a function so that it is traced and run with ``placement`` in force."""
 
     @functools.wraps(function)
     def placed(*args, **kwargs):
@@ -164,13 +166,13 @@ def under(placement: Placement | None, function: F) -> F:
 
 
 def as_in_training(function: F) -> F:
-    """``function`` under the training rules, on the mesh in force."""
+    """Wraps a function so that it is traced under the training rules, on the mesh in force."""
     placement = current_placement()
     return function if placement is None else under(placement.with_rules(TRAINING), function)
 
 
 def shard(x: Array, *names: str | None) -> Array:
-    """Constrains where an activation lies: ``shard(x, "batch", "length", "width")``."""
+    """Constrains how an activation is split, by its axes: ``shard(x, "batch", "length", "width")``."""
     placement = current_placement()
     if placement is None or placement.mesh.size == 1 or placement.local:
         return x
@@ -179,9 +181,9 @@ def shard(x: Array, *names: str | None) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def shard_for_use(param: Array, kept: tuple[str | None, ...], used: tuple[str | None, ...]) -> Array:
-    """A parameter on its way from where it is ``kept`` to where it is ``used``; its gradient goes back.
+    """Moves a parameter from the split in which it is ``kept`` to that for its use, and its gradient back.
 
-    A plain `shard` would have every device add up the whole gradient before it keeps its part.
+    With a plain `shard` every device would add up the whole gradient before it keeps its part.
     """
     return shard(param, *used)
 
@@ -192,22 +194,22 @@ shard_for_use.defvjp(
 
 
 def shard_rows(tree: T) -> T:
-    """`shard` for the arrays of a batch, [B ...]."""
+    """Constrains the arrays of a batch [B ...] to be split over their rows."""
     return jax.tree.map(lambda x: shard(x, "batch", *[None] * (x.ndim - 1)), tree)
 
 
 def shard_params(params: T, axes_of: AxesOf) -> T:
-    """`shard` for parameters: moves them to where the rules in force want them."""
+    """Constrains parameters to be split as the rules in force say."""
     placement = current_placement()
     if placement is None or placement.mesh.size == 1:
         return params
     return lax.with_sharding_constraint(params, placement.shardings(params, axes_of))
 
 
-def born(axes_of: AxesOf, function: Callable[..., T], *arguments: Any) -> T:
-    """``function(*arguments)``, with every array of the result made where it shall lie.
+def made_in_parts(axes_of: AxesOf, function: Callable[..., T], *arguments: Any) -> T:
+    """Calls ``function(*arguments)`` so that each device makes only its own part of the arrays in the result.
 
-    So no device ever holds the whole of a tree that is split over many.
+    No device ever holds the whole of a tree that is split over many.
     """
     placement = current_placement()
     if placement is None or placement.mesh.size == 1:
@@ -217,7 +219,7 @@ def born(axes_of: AxesOf, function: Callable[..., T], *arguments: Any) -> T:
 
 
 def path_of(keys: tuple[Any, ...]) -> str:
-    """The path of a leaf: ``layer_0/mlp/up/kernel``."""
+    """Writes the path of a leaf: ``layer_0/mlp/up/kernel``."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
 
 

@@ -1,4 +1,4 @@
-"""What accelerators can do at best: memory, arithmetic, bandwidths.
+"""The peaks of accelerators: memory, arithmetic, bandwidths.
 
 Peaks are those that the makers publish for a chip. TPUs: https://docs.cloud.google.com/tpu/docs, the pages v4,
 v5e, v5p, v6e and tpu7x. GPUs: the data sheets of A100 (80 GB SXM), H100 SXM and H200 SXM, dense bfloat16. The
@@ -22,17 +22,17 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One chip.
+    """The peaks of one chip.
 
     Attributes:
         name: as in a topology ("v5e").
-        memory_bytes: of one of its devices, that a program can use.
-        peak_flops: bfloat16, a second.
-        memory_bandwidth: bytes a second.
-        interconnect_bandwidth: bytes a second that it sends to other chips of its slice.
-        devices: that JAX sees in one chip; they share all but the memory.
+        memory_bytes: bytes that a program can use on one device of the chip.
+        peak_flops: bfloat16 FLOPs a second.
+        memory_bandwidth: bytes a second between memory and cores.
+        interconnect_bandwidth: bytes a second that the chip sends to other chips of its slice.
+        devices: number of devices that JAX sees in the chip; they share all but the memory.
         source: "published", or "measured" on this machine.
-        network_bandwidth: bytes a second that it sends to other slices; None where nothing is published.
+        network_bandwidth: bytes a second that the chip sends to other slices; None where nothing is published.
     """
 
     name: str
@@ -68,7 +68,7 @@ _DEVICE_KINDS = {
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:
-    """By ``device.device_kind``, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None for unknown ones."""
+    """Finds a chip by ``device.device_kind``, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; else None."""
     if device_kind in _DEVICE_KINDS:
         return _DEVICE_KINDS[device_kind]
     found = (gpu for gpu in (A100, H100, H200) if gpu.name in device_kind and "PCIe" not in device_kind)
@@ -76,9 +76,9 @@ def accelerator_of(device_kind: str) -> Accelerator | None:
 
 
 def local_accelerator(devices: Sequence[Any]) -> Accelerator | None:
-    """Of the devices of this machine; a CPU, which has no published peaks, is measured (about a second).
+    """Finds the chip of this machine's devices, None if unknown.
 
-    None where nothing is known of the devices.
+    A CPU has no published peaks: it is measured, which takes about a second.
     """
     device = devices[0]
     if device.platform == "cpu":
@@ -89,12 +89,12 @@ def local_accelerator(devices: Sequence[Any]) -> Accelerator | None:
 
 
 def usable_memory(device: Any) -> float | None:
-    """What the runtime will allocate at most, where it says so."""
+    """The most bytes that the runtime will allocate on a device; None where it does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def measured(count: int) -> Accelerator:
-    """This machine's CPU, shared evenly by ``count`` devices: a product of matrices, passes over memory."""
+    """Measures the CPU, which ``count`` devices share, by a matrix product and passes over memory."""
     import jax
     import jax.numpy as jnp
 
@@ -112,7 +112,7 @@ def measured(count: int) -> Accelerator:
 
 
 def _fastest(function: Any, *arguments: Any, seconds: float = 0.4) -> float:
-    """The shortest of the calls within about ``seconds``."""
+    """The seconds of the fastest call among those that fit into about ``seconds``."""
     function(*arguments).block_until_ready()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:

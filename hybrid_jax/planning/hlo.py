@@ -30,11 +30,12 @@ class Shape:
 
     @property
     def elements(self) -> int:
+        """The number of elements."""
         return math.prod(self.dims)
 
     @property
     def bits(self) -> int:
-        """Of an element; 0 for tokens."""
+        """The bits of one element; 0 for a token, which orders operations and holds no data."""
         if self.dtype == "pred":
             return 8
         digits = re.search(r"\d+", self.dtype)
@@ -42,14 +43,17 @@ class Shape:
 
     @property
     def bytes(self) -> float:
+        """The bytes of the whole array; elements of 4 bits take half a byte each."""
         return self.elements * self.bits / 8
 
     @property
     def is_integer_scalar(self) -> bool:
+        """Whether it is one integer or truth value, as a loop's counter is."""
         return not self.dims and (self.dtype == "pred" or self.dtype[0] in "su")
 
     @property
     def is_real(self) -> bool:
+        """Whether its elements are floating-point numbers."""
         return self.dtype.startswith(("f", "bf"))
 
 
@@ -65,24 +69,24 @@ class Instruction:
     attributes: str
 
     def called(self, attribute: str) -> str | None:
-        """The computation that ``attribute`` names."""
+        """The name of the computation that an attribute such as ``body=%name`` refers to; None without it."""
         found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return found.group(1) if found else None
 
     def integers(self, attribute: str) -> tuple[int, ...]:
-        """Of an attribute such as ``lhs_contracting_dims={1,2}``; none where it is missing."""
+        """The integers of an attribute such as ``lhs_contracting_dims={1,2}``; an empty tuple without it."""
         found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
         return tuple(map(int, found.group(1).split(","))) if found and found.group(1) else ()
 
     def text(self, attribute: str) -> str | None:
-        """Of an attribute in quotes."""
+        """The text of an attribute in quotes; None without it."""
         found = re.search(rf'\b{attribute}="([^"]*)"', self.attributes)
         return found.group(1) if found else None
 
 
 @dataclass
 class Computation:
-    """Instructions in their order; the last or the one marked ROOT is the result."""
+    """Instructions in order; the result is the one marked ROOT, or else the last."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -90,15 +94,17 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
+        """The instruction whose value is the result."""
         return self.instructions[self.root_name]
 
     @cached_property
     def parameters(self) -> dict[int, Instruction]:
+        """The instructions that stand for the arguments, by their position."""
         return {int(i.literal): i for i in self.instructions.values() if i.opcode == "parameter"}
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """Who reads each instruction."""
+        """The instructions that read the result of each instruction, by its name."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in dict.fromkeys(instruction.operands):
@@ -106,15 +112,17 @@ class Computation:
         return users
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
+        """The instructions whose results an instruction reads."""
         return [self.instructions[name] for name in instruction.operands]
 
     def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+        """The shapes of all arrays that an instruction reads."""
         return [shape for operand in self.operands(instruction) for shape in operand.shapes]
 
 
 @dataclass
 class Module:
-    """A compiled program; ``num_devices`` run it together."""
+    """A compiled program that ``num_devices`` devices run together."""
 
     computations: dict[str, Computation]
     entry: str
@@ -122,6 +130,11 @@ class Module:
 
     @classmethod
     def parse(cls, text: str) -> Module:
+        """Reads ``compiled.as_text()``.
+
+        Raises:
+            ValueError: the text holds no computation marked ENTRY.
+        """
         computations, entry, current = {}, "", None
         for line in _joined(text.splitlines()):
             if current is None:
@@ -143,7 +156,7 @@ class Module:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Whole instructions: the attributes of one may go on over several lines."""
+    """Joins lines into whole instructions, whose attributes may go on over several lines."""
     whole = ""
     for line in lines:
         if _END.match(line) or _HEADER.match(line) or _INSTRUCTION.match(line):
@@ -155,7 +168,7 @@ def _joined(lines: Iterable[str]) -> Iterator[str]:
 
 
 def shapes_of(text: str) -> tuple[Shape, ...]:
-    """The arrays of a type, those of a tuple one after the other."""
+    """The shapes in the text of a type such as ``(f32[2,3], s32[])``, in order."""
     return tuple(_shapes(_COMMENT.sub("", text)))
 
 

@@ -1,7 +1,7 @@
-"""How often a loop of a compiled program turns: its counter is simulated, everything else is unknown.
+"""Counts how often a loop of a compiled program turns, by simulating its counter; all other values are unknown.
 
 A value is an int (or bool), a tuple of values, or None where it depends on data. Logic has three values: "and"
-of something false and something unknown is false. So a loop that may stop early still has a bound.
+of something false and something unknown is false. So a loop that may stop early still has an upper bound.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from hybrid_jax.planning.hlo import Computation, Instruction, Module
 
 Value = Any  # int | bool | tuple[Value, ...] | None
-MOST_TURNS = 2**17  # of a loop that nothing seems to end
+MOST_TURNS = 2**17  # a loop that still turns then is taken to have no bound
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -37,16 +37,16 @@ _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "op
 
 @dataclass(frozen=True)
 class Turns:
-    """How often a loop's body runs: exactly, or at most if it ``may_stop``; None is unknown."""
+    """How often a loop's body runs: exactly, or at most if it ``may_stop``; None where that is unknown."""
 
     count: int | None
     may_stop: bool
-    final: Value  # what is known of the loop's state behind it
-    invariant: Value  # what is known of it on every turn
+    final: Value  # what is known of the loop's state after the last turn
+    invariant: Value  # what is known of the state on every turn
 
 
 def turns_of(module: Module, loop: Instruction, state: Value) -> Turns:
-    """Of a ``while`` instruction that starts with ``state``."""
+    """Counts the turns of a ``while`` instruction that starts with ``state``."""
     condition = module.computations[loop.called("condition") or ""]
     body = module.computations[loop.called("body") or ""]
     moving = _moving_integers(body)
@@ -60,7 +60,7 @@ def turns_of(module: Module, loop: Instruction, state: Value) -> Turns:
         evaluator = _Evaluator(module, body, (tuple(state),))
         following = [evaluator(body.root.operands[i]) if i in moving else v for i, v in enumerate(state)]
         if following == state:
-            count = MOST_TURNS  # nothing that is known counts
+            count = MOST_TURNS  # no element with a known value changes
             break
         state, count = following, count + 1
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -72,17 +72,17 @@ def turns_of(module: Module, loop: Instruction, state: Value) -> Turns:
 
 
 def evaluate(module: Module, computation: Computation, parameters: Sequence[Value]) -> Value:
-    """What is known of the result of ``computation``."""
+    """Evaluates the result of ``computation`` as far as it is known."""
     return _Evaluator(module, computation, parameters)(computation.root_name)
 
 
 def known_value(module: Module, computation: Computation, parameters: Sequence[Value], name: str) -> Value:
-    """What is known of one instruction."""
+    """Evaluates one instruction as far as its value is known."""
     return _Evaluator(module, computation, parameters)(name)
 
 
 def _moving_integers(body: Computation) -> set[int]:
-    """Elements of a loop's state that are integers and that its body changes."""
+    """Finds the integers in a loop's state that its body changes."""
     if body.root.opcode != "tuple":
         return set()
     operands = body.operands(body.root)
@@ -91,7 +91,7 @@ def _moving_integers(body: Computation) -> set[int]:
 
 
 def _is_passed_on(body: Computation, index: int) -> bool:
-    """Whether the body returns element ``index`` of its state as it was."""
+    """Checks whether the body returns element ``index`` of its state unchanged."""
     if body.root.opcode != "tuple":
         return False
     element = body.operands(body.root)[index]
@@ -108,7 +108,7 @@ def _index(element: Instruction) -> int:
 
 
 class _Evaluator:
-    """Values of one computation with given parameters, each found once."""
+    """Evaluates the instructions of one computation with given parameters, each at most once."""
 
     def __init__(self, module: Module, computation: Computation, parameters: Sequence[Value]):
         self._module, self._computation, self._parameters = module, computation, parameters

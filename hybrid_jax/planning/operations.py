@@ -1,4 +1,4 @@
-"""Multiply-adds of an instruction and bytes that a collective sends."""
+"""Counts the FLOPs of an instruction and the bytes that a collective sends."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import re
 from hybrid_jax.planning.hlo import Computation, Instruction, Module
 from hybrid_jax.planning.traffic import COLLECTIVES
 
-# Splash attention says nothing of its costs: products of queries and keys in each kernel. The gradient kernels
-# compute the weights again.
+# How many products of queries and keys each kernel of splash attention computes; the compiled program does not
+# say it. The gradient kernels compute the attention weights again.
 _SPLASH = {"_fwd": 2, "_dkv": 4, "_dq": 3}
 _SLICE = 100_000  # device d of slice s is s · 100,000 + d
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")
 
 
 def flops_of(computation: Computation, instruction: Instruction) -> float | None:
-    """FLOPs of matrix products, a multiply-add being 2; None for a call into a library that says nothing.
+    """Counts the FLOPs of matrix products, 2 for a multiply-add; None for a library call of unknown cost.
 
-    Everything else, element by element, is bound by memory and counts 0.
+    Element-wise work counts 0: memory bounds its time.
     """
     if instruction.opcode == "dot":
         return _dot(computation, instruction, instruction.integers("lhs_contracting_dims"))
@@ -41,7 +41,7 @@ def _dot(computation: Computation, instruction: Instruction, contracted: tuple[i
 
 
 def _convolution(computation: Computation, instruction: Instruction) -> float:
-    """Products at positions that hold data; TPUs run batched matrix products as convolutions."""
+    """Counts the products at positions that hold data; TPUs run batched matrix products as convolutions."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None, instruction
     left, kernel = (operand.shapes[0].dims for operand in computation.operands(instruction)[:2])
@@ -59,7 +59,7 @@ def _convolution(computation: Computation, instruction: Instruction) -> float:
 
 
 def _window(settings: dict[str, str], axis: int) -> tuple[int, int, int, int, int]:
-    """Size, stride, low padding, dilation of the left side and of the kernel, along one axis."""
+    """Reads size, stride, low padding, and the dilations of left side and kernel along one axis."""
     get = lambda name, default: settings[name].split("x")[axis] if name in settings else default  # noqa: E731
     numbers = (get("size", "1"), get("stride", "1"), get("pad", "0_0").split("_")[0])
     size, stride, low = map(int, numbers)
@@ -68,7 +68,7 @@ def _window(settings: dict[str, str], axis: int) -> tuple[int, int, int, int, in
 
 @functools.lru_cache(maxsize=4096)
 def _positions(left: int, result: int, size: int, stride: int, low: int, dilation: int, kernel: int) -> int:
-    """Pairs of a result and a kernel position, along one axis, that meet an element of the left side."""
+    """Counts the pairs of result and kernel positions along one axis that meet an element of the left side."""
     count = 0
     for offset in range(size):
         # result r reads r·stride + offset·kernel − low, which must be a multiple of the dilation in range
@@ -99,7 +99,7 @@ def _library_call(computation: Computation, instruction: Instruction) -> float |
 
 
 def _attention(computation: Computation, instruction: Instruction, products: int, axis: int) -> float:
-    """Of a fused causal attention: ``products`` of queries with half of the keys, which lie along ``axis``.
+    """Estimates a fused causal attention: ``products`` of queries with half of the keys, along ``axis``.
 
     The kernels do not say what they skip, so the half is an assumption; a window makes it less, the blocks
     on the diagonal a little more.
@@ -112,13 +112,13 @@ def _attention(computation: Computation, instruction: Instruction, products: int
 
 
 def collective_kind(opcode: str) -> str | None:
-    """The kind of a collective, None for other opcodes and for the ends of asynchronous ones."""
+    """The kind of a collective; None for other opcodes, and where an asynchronous one ends."""
     kind = opcode.removesuffix("-start")
     return kind if kind in COLLECTIVES else None
 
 
 def bytes_sent(module: Module, computation: Computation, instruction: Instruction, kind: str) -> float:
-    """Bytes that each device sends, by the best algorithm on a ring of n devices:
+    """Counts the bytes that each device sends, by the best algorithm on a ring of n devices:
 
     all-gather (n − 1) · b, reduce-scatter and all-to-all (n − 1)/n · b, all-reduce 2 (n − 1)/n · b, permute b,
     where b are the bytes of a device's operand (Thakur et al. 2005, sections 4.1-4.5).
@@ -128,7 +128,7 @@ def bytes_sent(module: Module, computation: Computation, instruction: Instructio
 
 
 def bytes_between_slices(instruction: Instruction) -> float:
-    """Bytes that each device sends to other slices, by the formulas of `bytes_sent`.
+    """Counts the bytes that each device sends to other slices, by the formulas of `bytes_sent`.
 
     A TPU's compiler leaves a collective over slices to the runtime of its host, to which a ``send`` hands the
     operand; the groups are slices × devices, or lists of devices whose first digits are their slice.
@@ -143,13 +143,13 @@ def bytes_between_slices(instruction: Instruction) -> float:
 
 
 def _share_sent(kind: str, size: int) -> float:
-    """Bytes of a device's operand in a collective of so many devices."""
+    """The bytes that a device sends of an operand, in a collective of so many devices."""
     factors = {"collective-permute": 1.0, "all-gather": size - 1.0, "all-reduce": 2 * (size - 1) / size}
     return factors.get(kind, (size - 1) / size)
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-    """How many devices take part in a collective together."""
+    """The number of devices that take part in a collective together."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return len(listed.group(1).split(","))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):

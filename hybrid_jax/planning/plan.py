@@ -23,13 +23,13 @@ SCHEMA = 1  # of the JSON; keys are only added under the same number
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One step of a phase.
+    """The programs of one step of a phase, and what the step does.
 
     Attributes:
         name: of the phase.
         steps: its programs, in the order in which a step runs them.
-        tokens: that a step learns from (SFT) or samples (PPO), on all devices.
-        model_flops: that a step needs by formula, on all devices (`models.flops`); None without one.
+        tokens: those that a step learns from or samples, on all devices.
+        model_flops: FLOPs that a step needs by formula, on all devices (`models.flops`); None without one.
     """
 
     name: str
@@ -38,7 +38,7 @@ class PhasePlan:
     model_flops: float | None
 
     def seconds(self, topology: Topology) -> float | None:
-        """Of one step at best; None where a program or the chip's peaks are missing."""
+        """The seconds of one step at best; None where a program or the chip's peaks are missing."""
         if topology.accelerator is None:
             return None
         each = [step.seconds(topology.accelerator) for step in self.steps]
@@ -70,28 +70,29 @@ class Plan:
 
     @property
     def steps(self) -> list[Step]:
+        """The programs of all phases, in order."""
         return [step for phase in self.phases for step in phase.steps]
 
     @property
     def fits(self) -> bool | None:
-        """Whether every program does; None where the memory is not known."""
+        """Whether every program fits into a device; None where the memory of the device is not known."""
         each = [step.fits(self.topology.accelerator) for step in self.steps]
         return False if False in each else None if None in each else True
 
     @property
     def fullest(self) -> Step:
-        """The program that needs most; one whose need is not known needs more than any other."""
+        """The program that needs most memory; an unknown need counts as more than any other."""
         return max(self.steps, key=lambda step: float("inf") if step.peak is None else step.peak)
 
     def tokens_per_second(self) -> float | None:
-        """Of one step of each phase, one after the other: what a search ranks by."""
+        """Tokens a second over one step of each phase, one after the other: what a search ranks by."""
         each = [phase.seconds(self.topology) for phase in self.phases]
         if None in each or not sum(filter(None, each)):
             return None
         return sum(phase.tokens for phase in self.phases) / sum(filter(None, each))
 
     def dollars(self, tokens: int, seconds: float | None) -> float | None:
-        """For a million tokens, all chips of the topology being paid for."""
+        """The price of a million tokens, for all chips of the topology; None without price or speed."""
         if self.price is None or not seconds or not tokens:
             return None
         return 1e6 / tokens * seconds / 3600 * self.topology.chips * self.price
@@ -112,11 +113,11 @@ def make_plan(
         topology: the devices that the programs' arguments lie on.
         mesh: how they are divided, to be shown.
         programs: of each phase, in the order of a step.
-        model_flops: that a step of each phase needs by formula, if there is one.
+        model_flops: FLOPs that a step of each phase needs, for phases with a formula.
         price: dollars for a chip and an hour.
         progress: receives lines while programs are compiled.
-        stop_early: the first program that does not fit is the last one. The last of a phase, which learn and so
-            need most, come first then.
+        stop_early: ends at the first program that does not fit. Then the programs of a phase are compiled from
+            the last to the first, since those that learn come last and need most memory.
     """
     phases: list[PhasePlan] = []
     plan = Plan(topology, mesh, (), price)
@@ -137,7 +138,7 @@ def make_plan(
 
 
 def versions() -> dict[str, str]:
-    """Of what a plan's numbers depend on."""
+    """The versions of the packages that a plan's numbers depend on."""
     found = {"python": platform.python_version()}
     for package in ("hybrid_jax", "jax", "jaxlib", "libtpu"):
         try:

@@ -1,4 +1,4 @@
-"""What one call of a compiled program costs a device, counted from its HLO with every loop turned.
+"""Counts what one call of a compiled program costs a device, from its HLO, with all turns of every loop.
 
 XLA's own ``cost_analysis`` counts the body of a loop once, so a scanned model would seem to have one layer.
 """
@@ -16,7 +16,7 @@ from hybrid_jax.planning.traffic import Traffic, is_later_part
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device.
+    """Work and traffic of one device.
 
     Attributes:
         flops: of matrix products; element-wise work is not counted, it is bound by memory.
@@ -34,6 +34,7 @@ class Cost:
 
     @property
     def collective_bytes(self) -> float:
+        """The bytes sent to other devices of the slice, over all kinds of collective."""
         return sum(self.collectives.values())
 
     def __add__(self, other: Cost) -> Cost:
@@ -56,33 +57,35 @@ class Cost:
 class OpenLoop:
     """A loop that data may stop early, as decoding does once every row has ended."""
 
-    turns: int  # the most
-    body: Cost  # of one turn
+    turns: int  # at most
+    body: Cost  # the cost of one turn
 
 
 @dataclass(frozen=True)
 class ProgramCost:
-    """Of one call; of sampling, ``once`` is the prefill and the ``loops`` decode a token a turn."""
+    """The cost of one call: of what runs once, as a prefill does, and of open loops, as decoding is one."""
 
     once: Cost
     loops: tuple[OpenLoop, ...] = ()
 
     @property
     def turns(self) -> int:
+        """The turns of all open loops together, at most."""
         return sum(loop.turns for loop in self.loops)
 
     @property
     def looped(self) -> Cost:
-        """Of all turns of the open loops, none of them stopping early."""
+        """The cost of all turns of the open loops if none of them stops early."""
         return sum((loop.body * loop.turns for loop in self.loops), Cost())
 
     @property
     def total(self) -> Cost:
+        """The cost of the whole call if no loop stops early."""
         return self.once + self.looped
 
 
 def program_cost(text: str, platform: str, loop_steps: int = 1) -> ProgramCost:
-    """Counts an optimised program.
+    """Counts the costs of an optimised program.
 
     Args:
         text: ``compiled.as_text()``.
@@ -135,7 +138,7 @@ class _Counter:
         return ProgramCost(Cost(), (OpenLoop(count, body),)) if turns.may_stop else ProgramCost(body * count)
 
     def _conditional(self, instruction: Instruction) -> ProgramCost:
-        """The branch with the most FLOPs, or bytes where that is even."""
+        """The cost of the branch with the most FLOPs, or with the most bytes where FLOPs are equal."""
         names = instruction.attributes.partition("branch_computations={")[2].partition("}")[0]
         branches = [name.strip(" %") for name in names.split(",") if name]
         branches = branches or [instruction.called(f"{word}_computation") or "" for word in ("true", "false")]
@@ -143,7 +146,7 @@ class _Counter:
         return max(costs, key=lambda cost: (cost.total.flops, cost.total.bytes))
 
     def _inside(self, name: str) -> Cost:
-        """FLOPs and collectives inside a fusion."""
+        """Counts FLOPs and collectives inside a fusion."""
         if name not in self._fused:
             computation, total = self._module.computations[name], Cost()
             for instruction in computation.instructions.values():

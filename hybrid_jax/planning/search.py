@@ -1,7 +1,7 @@
-"""Which mesh, and how much recomputation: tries them, keeps those that fit, ranks them by predicted speed.
+"""Searches the mesh and the amount of recomputation that fit and are fastest by prediction.
 
-For each mesh the settings that cost least time come first; where a program does not fit, the setting that makes
-that program smaller is changed and the mesh is tried again.
+For each mesh the settings that cost least time are tried first; where a program does not fit, the setting that
+makes that program smaller is changed, and the mesh is tried again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hybrid_jax.planning.plan import Plan
 Settings = tuple[tuple[str, str], ...]  # dotted names and values, as on the command line
 REMAT = "model.execution.remat"
 _WEAKER_REMAT = {"none": "dots", "dots": "full", "named": "full"}
-_MOST_TENSOR = 8  # parts of a layer: beyond, the sums of every layer leave the neighbouring chips
+_MOST_TENSOR = 8  # with more parts of a layer, its sums no longer stay between neighbouring chips
 _MOST_MICROBATCHES = 16
 
 
@@ -30,7 +30,7 @@ class Trial:
 
     @property
     def overrides(self) -> str:
-        """To paste behind the command."""
+        """The settings as overrides to add to the command."""
         return " ".join(f"{name}={value}" for name, value in self.settings)
 
     @property
@@ -108,7 +108,7 @@ def _divisors(number: int) -> list[int]:
 
 
 class _Ladder:
-    """One mesh with settings that make programs smaller, step by step."""
+    """One mesh, whose settings make programs smaller step by step."""
 
     def __init__(self, mesh: Mapping[str, int], current: dict[str, str]):
         self._mesh, self._current = mesh, current

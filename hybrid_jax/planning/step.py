@@ -1,4 +1,4 @@
-"""One compiled program of a step: its memory by XLA's own analysis, its costs, how fast it can be at best."""
+"""One compiled program of a step: its memory by XLA's own analysis, its costs, and its speed at best."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _SIZE = r"([\d.]+)([KMGT]?)"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, by ``compiled.memory_analysis()``.
+    """The bytes that a program needs on one device, by ``compiled.memory_analysis()``.
 
     Attributes:
-        arguments: of what the program is called with.
-        temporaries: that it allocates for the time of the call.
-        outputs: of what it returns.
-        aliases: outputs that take the place of donated arguments.
-        live: the most that is in use at one time, as XLA counts it. Less than `peak`: memory that cannot be
-            shared is missing, on a CPU all temporaries are.
-        host: in the host's memory, of all these kinds.
+        arguments: bytes of the arguments.
+        temporaries: bytes that are allocated for the time of the call.
+        outputs: bytes of the results.
+        aliases: bytes of results that take the place of donated arguments.
+        live: the most bytes in use at one time, as XLA counts them: less than `peak`, since XLA leaves out
+            memory that cannot be shared, on a CPU all temporaries.
+        host: bytes of all these kinds in the host's memory.
     """
 
     arguments: float
@@ -44,13 +44,13 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """What a device must have free: the sum that a TPU's compiler compares with its memory."""
+        """The bytes that a device must have free: the sum that a TPU's compiler compares with its memory."""
         return self.arguments + self.temporaries + self.outputs - self.aliases
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds that no run can go below, from published (or measured) peaks: predictions by formula."""
+    """The least seconds of a program, by formula from published (or measured) peaks."""
 
     compute: float
     memory: float
@@ -59,9 +59,9 @@ class Roofline:
 
     @classmethod
     def of(cls, cost: Cost, chip: Accelerator) -> Roofline:
-        """Each part as if the others cost nothing; the devices of a chip share it.
+        """Computes each part as if the others cost nothing; the devices of a chip share its peaks.
 
-        A network of unknown speed counts for nothing.
+        A network of unknown speed counts 0 seconds.
         """
         return cls(
             compute=cost.flops * chip.devices / chip.peak_flops,
@@ -72,10 +72,12 @@ class Roofline:
 
     @property
     def seconds(self) -> float:
+        """The seconds of the slowest part: at best, all of them run at the same time."""
         return max(self.compute, self.memory, self.interconnect, self.network)
 
     @property
     def bound_by(self) -> str:
+        """The name of the slowest part."""
         return max(("compute", "memory", "interconnect", "network"), key=lambda name: getattr(self, name))
 
 
@@ -84,28 +86,31 @@ class Step:
     """A program of a phase as it was compiled, or why it could not be."""
 
     name: str  # "<phase>/<function>"
-    tokens: int  # that one call learns from, scores or samples, on all devices
+    tokens: int  # those that one call learns from, scores or samples, on all devices
     compile_seconds: float
-    beside: float = 0.0  # bytes that lie on a device meanwhile: the rest of the run's state
+    beside: float = 0.0  # bytes of the rest of the run's state, which stay on a device during the call
     memory: Memory | None = None
     cost: ProgramCost | None = None  # of one device
-    refused: float | None = None  # bytes that a program needs which the compiler refused
-    problem: str | None = None  # the compiler's reason
+    refused: float | None = None  # bytes that it needs, where the compiler refused it for that
+    problem: str | None = None  # the compiler's reason for refusing it
 
     @property
     def peak(self) -> float | None:
-        """Bytes that a device must hold during the call; None where a compiler that refused did not say."""
+        """The bytes that a device must hold during the call; None where a refusal names no number."""
         needed = self.refused if self.memory is None else self.memory.peak
         return None if needed is None else needed + self.beside
 
     def fits(self, chip: Accelerator | None) -> bool | None:
-        """Whether a device can hold it; None where its memory is not known."""
+        """Whether a device can hold it; None where the memory of the device is not known."""
         if self.memory is None:
             return False
         return None if chip is None or self.peak is None else self.peak <= chip.memory_bytes
 
     def parts(self) -> dict[str, tuple[Cost, int]]:
-        """Costs that follow one another, and how often: of sampling, the prefill and a decoded token."""
+        """The costs of the parts that follow one another, each with its number of times, by name.
+
+        Sampling has two: the prefill, and a decoded token.
+        """
         assert self.cost is not None
         if not self.cost.loops:
             return {"": (self.cost.once, 1)}
@@ -113,7 +118,7 @@ class Step:
         return {"prefill": (self.cost.once, 1), "decode": (turn, self.cost.turns)}
 
     def seconds(self, chip: Accelerator) -> float | None:
-        """At best; None for a program that could not be compiled."""
+        """The seconds of one call at best; None for a program that could not be compiled."""
         if self.cost is None:
             return None
         return sum(Roofline.of(cost, chip).seconds * times for cost, times in self.parts().values())
@@ -144,7 +149,7 @@ def compile_step(program: Program, platform: str) -> Step:
 
 @contextlib.contextmanager
 def _uncached() -> Iterator[None]:
-    """Without the persistent cache: it cannot hold programs for absent devices, and it hides seconds."""
+    """Turns off the persistent cache: it holds no programs for absent devices, and hides compile times."""
     before = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009  pyright does not see it
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX remembers whether there is one
@@ -156,7 +161,7 @@ def _uncached() -> Iterator[None]:
 
 
 def device_bytes(tree: Any) -> float:
-    """Of a tree of shapes, what lies in the memory of one device."""
+    """The bytes of a tree of shapes in the memory of one device."""
     return sum(_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
@@ -170,7 +175,7 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> float:
 
 
 def memory_of(compiled: Any) -> Memory:
-    """Of a compiled program."""
+    """Reads the memory that a compiled program needs."""
     analysis = compiled.memory_analysis()
     kinds = ("argument", "temp", "output", "alias")
     sizes = [getattr(analysis, f"{kind}_size_in_bytes") for kind in kinds]
@@ -180,7 +185,7 @@ def memory_of(compiled: Any) -> Memory:
 
 
 def out_of_memory(message: str) -> tuple[float | None, str]:
-    """Bytes that a program needs, and one line, from what a compiler says when it refuses one."""
+    """Reads a compiler's refusal of too large a program: the bytes that it needs, and one line of text."""
     required = re.search(rf"\({_SIZE}\) exceeds available \w+ \({_SIZE}B?\)", message)
     required = required or re.search(rf"Used {_SIZE}B? of {_SIZE}B? hbm", message)
     if required is None:

@@ -1,4 +1,4 @@
-"""A plan for people: one line a program, what it sends, one line a phase, and the verdict."""
+"""Renders a plan as text: a line for each program, what it sends, a line for each phase, and the verdict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MFU and price are predictions by formula from the {source} peaks: no run goes be
 
 
 def render(plan: Plan) -> str:
-    """The plan as text."""
+    """Renders the whole plan."""
     lines = [*_heading(plan), "", *_aligned([_HEADER, *_rows(plan)]), "", *_sent(plan), ""]
     lines += [_total(plan, phase) for phase in plan.phases]
     chip = plan.topology.accelerator
@@ -31,7 +31,7 @@ def render(plan: Plan) -> str:
 
 
 def verdict(plan: Plan) -> str:
-    """One line: whether it fits, and where it is tightest."""
+    """Says in one line whether the plan fits, and which program is closest to the limit."""
     chip, fullest = plan.topology.accelerator, plan.fullest
     needs = "more" if fullest.peak is None else size(fullest.peak)
     if chip is None:
@@ -44,7 +44,7 @@ def verdict(plan: Plan) -> str:
 
 
 def _remedies(plan: Plan) -> str:
-    """What makes the programs that do not fit smaller."""
+    """Names settings that make the programs smaller that do not fit."""
     failing = [
         step.name.rpartition("/") for step in plan.steps if step.fits(plan.topology.accelerator) is False
     ]
@@ -82,7 +82,7 @@ def _heading(plan: Plan) -> Iterator[str]:
 
 
 def _between_slices(plan: Plan) -> Iterator[str]:
-    """Which axes go over the network, and whether its speed is known."""
+    """Says which mesh axes go over the network, and whether its speed is known."""
     chip, slices = plan.topology.accelerator, plan.topology.slices
     parts = split_over_slices(tuple(plan.mesh.values()), slices)
     spans = " × ".join(f"{axis} {n}" for axis, n in zip(plan.mesh, parts, strict=True) if n > 1)
@@ -129,7 +129,7 @@ def _counted(cost: Cost) -> tuple[str, str, str]:
 
 
 def _sent(plan: Plan) -> Iterator[str]:
-    """Collectives by kind, and library calls that could not be counted."""
+    """Lists collectives by kind, and library calls that could not be counted."""
     for step in plan.steps:
         total = Cost() if step.cost is None else step.cost.total
         if total.collective_bytes:
@@ -170,7 +170,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def size(count: float) -> str:
-    """Bytes with a binary unit: 3.50 GiB."""
+    """Writes bytes with a binary unit: 3.50 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{_three(count)} {unit}"

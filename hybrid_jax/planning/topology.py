@@ -32,13 +32,13 @@ _ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time: no hardware is claimed
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans may run at a time, since none claims any hardware
 }
 
 
 @dataclass(frozen=True)
 class Topology:
-    """Devices that programs can be compiled for, and what each chip can do (None: nothing is known)."""
+    """Devices that programs can be compiled for, and the peaks of each chip (None where they are not known)."""
 
     name: str
     devices: tuple[Any, ...]
@@ -46,26 +46,30 @@ class Topology:
 
     @property
     def platform(self) -> str:
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.devices[0].platform
 
     @property
     def devices_per_chip(self) -> int:
+        """The number of devices in a chip; 1 where the chip is not known."""
         return 1 if self.accelerator is None else self.accelerator.devices
 
     @property
     def chips(self) -> int:
+        """The number of chips that the devices belong to."""
         return math.ceil(len(self.devices) / self.devices_per_chip)
 
     @property
     def slices(self) -> int:
-        """Groups of devices that only the network between machines joins."""
+        """The number of groups of devices that only the network between machines joins."""
         return len({getattr(device, "slice_index", 0) for device in self.devices})
 
 
 def find_topology(name: str) -> Topology:
-    """``local``, or a TPU slice such as ``v5e:4x4`` (2 axes: v5e, v6e) or ``v5p:4x4x4`` (3: v4, v5p, tpu7x).
+    """Finds the devices of ``local`` or of a TPU slice.
 
-    ``2xv5p:4x4x4`` are two such slices.
+    A slice is ``v5e:4x4`` (v5e and v6e have 2 axes) or ``v5p:4x4x4`` (v4, v5p and tpu7x have 3). Two slices are
+    ``2xv5p:4x4x4``.
 
     Raises:
         UserError: there is no such slice, or no compiler for it (extra ``tpu``).

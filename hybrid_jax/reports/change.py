@@ -1,4 +1,4 @@
-"""Confidence intervals of differences: the same held-out prompts before and after, prompt by prompt.
+"""Computes confidence intervals of differences over the same held-out prompts, prompt by prompt.
 
 The interval is that of a paired t-test,  d̄ ± t(0.975, n − 1) · s / √n,  over the differences d of the n prompts
 (Student 1908). It covers the choice of prompts and the noise of sampling, not that of another seed of the run.
@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 from hybrid_jax.reports.charts import short_number
 from hybrid_jax.reports.run import Run
 
-MIN_PROMPTS = 8  # of fewer no interval is shown: their spread is hardly known
+MIN_PROMPTS = 8  # with fewer prompts no interval is shown, since their spread is hardly known
 METHOD = "95 % interval of the mean difference over the same {} held-out prompts, paired t"
 
 
@@ -36,6 +36,7 @@ class Change:
 
     @property
     def difference(self) -> float:
+        """The later value less the earlier one."""
         return self.after[1] - self.before[1]
 
     @property
@@ -57,7 +58,7 @@ class Change:
 
 
 def change_of(run: Run, metric: str, start: int) -> Change | None:
-    """The change from the last evaluation up to step ``start`` to the final one; None without two."""
+    """The change from the last evaluation up to step ``start`` to the final one; None if they are the same."""
     before, after = run.value(metric, until=start), run.value(metric)
     if before is None or after is None or before[0] == after[0]:
         return None
@@ -68,11 +69,11 @@ def change_of(run: Run, metric: str, start: int) -> Change | None:
 
 
 def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the mean of ``after - before``; None of fewer than `MIN_PROMPTS` pairs."""
+    """The 95 % interval of the mean of ``after - before``; None with fewer than `MIN_PROMPTS` pairs."""
     n = len(before)
     if n < MIN_PROMPTS:
         return None
-    from scipy.special import stdtrit  # of JAX's own requirements; here, since it takes a while to load
+    from scipy.special import stdtrit  # late, since it loads slowly; JAX requires scipy anyway
 
     differences = [b - a for a, b in zip(before, after, strict=True)]
     half = float(stdtrit(n - 1, 0.975)) * stdev(differences) / math.sqrt(n)
@@ -80,6 +81,6 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
 
 
 def signed(value: float) -> str:
-    """A difference with its sign; 0 has none."""
+    """Writes a difference with its sign; 0 has none."""
     text = short_number(abs(value))
     return text if float(f"{value:.3g}") == 0 else f"{'+' if value > 0 else '−'}{text}"

@@ -1,4 +1,4 @@
-"""The report's charts: static SVG that stretches to any width, with every number beside it for the hover.
+"""Draws the report's charts as static SVG that stretches to any width, and lists the numbers for the hover.
 
 The SVG holds only lines and areas in a 1000 × 100 box that the browser stretches (strokes keep their width);
 all text is HTML, placed in per cent, so it keeps its size on a phone and on paper.
@@ -15,7 +15,7 @@ from itertools import groupby, pairwise
 Numbers = Sequence[float | None]  # None is a gap: a NaN or an infinity
 MAX_POINTS = 600
 _WIDTH, _HEIGHT = 1000, 100
-_FEW = 40  # points: fewer are shown one by one
+_FEW = 40  # a curve with fewer points shows each of them
 # Classes of the style sheet: of phases in the order in which they begin, of held-out numbers, of all else.
 _PHASES = ("blue", "orange", "pink", "brown")
 HELD_OUT, OTHER, SECOND = "green", "olive", "purple"  # the second curve of a chart that is of no other phase
@@ -51,7 +51,7 @@ class Panel:
 
     @property
     def all_series(self) -> list[Series]:
-        """Those of the band come last."""
+        """All curves; those of the band come last."""
         return [*self.series, *((self.band.low, self.band.high) if self.band else ())]
 
 
@@ -65,9 +65,9 @@ class Block:
 
 
 def thin(xs: Sequence[int], ys: Numbers, limit: int = MAX_POINTS) -> tuple[list[int], list[float | None]]:
-    """At most ``limit`` points: the lowest and the highest of each bin, in order, so that no spike is lost.
+    """Keeps at most ``limit`` points: the lowest and the highest of each bin, so that no spike is lost.
 
-    A bin without any number stays as one gap.
+    A bin without any number remains as one gap.
     """
     if len(xs) <= limit:
         return list(xs), list(ys)
@@ -104,7 +104,7 @@ def moving_mean(
 
 
 def phase_blocks(steps: Iterable[tuple[int, str]], end: int) -> list[Block]:
-    """Runs of equal phase as blocks; where phases alternate quickly, several periods become one mixed block.
+    """Groups consecutive steps of a phase into blocks; where phases alternate quickly, a block mixes them.
 
     Args:
         steps: (step, colour of the phase) of each training record, in order.
@@ -259,7 +259,7 @@ def _svg(panel: Panel, axis: Axis, blocks: Sequence[Block], end: int) -> str:
 
 
 def _area(band: Band, axis: Axis, end: int) -> str:
-    """Filled between the two curves, as smooth as they are drawn."""
+    """Fills the area between two curves, as smooth as curves are drawn."""
 
     def corners(line: Series) -> list[str]:
         known = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if y is not None]
@@ -292,14 +292,14 @@ def _curve(line: Series, axis: Axis, end: int) -> list[str]:
 
 
 def _hover_points(line: Series) -> dict:
-    """What the cursor reads: the points themselves, or for a thinned curve its moving mean."""
+    """The points that the cursor shows: all of them, or the moving mean of a thinned curve."""
     is_thinned = len(line.xs) > MAX_POINTS
     xs, ys = moving_mean(line.xs, line.ys) if is_thinned else (line.xs, line.ys)
     return {"x": list(xs), "y": [None if y is None else float(f"{y:.5g}") for y in ys], "colour": line.colour}
 
 
 def _strip(blocks: Sequence[Block], end: int) -> str:
-    """The thin line under a chart that says which phase ran when, mixed blocks by their shares."""
+    """Draws the thin line under a chart that shows which phase ran when, mixed blocks by their shares."""
     shapes = []
     for block in blocks:
         below = 0.0

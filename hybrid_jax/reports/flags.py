@@ -1,9 +1,9 @@
-"""Signs that a policy games its reward or that the reward says nothing, as sentences with numbers.
+"""Finds signs that a policy games its reward, or that the reward teaches nothing, as sentences with numbers.
 
-Each rule says itself when it speaks. Those of `GAMING` are signs of reward hacking; those of `WEAKNESS` say
-that a part of the reward teaches little or nothing, whatever the policy does.
+The docstring of each rule says when it applies. Those of `GAMING` are signs of reward hacking; those of
+`WEAKNESS` say that a part of the reward teaches little or nothing, whatever the policy does.
 
-A rule that lacks its numbers gives None, one that finds nothing gives no sentences.
+A rule returns None where its numbers are missing, and no sentence where it finds nothing.
 
 Curves are compared from the last evaluation before any training with reward, the first third of the points with
 the last third. A curve *rose* (or *fell*) if these means differ by more than
@@ -28,11 +28,11 @@ from typing import Any
 from hybrid_jax.reports.charts import short_number
 from hybrid_jax.reports.rewarded import Rewarded
 
-MIN_POINTS = 3  # of a curve, to speak of its noise
-MAX_GROWTH = 1.5  # of the length of responses
+MIN_POINTS = 3  # in a curve, to estimate its noise
+MAX_GROWTH = 1.5  # times the first length of the responses
 MAX_LENGTH_CORRELATION = 0.7
-MAX_CLIPPED = 0.5  # of the rows
-MIN_PARTS_IN_USE = 1.2  # exp of the entropy of the weights
+MAX_CLIPPED = 0.5  # as a share of the rows
+MIN_PARTS_IN_USE = 1.2  # as exp of the entropy of the weights
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,12 @@ class Trend:
 
     @property
     def numbers(self) -> str:
+        """Both means in words."""
         return f"from {short_number(self.before)} to {short_number(self.after)}"
 
 
 def trend(values: Sequence[float]) -> Trend | None:
-    """Where a curve went; None of fewer than `MIN_POINTS` points."""
+    """Compares the ends of a curve; None with fewer than `MIN_POINTS` points."""
     n = len(values)
     if n < MIN_POINTS:
         return None
@@ -65,7 +66,7 @@ def trend(values: Sequence[float]) -> Trend | None:
 
 @dataclass(frozen=True)
 class Flags:
-    """What the rules found, and the names of those that had nothing to look at."""
+    """The sentences of all rules, and the names of the rules with and without numbers to look at."""
 
     gaming: list[str]
     weakness: list[str]
@@ -74,7 +75,7 @@ class Flags:
 
 
 def find_flags(phase: Rewarded) -> Flags:
-    """Every rule on a phase; without one none has anything to look at, without a signal none is gamed."""
+    """Applies every rule to a phase; a reward without any signal cannot be gamed."""
     rules = {**(GAMING if phase.has_signal else {}), **WEAKNESS}
     answers = {name: rule(phase) if phase.phase else None for name, rule in rules.items()}
     return Flags(
@@ -210,7 +211,7 @@ def score_for_length(phase: Rewarded) -> list[str] | None:
 def single_part(phase: Rewarded) -> list[str] | None:
     """exp(entropy of the weights) < 1.2, on average over the last tenth of its steps: one part decides.
 
-    Of the entropy that a gate or a bandit logs; at even weights it is the number of the parts.
+    The entropy is that which a gate or a bandit logs; with even weights the exponential is the number of parts.
     """
     kinds = {"gate": "The gate's weights", "bandit": "The bandit's chances"}
     entropies = {words: phase.late_mean(f"reward/{kind}_entropy") for kind, words in kinds.items()}
@@ -243,12 +244,12 @@ WEAKNESS: Mapping[str, Callable[[Rewarded], list[str] | None]] = {
 
 
 def _each(known: Mapping[str, Any], sentence: Callable, is_wrong: Callable) -> list[str] | None:
-    """A sentence for each that is wrong, None where nothing is known."""
+    """Makes a sentence for each value that is wrong; None where no value is known."""
     return [sentence(name, value) for name, value in known.items() if is_wrong(value)] if known else None
 
 
 def _since_reward(phase: Rewarded, metric: str) -> list[tuple[int, float]]:
-    """The points from the last one before the reward on: an evaluation at step s is made before update s."""
+    """The points of a curve from the last one before the reward on: evaluation s is made before update s."""
     before = phase.run.value(metric, until=phase.run.first_reward_step)
     return phase.run.points(metric, since=before[0] if before else 0)
 
@@ -271,7 +272,7 @@ def _wanted_direction(phase: Rewarded, part: str) -> int:
 
 
 def _at(tree: Any, *path: str) -> Any:
-    """What lies at a path of a config of any shape."""
+    """Looks up a path in a config of any shape; None where it leads nowhere."""
     for key in path:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree

@@ -54,7 +54,7 @@ class Figures:
         return any(line.metric in self._run.curves for lines, _ in chart.panels for line in lines)
 
     def count_as_drawn(self, metrics: Iterable[str]) -> None:
-        """What the page shows in another way than as a chart."""
+        """Notes metrics that the page shows in another way than as a chart."""
         self._drawn |= set(metrics)
 
     def rest(self, start: str = "", of: Collection[str] | None = None) -> list[Chart]:

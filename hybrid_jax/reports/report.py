@@ -1,4 +1,4 @@
-"""One self-contained HTML file that tells a run: its curves, samples before and after, and its config.
+"""Writes one self-contained HTML file about a run: its curves, samples before and after, and its config.
 
 The page needs no network and may show anything that a model wrote: every text is escaped, the numbers sit in
 a data block that cannot end early, and the page's policy runs no script but its own.
@@ -33,7 +33,7 @@ _TEMPLATE = Path(__file__).with_name("template.html")
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Writes ``report.html`` into a run directory and returns its path; of one in a bucket, that of a copy.
+    """Writes ``report.html`` into a run directory and returns its path; for a bucket, that of a local copy.
 
     Raises:
         UserError: there is no such directory, or it holds no metrics yet.
@@ -56,11 +56,11 @@ def _fill(body: str, data: dict[str, Any], name: str) -> str:
     (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     parts = {"body": body, "data": _data_block(data), "name": escaped(name), "script_hash": f"sha256-{digest}"}
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: parts stay as they are
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: braces in a part stay
 
 
 def _data_block(data: Any) -> str:
-    """JSON that no HTML parser can mistake for markup."""
+    """Writes JSON that no HTML parser can mistake for markup."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -140,7 +140,7 @@ def _is_pretrained(run: Run) -> bool:
 
 
 def _score(value: float) -> str:
-    """Three decimals with a true minus; what rounds to 0 has no sign."""
+    """Writes three decimals with a proper minus sign; what rounds to 0 has none."""
     return f"{round(value, 3) + 0.0:.3f}".replace("-", "−")
 
 

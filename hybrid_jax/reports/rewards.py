@@ -1,4 +1,4 @@
-"""The report's section on rewards: what each part did, how they were combined, whether to trust the result."""
+"""The report's sections on rewards: what each part did, how they were combined, whether to trust the result."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _change_row(name: str, change: Change, is_silent: bool) -> str:
 
 
 def _correlations(phase: Rewarded) -> dict[tuple[str, str], float]:
-    """Of each pair of parts, score and length that was logged."""
+    """The correlation of each pair of parts, score and length, where it was logged."""
     whole = ("score", "response_length")
     names = [*(part for part in phase.parts if part not in whole), *whole]
     found = {(a, b): phase.late_correlation(a, b) for a, b in combinations(names, 2)}
@@ -128,7 +128,7 @@ def _correlations(phase: Rewarded) -> dict[tuple[str, str], float]:
 
 
 def _heat_table(phase: Rewarded, correlations: Mapping[tuple[str, str], float]) -> str:
-    """A triangle whose shade is the size of a correlation, and whose numbers say its sign."""
+    """Draws a triangle of correlations: the shade shows the size, the number the sign too."""
     if not correlations:
         return ""
     columns = list(dict.fromkeys(a for a, _ in correlations))

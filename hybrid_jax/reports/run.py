@@ -1,4 +1,4 @@
-"""The run that a report is about, as its files tell it."""
+"""Reads the run that a report is about from its files."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class Run:
 
     Attributes:
         name: of the directory.
-        records: of ``metrics.jsonl``.
-        samples: answers to the same prompts each time.
-        extremes: answers that were picked as those that a part likes best or least.
-        config: without secrets.
-        environment: of ``environment.json``.
+        records: the records of ``metrics.jsonl``.
+        samples: answers to the same prompts at each evaluation.
+        extremes: answers that were picked since a part likes them best or least.
+        config: the settings, without secrets.
+        environment: the content of ``environment.json``.
     """
 
     name: str
@@ -156,7 +156,7 @@ class Run:
 
 
 def _read_environment(path: Path) -> dict[str, Any]:
-    """Shown as it is: less strict than a config must be read."""
+    """Reads the environment less strictly than a config, since it is only shown."""
     text = read_text(path, MOST_BYTES)
     try:
         content = json.loads(text)
@@ -168,10 +168,10 @@ def _read_environment(path: Path) -> dict[str, Any]:
 
 
 def read_run(files: RunFiles) -> Run:
-    """The run in a directory.
+    """Reads the run in a directory.
 
     Raises:
-        UserError: there is no such directory, it holds no metrics yet, or a file that is none of ours.
+        UserError: there is no such directory, it holds no metrics yet, or a file of it is damaged.
     """
     if not (run_dir := files.folder).is_dir():
         raise UserError(f"no run directory {files.name!r}")

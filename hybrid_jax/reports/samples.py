@@ -1,4 +1,4 @@
-"""What the model answered: the same prompts before and after."""
+"""Shows what the model answered to the same prompts before and after training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_PROMPTS = 8
 
 
 def samples_section(run: Run) -> str:
-    """The answers to each prompt side by side; those that were picked for their scores are not among them."""
+    """Shows the answers to each prompt side by side, without those that were picked for their scores."""
     by_prompt: dict[int, dict[int, dict[str, Any]]] = {}
     for record in run.samples:
         by_prompt.setdefault(record["index"], {})[record["step"]] = record
@@ -29,7 +29,7 @@ def samples_section(run: Run) -> str:
 
 
 def _moments(run: Run, steps: list[int]) -> dict[int, str]:
-    """Up to three steps to show: the first, the last before any reward (else the middle) and the last."""
+    """Picks up to three steps: the first, the last before any reward (else the middle one) and the last."""
     if not steps:
         return {}
     first, last = steps[0], steps[-1]
@@ -62,6 +62,7 @@ def _answer(record: dict[str, Any], label: str) -> str:
 
 
 def answer_text(record: dict[str, Any]) -> str:
+    """The answer of a sample as HTML; an empty one is named."""
     response = escaped(record["response"])
     if not response.strip():
         return '<p class="text empty">empty response</p>'
@@ -69,5 +70,5 @@ def answer_text(record: dict[str, Any]) -> str:
 
 
 def score_text(value: float | None) -> str:
-    """Two decimals, where they say enough."""
+    """Writes a score with two decimals, a large one with three digits."""
     return f"{round(value, 2) + 0.0:.2f}" if value is not None and abs(value) < 100 else short_number(value)

@@ -1,4 +1,4 @@
-"""The report's figures of speed and memory: where the time of a step and of the run went, and a table."""
+"""Draws the report's figures of speed and memory: where the time of a step and of the run went, and a table."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def speed_figures(run: Run) -> str:
         return ""
     bars = [_bar("The whole run", _of_run(run, phases))]
     for phase in phases:
-        if shares := _of_step(_settled(records, phase), phase):
+        if shares := _of_step(_without_first(records, phase), phase):
             bars.append(_bar(f"A step of {run.label(phase)}, on average", shares))
     rows = [_row(records, phase, run.label(phase)) for phase in phases]
     return f'<div class="splits">{"".join(bars)}</div>{_table(rows)}{_machine(records)}'
@@ -52,14 +52,14 @@ def _of_run(run: Run, phases: Sequence[str]) -> list[Share]:
 
 
 def _of_step(records: Sequence[Record], phase: str) -> list[Share]:
-    """Mean seconds of each part."""
+    """The mean seconds of each part of a step."""
     found = {part: _numbers(records, f"{phase}/{part}_seconds") for part in PARTS}
     if not found["update"]:
         return []
     return [Share(part, PARTS[part], fmean(seconds)) for part, seconds in found.items() if seconds]
 
 
-def _settled(records: Sequence[Record], phase: str) -> list[Record]:
+def _without_first(records: Sequence[Record], phase: str) -> list[Record]:
     """The steps of a phase without its first, which compiles, unless it is the only one."""
     steps = [record for record in records if record["phase"] == phase]
     return steps[1:] or steps
@@ -81,7 +81,7 @@ def _bar(title: str, shares: Sequence[Share]) -> str:
 
 
 def _row(records: Sequence[Record], phase: str, name: str) -> list[str]:
-    steps = _settled(records, phase)
+    steps = _without_first(records, phase)
 
     def middle(metric: str) -> float | None:
         numbers = _numbers(steps, f"{phase}/{metric}")
@@ -105,7 +105,7 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _machine(records: Sequence[Record]) -> str:
-    """Memory and compilation; a resumed run counts both again from its start."""
+    """Lists memory and compilation, which a resumed run counts again from its own start."""
     rows = []
     for metric, label in {
         "memory/peak_bytes": "Peak memory of a device",

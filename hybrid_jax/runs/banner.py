@@ -1,4 +1,4 @@
-"""The banner: what a run prints before its first step."""
+"""Writes the banner that a run prints before its first step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hybrid_jax.training.state import RunState
 def banner(
     settings: Any, placement: Placement, state: RunState, rows: Mapping[str, int], resumed_at: int | None
 ) -> str:
-    """A title and one aligned line for each thing that a person wants to check before a long run.
+    """Writes a title and a line for each thing that a person wants to check before a long run.
 
     Args:
-        settings: of the experiment.
-        placement: on the devices.
-        state: of the run; shapes are enough.
-        rows: of the data, by split.
+        settings: the settings of the experiment.
+        placement: the devices, and how arrays are split over them.
+        state: the state of the run; shapes are enough.
+        rows: the number of rows of the data, by split.
         resumed_at: the step of the newest checkpoint; None for a new run.
     """
     named = to_dict(settings)

@@ -14,7 +14,7 @@ from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.lora import split
 from hybrid_jax.models.param_axes import param_axes
-from hybrid_jax.parallel.rules import Placement, born, under
+from hybrid_jax.parallel.rules import Placement, made_in_parts, under
 from hybrid_jax.training.phase import Phase
 from hybrid_jax.training.state import RunState, TrainState
 
@@ -23,14 +23,14 @@ Phases = Mapping[str, Phase]
 
 
 def fresh_state(model: LanguageModel, phases: Phases, placement: Placement, key: jax.Array) -> RunState:
-    """The state before the first step, a function of its arguments alone; each array is born where it lies."""
+    """Makes the state before the first step, a function of its arguments; each device makes only its part."""
     return under(placement, _fresh)(model, phases, placement, key)
 
 
 def _fresh(model: LanguageModel, phases: Phases, placement: Placement, key: jax.Array) -> RunState:
     trained, base = split(model.init(key))
     host: dict[str, Any] = {}
-    train, references = born(param_axes, partial(_begin, phases, host), trained, key)
+    train, references = made_in_parts(param_axes, partial(_begin, phases, host), trained, key)
     del trained
     train = _settled(placement, train)
     references, base = (_put(placement, tree) for tree in (references, model.cast(base)))

@@ -43,9 +43,17 @@ log = logging.getLogger(__name__)
 class LockFile(Protocol):
     """A small file whose change is refused where another process has changed it since it was read."""
 
-    def read(self) -> tuple[str, Any] | None: ...
-    def swap(self, version: Any, text: str) -> Any: ...
-    def remove(self, version: Any) -> None: ...
+    def read(self) -> tuple[str, Any] | None:
+        """Returns the text and its version; None where there is no file."""
+        ...
+
+    def swap(self, version: Any, text: str) -> Any:
+        """Replaces ``version`` (None: no file) by ``text``; returns the new version, or None."""
+        ...
+
+    def remove(self, version: Any) -> None:
+        """Removes the file if it is still at ``version``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -241,6 +249,7 @@ class DiskLockFile:
         self._made: list[Path] = []
 
     def read(self) -> tuple[str, str] | None:
+        """Returns the text, which is its own version; None where there is no file."""
         try:
             text = self._path.read_text(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
@@ -267,6 +276,7 @@ class DiskLockFile:
         return None
 
     def remove(self, version: str) -> None:
+        """Removes the file if it is still at ``version``, and folders that were made for it."""
         with contextlib.suppress(FileNotFoundError), self._alone():
             if self.read() == (version, version):
                 self._path.unlink()

@@ -138,6 +138,11 @@ class Checkpoints:
                 writing.result()
 
     def close(self) -> None:
+        """Waits for the save under way and ends the thread that writes.
+
+        Raises:
+            SaveError: the save failed.
+        """
         try:
             self.wait()
         finally:

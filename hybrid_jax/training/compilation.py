@@ -1,4 +1,4 @@
-"""What is compiled, when, and how long it takes, as JAX itself reports it; and where programs are kept."""
+"""Counts compiled programs and their seconds, as JAX reports them, and keeps programs between runs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Compiled:
-    """One program."""
+    """One compiled program."""
 
     function: str  # the name of the function that was jitted
     seconds: float
 
 
 class Compilations:
-    """All compilations since this was made, of the whole process."""
+    """The compilations of the whole process since this object was made."""
 
     def __init__(self):
         _listen()
@@ -40,20 +40,22 @@ class Compilations:
 
     @property
     def count(self) -> int:
+        """The number of programs."""
         return len(_compiled) - self._first
 
     @property
     def seconds(self) -> float:
+        """The seconds that compiling all of them took."""
         return sum(compiled.seconds for compiled in _compiled[self._first :])
 
     def new(self) -> list[Compiled]:
-        """Those since the last call."""
+        """Returns the programs since the last call."""
         taken, self._taken = self._taken, len(_compiled)
         return _compiled[taken : self._taken]
 
 
 def summary(compiled: list[Compiled]) -> str:
-    """``learn (3.2 s), copy (0.1 s, 4 programs)``, the longest first."""
+    """Writes ``learn (3.2 s), copy (0.1 s, 4 programs)``, the longest first."""
     by_function: dict[str, list[float]] = {}
     for program in compiled:
         by_function.setdefault(program.function, []).append(program.seconds)
@@ -65,17 +67,17 @@ def summary(compiled: list[Compiled]) -> str:
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept between runs, unless a config says otherwise."""
+    """The folder where compiled programs are kept between runs, unless a config names another."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "hybrid_jax" / "compiled"
 
 
 def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:
-    """From now on keeps compiled programs in a folder and looks for them there first.
+    """Keeps compiled programs in a folder from now on, and looks for them there first.
 
     Args:
-        folder: or a URL ``gs://bucket/path``, which JAX opens itself; None changes nothing.
-        instead: whether it replaces a folder that JAX was told before.
+        folder: a path, or a URL ``gs://bucket/path``, which JAX opens itself; None changes nothing.
+        instead: whether it replaces a folder that JAX was given before.
     """
     told = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009  pyright does not see it
     if folder is not None and (instead or told is None):
@@ -89,18 +91,19 @@ def _count_maps() -> int:
 
 
 def free_programs(limit: int | None = None) -> bool:
-    """Lets go of all compiled programs once this process has more than ``limit`` memory maps.
+    """Frees all compiled programs once this process has more than ``limit`` memory maps.
 
     JAX keeps every program that it has compiled. On a CPU each takes tens of memory maps, and a process that
     asks for one map too many dies inside the compiler: a notebook that tries hundreds of settings would get
-    there. What is needed again is compiled again, or read from the folder of `keep_compiled`. Call it where no
-    program is being traced, as between two steps; it is free unless something was compiled since the last call.
+    there. A program that is needed again is compiled again, or read from the folder of `keep_compiled`. Call
+    this where no program is being traced, as between two steps; it costs nothing unless something was compiled
+    since the last call.
 
     Args:
-        limit: half of what the kernel allows, if None. Where the kernel does not tell, nothing is done.
+        limit: number of maps; None for half of what the kernel allows. Nothing is done where that is unknown.
 
     Returns:
-        Whether programs were let go.
+        Whether programs were freed.
     """
     global _looked_at, _left
     _listen()
@@ -109,7 +112,8 @@ def free_programs(limit: int | None = None) -> bool:
     _looked_at = len(_compiled)
     try:
         used = _count_maps()
-        # What is no program stays: half of the rest, or each program after the first would clear all again.
+        # Maps that are not programs remain after a clearing: the limit is half of the others, or else each new
+        # program would clear all of them again.
         limit = (int(_MOST_MAPS.read_text()) + _left) // 2 if limit is None else limit
     except (OSError, ValueError):  # no Linux
         return False
@@ -117,13 +121,13 @@ def free_programs(limit: int | None = None) -> bool:
         return False
     jax.clear_caches()
     _left = _count_maps()
-    log.info("compiled programs took %d memory maps of this process and were let go", used)
+    log.info("compiled programs took %d memory maps of this process and were freed", used)
     return True
 
 
 _compiled: list[Compiled] = []
-_left = 0  # memory maps after they were let go
-_looked_at = 0  # how many of them `free_programs` has seen
+_left = 0  # memory maps that remained after programs were freed
+_looked_at = 0  # how many compilations `free_programs` has seen
 _lowered: dict[str, float] = {}  # seconds of lowering, until the same function has been compiled
 _listens = False
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP as a question that the training loop asks between two steps."""
+"""Turns Ctrl-C, SIGTERM and SIGHUP into a question that the training loop asks between two steps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if _HANGUP is not None:
 
 
 class Interrupted(Ended):
-    """The run was stopped from outside and has saved itself; the exit code is 128 + the signal's number."""
+    """Ends a run that has saved itself after a signal; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -30,13 +30,13 @@ class Interrupted(Ended):
 
 @contextlib.contextmanager
 def leaving_in_order() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP end the code before the first step and after the last as an error does.
+    """Lets SIGTERM and SIGHUP, before the first step and after the last, raise an error that cleans up.
 
-    They would end the process on the spot and leave its lock behind. A handler that somebody has set stays. So
-    does the end on the spot of one of several processes: alone it cannot leave in order.
+    Otherwise they would end the process at once and leave its lock behind. A handler that the user has set
+    stays. One of several processes still ends at once, since alone it cannot end in order.
 
     Raises:
-        Interrupted: one has come.
+        Interrupted: such a signal came.
     """
     numbers = []
     if threading.current_thread() is threading.main_thread() and hosts.size() == 1:
@@ -44,7 +44,7 @@ def leaving_in_order() -> Iterator[None]:
         numbers = [n for n in ours if n is not None and signal.getsignal(n) == signal.SIG_DFL]
 
     def leave(number: int, frame: FrameType | None) -> None:
-        for other in numbers:  # a terminal sends several; any other second one ends the process
+        for other in numbers:  # a closing terminal sends several; any other second one ends the process
             signal.signal(other, signal.SIG_IGN if other == _HANGUP else signal.SIG_DFL)
         _say(f"{_NAMES[signal.Signals(number)]}: no step is under way, so there is nothing to save")
         raise Interrupted(number)
@@ -60,23 +60,23 @@ def leaving_in_order() -> Iterator[None]:
 
 
 class Interrupts:
-    """Catches the first SIGINT, SIGTERM or SIGHUP inside a ``with``; a second one acts as it always does.
+    """Catches the first SIGINT, SIGTERM or SIGHUP inside a ``with``; a second one acts as usual.
 
-    It says at once that it has come, also while the main thread waits for the device or for the compiler: then
-    Python calls no handler, but the bytes that it writes for every signal wake a thread. A SIGHUP that is
-    ignored (``nohup``) stays ignored; one that follows another signal is, too, since a terminal sends several.
+    The signal is announced at once, even while the main thread waits for the device or for the compiler: Python
+    calls no handler then, but the bytes that it writes for every signal wake a thread. A SIGHUP that is ignored
+    (``nohup``) stays ignored, and so is one after another signal, since a terminal that closes sends several.
 
-    Outside the main thread, as in some notebooks, Python delivers no signals and nothing is caught.
+    Outside the main thread, as in some notebooks, Python delivers no signals, and nothing is caught.
     """
 
     def __init__(self):
         self.number: int | None = None
         self._before: dict[int, Any] = {}  # handlers by signal; None for one that was not set by Python
-        self._pipe: tuple[int, int] | None = None  # what the thread reads, what Python writes
-        self._told_before = -1  # to whom Python wrote the signals outside
+        self._pipe: tuple[int, int] | None = None  # the end that the thread reads, the end that Python writes
+        self._told_before = -1  # the file to which Python wrote signals before
 
     def agreed(self) -> int | None:
-        """The signal that has come to any of the processes of a run; all of them must ask together."""
+        """Returns the signal that any process of the run has received; all must call it together."""
         return max(number or 0 for number in hosts.exchange(self.number)) or None
 
     def __enter__(self) -> Interrupts:
@@ -102,7 +102,7 @@ class Interrupts:
         self._restore(but=_HANGUP)
         if _HANGUP in self._before:
             signal.signal(_HANGUP, signal.SIG_IGN)
-        if hosts.size() == 1:  # several must leave together, between two steps
+        if hosts.size() == 1:  # several processes must stop together, between two steps
             waiting.ask_to_stop()
 
     def _restore(self, but: int | None = None) -> None:
@@ -121,7 +121,7 @@ class Interrupts:
 
 
 def _announce(reads: int, told_before: int) -> None:
-    """Says that the first of our signals has come; passes all of them on to who was told before."""
+    """Announces the first of our signals; passes all of them on to the file that Python wrote to before."""
     said = False
     while numbers := os.read(reads, 64):
         if told_before >= 0:
@@ -135,7 +135,7 @@ def _announce(reads: int, told_before: int) -> None:
 
 
 def _say(text: str) -> None:
-    """A line on stderr; where that is a terminal which was closed, what is still to be said goes nowhere."""
+    """Writes a line to stderr; once its terminal is closed, all further output goes nowhere."""
     try:
         new_line = "\n" if sys.stderr.isatty() else ""  # below the progress
         print(f"{new_line}{text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines always, TensorBoard and Weights & Biases when the config names them.
+"""Writes a run's records: always as JSON lines, also to TensorBoard and Weights & Biases if a config says so.
 
 A metrics record is ``{"step", "phase", "kind", "seconds", "<phase>/<metric>": float, ...}``: the phase by its
 name in the config, the kind by that of its settings. That of an evaluation, whose phase and kind are both
@@ -35,15 +35,25 @@ BY_PROMPT = "by_prompt"  # in the record of an evaluation: metric -> its value f
 class Logger(Protocol):
     """Receives the records of a run, in order, from the one process that logs."""
 
-    def metrics(self, record: dict[str, Any]) -> None: ...
-    def samples(self, records: list[dict[str, Any]]) -> None: ...
-    def close(self) -> None: ...
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Takes the record of a step or of an evaluation."""
+        ...
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Takes the answers of an evaluation."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is still held back; nothing comes after it."""
+        ...
 
 
 class LoggerConfig(Protocol):
-    """A component of `LOGGERS`: opens a logger for a run that starts (``resume_step`` None) or goes on."""
+    """The settings of a logger, a component of `LOGGERS`."""
 
-    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger: ...
+    def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        """Opens the logger of a run that goes on at ``resume_step``, or that is new where it is None."""
+        ...
 
 
 LOGGERS: Registry[LoggerConfig] = Registry("logger")
@@ -52,7 +62,7 @@ LOGGERS: Registry[LoggerConfig] = Registry("logger")
 def open_loggers(
     loggers: Sequence[LoggerConfig], run_dir: Path, config: dict[str, Any], resume_step: int | None
 ) -> Logger:
-    """One logger that passes every record to the JSON lines and to each of ``loggers``."""
+    """Opens one logger that passes every record to the JSON lines and to each of ``loggers``."""
     extra = [logger for logger in loggers if not isinstance(logger, JsonLines)]
     return _FanOut([logger.open(run_dir, config, resume_step) for logger in (JsonLines(), *extra)])
 
@@ -77,14 +87,15 @@ class _FanOut:
 @LOGGERS.register("jsonl")
 @settings
 class JsonLines:
-    """Appends to ``metrics.jsonl`` and ``samples.jsonl``, one flushed object a line, in strict JSON.
+    """Writes ``metrics.jsonl`` and ``samples.jsonl``: a line of strict JSON for each record, at once.
 
     A NaN or an infinity is written as null. On resume the lines of steps that will run again are dropped, and
-    with them a last line that a ``kill -9`` tore, so the files end up as if the run had never stopped
-    (timings aside).
+    so is a last line that a ``kill -9`` left incomplete: the files end up as if the run had never stopped, but
+    for its timings.
     """
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        """Opens the logger of a run that goes on at ``resume_step``, or that is new where it is None."""
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, SAMPLES_FILE):
             _keep(run_dir / name, lambda record: _is_before(record, resume_step))
@@ -92,7 +103,7 @@ class JsonLines:
 
 
 def _is_before(record: Mapping[str, Any], step: int | None) -> bool:
-    """Whether a run that goes on at ``step`` has the record behind it, or may not make it again."""
+    """Whether a run that goes on at ``step`` keeps the record, since it may not write it again."""
     evaluated = record["step"] == step and record.get("phase") == "evaluation"
     return step is not None and (record["step"] < step or evaluated)
 
@@ -135,7 +146,7 @@ class _JsonLinesLogger:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; a line that is no record (torn by a kill) is skipped."""
+    """Reads the records of a JSON-lines file; a line that is not a record (left incomplete) is skipped."""
     if not path.is_file():
         return
     with path.open(errors="replace") as lines:
@@ -162,12 +173,12 @@ def phase_label(phase: str, kind: str | None) -> str:
 
 
 def without_extremes(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The samples of the same prompts each time, without those that were picked for their scores."""
+    """Leaves out the samples that were picked for their scores, so that the prompts are the same each time."""
     return [record for record in samples if "extreme" not in record]
 
 
 def without_timings(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run that is repeated logs again to the last bit: all but what depends on the machine's day."""
+    """Leaves out what depends on the machine: all else is the same to the last bit when a run is repeated."""
     of_the_day = ("seconds", "tokens_per_second", "mfu")
     return {
         name: value
@@ -177,7 +188,7 @@ def without_timings(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-    """``value`` as strict JSON can hold it: array scalars as Python numbers, non-finite ones as None."""
+    """Converts ``value`` to what strict JSON can hold: array scalars become numbers, non-finite ones None."""
     if isinstance(value, Mapping):
         return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -192,7 +203,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], new: Sequence[dict[str, Any]] = ()) -> None:
-    """Leaves the wanted records and adds new ones: in a file beside, swapped in, so that a kill loses none."""
+    """Keeps the wanted records and adds new ones; a second file replaces the first: a kill loses none."""
     if not path.exists():
         return
     kept = path.with_suffix(".kept")
@@ -204,15 +215,16 @@ def _keep(path: Path, wanted: Callable[[dict[str, Any]], bool], new: Sequence[di
 @LOGGERS.register("tensorboard")
 @settings
 class TensorBoard:
-    """Event files in ``<run_dir>/tensorboard``: a scalar a metric, the samples as a table.
+    """Writes event files in ``<run_dir>/tensorboard``: a scalar for each metric, the samples as a table.
 
-    On resume a marker tells TensorBoard to hide the steps that run again; an evaluation that `JsonLines` has
-    kept of them is written again.
+    On resume a marker tells TensorBoard to hide the steps that run again; of these, an evaluation that
+    `JsonLines` has kept is written again.
     """
 
     flush_seconds: Count = 10  # longest time until an event is on the disk
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        """Opens the logger of a run that goes on at ``resume_step``, or that is new where it is None."""
         writer = _import_extra("tensorboardX", extra="tensorboard").SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=resume_step, flush_secs=self.flush_seconds
         )
@@ -251,10 +263,10 @@ def _markdown_row(record: dict[str, Any]) -> str:
 @LOGGERS.register("wandb")
 @settings
 class WeightsAndBiases:
-    """A Weights & Biases run with its files in ``<run_dir>/wandb``.
+    """Writes a Weights & Biases run with its files in ``<run_dir>/wandb``.
 
-    Nothing leaves the machine unless ``mode`` is "online"; an offline run is uploaded by ``wandb sync``. The
-    config goes without secrets, and neither code, command line, console output nor git state is recorded.
+    Nothing leaves the machine unless ``mode`` is "online"; ``wandb sync`` uploads an offline run. The config is
+    recorded without secrets; code, command line, console output and git state are not recorded.
     """
 
     project: str = "hybrid_jax"  # of the run at wandb
@@ -264,6 +276,7 @@ class WeightsAndBiases:
     tags: tuple[str, ...] = ()  # of the run
 
     def open(self, run_dir: Path, config: dict[str, Any], resume_step: int | None) -> Logger:
+        """Opens the logger of a run that goes on at ``resume_step``, or that is new where it is None."""
         wandb = _import_extra("wandb", extra="wandb")
         run_dir.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
@@ -311,7 +324,7 @@ class _WandbLogger:
 
 
 def _wandb_id(run_dir: Path, resume_step: int | None) -> str:
-    """The id that a resumed run continues, a new one for a new run."""
+    """The id of the run that is continued, or a new one for a new run."""
     file = run_dir / "wandb_run_id"
     if resume_step is None or not file.exists():
         file.write_text(secrets.token_hex(4))

@@ -1,4 +1,4 @@
-"""The training loop. It knows phases, and that every one of them takes steps."""
+"""Runs the training loop, which knows nothing of phases but that they take steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from hybrid_jax.training.compilation import free_programs
 from hybrid_jax.training.interrupts import Interrupted, Interrupts, leaving_in_order
 from hybrid_jax.training.nonfinite import NonFiniteError
-from hybrid_jax.training.offload import Idle, settled, with_idle, without_idle
+from hybrid_jax.training.offload import Idle, placed_for, with_idle, without_idle
 from hybrid_jax.training.phase import Phase, StagedPhase
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import Scheduler
@@ -34,7 +34,9 @@ class Run(Protocol):
     """What the loop needs of an experiment."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """The number of steps of the whole run."""
+        ...
 
     @property
     def key(self) -> Array:
@@ -42,17 +44,23 @@ class Run(Protocol):
         ...
 
     @property
-    def phases(self) -> Mapping[str, Phase]: ...
+    def phases(self) -> Mapping[str, Phase]:
+        """The phases by their names in the config."""
+        ...
 
     @property
-    def scheduler(self) -> Scheduler: ...
+    def scheduler(self) -> Scheduler:
+        """Chooses the phase of every step."""
+        ...
 
     @property
-    def checkpoint(self) -> CheckpointConfig: ...
+    def checkpoint(self) -> CheckpointConfig:
+        """When the state is saved and exported."""
+        ...
 
     @property
     def offload(self) -> Sequence[Idle]:
-        """What waits in the host's memory while no phase uses it."""
+        """Names what waits in the host's memory while no phase uses it."""
         ...
 
     def owned(self) -> contextlib.AbstractContextManager[None]:
@@ -60,22 +68,26 @@ class Run(Protocol):
         ...
 
     def open(self) -> tuple[RunState, Checkpoints, Recorder]:
-        """The newest saved state, or a fresh one, with what writes the run directory."""
+        """Returns the newest saved state, or a fresh one, with the writers of the run directory."""
         ...
 
     def evaluate(
         self, state: RunState
     ) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
-        """Numbers, samples to show, and the values of each held-out prompt behind some of the numbers."""
+        """Returns numbers, samples to show, and for some of the numbers the values of each held-out prompt."""
         ...
 
-    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool: ...
+    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
+        """Whether the state is to be evaluated before the next step."""
+        ...
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
-        """The state once these numbers were measured: for what learns from them."""
+        """Updates whatever learns from the numbers of an evaluation."""
         ...
 
-    def export(self, state: RunState, folder: Path | None = None) -> Path: ...
+    def export(self, state: RunState, folder: Path | None = None) -> Path:
+        """Writes the trained model for other programs, and returns its folder."""
+        ...
 
     def finish(self, state: RunState) -> None:
         """Writes what a finished run leaves behind."""
@@ -136,18 +148,18 @@ def _train(run: Run) -> RunState:
                 if phase.waits_for_device:
                     recorder.flush()
                 state = take_step(run, phase, begun, recorder)
-        except Stopped:  # while a reward waited for the network: the state before the step is whole
+        except Stopped:  # while a reward waited for the network; the state before the step is complete
             if state.step == saved or _save_before_leaving(state, checkpoints, recorder):
                 checkpoints.wait()
                 _say_stopped(state)
             raise Interrupted(interrupts.number or signal.SIGINT) from None
-        except KeyboardInterrupt:  # the second one: wait neither for the device nor for a save
+        except KeyboardInterrupt:  # a second Ctrl-C: wait neither for the device nor for a save
             aborted = True
             raise
-        except NonFiniteError:  # the step has left no state worth saving: a rerun repeats it
+        except NonFiniteError:  # the state after the step is worthless; a rerun repeats the step
             raise
         except Exception:
-            if state.step > saved and hosts.size() == 1:  # the others may not have failed, and cannot save
+            if state.step > saved and hosts.size() == 1:  # of several, the others may not have failed
                 _save_before_leaving(state, checkpoints, recorder)
             raise
         finally:
@@ -160,8 +172,8 @@ def _train(run: Run) -> RunState:
 
 
 def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None = None) -> RunState:
-    """One step of ``phase`` with its randomness, counted and recorded."""
-    free_programs()  # prompts of ever new lengths compile without end
+    """Takes one step of ``phase`` with its own randomness, counts and records it."""
+    free_programs()  # prompts of new lengths keep compiling new programs
     number = jax.device_put(np.uint32(state.step))  # an explicit transfer, the only kind in a step
     stage = phase.stage(state) if isinstance(phase, StagedPhase) else ""
     started = (
@@ -170,7 +182,7 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
         else recorder.step(state.step, phase.name, getattr(phase, "shapes_setting", None), stage)
     )
     with started, out_of_memory.explained(phase.name):
-        state, idle = without_idle(settled(state, phase, run.offload), phase)
+        state, idle = without_idle(placed_for(state, phase, run.offload), phase)
         new, metrics = phase.step(state, jax.random.fold_in(run.key, number))
     new = with_idle(new, idle)
     schedule = run.scheduler.update(state.schedule, phase.name, metrics)
@@ -191,9 +203,9 @@ def _say_stopped(state: RunState) -> None:
 
 
 def _save_before_leaving(state: RunState, checkpoints: Checkpoints, recorder: Recorder) -> bool:
-    """Saves the state before a failed step, unless that step has consumed it already; returns whether it did.
+    """Saves the state before a failed step and returns whether it could: the step may have consumed that state.
 
-    Whatever goes wrong here is only reported: the error that the user must see is on its way.
+    Whatever goes wrong here is only reported, since the error of the step itself must reach the user.
     """
     arrays = (leaf for leaf in jax.tree.leaves(state.train) if isinstance(leaf, jax.Array))
     if any(array.is_deleted() for array in arrays):

@@ -16,13 +16,15 @@ STATE = "loss_scale"  # where ``TrainState.extra`` keeps the state, one for all 
 
 @struct.dataclass
 class LossScaleState:
-    scale: Float[Array, ""]
+    """The scale, and how long it has held."""
+
+    scale: Float[Array, ""]  # what the loss is multiplied by
     good_steps: Int[Array, ""]  # finite gradients since the scale last changed
 
 
 @settings
 class DynamicLossScale:
-    """The loss is multiplied by a scale before the gradient is taken, which is divided by it after, in float32.
+    """Multiplies the loss by a scale before the gradient is taken, and divides the gradient by it, in float32.
 
         gradient finite       s ← min(s · factor, maximum) after ``growth_interval`` finite ones in a row
         gradient not finite   the update is left out;  s ← max(s / factor, minimum)
@@ -44,6 +46,7 @@ class DynamicLossScale:
             )
 
     def init(self) -> LossScaleState:
+        """The state before the first update."""
         return LossScaleState(  # pyright: ignore[reportCallIssue]
             scale=jnp.asarray(self.initial, jnp.float32), good_steps=jnp.zeros((), jnp.int32)
         )

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: peak memory, and the share of the peak arithmetic that it uses."""
+"""Measures what a run takes of its machine: peak memory, and the share of the peak arithmetic."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ _PEAKS = {
 
 
 def peak_flops(devices: Sequence[Any], peak_tflops: float | None = None) -> float | None:
-    """bfloat16 FLOPs a second of all ``devices`` at best; None where their kind is unknown.
+    """The bfloat16 FLOPs a second of all ``devices`` at best; None where their kind is unknown.
 
     Args:
-        devices: of JAX, all of one kind.
-        peak_tflops: 10¹² FLOPs a second of each of them, in place of the published figure.
+        devices: JAX devices, all of one kind.
+        peak_tflops: 10¹² FLOPs a second of each, in place of the published figure.
     """
     if peak_tflops is not None:
         return len(devices) * peak_tflops * 1e12
@@ -49,10 +49,10 @@ def peak_flops(devices: Sequence[Any], peak_tflops: float | None = None) -> floa
 
 
 def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
-    """The most bytes held so far, of those that this process can see.
+    """Reads the most bytes that were held so far, as far as this process can see.
 
-    ``memory/peak_bytes`` is that of the fullest of the (local) devices, where the runtime counts; elsewhere, as
-    on a CPU, ``memory/host_peak_bytes`` is the resident memory of the whole process, whatever uses it.
+    ``memory/peak_bytes`` is the peak of the fullest local device, where the runtime counts it. Elsewhere, as on
+    a CPU, ``memory/host_peak_bytes`` is the peak of the resident memory of the whole process.
     """
     stats = [device.memory_stats() or {} for device in devices]
     if peaks := [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]:
@@ -62,11 +62,11 @@ def peak_memory(devices: Sequence[Any]) -> dict[str, float]:
 
 
 class Machine:
-    """What the records of a run say about the machine.
+    """Gives the records of a run their numbers about the machine.
 
     Args:
-        devices: that the run computes on, of all processes.
-        peak_tflops: of each, where the published figure is not known or not meant.
+        devices: all devices that the run computes on, of all processes.
+        peak_tflops: 10¹² FLOPs a second of each, in place of the published figure.
     """
 
     def __init__(self, devices: Sequence[Any], peak_tflops: float | None = None):
@@ -75,10 +75,10 @@ class Machine:
         self._compilations = Compilations()
 
     def numbers(self) -> dict[str, float]:
-        """Peak memory; programs compiled since the start, and the seconds that it took."""
+        """Peak memory, the programs compiled since the start, and the seconds that compiling took."""
         compiled = {"compile/count": self._compilations.count, "compile/seconds": self._compilations.seconds}
         return {**peak_memory(self._local), **compiled}
 
     def utilisation(self, flops: float, seconds: float) -> float | None:
-        """MFU: the share of the peak that ``flops`` needed arithmetic in ``seconds`` are (PaLM, appendix B)."""
+        """Model FLOPs utilisation: ``flops`` in ``seconds`` as a share of the peak (PaLM, appendix B)."""
         return None if self._peak_flops is None else flops / seconds / self._peak_flops

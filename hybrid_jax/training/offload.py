@@ -1,4 +1,4 @@
-"""What waits in the host's memory while no phase uses it.
+"""Moves what no phase uses at the moment to the host's memory.
 
 Phases alternate, and while one takes its steps the optimizer state of the others and, in supervised phases, the
 references are idle. On TPU and GPU they can wait in pinned host memory; they are moved when the phase changes.
@@ -20,8 +20,8 @@ Idle = Literal["optimizer_states", "references"]
 DEVICE, HOST = "device", "pinned_host"
 
 
-def settled(state: RunState, phase: Phase, offload: Sequence[Idle]) -> RunState:
-    """The state with all that ``phase`` uses on the devices, and the rest where ``offload`` wants it."""
+def placed_for(state: RunState, phase: Phase, offload: Sequence[Idle]) -> RunState:
+    """Moves all that ``phase`` uses to the devices, and of the rest what ``offload`` names to the host."""
     if not offload:
         return state
     opt_state, references = dict(state.train.opt_state), dict(state.references)
@@ -33,7 +33,7 @@ def settled(state: RunState, phase: Phase, offload: Sequence[Idle]) -> RunState:
 
 
 def without_idle(state: RunState, phase: Phase) -> tuple[RunState, dict[str, Any]]:
-    """The state with the optimizer state of ``phase`` alone, which its updates donate; and the others."""
+    """Splits off the optimizer states that ``phase`` does not use: its updates donate only its own."""
     key = phase.optimizer_key
     idle = {name: tree for name, tree in state.train.opt_state.items() if name != key}
     own = {name: tree for name, tree in state.train.opt_state.items() if name == key}
@@ -41,7 +41,7 @@ def without_idle(state: RunState, phase: Phase) -> tuple[RunState, dict[str, Any
 
 
 def with_idle(state: RunState, idle: dict[str, Any]) -> RunState:
-    """The inverse of `without_idle`."""
+    """Puts back the optimizer states that `without_idle` took out."""
     return replace(state, train=replace(state.train, opt_state={**state.train.opt_state, **idle}))
 
 

@@ -54,6 +54,7 @@ class _WarmedUp:
         )
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor at an update after the warm-up."""
         return jnp.ones_like(step)
 
 
@@ -86,6 +87,7 @@ class Linear(_ToHorizon):
     """Warm-up, then a straight line from 1 to ``end`` at the horizon; without a horizon it stays 1."""
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor at an update after the warm-up."""
         return self.decayed(1 - _progress(step, self.warmup_steps, horizon))
 
 
@@ -98,6 +100,7 @@ class Cosine(_ToHorizon):
     """
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor at an update after the warm-up."""
         return self.decayed(0.5 + 0.5 * jnp.cos(jnp.pi * _progress(step, self.warmup_steps, horizon)))
 
 
@@ -110,6 +113,7 @@ class InverseSqrt(_Decaying):
     """
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor at an update after the warm-up."""
         scale = max(self.warmup_steps, 1)
         since = jnp.maximum(step - self.warmup_steps, 0.0)
         return jnp.maximum(jnp.sqrt(scale / (scale + since)), self.end)
@@ -126,6 +130,7 @@ class WarmupStableDecay(_ToHorizon):
     decay_fraction: Annotated[float, Interval(gt=0, le=1)] = 0.2  # share of the horizon that decays
 
     def after_warmup(self, step: Float[Array, ""], horizon: Float[Array, ""]) -> Float[Array, ""]:
+        """The factor at an update after the warm-up."""
         return self.decayed(1 - _progress(step, horizon * (1 - self.decay_fraction), horizon))
 
 
@@ -184,6 +189,7 @@ class Adam(_WithMoments):
     epsilon_placement: Literal["pytorch", "tensorflow"] = "pytorch"  # ε joins √v corrected, or as it is
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         return self._stored(scale_by_adam(self.beta1, self.beta2, self.epsilon, self.epsilon_placement))
 
 
@@ -198,6 +204,7 @@ class AdamW(Adam):
     weight_decay: NonNegative = 0.01  # share of a matrix that an update takes away, times the learning rate
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         return optax.chain(super().transform(), _decay(self.weight_decay))
 
 
@@ -217,6 +224,7 @@ class Adafactor(Optimizer):
     weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         steps = [
             optax.scale_by_factored_rms(
                 decay_rate=self.decay_exponent, min_dim_size_to_factor=self.min_factored_size
@@ -243,6 +251,7 @@ class Lion(_WithMoments):
     weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         return optax.chain(self._stored(optax.scale_by_lion(self.beta1, self.beta2)), _decay(self.weight_decay))
 
 
@@ -255,6 +264,7 @@ class SGD(_WithMoments):
     weight_decay: NonNegative = 0.0  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         momentum = self._stored(optax.trace(self.momentum)) if self.momentum else optax.identity()
         return optax.chain(momentum, _decay(self.weight_decay))
 
@@ -276,6 +286,7 @@ class Muon(_WithMoments):
     weight_decay: NonNegative = 0.01  # as in adamw
 
     def transform(self) -> optax.GradientTransformation:
+        """Returns the transformation from gradient to direction; see `Optimizer.transform`."""
         muon = scale_by_muon(self.beta, self.num_iterations)
         adam = scale_by_adam(self.adam_beta1, self.adam_beta2, self.epsilon)
         by_kind = optax.partition({"muon": muon, "adam": adam}, muon_or_adam)

@@ -57,7 +57,9 @@ class Phase(Protocol):
         """Names of those that it reads."""
         ...
 
-    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit: ...
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        """Makes what the phase adds to a fresh state, given the parameters that are there already."""
+        ...
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         """One step; the caller counts it. ``state.train`` is consumed (its buffers are donated)."""
@@ -129,7 +131,9 @@ class Resources:
 class PhaseConfig(Protocol):
     """A frozen dataclass registered under `PHASES`."""
 
-    def build(self, resources: Resources) -> Phase: ...
+    def build(self, resources: Resources) -> Phase:
+        """Builds the phase for an experiment."""
+        ...
 
 
 PHASES: Registry[PhaseConfig] = Registry("phase")

@@ -1,4 +1,4 @@
-"""A trace of a few steps for TensorBoard's or XProf's profile view."""
+"""Traces a few steps for the profile view of TensorBoard or XProf."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 @settings
 class ProfileConfig:
-    """Which steps to trace: ``steps`` of them from ``start`` on."""
+    """The steps to trace."""
 
     start: Natural = 10  # first step to trace, counted from 0; the first steps of a phase compile
     steps: Count = 3  # how many steps to trace
 
 
 class Profiler:
-    """Marks every step for whichever profiler is listening, and writes the trace that a config asks for."""
+    """Marks every step for any profiler that listens, and writes the trace that the config asks for."""
 
     def __init__(self, config: ProfileConfig | None = None, folder: Path | None = None):
         self._config, self._folder = config, folder
@@ -31,7 +31,7 @@ class Profiler:
 
     @contextlib.contextmanager
     def step(self, number: int, phase: str) -> Iterator[None]:
-        """Around what starts a step."""
+        """Wraps what starts a step."""
         if self._config is not None and number == self._config.start:
             jax.profiler.start_trace(str(self._folder))
             self._is_tracing = True
@@ -39,11 +39,12 @@ class Profiler:
             yield
 
     def finished(self, number: int) -> None:
-        """Says that the device has finished a step; ends the trace with its last one."""
+        """Notes that the device has finished a step; ends the trace after its last one."""
         if self._config is not None and number >= self._config.start + self._config.steps - 1:
             self.close()
 
     def close(self) -> None:
+        """Ends a trace that is still running, and writes it."""
         if self._is_tracing:
             self._is_tracing = False
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: a bar, or a plain line now and then where stderr is no terminal."""
+"""Shows a run at the terminal: by a bar, or by a plain line now and then where stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _KEPT = ("score", "kl")  # shown during the steps of other phases too, which log
 
 
 class Progress:
-    """Phase, loss, score, KL, tokens per second and time left, on ``stream`` (stderr).
+    """Shows phase, loss, score, KL, tokens per second and the time left, on ``stream`` (stderr).
 
     Args:
         total: the number of updates of the whole run.
         initial: the number already done when this process resumed.
-        line_seconds: how often a line is written when the stream is no terminal.
-        time_left: estimates the time left; its plan is what the run has before it.
+        line_seconds: seconds between two lines where the stream is not a terminal.
+        time_left: estimates the time left from the plan of the run.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Progress:
             self._open.enter_context(logging_redirect_tqdm())
 
     def update(self, record: dict[str, Any]) -> None:
-        """Takes a metrics record; an evaluation changes the numbers but finishes no update."""
+        """Shows a metrics record; an evaluation changes the numbers but does not count as a step."""
         self._latest |= record
         if record["phase"] == EVALUATION:
             return
@@ -86,10 +86,11 @@ class Progress:
             self._write(sample_table(shown, width))
 
     def busy(self, what: str) -> None:
-        """Says on the bar what keeps the run from its next step."""
+        """Shows on the bar what the run is doing before its next step."""
         self._bar.set_description_str(what)
 
     def close(self) -> None:
+        """Ends the bar."""
         self._open.close()
         self._bar.close()
 
@@ -119,7 +120,7 @@ class Progress:
         self._write("  ".join(text for text in shown if text))
 
     def _left(self) -> str:
-        """``01:30 left``; ``about 01:30 left`` while a phase to come has never run; nothing before any has."""
+        """Writes ``01:30 left``, with ``about`` while a phase has never run; nothing before the first."""
         seconds = self.time_left.seconds(self._total - self._done)
         if seconds is None:
             return ""
@@ -130,7 +131,7 @@ class Progress:
         try:
             self._bar.write(text, file=self._stream)
             self._stream.flush()
-        except OSError:  # a full disk or a reader that left: no reason to lose a run
+        except OSError:  # a full disk or a closed pipe is no reason to lose a run
             self._stream = io.StringIO()
 
 
@@ -139,7 +140,7 @@ def _label(record: dict[str, Any]) -> str:
 
 
 def sample_table(records: list[dict[str, Any]], width: int) -> str:
-    """Prompt, response and score in columns, cut so that no line is wider than ``width`` terminal cells."""
+    """Lays out prompt, response and score in columns, no line wider than ``width`` cells of a terminal."""
     score_width = 8
     prompt_width = max((width - score_width - 4) * 2 // 5, 6)
     response_width = max(width - score_width - 4 - prompt_width, 6)
@@ -156,7 +157,7 @@ def _score(score: float | None) -> str:
 
 
 def _fit(text: str, width: int) -> str:
-    """``text`` on one line in exactly ``width`` cells; nothing that could steer a terminal survives."""
+    """Puts a text on one line of exactly ``width`` cells, without characters that could steer a terminal."""
     one_line = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     if _cells(one_line) > width:
         while _cells(one_line) > width - 1:

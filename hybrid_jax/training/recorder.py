@@ -1,4 +1,4 @@
-"""Metrics on their way to the logs, one step late so that the device never waits for the host."""
+"""Writes metrics to the logs, one step late, so that the device never waits for the host."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybrid_jax.training.time_left import EVALUATION
 
 log = logging.getLogger(__name__)
 
-# What a phase may say of its own time; the rest of its step is the device's, finishing the updates.
+# Seconds that a phase may log of its own step; in the rest of the step the device finishes the updates.
 PARTS = ("input_seconds", "rollout_seconds", "reward_seconds", "score_seconds")
 
 
@@ -50,22 +50,22 @@ class Recorder:
         self._profiler = profiler or Profiler()
         self._compilations = Compilations()
         self._since_stamp = Compilations()
-        self._started: set[str] = set()  # phases, and what stands beside them, that have run in this process
+        self._started: set[str] = set()  # phases, their stages and the evaluation, once they have run here
         self._pending: tuple[int, str, str, Metrics] | None = None
         self._params: Mapping[str, Any] = {}
-        self._beside: dict[str, float] = {}  # seconds between two steps, for the next record
+        self._beside: dict[str, float] = {}  # seconds spent between two steps, for the next record
         self._begin = time.monotonic() - elapsed  # so that the clock of a resumed run goes on
         self._stamp = time.monotonic()
 
     @contextlib.contextmanager
     def step(self, step: int, phase: str, shapes_setting: str | None = None, stage: str = "") -> Iterator[None]:
-        """Wraps the start of a step: marks it for a profiler and notices what is compiled in it.
+        """Wraps the start of a step: marks it for a profiler, and warns where it compiles again.
 
         Args:
             step: its number.
-            phase: whose it is.
-            shapes_setting: decides the shapes; a warning about new ones names it.
-            stage: of the phase; each has programs of its own.
+            phase: the name of the phase that takes it.
+            shapes_setting: the setting that decides the shapes, named by a warning about new ones.
+            stage: the stage that the phase is in; each compiles programs of its own.
         """
         name = f"{phase} ({stage})" if stage else phase
         is_first = name not in self._started
@@ -79,7 +79,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def _first_time(self, name: str, what: str) -> Iterator[None]:
-        """Announces code that compiles when it first runs, and says how long that took."""
+        """Announces code that compiles when it first runs, and logs how long that took."""
         if name in self._started:
             yield
             return
@@ -103,17 +103,17 @@ class Recorder:
 
         Args:
             step: its number.
-            phase: whose it is, by the name that the config gives it.
-            kind: of the phase.
-            metrics: may still be computed by the device.
-            params: that come out of the step; a number that is not finite is looked for in them.
+            phase: the name of the phase in the config.
+            kind: the kind of the phase.
+            metrics: by name; the device may still be computing them.
+            params: parameters after the step, searched where a number is not finite.
         """
         self._params = params or {}
         self.flush()
         self._pending = (step, phase, kind, metrics)
 
     def flush(self) -> None:
-        """Waits for the pending metrics and logs them; they come to the host here and nowhere else.
+        """Waits for the pending metrics and logs them; only here are they copied to the host.
 
         Raises:
             NonFiniteError: the step met a loss, a gradient or a parameter that is not finite.
@@ -135,9 +135,9 @@ class Recorder:
 
     @contextlib.contextmanager
     def beside(self, name: str) -> Iterator[None]:
-        """Around what is done between two steps: its seconds are logged, and are no step's.
+        """Wraps what is done between two steps, so that its seconds do not count as a step's.
 
-        The next record, which may be the evaluation's own, holds them as ``time/<name>_seconds``.
+        The next record, which may be that of an evaluation, holds them as ``time/<name>_seconds``.
         """
         self.flush()
         self._lap()
@@ -158,7 +158,7 @@ class Recorder:
         samples: list[dict[str, Any]],
         by_prompt: dict[str, list[float]] | None = None,
     ) -> None:
-        """Logs an evaluation; ``by_prompt`` are the values behind some of its means, for paired comparisons."""
+        """Logs an evaluation; ``by_prompt`` holds values behind some of its means, for paired comparisons."""
         self.flush()
         seconds = time.monotonic() - self._begin
         record = {"step": step, "phase": EVALUATION, "kind": EVALUATION, "seconds": seconds, **numbers}
@@ -186,7 +186,7 @@ class Recorder:
             self._progress.close()
 
     def _speed(self, phase: str, numbers: dict[str, float], seconds: float) -> dict[str, float]:
-        """Where the seconds of a step went, and what was done in them; takes ``tokens`` and ``flops`` out."""
+        """Computes where the seconds of a step went, and its speed; takes ``tokens`` and ``flops`` out."""
         speed = {f"{phase}/seconds": seconds}
         seconds = max(seconds, 1e-9)
         parts = [numbers[f"{phase}/{part}"] for part in PARTS if f"{phase}/{part}" in numbers]

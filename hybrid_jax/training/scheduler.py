@@ -1,4 +1,4 @@
-"""Which phase comes next. Schedulers are `init`/`update` pairs over a `ScheduleState`, on the host."""
+"""Schedulers choose the phase of every step, on the host, as functions of a `ScheduleState`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,29 @@ from hybrid_jax.training.state import ScheduleState
 
 
 class Scheduler(Protocol):
+    """Chooses which phase takes the next step. It holds settings only; its state is a `ScheduleState`."""
+
     @property
     def phases(self) -> tuple[str, ...]:
-        """Every phase that it may choose."""
+        """The names of all phases that it may choose."""
         ...
 
-    def choose(self, state: ScheduleState) -> str: ...
+    def choose(self, state: ScheduleState) -> str:
+        """Returns the name of the phase that takes the next step."""
+        ...
 
-    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState: ...
+    def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        """Returns the state after a step of ``phase``, whose metrics the device may still compute."""
+        ...
 
 
 SCHEDULERS: Registry[Any] = Registry("scheduler")
 
 
 def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int | None]:
-    """How many of ``total`` steps each phase gets, by playing the scheduler through.
+    """Counts how many of ``total`` steps each phase gets, by playing the scheduler through.
 
-    None of all phases for a scheduler that looks at the metrics: they decide, and nobody knows them yet.
+    All counts are None where the scheduler looks at metrics, since nobody knows these yet.
     """
     state, metrics = ScheduleState(), _Unknown()
     try:
@@ -43,7 +49,7 @@ def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int | None]:
 
 
 def phase_after(scheduler: Scheduler, state: ScheduleState, phase: str) -> str | None:
-    """Which phase comes after one more step of ``phase``; None where the metrics of that step decide."""
+    """Finds the phase after one more step of ``phase``; None where the metrics of that step decide."""
     try:
         return scheduler.choose(scheduler.update(state, phase, _Unknown()))
     except _LookedAt:
@@ -51,11 +57,11 @@ def phase_after(scheduler: Scheduler, state: ScheduleState, phase: str) -> str |
 
 
 class _LookedAt(Exception):
-    """A scheduler looked at metrics that are not known yet."""
+    """Raised where a scheduler looks at metrics that are not known yet."""
 
 
 class _Unknown(Mapping[str, Any]):
-    """Metrics before any step: whoever looks at them has no plan."""
+    """Metrics that are not known yet: looking at them raises `_LookedAt`."""
 
     def _look(self, *_: Any) -> NoReturn:
         raise _LookedAt
@@ -76,7 +82,7 @@ class _Unknown(Mapping[str, Any]):
 @SCHEDULERS.register("alternation")
 @settings
 class Alternation:
-    """First ``warmup``, then ``cycle`` over and over: each a mapping from phases to steps, in order."""
+    """Takes the steps of ``warmup`` once, then those of ``cycle`` over and over."""
 
     cycle: Mapping[str, Natural]  # steps of each phase, over and over
     warmup: Mapping[str, Natural] = field(default_factory=dict)  # steps of each phase before the first cycle
@@ -87,9 +93,11 @@ class Alternation:
 
     @property
     def phases(self) -> tuple[str, ...]:
+        """The names of all phases that it may choose."""
         return tuple(name for name, steps in {**self.warmup, **self.cycle}.items() if steps)
 
     def choose(self, state: ScheduleState) -> str:
+        """Returns the name of the phase that takes the next step."""
         position = sum(state.steps.values())
         warmup = sum(self.warmup.values())
         if position < warmup:
@@ -97,27 +105,32 @@ class Alternation:
         return _at(self.cycle, (position - warmup) % sum(self.cycle.values()))
 
     def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        """Returns the state after a step of ``phase``."""
         return state.after(phase)
 
 
 class _Share:
-    """Gives the second phase a share of the steps, without luck: it runs when it is owed a whole step."""
+    """Gives the second phase a share of the steps: it runs as soon as its share adds up to a whole step."""
 
     first: str
     second: str
 
     def share_at(self, state: ScheduleState) -> float:
+        """The share of the second phase at this state."""
         raise TypeError("a share scheduler says what the share is")
 
     @property
     def phases(self) -> tuple[str, ...]:
+        """The names of all phases that it may choose."""
         return (self.first, self.second)
 
     def choose(self, state: ScheduleState) -> str:
+        """Returns the name of the phase that takes the next step."""
         # A share such as 0.1 is not a binary fraction: ten of them must still make one step.
         return self.second if state.credit + self.share_at(state) >= 1 - 1e-9 else self.first
 
     def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        """Returns the state after a step of ``phase``."""
         credit = state.credit + self.share_at(state) - (phase == self.second)
         return replace(state.after(phase), credit=credit)
 
@@ -125,20 +138,21 @@ class _Share:
 @SCHEDULERS.register("ratio")
 @settings
 class Ratio(_Share):
-    """A fixed share of the steps for the second phase: after n steps it has had ⌊n · share⌋."""
+    """Gives the second phase a fixed share of the steps: after n steps it has had ⌊n · share⌋."""
 
     first: str  # phase that gets the other steps
     second: str  # phase that gets the share
     share: Share  # of the steps that the second phase gets
 
     def share_at(self, state: ScheduleState) -> float:
+        """The share of the second phase at this state."""
         return self.share
 
 
 @SCHEDULERS.register("curriculum")
 @settings
 class Curriculum(_Share):
-    """The second phase's share goes from ``start`` to ``end`` between two steps of the run.
+    """Moves the second phase's share from ``start`` to ``end`` between two steps of the run.
 
     With u = (step - begin_step) / (end_step - begin_step) clipped to [0, 1]: linear is start + u (end - start);
     cosine replaces u by (1 - cos πu) / 2; step jumps at ``end_step``.
@@ -157,6 +171,7 @@ class Curriculum(_Share):
             raise ValueError(f"end_step must be greater than begin_step {self.begin_step}, got {self.end_step}")
 
     def share_at(self, state: ScheduleState) -> float:
+        """The share of the second phase at this state."""
         step = sum(state.steps.values())
         done = min(max((step - self.begin_step) / (self.end_step - self.begin_step), 0.0), 1.0)
         if self.shape == "cosine":
@@ -169,7 +184,7 @@ class Curriculum(_Share):
 @SCHEDULERS.register("triggered")
 @settings
 class Triggered(_Share):
-    """The second phase's share goes from ``before`` to ``after`` once a metric has crossed a threshold.
+    """Changes the second phase's share from ``before`` to ``after`` once a metric has crossed a threshold.
 
     Each step that logs the metric waits for its value; a step of another phase does not.
     """
@@ -187,9 +202,11 @@ class Triggered(_Share):
             raise ValueError("below or above must be given, and only one of them")
 
     def share_at(self, state: ScheduleState) -> float:
+        """The share of the second phase at this state."""
         return self.after if state.triggered else self.before
 
     def update(self, state: ScheduleState, phase: str, metrics: Metrics) -> ScheduleState:
+        """Returns the state after a step of ``phase``."""
         state = super().update(state, phase, metrics)
         if state.triggered or self.metric not in metrics:
             return state

@@ -1,4 +1,4 @@
-"""An estimate of the time that a run still takes, from the cost of its phases and evaluations so far."""
+"""Estimates the time that a run still takes from what its phases and evaluations have cost so far."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _RECENT = 50  # the newest steps of each phase that its mean is taken over
 class TimeLeft:
     """Estimates the seconds that are left, without those of compiling.
 
-    Every phase has its own mean, over its newest steps in which nothing was compiled. A phase without such a
-    step is guessed from the others by its ``work``. Evaluations are counted as one more phase.
+    Every phase has its own mean, over its newest steps in which nothing was compiled. Where a phase has no such
+    step, its cost is guessed from that of the others by its ``work``. Evaluations count as one more phase.
 
     Args:
         plan: what is still to come, by name: a phase for each step, "evaluation" for each evaluation.
-        work: the relative cost of a step of each phase, as far as it is known.
+        work: the relative cost of a step of each phase, for phases where it is known.
     """
 
     def __init__(self, plan: Iterable[str] = (), work: Mapping[str, float] | None = None):
@@ -32,16 +32,16 @@ class TimeLeft:
         self._work = work or {}
         self._is_planned = bool(self._left)
         self._seconds: dict[str, deque[float]] = {}
-        self._first: dict[str, float] = {}  # of what has only been seen together with its compilation
+        self._first: dict[str, float] = {}  # seconds of what has run only once, together with its compilation
         self._recent: deque[str] = deque(maxlen=2 * _RECENT)
 
     def took(self, name: str, seconds: float, compiling: float = 0.0) -> None:
-        """Takes what one step of a phase, or one evaluation, has cost.
+        """Takes the seconds of one step of a phase, or of one evaluation.
 
         Args:
-            name: of the phase, or "evaluation".
-            seconds: all of them.
-            compiling: how many of them were spent on compiling.
+            name: the name of the phase, or "evaluation".
+            seconds: the whole time.
+            compiling: the part of it that was spent on compiling.
         """
         if compiling:
             self._first[name] = max(seconds - compiling, 0.0)
@@ -49,12 +49,12 @@ class TimeLeft:
             self._seconds.setdefault(name, deque(maxlen=_RECENT)).append(seconds)
         if name != EVALUATION:
             self._recent.append(name)
-            # A scheduler that waits for a metric leaves the plan: from then on the newest steps are the plan.
+            # A scheduler that waits for a metric leaves the plan: then the last steps stand for the next ones.
             self._is_planned = self._is_planned and self._left[name] > 0
         self._left[name] -= 1
 
     def seconds(self, steps: int) -> float | None:
-        """Estimates the seconds of the last ``steps`` with their evaluations; None before any measurement."""
+        """Estimates the seconds of the remaining ``steps`` and evaluations; None before any measurement."""
         if not any(name in self._seconds for name in self._recent):
             return None
         left = {name: count for name, count in self._left.items() if count > 0}
@@ -82,21 +82,27 @@ class TimeLeft:
 
 
 class Ahead(Protocol):
-    """The settings that decide the rest of a run."""
+    """What decides the rest of a run."""
 
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> int:
+        """The number of steps of the whole run."""
+        ...
 
     @property
-    def scheduler(self) -> Scheduler: ...
+    def scheduler(self) -> Scheduler:
+        """Chooses the phase of every step."""
+        ...
 
-    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool: ...
+    def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
+        """Whether there is an evaluation before the next step."""
+        ...
 
 
 def steps_ahead(run: Ahead, state: RunState) -> Iterator[str]:
     """Yields what is still to come: the phase of each step, and "evaluation" where there is one.
 
-    A scheduler that waits for a metric is taken never to see it.
+    Assumes that a scheduler which waits for a metric never sees it.
     """
     while True:
         phase = run.scheduler.choose(state.schedule)
@@ -107,26 +113,26 @@ def steps_ahead(run: Ahead, state: RunState) -> Iterator[str]:
         yield phase
         try:
             schedule = run.scheduler.update(state.schedule, phase, {})
-        except KeyError:  # it cannot do without: then there is no plan
+        except KeyError:  # the scheduler needs a metric: then there is no plan
             return
         state = replace(state, step=state.step + 1, schedule=schedule)
 
 
 def relative_work(phases: Mapping[str, Phase], state: RunState) -> dict[str, float]:
-    """Tokens that a step of each phase reads or samples, those that it learns from three times.
+    """Counts the tokens of a step of each phase: read or sampled once, learned from three times.
 
-    The gradient of a product is two products. This compares phases that have not run yet; what their steps cost
-    on the device at hand is known only after that.
+    For the gradient of a product is two more products. The counts compare phases before they have run;
+    what their steps cost on the device at hand is known only later.
 
     Args:
         phases: by name, built with their data.
-        state: the shapes of the whole state.
+        state: shapes of the whole state.
     """
     work = {}
     for name, phase in phases.items():
         try:
             programs = phase.programs(state)
-        except Exception:  # a phase from outside may not say; an estimate must not end a run
+        except Exception:  # a phase from outside may fail here, and an estimate must not end a run
             continue
         work[name] = float(sum((3 if program.learns else 1) * program.tokens for program in programs))
     return {name: tokens for name, tokens in work.items() if tokens}

@@ -9,7 +9,7 @@ import numpy as np
 from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
 from hybrid_jax.training.loop import take_step
-from hybrid_jax.training.offload import settled, with_idle, without_idle
+from hybrid_jax.training.offload import placed_for, with_idle, without_idle
 from hybrid_jax.training.state import RunState, TrainState
 
 SETTINGS = {
@@ -73,8 +73,9 @@ def test_nothing_moves_that_lies_where_it_shall():
     train = TrainState(params={}, opt_state={"a": {"m": jnp.ones(2)}}, extra={})
     state = RunState(step=0, train=train)
     assert (
-        settled(state, Phase("a"), ("optimizer_states",)).train.opt_state["a"]["m"] is train.opt_state["a"]["m"]
+        placed_for(state, Phase("a"), ("optimizer_states",)).train.opt_state["a"]["m"]
+        is train.opt_state["a"]["m"]
     )
-    assert settled(state, Phase("b"), ()) is state
-    away = settled(replace(state), Phase("b"), ("optimizer_states",))
+    assert placed_for(state, Phase("b"), ()) is state
+    away = placed_for(replace(state), Phase("b"), ("optimizer_states",))
     assert kinds(away.train.opt_state) == {"pinned_host"}

@@ -187,7 +187,7 @@ class PretrainedDecoder(Decoder):
 
 
 def _sharding() -> Shardings | None:
-    """Where the parameters are born: each process reads only what its own devices keep."""
+    """The sharding of the parameters as they are read: each process reads only what its own devices keep."""
     if (placement := current_placement()) is None:
         return None
     return lambda path, shape: placement.sharding(shape, param_axes(path, shape))

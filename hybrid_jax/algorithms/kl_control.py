@@ -17,7 +17,11 @@ State = Float[Array, ""]
 
 
 class KLControl(Protocol):
-    def init(self) -> State: ...
+    """A way to set β, an entry of `KL_CONTROLS`: its settings, and pure functions of its state."""
+
+    def init(self) -> State:
+        """The state before the first rollout."""
+        ...
 
     def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
         """The state after ``num_samples`` responses whose KL, in nats a response, has that mean."""
@@ -39,12 +43,15 @@ class FixedKL:
     coef: NonNegative = 0.05  # β, the reward that a nat of KL costs
 
     def init(self) -> State:
+        """β itself."""
         return jnp.asarray(self.coef, jnp.float32)
 
     def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
+        """The same state."""
         return state
 
     def coefficient(self, state: State) -> Float[Array, ""]:
+        """β."""
         return state
 
 
@@ -63,11 +70,14 @@ class AdaptiveKL:
     horizon: Positive = 10_000.0  # responses over which β follows; fewer react faster
 
     def init(self) -> State:
+        """The initial β."""
         return jnp.asarray(self.initial, jnp.float32)
 
     def update(self, state: State, kl_sequence_mean: Float[Array, ""], num_samples: int | Array) -> State:
+        """β moved towards the target."""
         error = jnp.clip(kl_sequence_mean / self.target - 1.0, -0.2, 0.2)
         return state * (1.0 + error * jnp.minimum(num_samples / self.horizon, 1.0))
 
     def coefficient(self, state: State) -> Float[Array, ""]:
+        """β."""
         return state

@@ -49,6 +49,7 @@ class Chat:
         check_held_out(self.held_out_fraction, held_out=self.held_out, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Reads the conversations of the split."""
         path, name = Path(self.train), self.train_split
         if split == "held_out":
             path, name = Path(self.held_out or self.train), self.held_out_split or name

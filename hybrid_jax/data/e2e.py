@@ -35,6 +35,7 @@ class E2E(Jsonl):
     recombined: Natural | None = None
 
     def load(self, split: Split) -> Sequence[Example]:
+        """The rows of the split, or recombined prompts in place of training rows."""
         examples = [delexicalised(example, self.delexicalise) for example in super().load(split)]
         if split == "held_out" or self.recombined is None:
             return examples

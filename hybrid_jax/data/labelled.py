@@ -46,6 +46,7 @@ class Labelled(Jsonl):
             raise ValueError("replace must name texts of at least one letter, got ''")
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Makes an example of a row, with the replacements done."""
         example = super().example(row, where)
         response = None if example.response is None else self._replaced(example.response)
         return replace(example, prompt=self._replaced(example.prompt), response=response)

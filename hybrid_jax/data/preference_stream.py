@@ -155,6 +155,7 @@ class PreferenceStream:
 
     @property
     def present(self) -> np.ndarray:
+        """Which of the K responses each prompt has, [B K]."""
         return np.asarray(self.labels.present)
 
     @property

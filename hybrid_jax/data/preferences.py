@@ -90,6 +90,8 @@ class Preference:
 
 
 class PreferenceSource(Protocol):
+    """Settings of a source of preferences, an entry of `PREFERENCES`."""
+
     def load(self, split: Split) -> Sequence[Preference]:
         """All preferences of the split, in a fixed order; a `UserError` if there are none."""
         ...
@@ -234,6 +236,7 @@ class JsonlPreferences(PreferenceRows):
         check_held_out(self.held_out_fraction, held_out=self.held_out)
 
     def load(self, split: Split) -> Sequence[Preference]:
+        """Reads the preferences of the split."""
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
         rows = [self.preference(row, where) for where, row in json_rows(Path(path))]
         return _chosen(rows, split, self.held_out is not None, self.held_out_fraction, str(path))
@@ -264,6 +267,7 @@ class HuggingFacePreferences(PreferenceRows):
         check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Preference]:
+        """Reads the preferences of the split out of the data set."""
         name = self.held_out_split if split == "held_out" and self.held_out_split else self.train_split
         dataset = HuggingFaceDataset(path=self.path, subset=self.subset, data_files=self.data_files)
         numbered = enumerate(dataset.rows(name), start=1)
@@ -283,6 +287,7 @@ class PreferenceExamples:
     source: Annotated[Any, PREFERENCES]
 
     def load(self, split: Split) -> Sequence[Example]:
+        """The preferences of the split, each as an example with its chosen response."""
         return [preference.example for preference in self.source.load(split)]
 
 

@@ -26,6 +26,8 @@ Split = Literal["train", "held_out"]
 
 
 class Source(Protocol):
+    """Settings of a data source, an entry of `SOURCES`."""
+
     def load(self, split: Split) -> Sequence[Example]:
         """All examples of the split, in a fixed order; a `UserError` if there are none."""
         ...
@@ -48,6 +50,7 @@ class Restaurants:
     seed: Seed = 0
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Makes the split anew, the same one every time."""
         return restaurants(split, self.omission, self.seed)
 
 
@@ -80,6 +83,7 @@ class Rows:
             raise ValueError("prompt_field must be a field name where response_field is None, got None")
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """Makes an example of a row."""
         prompt = _text(row, self.prompt_field, self.prompt_template, where)
         response = _text(row, self.response_field, self.response_template, where)
         used = {
@@ -115,6 +119,7 @@ class Jsonl(Rows):
         check_held_out(self.held_out_fraction, held_out=self.held_out)
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Reads the rows of the split."""
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
         examples = [self.example(row, where) for where, row in json_rows(Path(path))]
         return choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
@@ -143,6 +148,7 @@ class Text:
         check_held_out(self.held_out_fraction, held_out=self.held_out, split_at=self.split_at)
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Reads the text of the split, whole or by lines."""
         path = Path(self.held_out if split == "held_out" and self.held_out is not None else self.train)
         text = read_data(path).replace("\r\n", "\n")
         if self.held_out is None:
@@ -195,6 +201,7 @@ class HuggingFaceDataset(Rows):
         check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Reads the split out of the data set."""
         own = self.held_out_split is not None
         name = (
             self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
@@ -245,6 +252,7 @@ class TensorFlowDataset(Rows):
         check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
+        """Reads the split out of the prepared data set."""
         own = self.held_out_split is not None
         name = (
             self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split

@@ -17,6 +17,7 @@ MEMORY = 2**29  # bytes that rendering may take beyond what the process has at i
 
 
 def main() -> None:
+    """Renders one request after the other, each within its time, until the input ends."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()

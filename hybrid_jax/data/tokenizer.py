@@ -41,7 +41,9 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def eos_id(self) -> int: ...
+    def eos_id(self) -> int:
+        """The token that ends a response."""
+        ...
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
@@ -81,6 +83,8 @@ class Tokenizer(Protocol):
 
 
 class TokenizerBuilder(Protocol):
+    """Settings of a tokenizer, an entry of `TOKENIZERS`."""
+
     def build(self, texts: Iterable[str]) -> Tokenizer:
         """The tokenizer; ``texts`` are read only by kinds that are trained on the data."""
         ...
@@ -103,20 +107,25 @@ class FastTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """One more than the largest id."""
         return self._backend.get_vocab_size()
 
     @property
     def eos_id(self) -> int:
+        """The id of the end token."""
         return self._backend.token_to_id(EOS_TOKEN)
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens."""
         return self._backend.get_vocab()
 
     def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; special tokens written in it are ordinary letters."""
         return self._backend.encode(_encodable(text), add_special_tokens=False).ids
 
     def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
+        """The ids of a rendered chat, whose special tokens count unless ``plain``."""
         self._backend.encode_special_tokens = plain
         try:
             encoded = self._backend.encode(text, add_special_tokens=False)
@@ -125,9 +134,11 @@ class FastTokenizer:
         return Tokens(encoded.ids, encoded.offsets)
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` without special tokens."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._backend.save(str(folder / "tokenizer.json"))
@@ -159,6 +170,11 @@ class HuggingFaceTokenizer:
 
     @property
     def chat_template(self) -> str | None:
+        """The template called default, or the only one.
+
+        Raises:
+            UserError: there are several and none is the default.
+        """
         templates = self._backend.chat_template
         if isinstance(templates, dict) and "default" not in templates:
             raise UserError(
@@ -169,20 +185,29 @@ class HuggingFaceTokenizer:
 
     @property
     def template_variables(self) -> Mapping[str, Any]:
+        """The special tokens by their roles, such as ``eos_token``."""
         return self._backend.special_tokens_map
 
     @property
     def eos_id(self) -> int:
+        """The id of the end token."""
         return int(_end_id(self._backend))
 
     @property
     def vocabulary(self) -> Mapping[str, int]:
+        """The ids of all tokens."""
         return self._backend.get_vocab()
 
     def encode(self, text: str) -> list[int]:
+        """The ids of ``text``; no special token is added."""
         return self._backend.encode(_encodable(text), add_special_tokens=False)
 
     def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
+        """The ids of a rendered chat, with their places in it.
+
+        Raises:
+            UserError: the tokenizer is a slow one, which does not know the places.
+        """
         if not self._backend.is_fast:
             raise UserError(
                 f"chat needs a fast tokenizer, which knows where its tokens stand in a text; "
@@ -194,10 +219,12 @@ class HuggingFaceTokenizer:
         return Tokens(encoded["input_ids"], encoded["offset_mapping"])
 
     def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids`` as they are, without special tokens."""
         known = [int(i) for i in ids if i < self.vocab_size]
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder: str | Path) -> None:
+        """Writes the folder as `transformers` does."""
         self._backend.save_pretrained(folder)
 
 
@@ -214,6 +241,7 @@ class Bytes:
     chat_template: str | None = None
 
     def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        """Makes the tokenizer; it reads no texts."""
         from tokenizers import AddedToken, models
 
         letters = _byte_letters()
@@ -239,6 +267,7 @@ class Bpe:
     chat_template: str | None = None
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
+        """Trains the merges on ``texts``."""
         from tokenizers import models, pre_tokenizers, trainers
 
         backend = _byte_level(models.BPE())
@@ -268,6 +297,7 @@ class HuggingFace:
     chat_template: str | None = None
 
     def build(self, texts: Iterable[str] = ()) -> Tokenizer:
+        """Reads the folder; it reads no texts."""
         return _load_huggingface(self.path, self.chat_template)
 
 

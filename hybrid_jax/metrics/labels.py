@@ -16,6 +16,7 @@ def softmax(logits: Float[np.ndarray, "B Y"], temperature: float = 1.0) -> Float
 
 
 def accuracy(predicted: Int[np.ndarray, "B"], labels: Int[np.ndarray, "B"]) -> float:
+    """The share of rows whose label was predicted, in [0, 1]."""
     return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
 
 

@@ -78,6 +78,7 @@ class EncoderConfig:
 
     @property
     def inner_width(self) -> int:
+        """Width of the hidden layer of an MLP."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     @property
@@ -87,6 +88,7 @@ class EncoderConfig:
 
     @property
     def head_name(self) -> str:
+        """What the head is called among the parameters."""
         return "qa_outputs" if self.head == "question" else "classifier"
 
     @property
@@ -116,6 +118,7 @@ class Encoder:
 
     @property
     def width(self) -> int:
+        """Width of the hidden states."""
         return self.config.width
 
     @property
@@ -125,6 +128,7 @@ class Encoder:
         return min(self.config.max_length, allowed or self.config.max_length)
 
     def init(self, key: Array) -> Params:
+        """Random parameters."""
         return _init(self.config, key)
 
     def hidden(

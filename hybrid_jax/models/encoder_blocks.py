@@ -49,6 +49,8 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
+    """Words, positions and token types, added and normalised."""
+
     rows: int
     width: int
     init_std: float

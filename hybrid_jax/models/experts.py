@@ -76,11 +76,13 @@ class Dispatch:
 
     @classmethod
     def of(cls, chosen: Int[Array, "N K"], count: int) -> Dispatch:
+        """Sorts the choices [N K] by expert, those of one expert in the order of the tokens."""
         experts = chosen.reshape(-1)
         order = jnp.argsort(experts, stable=True)
         return cls(order, jnp.bincount(experts, length=count), experts[order], chosen.shape[1])
 
     def scatter(self, x: Float[Array, "N D"]) -> Float[Array, "N*K D"]:
+        """The rows of the chosen tokens, sorted by expert."""
         return x[self.order // self.per_token]
 
     def product(self, x: Array, kernel: Float[Array, "E I O"], bias: Array | None) -> Float[Array, "N*K O"]:

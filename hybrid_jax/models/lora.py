@@ -65,6 +65,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
+        """The factor on what the adapters add: α / rank, or α / √rank if stabilised."""
         return scale_of(self.rank, self.alpha, self.rank_stabilized)
 
 
@@ -183,12 +184,14 @@ def nested(by_path: dict[str, Any]) -> Params:
 
 
 def params_at(params: Params, path: str) -> Params:
+    """The part of a nested dict at a path with slashes."""
     for name in path.split("/"):
         params = params[name]
     return params
 
 
 def column_norms(kernel: Float[Array, "I O"]) -> Float[Array, "O"]:
+    """The Euclidean norm of each column, float32 [O]."""
     return jnp.sqrt(jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=0))
 
 

@@ -23,9 +23,13 @@ Frequencies = np.ndarray  # float64 [C/2]
 
 
 class RopeScaling(Protocol):
+    """Settings that change the frequencies of rotary positions, an entry of `ROPE_SCALINGS`."""
+
     def frequencies(
         self, plain: Frequencies, theta: float, row_lengths: Int[Array, "B 1"]
-    ) -> Float[Array, "*B C/2"] | Frequencies: ...
+    ) -> Float[Array, "*B C/2"] | Frequencies:
+        """Frequencies by which channel pairs turn, for rows of these lengths."""
+        ...
 
     @property
     def amplification(self) -> float:
@@ -45,6 +49,7 @@ class Linear:
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
+        """All frequencies divided by the factor."""
         return plain / self.factor
 
 
@@ -58,6 +63,7 @@ class Dynamic:
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
+        """Frequencies of the base that each row needs."""
         channels = 2 * len(plain)
         stretch = jnp.maximum(row_lengths, self.original_length) / self.original_length
         base = theta * (self.factor * stretch - (self.factor - 1)) ** (channels / (channels - 2))
@@ -76,6 +82,7 @@ class Llama3:
     amplification = 1.0
 
     def frequencies(self, plain, theta, row_lengths):
+        """Each frequency kept, divided or between the two, by its turns in the original context."""
         turns = self.original_length * plain / (2 * math.pi)  # in the original context
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         keep = np.clip(keep, 0.0, 1.0)
@@ -103,9 +110,11 @@ class Yarn:
 
     @property
     def amplification(self) -> float:
+        """The attention factor, or the one of the paper."""
         return yarn_amplification(self.factor) if self.attention_factor is None else self.attention_factor
 
     def frequencies(self, plain, theta, row_lengths):
+        """Each frequency kept, divided or between the two, by the ramp over pairs."""
         channels = 2 * len(plain)
 
         def pair_with(turns: float) -> float:
@@ -136,6 +145,7 @@ class LongRope:
     amplification: Positive = 1.0  # factor on the rotated queries and keys
 
     def frequencies(self, plain, theta, row_lengths):
+        """Frequencies divided pair by pair, by those for short or for long rows."""
         short, long = plain / np.asarray(self.short_factor), plain / np.asarray(self.long_factor)
         return jnp.where(row_lengths > self.original_length, long, short)
 

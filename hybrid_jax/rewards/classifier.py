@@ -88,6 +88,7 @@ class ClassifierReward:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts reading the texts; returns what waits for the log-odds or probabilities."""
         scorer = loaded_scorer(self.path)
         label = _number(scorer.model.labels, self.label, self.path)
         before = None

@@ -171,6 +171,7 @@ class Judge:
         return values
 
     def count(self, **numbers: float) -> None:
+        """Adds to the counters; several threads may."""
         with self._lock:
             for name, number in numbers.items():
                 self.counts[name] = self.counts.get(name, 0.0) + number

@@ -33,6 +33,7 @@ class Spent:
 
     @property
     def tokens(self) -> int:
+        """Tokens of prompts and answers together."""
         return self.prompt_tokens + self.answer_tokens
 
     def __add__(self, other: Spent) -> Spent:
@@ -59,6 +60,7 @@ class JudgeCache:
         return float(value) if valid else None
 
     def keep(self, key: str, value: float) -> None:
+        """Writes a value, for this run and those to come."""
         _write(self._path(key), {"value": value})
 
     def spent(self) -> Spent:

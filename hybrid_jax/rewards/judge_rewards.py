@@ -55,6 +55,7 @@ class RubricJudge:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts asking for a mark of each response; returns what waits for the answers."""
         seen = {name: texts_of_rows(needed_column(columns, name), name) for name in self.columns}
         questions = []
         for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
@@ -99,6 +100,7 @@ class PairwiseJudge:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts asking for each pair in both orders; returns what waits for the answers."""
         others = texts_of_rows(needed_column(columns, self.against), self.against)
         questions = []
         for prompt, response, texts in zip(prompts, responses, others, strict=True):

@@ -183,6 +183,7 @@ class BleurtStyle:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
     ) -> Callable[[], list[float]]:
+        """Starts embedding all texts; returns what waits for the scores."""
         return _start(self, "bleurt_style", responses, references, None)
 
 
@@ -209,6 +210,7 @@ class CometStyle:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts embedding all texts; returns what waits for the scores."""
         references, sources = needed_column(columns, "references"), needed_column(columns, "source")
         joined = ["\n".join(texts) for texts in texts_of_rows(sources, "source")]
         return _start(self, "comet_style", responses, references, joined)

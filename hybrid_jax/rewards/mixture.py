@@ -59,12 +59,14 @@ class Gated:
     keeps_places: ClassVar[bool] = True
 
     def check(self, names: Sequence[str]) -> None:
+        """Refuses fewer than two parts, or a floor that leaves nothing to divide."""
         if len(names) < 2:
             raise ValueError("parts must be two or more for a gate, got one")
         if self.floor * len(names) >= 1:
             raise ValueError(f"floor must be below 1 / {len(names)} parts, got {self.floor}")
 
     def init(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """A gate that is not fitted yet: equal weights for every prompt."""
         count = len(names)
         width = 2**self.bits if self.encoder is None else text_encoder(self.encoder).model.config.width
         zeros = {"kernel": np.zeros((width, count)), "bias": np.zeros(count), "scale": np.ones(count)}
@@ -115,6 +117,7 @@ class Gated:
         )
 
     def combine(self, state, values, weights, prompts):
+        """Weighs the parts of each row by what the gate gives its prompt."""
         names = list(values)
         gate = self.weights(state, prompts, len(names))
         scale = state["scale"] if self.is_fitted(state) else np.ones(len(names))
@@ -225,10 +228,12 @@ class Bandit:
         return replace(self, focus=0.0)
 
     def check(self, names: Sequence[str]) -> None:
+        """Refuses fewer than two parts."""
         if len(names) < 2:
             raise ValueError("parts must be two or more for a bandit, got one")
 
     def init(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """Equal log-weights and no round played."""
         return {
             "log_weights": np.zeros(len(names)),
             "round": np.zeros((), np.int64),
@@ -271,6 +276,7 @@ class Bandit:
         }
 
     def combine(self, state, values, weights, prompts):
+        """Weighs the parts by their probabilities, the arm of this round most."""
         names = list(values)
         state = state or self.init(names)
         chances, arm = self.probabilities(state), self.arm(state)

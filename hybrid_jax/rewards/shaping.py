@@ -47,6 +47,7 @@ class WinRate:
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
     ) -> Callable[[], list[float]]:
+        """Starts scoring both sides; returns what waits for the mean win rates."""
         others = texts_of_rows(needed_column(columns, "opponents"), "opponents")
         counts = [len(texts) for texts in others]
         shared = {name: column for name, column in columns.items() if name != "opponents"}

@@ -57,6 +57,7 @@ class CosineSimilarity:
         return self.start(prompts, responses, **columns)()
 
     def start(self, prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> Scores:
+        """Starts embedding both sides; returns what waits for the largest cosine of each row."""
         column = prompts if self.to == "prompt" else needed_column(columns, self.to)
         others = texts_of_rows(column, self.to)
         finish = start_embeddings(text_encoder(self.path), [*responses, *_flat(others)], self.batch_size)
@@ -102,6 +103,7 @@ class TruthfulContrast:
         correct_answers: Sequence[Any],
         incorrect_answers: Sequence[Any],
     ) -> Scores:
+        """Starts embedding responses and answers; returns what waits for the contrast."""
         true = texts_of_rows(correct_answers, "correct_answers")
         false = texts_of_rows(incorrect_answers, "incorrect_answers")
         texts = [*responses, *_flat(true), *_flat(false)]
@@ -141,6 +143,7 @@ class FacilityCoverage:
         return self.start(prompts, responses, source)()
 
     def start(self, prompts: Sequence[str], responses: Sequence[str], source: Sequence[Any]) -> Scores:
+        """Starts embedding the sentences; returns what waits for the coverage."""
         sources = [sentences("\n".join(texts)) for texts in texts_of_rows(source, "source")]
         chosen = [
             self._within_budget(sentences(response), covered)
@@ -197,6 +200,7 @@ class BertScore:
         return self.start(prompts, responses, references)()
 
     def start(self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]) -> Scores:
+        """Starts matching tokens; returns what waits for the best score of each row."""
         accepted = texts_of_rows(references, "references")
         encoder = text_encoder(self.path)
         counts = [len(texts) for texts in accepted]

@@ -28,6 +28,7 @@ class TokenCount:
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
     ) -> Float[Array, "B"]:
+        """Sums what the tokens of each response are worth, float32 [B]."""
         response = tokens[:, -response_mask.shape[1] :]
         worth = _worth(response, self.weights).at[:, 0].add(_worth(response[:, 0], self.first_token_weights))
         return jnp.sum(jnp.where(response_mask, worth, 0.0), axis=1)
@@ -44,6 +45,7 @@ class TokenLength:
     def score_tokens(
         self, tokens: Int[Array, "B T"], attention_mask: Bool[Array, "B T"], response_mask: Bool[Array, "B R"]
     ) -> Float[Array, "B"]:
+        """Scores by the number of tokens, float32 [B]."""
         length = jnp.sum(response_mask, axis=1, dtype=jnp.float32)
         return -jnp.abs(length - self.target) / self.scale
 

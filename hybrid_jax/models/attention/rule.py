@@ -23,6 +23,7 @@ class AttentionRule:
     slopes: tuple[float, ...] | None = None
 
     def score_scale(self, channels: int) -> float:
+        """The factor on products of queries and keys: 1 / √channels unless one is set."""
         return channels**-0.5 if self.scale is None else self.scale
 
 

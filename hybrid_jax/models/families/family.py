@@ -249,11 +249,13 @@ def parameter_shapes(model: Any) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves of a nested dict by their paths with slashes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(entry.key for entry in path): leaf for path, leaf in leaves}
 
 
 def unflatten(flat: Mapping[str, Any]) -> Params:
+    """The inverse of `flatten`."""
     tree: Params = {}
     for path, leaf in flat.items():
         *folders, name = path.split("/")

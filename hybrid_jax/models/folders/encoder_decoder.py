@@ -113,6 +113,11 @@ class PretrainedEncoderDecoder:
     check_finite: bool = False
 
     def build(self, vocab_size: int | None = None) -> LoadedEncoderDecoder:
+        """The model of the folder, whose `init` reads the weights.
+
+        Raises:
+            UserError: the folder cannot be read, or the tokenizer is larger than the model.
+        """
         folder = find_folder(self.path)
         config = _open(folder, self.dtype, check_finite=False)[0].config
         config = replace(config, dropout=config.dropout if self.dropout is None else self.dropout)
@@ -131,4 +136,5 @@ class LoadedEncoderDecoder(EncoderDecoder):
     check_finite: bool = False
 
     def init(self, key) -> Params:
+        """Reads the weights; ``key`` is not used."""
         return load_encoder_decoder(self.folder, check_finite=self.check_finite)[1]

@@ -57,6 +57,7 @@ class StoredTensor:
 
 
 def is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
     with np.errstate(invalid="ignore"):  # ml_dtypes warns at the very NaN that is asked for
         return bool(np.isfinite(array).all())
 
@@ -266,4 +267,5 @@ def save_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, indented."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -157,6 +157,11 @@ class Pretrained:
     execution: Execution = Execution()
 
     def build(self, vocab_size: int | None = None) -> PretrainedDecoder:
+        """The model of the folder, whose `init` reads the weights.
+
+        Raises:
+            UserError: the folder cannot be read, or the tokenizer is larger than the model.
+        """
         folder = find_folder(self.path)
         config = _read_model(folder, self.dtype)[1].config
         if self.dropout is not None:
@@ -175,6 +180,7 @@ class PretrainedDecoder(Decoder):
     check_finite: bool = False
 
     def init(self, key) -> Params:
+        """Reads the weights; ``key`` draws new adapters."""
         params = load_pretrained(self.folder, check_finite=self.check_finite, sharding=_sharding())[1]
         return self.arranged(self.with_adapter(params, key))
 

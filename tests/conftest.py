@@ -1,5 +1,6 @@
 """Eight fake devices on the CPU, so that sharded = single is tested everywhere; set before JAX starts."""
 
+import gc
 import logging
 import os
 import signal
@@ -8,11 +9,14 @@ import signal
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     )
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Two workers share two cores: a second thread of torch would only wait for the first, at full speed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -21,15 +25,22 @@ from pathlib import Path
 import jax
 import pytest
 
+from hybrid_jax.training.compilation import free_programs
+
+# A collection looks through all that libraries hold; one in 700 new objects, as is usual, costs an eighth.
+gc.set_threshold(50_000, 20, 20)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_end_with_their_module():
-    """JAX keeps every compiled program, in memory maps of its own; a process may have 65,530 of them."""
+def compiled_programs_are_let_go_before_they_are_too_many():
+    """JAX keeps every compiled program, in memory maps of its own; a process may have 65,530 of them.
+
+    Until then they stay: modules compile many of the same small ones.
+    """
     yield
-    jax.clear_caches()
+    free_programs(limit=20_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

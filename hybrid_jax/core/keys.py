@@ -21,7 +21,7 @@ class Purpose(IntEnum):
 
 
 class Branch(IntEnum):
-    """What else is drawn below a key whose split and whose running numbers are in use: far beyond those."""
+    """Numbers to fold into a key that is also split or folded with running numbers: far beyond those."""
 
     OPPONENTS = 2**31  # below a step of training
 

@@ -35,9 +35,9 @@ END_SIGN = chr(0x10FFFD)
 
 
 class Conversation(NamedTuple):
-    """A conversation as int32 [T], what of it is learned, bool [T], and the turns whose start is not.
+    """The tokens of a conversation, int32 [T], and a mask of those to learn, bool [T].
 
-    ``straddled`` counts the turns that begin inside a token, one that also holds the end of their header.
+    ``straddled`` counts the turns that begin inside a token of their header, which is not learned.
     """
 
     tokens: np.ndarray
@@ -46,7 +46,7 @@ class Conversation(NamedTuple):
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Conversation]:
-    """All messages once, with the mask of every turn of the assistant.
+    """Encodes all messages once, with a mask of every turn of the assistant.
 
     Where the template writes an answer in another way once something follows it (without its thinking, or with
     another end), the conversation is given once for each answer: up to it, and only that answer is learned. So
@@ -68,15 +68,15 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> li
 
 
 def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """The messages and the header of the answer that they ask for."""
+    """Encodes the messages and the header of the answer that is to come."""
     chat = _Chat(messages, tokenizer)
     return chat.encode(chat.render(chat.messages, ask=True)[0]).ids
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The special token that an answer is taught to end with; None, and a warning, if there is none.
+    """Finds the special token that ends an answer in training; warns and gives None if there is none.
 
-    Also warns where the same question has other tokens with an answer behind it than alone.
+    Also warns where the template writes a question differently once an answer follows it.
     """
     messages = ({"role": "user", "content": "1"}, {"role": "assistant", "content": "Hello"})
     (conversation,) = encode_conversation(messages, tokenizer)
@@ -142,7 +142,7 @@ class _Chat:
         return text
 
     def special_spans(self, tokens: Tokens, text: str) -> list[tuple[int, Span]]:
-        """The special tokens that are written in ``text``, with their places; no <unk> for other letters."""
+        """Finds the special tokens written in ``text`` and their places, without any <unk> of other letters."""
         written = {token: name for name, token in self.tokenizer.special_tokens.items()}
         return [
             (token, (start, end))
@@ -205,7 +205,7 @@ def _encode(chat: _Chat, messages: Sequence[Message], answers: Sequence[int]) ->
 
 
 def _content_ends(chat: _Chat, messages: Sequence[Message], text: str, answers: Sequence[int]) -> list[int]:
-    """Where the text of each answer ends in the rendered conversation: found by a sign put behind it."""
+    """Finds where the text of each answer ends in the rendered conversation, by a marker put behind it."""
     signed = list(messages)
     for index in answers:
         content = signed[index]["content"]
@@ -256,7 +256,7 @@ def _start(chat: _Chat, asked: Sequence[Message], text: str) -> int:
 
 
 def _end_of_turn(text: str, index: int, end: int, following: int, special: Sequence[Span], calls: bool) -> int:
-    """Behind the special token that follows the answer; a call of tools may stand between."""
+    """The place behind the special token that ends the answer; a tool call may stand between."""
     close = next((span for span in special if end <= span[0] and span[1] <= following), None)
     if close is not None and (calls or not text[end : close[0]].strip()):
         return close[1]
@@ -297,7 +297,7 @@ def _inside(offsets: Sequence[Span], spans: Sequence[Span]) -> tuple[np.ndarray,
 
 
 def _check_identity(chat: _Chat, tokens: Tokens, mask: np.ndarray, text: str) -> None:
-    """What is learned reads as what stands in its place, spaces and what the tokenizer drops aside."""
+    """Checks that the learned tokens decode to the text in their place, but for spaces and dropped letters."""
     special = set(chat.tokenizer.special_tokens.values())
     learned = [
         (token, span) for token, span, kept in zip(*tokens, mask, strict=True) if kept and token not in special

@@ -59,7 +59,7 @@ class Chat:
 
 
 def conversation(row: Mapping[str, Any], where: str, messages_field: str = "messages") -> Example:
-    """The example of one row.
+    """Makes the example of one row.
 
     Raises:
         UserError: the row has no messages, or one of them is not a role that we know with a text.
@@ -80,7 +80,7 @@ def conversation(row: Mapping[str, Any], where: str, messages_field: str = "mess
 
 
 def chat_example(messages: Sequence[Message], where: str, columns: Mapping[str, Any] | None = None) -> Example:
-    """The example of checked messages."""
+    """Makes an example of checked messages."""
     asked = Example("", messages=tuple(messages)).question
     if not any(message["role"] == "user" for message in asked):
         raise UserError(f"{where}: no user message before an answer; a conversation begins with a question")
@@ -90,7 +90,7 @@ def chat_example(messages: Sequence[Message], where: str, columns: Mapping[str, 
 
 
 def check_messages(value: Any, where: str, field: str = "messages") -> tuple[Message, ...]:
-    """The messages of a list, each with a role that we know and a text.
+    """Checks a list of messages: each must have a known role and a text.
 
     Raises:
         UserError: one line with the message's number, what was expected and got.

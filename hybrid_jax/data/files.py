@@ -14,12 +14,12 @@ from hybrid_jax.core.json_text import parse_json
 
 MOST_ROW = 64 * MEBIBYTE  # of one line
 MOST_EXPANDED = 100  # bytes for each one packed: text has 3 to 10, a file made to fill the memory up to 1,000
-_FREE = 16 * MEBIBYTE  # unpacked bytes before that is asked
+_FREE = 16 * MEBIBYTE  # unpacked bytes from which on that limit holds
 _CHUNK = MEBIBYTE
 
 
 def read_data(path: Path) -> str:
-    """The whole text of a file.
+    """Reads the whole text of a file.
 
     Raises:
         UserError: it is no regular file, cannot be read or unpacked, or is no UTF-8.
@@ -28,7 +28,7 @@ def read_data(path: Path) -> str:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each row of a file of JSON lines, with ``file:line`` for messages; blank lines are none.
+    """Reads each row of a file of JSON lines, with its ``file:line``; skips blank lines.
 
     Raises:
         UserError: as `read_data`, or a line holds no JSON object, read strictly (`core.json_text`).

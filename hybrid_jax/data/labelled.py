@@ -126,7 +126,7 @@ class LabelledStream:
         self._order = lru_cache(maxsize=2)(partial(_epoch, np.array([len(row) for row in rows]), seed))
 
     def chosen(self, cursor: int, size: int) -> np.ndarray:
-        """The numbers of the rows of a batch."""
+        """The indices of the rows in a batch."""
         batches = len(self.rows) // size
         if batches == 0:
             raise UserError(f"batch_size must be at most the {len(self.rows)} rows of the data, got {size}")
@@ -134,7 +134,7 @@ class LabelledStream:
         return self._order(epoch, size)[place]
 
     def batch(self, cursor: int, size: int, features: np.ndarray | None = None) -> LabelledBatch:
-        """The rows, or where their ``features`` [N F] are known, those."""
+        """Makes a batch of rows; where ``features`` [N F] are given, they take the place of tokens."""
         chosen = self.chosen(cursor, size)
         make: Any = LabelledBatch  # pyright does not see the fields of a flax.struct.dataclass
         if features is not None:

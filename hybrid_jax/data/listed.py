@@ -27,7 +27,7 @@ class Listed:
 
     @staticmethod
     def of(rows: Sequence[Example | Mapping[str, Any]]) -> Listed:
-        """Keeps rows, or examples as they are, under a sum of their contents."""
+        """Makes a source of rows or examples, named by a digest of their contents."""
         examples = [_example(row, f"data[{index}]") for index, row in enumerate(rows)]
         listed = Listed(hashlib.sha256(repr(examples).encode("utf-8", "replace")).hexdigest()[:16])
         object.__setattr__(listed, "_examples", examples)  # no field: a config file could not hold them
@@ -37,7 +37,7 @@ class Listed:
         """The rows of the split.
 
         Raises:
-            UserError: they lived in a program that has ended.
+            UserError: the list was given to another program, which has ended.
         """
         examples = getattr(self, "_examples", None)
         if examples is None:

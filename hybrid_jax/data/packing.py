@@ -36,7 +36,7 @@ def encode_examples(
     max_length: int | None,
     long_rows: LongRows = DEFAULT,
 ) -> list[Encoded]:
-    """Tokens and loss mask of every example: prompt, response, end token; or a whole conversation.
+    """Encodes every example with its loss mask: prompt, response, end token; or a whole conversation.
 
     The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
     learned from its second token on, for nothing precedes the first. Of a conversation, all turns of the

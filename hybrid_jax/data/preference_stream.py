@@ -33,7 +33,7 @@ class Reading:
     """How a scorer reads a response: the same in training and as a reward, so it is saved beside the scorer.
 
     Attributes:
-        prompt: what it answers stands before it; else the response stands alone.
+        prompt: whether the prompt stands before the response.
         chat: the prompt is a conversation, rendered by the chat template; a plain prompt is its one message.
         max_length: tokens a row at most; None has no bound.
         cut: the end at which a response is cut that is too long by itself; a prompt is cut at its start first.
@@ -46,7 +46,7 @@ class Reading:
 
     @staticmethod
     def of(settings: Mapping[str, Any]) -> Reading:
-        """The inverse of `settings`; of a scorer that says nothing, the default.
+        """Reads what `settings` wrote; empty settings give the default.
 
         Raises:
             UserError: a folder holds something else.
@@ -55,7 +55,7 @@ class Reading:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Writes the reading as plain values, for JSON."""
         return asdict(self)
 
     def rows(
@@ -224,7 +224,7 @@ def _encode(
 
 
 def _alike(responses: Sequence[ScoredRow], places: Sequence[int]) -> bool:
-    """Whether two responses of different places have the same tokens: no tie, but a contradiction."""
+    """Whether two responses of different ranks have the same tokens, which contradicts itself."""
     known: dict[bytes, int] = {}
     return any(
         known.setdefault(response.tokens.tobytes(), place) != place

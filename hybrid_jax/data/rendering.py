@@ -72,7 +72,7 @@ def _render_here(request: dict[str, Any]) -> dict[str, Any]:
         texts, spans = render_jinja_template(**request)
     except ImportError as error:
         raise UserError(f"chat templates need a package: pip install 'jinja2>=3.1.6' ({error})") from error
-    except Exception as error:  # whatever a message makes a template stumble over
+    except Exception as error:  # a template may raise anything
         return {"error": str(error) or type(error).__name__}
     return {"text": texts[0], "spans": spans[0] if spans else None}
 
@@ -119,7 +119,7 @@ class _Worker:
             try:
                 if stream is not None:
                     stream.close()
-            except OSError:  # what was still to be written has no reader
+            except OSError:  # nobody reads what is still to be written
                 pass
 
     def _started(self) -> subprocess.Popen[bytes]:

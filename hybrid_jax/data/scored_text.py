@@ -68,7 +68,7 @@ def measure_scored(
 
 
 def cut_of(policy: Policy) -> Cut:
-    """The end at which a text is cut that must be read, whatever becomes of long rows in training."""
+    """The end at which to cut a text that must be scored, even if training would drop it."""
     return "truncate_start" if policy == "truncate_start" else "truncate_end"
 
 
@@ -97,7 +97,7 @@ def padded(
 
 
 class _Frame:
-    """What stands around the texts of a row."""
+    """The special tokens around the texts of a row."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -134,7 +134,7 @@ class _Frame:
         return ScoredRow(np.asarray([*start, *(before or ()), *middle, *text, *end], np.int32), whole)
 
     def _plain(self, text: str) -> list[int]:
-        """Without special tokens, whatever is written in the text."""
+        """Encodes a text as plain letters: special tokens written in it do not count."""
         text = text.encode("utf-8", errors="replace").decode("utf-8")
         return list(self._tokenizer.encode_rendered(text, plain=True).ids)
 

@@ -321,7 +321,7 @@ def check_held_out(fraction: float | None, **others: Any) -> None:
 def choose(
     examples: Sequence[Example], split: Split, own_held_out: bool, fraction: float | None, name: str
 ) -> Sequence[Example]:
-    """The examples of the split, where they are not a file or split of their own."""
+    """Chooses the examples of a split that is no file or split of its own."""
     given = len(examples)
     if fraction is not None:
         held_out = _held_out_texts(examples, fraction)
@@ -343,7 +343,7 @@ def _held_out_texts(examples: Sequence[Example], fraction: float) -> set[str]:
 
 
 def _identity(example: Example) -> str:
-    """What must not stand on both sides of a split: the question, with the turns before it."""
+    """The text that must not stand on both sides of a split: the question, with the turns before it."""
     if example.messages:
         return json.dumps([[m["role"], m["content"]] for m in example.question])
     return example.prompt or example.response or ""

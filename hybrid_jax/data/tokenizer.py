@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer(Protocol):
-    """Masks never come from token values, so a pad token is nobody's business here."""
+    """Turns texts into token ids and back. It needs no pad token, since masks come from lengths."""
 
     @property
     def vocab_size(self) -> int:
@@ -329,7 +329,7 @@ def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
         check_tokenizer_files(Path(path))
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # whatever its readers stumble over
+    except Exception as error:  # its readers raise many kinds of errors
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
     if _end_id(backend) is None:

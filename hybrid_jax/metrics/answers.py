@@ -38,7 +38,7 @@ def final_number(text: str, marker: str | None = "####") -> Number | None:
 
     Reads signs, thousands separated by commas, decimals, exponents of two digits, fractions (``3/4``,
     ``1 1/2``, ``\\\\frac{3}{4}``), currencies and percent signs, in any script's digits; a full stop after the
-    number is none of it. A number of more than 100 characters is none, and a fraction over 0 is none.
+    number does not belong to it. Numbers of more than 100 characters and fractions over 0 do not count.
     """
     _, found, after = text.rpartition(marker) if marker else ("", "", text)
     matches = list(_NUMBER.finditer(after if found or not marker else text))

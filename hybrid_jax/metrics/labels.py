@@ -23,7 +23,7 @@ def accuracy(predicted: Int[np.ndarray, "B"], labels: Int[np.ndarray, "B"]) -> f
 def f1_scores(
     predicted: Int[np.ndarray, "B"], labels: Int[np.ndarray, "B"], num_labels: int
 ) -> Float[np.ndarray, "Y"]:
-    """``2 TP / (2 TP + FP + FN)`` of each label; 0 of one that is neither there nor predicted."""
+    """``2 TP / (2 TP + FP + FN)`` of each label; 0 for a label that is neither there nor predicted."""
     predicted, labels = np.asarray(predicted), np.asarray(labels)
     hits = np.bincount(labels[predicted == labels], minlength=num_labels)
     named = np.bincount(predicted, minlength=num_labels) + np.bincount(labels, minlength=num_labels)
@@ -51,7 +51,7 @@ def brier_score(probabilities: Float[np.ndarray, "B Y"], labels: Int[np.ndarray,
 def calibration_error(
     probabilities: Float[np.ndarray, "B Y"], labels: Int[np.ndarray, "B"], num_bins: int = 15
 ) -> float:
-    """The expected one, ``Σ_k |B_k| / B · |accuracy(B_k) − confidence(B_k)|`` (Guo et al. 2017, eq. 3).
+    """Expected calibration error, ``Σ_k |B_k| / B · |accuracy(B_k) − confidence(B_k)|`` (Guo et al. 2017).
 
     Rows fall into bins (k/K, (k+1)/K] of their largest probability.
     """

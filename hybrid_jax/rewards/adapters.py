@@ -1,4 +1,4 @@
-"""The real COMET, BLEURT and Detoxify, where their packages are installed: nothing else takes their place.
+"""The real COMET, BLEURT and Detoxify, where their packages are installed; without them a clear error.
 
 None of them is an extra of ours: unbabel-comet and its pins (numpy below 2, transformers below 5) do not go
 with this program's packages, BLEURT is not on PyPI, and Detoxify's weights are not in its package.
@@ -131,6 +131,6 @@ def _existing(path: Path) -> str:
 
 
 def _best(values: Sequence[float], accepted: Sequence[Sequence[str]]) -> list[float]:
-    """The largest value of each row, of one for each of its references."""
+    """Takes the largest of each row's values, which has one for each reference."""
     left = iter(values)
     return [max(float(next(left)) for _ in texts) for texts in accepted]

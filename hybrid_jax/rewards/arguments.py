@@ -1,8 +1,8 @@
 """Calls of a user's function: every argument is passed by its name, never by its place.
 
 A reward takes ``prompts``, ``responses`` (or the same texts as ``completions``), and the data's columns that it
-names; ``**columns`` takes whatever else there is. A name that could mean anything else is refused, since texts
-in each other's place make numbers that look like any other.
+names; ``**columns`` takes whatever else there is. A name that could mean anything else is refused, since
+swapped texts would give plausible but wrong scores.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Arguments:
 
     @classmethod
     def of(cls, reward: Callable[..., Any]) -> Arguments:
-        """The names that ``reward`` takes.
+        """Reads which names ``reward`` takes.
 
         Raises:
-            ValueError: They cannot be read, the first is none of the texts, or there is none for the responses.
+            ValueError: the names cannot be read, the first one is not a text's, or none is for the responses.
         """
         if inspect.iscoroutinefunction(reward):
             raise ValueError(
@@ -71,15 +71,15 @@ class Arguments:
 
     @property
     def needed_columns(self) -> tuple[str, ...]:
-        """The columns without which it cannot be called."""
+        """The columns that it cannot be called without."""
         return tuple(n for n in (*self.by_place, *self.by_name) if n in self.required and n not in TEXTS)
 
     def fill(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments of a call of the reward: by place, and by name.
+        """Makes the arguments of a call: by place, and by name.
 
-        ``**columns`` receives what is not named: the columns, and those of the texts that nothing else takes.
+        ``**columns`` receives all other columns, and each of the texts that no parameter names.
         """
         texts = {"prompts": list(prompts), **{name: list(responses) for name in RESPONSES}}
         known = {**columns, **texts}

@@ -29,7 +29,7 @@ Reward = Callable[..., Sequence[float]]  # reward(prompts, responses, **columns)
 
 
 class RewardError(UserError):
-    """A reward that failed, or gave something else than one finite number a row."""
+    """Raised for a reward that failed or did not give one finite number for each row."""
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ class DeviceReward(Protocol):
 
 @runtime_checkable
 class StartedReward(Protocol):
-    """A reward that waits for a device or a network: others are computed meanwhile."""
+    """A reward that waits for a device or a network; other rewards are computed meanwhile."""
 
     def start(
         self, prompts: Sequence[str], responses: Sequence[str], **columns: Any
@@ -115,9 +115,9 @@ def start_reward(
 
 
 def _copied(value: Any) -> Any:
-    """A copy down to what cannot be changed in place: a reward may do with its columns what it likes.
+    """Copies nested lists and mappings, so that a reward may change its columns.
 
-    A list that several rows share, as the answers to one prompt do, is another one for each of them.
+    A list that several rows share, as the answers to one prompt do, is copied for each of them.
     """
     if isinstance(value, Mapping):
         return {key: _copied(item) for key, item in value.items()}
@@ -127,10 +127,10 @@ def _copied(value: Any) -> Any:
 
 
 def check_reward(reward: Any) -> None:
-    """Checks that a reward can be called, when it is given and before anything is sampled.
+    """Checks that a reward can be called, before anything is sampled.
 
     Raises:
-        ValueError: It is no reward, or takes other arguments than one.
+        ValueError: it is not callable, or takes other arguments than a reward.
     """
     if not (callable(reward) or isinstance(reward, StartedReward | DeviceReward)):
         raise ValueError(f"reward must be callable or have start or score_tokens, got {reward!r}")
@@ -177,7 +177,7 @@ def _explained(name: str, function: Callable[[], Any]) -> Any:
 
 
 def _describe_error(error: BaseException) -> str:
-    """Type, message and place in one line; the place is the innermost line outside installed packages."""
+    """Describes an error in one line: type, message, and the innermost line outside installed packages."""
     message = _shorten(str(error), 300)
     if isinstance(error, UserError):
         return message
@@ -214,7 +214,7 @@ def _check_scores(name: str, values: Any, responses: Sequence[str]) -> np.ndarra
 
 
 def _as_float(value: Any) -> float | None:
-    """A number of any library as a float; None for what is no real number."""
+    """Reads a number of any library as a float; None for anything else."""
     if isinstance(value, str | bytes | complex | np.complexfloating) or getattr(value, "shape", ()) != ():
         return None
     try:

@@ -40,15 +40,15 @@ USUAL_LENGTH = 512
 
 
 class LoadedScorer(NamedTuple):
-    """A scorer with what it takes to read texts and to tell probabilities."""
+    """A scorer with what is needed to read texts and to give probabilities."""
 
     model: SequenceScorer
     params: Params
     tokenizer: Tokenizer
-    temperature: float  # what the logits are divided by, so that the probabilities are those that occur
+    temperature: float  # divisor of the logits that makes the probabilities agree with frequencies
     longest: int  # tokens of a row in training
     independent: bool  # every label is a yes or no of its own, else exactly one of them is true
-    cut: Cut = "truncate_end"  # where a text is cut that is too long by itself
+    cut: Cut = "truncate_end"  # the end at which a text is cut that is too long
 
 
 @REWARDS.register("classifier")

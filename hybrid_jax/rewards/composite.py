@@ -253,7 +253,7 @@ class CompositeReward:
             n: p if p.normalise is None else replace(p, normalise=None, clip=None)
             for n, p in self.parts.items()
         }
-        combine = getattr(self.combine, "at_rest", self.combine)  # of a bandit: no arm
+        combine = getattr(self.combine, "without_arm", self.combine)  # of a bandit: no arm
         plain = replace(self, parts=parts, combine=combine, baseline=None)
         return plain, plain._fit({}) if isinstance(self.combine, FittedCombiner) else plain.init().get(
             COMBINER, {}

@@ -1,8 +1,8 @@
 """Asking a language model behind an OpenAI-compatible endpoint: the only file that speaks HTTP.
 
 It uses the standard library alone, in threads: a judge waits for the network, not for the processor. The key
-comes from an environment variable and goes into the request's header, nowhere else: what a server says in an
-error is never repeated, for it may quote the key.
+comes from an environment variable and goes into the request's header, nowhere else: the text of a server's
+error is never repeated, since it may quote the key.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from hybrid_jax.rewards.judge_parsing import BadAnswer, read_reply
 log = logging.getLogger(__name__)
 
 MOST_BYTES = 1_000_000  # of a reply
-PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses that may be others the next time
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)  # statuses after which another try may succeed
 BYTES_PER_TOKEN = 4  # where the endpoint does not count
 
 Messages = list[dict[str, str]]
@@ -55,7 +55,7 @@ class Endpoint:
         cache_dir: Folder of the answers and of what they cost.
         concurrency: Questions under way at a time.
         connect_seconds: To wait for a connection.
-        read_seconds: For all that comes then: securing it, asking, and the whole answer.
+        read_seconds: For everything after that: TLS, the request and the whole answer.
         retries: Further tries after a failure that may pass.
         backoff_seconds: Before the first retry; doubled each time, with noise, unless the server says how long.
         max_wait_seconds: Of one such pause.
@@ -123,7 +123,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask. ``key`` is the hash of all that the answer depends on."""
+    """One question. ``key`` is the hash of everything that the answer depends on."""
 
     key: str
     messages: Messages
@@ -132,7 +132,7 @@ class Question:
 
 @dataclass
 class Judge:
-    """Asks questions of one endpoint and counts what happens."""
+    """Asks one endpoint and counts requests, tokens and cost."""
 
     endpoint: Endpoint
     counts: dict[str, float] = field(default_factory=dict)
@@ -255,7 +255,7 @@ class _Asking:
             )
 
     def _ask(self, messages: Messages) -> str:
-        """The text of one answer, paid for whether it is of use or not."""
+        """Asks once and gives the text of the answer, which is paid for even if it cannot be used."""
         e = self._endpoint
         settings = {"model": e.model, "temperature": e.temperature, "max_tokens": e.max_answer_tokens}
         body = json.dumps({**settings, "messages": messages}).encode()
@@ -296,15 +296,16 @@ def _post(endpoint: Endpoint, key: str | None, body: bytes) -> bytes:
 
 @contextlib.contextmanager
 def _deadline(line: socket.socket, seconds: float) -> Iterator[None]:
-    """Hangs up after so many seconds, whatever is under way.
+    """Closes the connection after so many seconds.
 
-    A limit on each read does not end: a server may drip a header, or say ``100 Continue`` for ever.
+    A time-out of each read alone may never end a reply: a server may send a header letter by letter, or answer
+    ``100 Continue`` for ever.
 
     Raises:
         TimeoutError: it did.
     """
     late = threading.Event()
-    end = os.dup(line.fileno())  # securing the line takes its own handle away
+    end = os.dup(line.fileno())  # TLS replaces the socket by its own
 
     def hang_up() -> None:
         late.set()
@@ -323,7 +324,7 @@ def _deadline(line: socket.socket, seconds: float) -> Iterator[None]:
         raise
     finally:
         timer.cancel()
-        timer.join()  # it may be hanging up just now
+        timer.join()  # the deadline may be closing it just now
         os.close(end)
     if late.is_set():
         raise TimeoutError

@@ -1,7 +1,7 @@
-"""What a judge has answered and what it has cost, on disk: kept over restarts, shared by processes.
+"""The answers of a judge and their cost, on disk: kept over restarts, shared by processes.
 
-One small file an answer, under the hash of all that the answer depends on, and ``spent.json`` with what was
-paid so far. Neither holds the key of the endpoint, nor the texts.
+One small file for each answer, named by the hash of everything that the answer depends on, and ``spent.json``
+with what was paid so far. Neither holds the key of the endpoint, nor the texts.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class JudgeCache:
         return float(value) if valid else None
 
     def keep(self, key: str, value: float) -> None:
-        """Writes a value, for this run and those to come."""
+        """Writes the value of an answer."""
         _write(self._path(key), {"value": value})
 
     def spent(self) -> Spent:
         """What all runs with this folder have paid.
 
         Raises:
-            UserError: The file is damaged: what it said is not known, so nothing more is paid.
+            UserError: the file is damaged; since the amount is not known, nothing more is paid.
         """
         path = self.folder / SPENT
         if not path.exists():
@@ -93,7 +93,7 @@ class JudgeCache:
         import fcntl
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("a") as file:  # the lock goes with the file, however the process ends
+        with (self.folder / "lock").open("a") as file:  # closing the file releases the lock
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

@@ -1,4 +1,4 @@
-"""What a judge is asked, and what of its answer is believed: numbers of one agreed form, nothing else.
+"""Questions to a judge, and numbers read from its answers, which must have one agreed form.
 
 The text that is judged is data. It stands between two lines with a mark that is drawn at random for every
 question, so a text cannot close its own frame, and the judge is told that nothing within it is an instruction.
@@ -28,13 +28,13 @@ def framed(name: str, text: str, mark: str) -> str:
 def rubric_messages(
     rubric: str, lowest: float, highest: float, texts: Mapping[str, str], mark: str
 ) -> list[dict[str, str]]:
-    """The question for one response: the rubric as the system's word, the texts as data."""
+    """Makes the messages that ask for a score of one response: rubric as system message, texts as data."""
     form = f'{{"score": a number from {lowest:g} to {highest:g}}}'
     return _messages(f"You judge one response by this rubric:\n{rubric}", form, texts, mark)
 
 
 def pairwise_messages(criterion: str, texts: Mapping[str, str], mark: str) -> list[dict[str, str]]:
-    """The question which of two responses is better."""
+    """Makes the messages that ask which of two responses is better."""
     form = '{"winner": "first"}, {"winner": "second"} or {"winner": "tie"}'
     return _messages(f"You say which of two responses is better: {criterion}", form, texts, mark)
 
@@ -108,7 +108,7 @@ def _only_value(answer: str, key: str) -> Any:
 
 
 def _unfenced(answer: str) -> str:
-    """Without a fence of Markdown around all of it, which many models write."""
+    """Strips a Markdown fence around the whole text, which many models write."""
     text = answer.strip()
     for opening in ("```json\n", "```\n"):
         if text.startswith(opening) and text.endswith("```"):

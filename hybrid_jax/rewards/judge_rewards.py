@@ -121,7 +121,8 @@ class PairwiseJudge:
         return {**counts, **({"swap_consistency": agreed / pairs} if pairs else {})}
 
     def _win_rate(self, verdicts: Sequence[tuple[float, float]]) -> float:
-        """Of one response: the first verdict of a pair has it first, the second has it second."""
+        """Win rate of one response; in the first verdict of each pair it stands first, in the second verdict
+        second."""
         agreed = sum(first == 1.0 - second for first, second in verdicts)
         _judge(self).count(pairs=len(verdicts), agreed=agreed)
         return sum(0.5 * (first + 1.0 - second) for first, second in verdicts) / len(verdicts)
@@ -139,5 +140,5 @@ def _judge(reward: RubricJudge | PairwiseJudge) -> Judge:
 
 
 def _settings(endpoint: Endpoint) -> tuple[Any, ...]:
-    """What an answer depends on, beside the question."""
+    """The settings that an answer depends on, beside the question."""
     return endpoint.url, endpoint.model, endpoint.temperature, endpoint.max_answer_tokens

@@ -35,7 +35,7 @@ PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)
 
 @dataclass(frozen=True)
 class Head:
-    """``features · weights + bias``: a score on the scale of the people who gave theirs.
+    """A linear map ``features · weights + bias`` to the scale of the human scores.
 
     Attributes:
         kind: Which features it reads.
@@ -48,7 +48,7 @@ class Head:
     bias: float
 
     def __call__(self, features: Float[np.ndarray, "B F"]) -> Float[np.ndarray, "B"]:
-        return (features * self.weights).sum(1) + self.bias  # row by row: BLAS rounds by what stands beside
+        return (features * self.weights).sum(1) + self.bias  # row by row, since BLAS rounds by the batch
 
 
 def features(
@@ -57,7 +57,7 @@ def features(
     reference: Float[np.ndarray, "B D"],
     source: Float[np.ndarray, "B D"] | None = None,
 ) -> Float[np.ndarray, "B F"]:
-    """What a head reads of embeddings, float64: 6 D numbers of comet_style, 2 D + 1 of bleurt_style.
+    """Computes what a head reads from embeddings, float64: 6 D numbers of comet_style, 2 D + 1 of bleurt_style.
 
     Raises:
         ValueError: comet_style without a source.
@@ -113,7 +113,7 @@ def train_head(
         references: What each was compared with.
         scores: What people said, larger is better.
         sources: Of comet_style: what each was made from.
-        penalties: To choose from.
+        penalties: Strengths of the ridge penalty to choose from.
         batch_size: Texts that the device reads at a time.
     """
     texts = [*responses, *references, *(sources or ())]
@@ -137,7 +137,7 @@ def save_head(folder: str | Path, head: Head) -> None:
 
 
 def load_head(folder: str | Path, kind: Kind) -> Head:
-    """The inverse of `save_head`.
+    """Reads a head that `save_head` wrote.
 
     Raises:
         UserError: There is no such head, it is of another kind, or damaged.

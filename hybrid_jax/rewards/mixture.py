@@ -1,7 +1,7 @@
 """Learned mixtures of rewards: a gate that reads the prompt, and a bandit that watches a held-out metric.
 
-Neither ever maximises its own output: the score is linear in the weights, so that would put all weight on the
-part that is easiest to please. The gate learns people's preferences, the bandit the gain of a metric.
+Neither is trained to maximise the score: it is linear in the weights, so all weight would go to the part that
+is easiest to satisfy. The gate learns people's preferences, the bandit the gain of a metric.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from hybrid_jax.rewards.model_based import start_embeddings, text_encoder
 
 State = Mapping[str, np.ndarray]
 
-_LOG_SHARPNESS = 5.0  # |log β| is at most this: of preferences without noise, β has no finite optimum
+_LOG_SHARPNESS = 5.0  # bound on |log β|, which has no finite optimum where preferences have no noise
 
 
 @COMBINERS.register("gated")
 @settings
 class Gated:
-    """Parts weighed by what the prompt is: ``Σ_i g_i(x) w_i v_i / s_i``.
+    """Parts weighed by the prompt: ``Σ_i g_i(x) w_i v_i / s_i``.
 
         g(x) = floor + (1 − K · floor) softmax(W φ(x) + b)                     of K parts
         P(chosen before rejected | x) = σ(β Σ_i g_i(x) w_i (v_i(chosen) − v_i(rejected)) / s_i)
@@ -89,7 +89,7 @@ class Gated:
         """
         names = list(chosen)
         scale = np.array([np.std([chosen[name], rejected[name]]) for name in names])
-        scale = np.where(scale > 0, scale, 1.0)  # a constant part says nothing, whatever its weight
+        scale = np.where(scale > 0, scale, 1.0)  # a constant part tells nothing, whatever its weight
         signed = np.array([weights[name] for name in names]) / scale
         differences = np.stack([chosen[name] - rejected[name] for name in names], axis=1) * signed
         features = self.features(prompts)
@@ -193,7 +193,7 @@ def hashed_words(texts: Sequence[str], bits: int) -> Float[np.ndarray, "B F"]:
 @COMBINERS.register("bandit")
 @settings
 class Bandit:
-    """Parts weighed by what they did for a held-out metric: EXP3 (Auer et al. 2002, "The nonstochastic
+    """Parts weighed by how much they improved a held-out metric: EXP3 (Auer et al. 2002, "The nonstochastic
     multiarmed bandit problem", section 3), one round from an evaluation to the next.
 
         p_i = (1 − γ) ω_i / Σ_j ω_j + γ / K           the chance of part i to be the arm of the round, K parts
@@ -223,8 +223,8 @@ class Bandit:
     keeps_places: ClassVar[bool] = True
 
     @property
-    def at_rest(self) -> Bandit:
-        """The same without an arm: which one a round happens to try says nothing of a response."""
+    def without_arm(self) -> Bandit:
+        """The same mixture without the arm of the round, which is random and not a quality of any response."""
         return replace(self, focus=0.0)
 
     def check(self, names: Sequence[str]) -> None:
@@ -252,13 +252,13 @@ class Bandit:
         return int(min(np.searchsorted(chances, generator.random(), side="right"), len(chances) - 1))
 
     def measured(self, state: State, value: float) -> dict[str, np.ndarray]:
-        """The state once the metric is ``value``: the first time it only begins a round."""
+        """Ends the round with the metric at ``value``; the first value only begins a round."""
         began = bool(np.isnan(state["last"]))
         observed = dict(state) if began else self.observe(state, value - float(state["last"]))
         return {**observed, "last": np.asarray(value, np.float64)}
 
     def observe(self, state: State, gain: float) -> dict[str, np.ndarray]:
-        """The state of the next round, once this one has changed the held-out metric by ``gain``.
+        """Ends a round that has changed the held-out metric by ``gain``, and begins the next.
 
         Raises:
             ValueError: the gain is not finite.

@@ -31,7 +31,7 @@ from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
 SHORTEST = 16  # tokens of the shortest batch; the others are 32, 64, …
 TEXTS_AT_A_TIME = 32  # tokenised before the next full batch is sent off
 
-PADDING, CONTEXT, COUNTED = 0, 1, 2  # roles of a token: not there; read; read and part of the score
+PADDING, CONTEXT, COUNTED = 0, 1, 2  # roles of a token: padding; read; read and part of the score
 
 Rows = tuple[np.ndarray, ...]  # of one item: token ids and their roles; two texts make four rows
 Program = Callable[..., Array]  # rows [B T] int32, as many as an item has -> [B ...]
@@ -158,7 +158,7 @@ def _text_model(folder: Path) -> TextModel:
 
 
 def _own_tokenizer(folder: Path) -> Any:
-    """Its tokenizer.json, or the files of older folders by way of `transformers`."""
+    """Reads tokenizer.json, or the files of older folders through `transformers`."""
     from tokenizers import Tokenizer as Backend
 
     check_tokenizer_files(folder)
@@ -175,7 +175,7 @@ def _own_tokenizer(folder: Path) -> Any:
 
 
 def encodable(texts: Sequence[str]) -> list[str]:
-    """Without lone surrogates (JSON may hold them), which UTF-8 cannot write."""
+    """Removes lone surrogates, which JSON may hold and UTF-8 cannot write."""
     return [text.encode("utf-8", errors="replace").decode("utf-8") for text in texts]
 
 

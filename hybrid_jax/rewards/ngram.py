@@ -19,7 +19,7 @@ from hybrid_jax.rewards.base import REWARDS
 class NgramFluency:
     """Mean log-probability of the response's tokens under a Kneser-Ney model of a text, in nats, below 0.
 
-    ``exp(-reward)`` is the perplexity. A model of short memory likes a repeated phrase: add `repetition`. A
+    ``exp(-reward)`` is the perplexity. Such a model gives repeated phrases high scores: add `repetition`. A
     response without tokens scores ``-log V``, the score of blind guessing.
 
     Attributes:
@@ -48,7 +48,7 @@ class DomainRelevance:
     """``(log P_in(y) - log P_general(y)) / |y|`` in nats a token (Moore and Lewis 2010).
 
     Two Kneser-Ney models of equal vocabulary, that of both texts together. Above 0 for a response more like
-    the domain than like the general text, 0 for one without tokens; swapping the files turns the sign. An
+    the domain than like the general text, 0 for one without tokens; swapping the files changes the sign. An
     unigram model, the default, tells topics apart; a higher order counts phrases, too.
 
     Attributes:
@@ -71,7 +71,7 @@ class DomainRelevance:
         return [float(ours.mean() - theirs.mean()) if len(ours) else 0.0 for ours, theirs in pairs]
 
 
-_Files = tuple[tuple[Path, int], ...]  # of each its path and when it was changed, so that a new text counts
+_Files = tuple[tuple[Path, int], ...]  # path of each file, and when it was changed: then it is read anew
 
 
 def _files(*paths: Path) -> _Files:
@@ -83,7 +83,7 @@ def _files(*paths: Path) -> _Files:
 
 @functools.lru_cache(maxsize=4)
 def _models(files: _Files, order: int, unit: Unit, field: str) -> list[NgramText]:
-    """A model of each file; all with the vocabulary of all."""
+    """Trains a model of each file, all over the vocabulary of all files together."""
     corpora = [_read(path, field) for path, _ in files]
     vocabulary = vocabulary_of((text for texts in corpora for text in texts), unit)
     return [NgramText.train(texts, unit, order - 1, vocabulary=vocabulary) for texts in corpora]

@@ -1,4 +1,4 @@
-"""What a rollout's log says of the parts of its reward."""
+"""Metrics of the parts of a reward over one rollout."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybrid_jax.rewards.part import Part
 
 Metrics = dict[str, float]
 
-SCORE, LENGTH = "score", "response_length"  # beside the parts; none of them may be called so
+SCORE, LENGTH = "score", "response_length"  # metrics beside those of parts; no part may have such a name
 
 
 def describe(name: str, part: Part, raw: np.ndarray, unclipped: np.ndarray, clipped: np.ndarray) -> Metrics:
@@ -33,7 +33,7 @@ def describe(name: str, part: Part, raw: np.ndarray, unclipped: np.ndarray, clip
 
 
 def mean_weights(combiner: Combiner, weighing: Weighing) -> Metrics:
-    """``<part>_weight``: its mean coefficient, where the settings do not say it already."""
+    """``<part>_weight``: its mean coefficient, unless the settings fix it."""
     if isinstance(combiner, WeightedSum):
         return {}
     return {f"{n}_weight": float(np.mean(c)) for n, c in weighing.coefficients.items() if c.size}
@@ -42,10 +42,10 @@ def mean_weights(combiner: Combiner, weighing: Weighing) -> Metrics:
 def correlations(values: Mapping[str, np.ndarray], lengths: np.ndarray | None) -> Metrics:
     """Pearson correlations over the rollout: ``<part>~<part>``, and ``<part>~response_length``.
 
-    One that does not exist, since a value is the same in every row, is left out.
+    Left out where a value is the same in every row, since then there is none.
     """
     columns = dict(values) if lengths is None else {**values, LENGTH: np.asarray(lengths, np.float64)}
-    if len(values) == 2:  # one part alone: it is the score
+    if len(values) == 2:  # one part alone is the score itself
         columns = {name: column for name, column in columns.items() if name in (SCORE, LENGTH)}
     found = {f"{a}~{b}": _correlation(columns[a], columns[b]) for a, b in combinations(columns, 2)}
     return {name: value for name, value in found.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Prompts with named places: text is put in as it is, nothing in it is read as a place or as code."""
+"""Prompt templates with named places: the texts put in are never read as places or as code."""
 
 from __future__ import annotations
 

@@ -36,13 +36,13 @@ from hybrid_jax.rewards.model_based import (
 @REWARDS.register("reward_model")
 @settings
 class RewardModelReward:
-    """What people would like, as a reward model learnt it from their preferences.
+    """The score of a reward model that was trained on preferences, or of an ensemble.
 
         score = mean_m r_m − uncertainty_penalty · std_m r_m        over the members m of an ensemble
 
     The members are the labels of all folders together. Each is (r − mean) / std of its own reference samples,
-    measured after its training, so that members agree on zero and unit: preferences fix neither. The penalty
-    keeps a policy from where the members disagree (Coste et al. 2023, 2310.02743, section 4; theirs takes the
+    measured after its training, so that members have a common zero and unit, which preferences do not fix. The
+    penalty lowers scores where the members disagree (Coste et al. 2023, 2310.02743, section 4; theirs takes the
     variance).
 
     Attributes:
@@ -131,7 +131,7 @@ class RewardModelReward:
 
 
 class _RewardModel(NamedTuple):
-    """A scorer with its tokenizer and what its training left beside it."""
+    """A scorer with its tokenizer and the settings that its training saved."""
 
     folder: Path
     scorer: SequenceScorer
@@ -140,7 +140,7 @@ class _RewardModel(NamedTuple):
     extra: dict[str, Any]
 
     def reading(self, max_length: int) -> Reading:
-        """How it read texts in training; else prompt and response, ``max_length`` tokens of them."""
+        """How it read texts in training; if not saved, prompt and response in ``max_length`` tokens."""
         limit = min(max_length, self.scorer.max_length or max_length)
         known = self.extra.get("reading")
         return Reading(max_length=limit) if known is None else Reading.of(known)

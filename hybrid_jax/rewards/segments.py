@@ -2,9 +2,9 @@
 
 A sentence (or a token) is scored as a response of its own, and its value is received after its last token
 (Wu et al. 2023, arXiv 2306.01693). As a potential, what has been written so far is scored at the end of every
-sentence, and only the differences are received: they add up to 0 over a response, so they say where it went
-well without changing which response is best (Ng, Harada and Russell 1999). Where a segment ends is found on the
-tokens that were sampled: they are never made again from the text.
+sentence, and only the differences are received: they add up to 0 over a response, so they show where it
+improved without changing which response is best (Ng, Harada and Russell 1999). Where a segment ends is found on
+the sampled tokens, which are never made again from the text.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def segments(pieces: Sequence[str], level: Level) -> list[tuple[int, str]]:
     ends = np.cumsum([len(piece) for piece in pieces])
     found: dict[int, str] = {}
     for match in _SENTENCE.finditer("".join(pieces)):
-        last = int(np.searchsorted(ends, match.end()))  # the token that the last letter is in
+        last = int(np.searchsorted(ends, match.end()))  # the token that holds the last letter
         found[last] = found.get(last, "") + match.group()  # two sentences that end in one token are one
     return [(last, text.strip()) for last, text in found.items() if text.strip()]
 

@@ -62,7 +62,7 @@ class WinRate:
         return scores
 
     def _higher(self, prompts, responses, others, counts, columns) -> Callable[[], Float[np.ndarray, "N"]]:
-        """Every text is scored once, the opponents with the columns of their row."""
+        """Scores every text once, the opponents with the columns of their row."""
         asked = [*prompts, *_repeated(prompts, counts)]
         texts = [*responses, *itertools.chain.from_iterable(others)]
         both = {name: [*column, *_repeated(column, counts)] for name, column in columns.items()}

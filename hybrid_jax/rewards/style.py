@@ -17,8 +17,8 @@ from hybrid_jax.rewards.base import REWARDS
 class Readability:
     """``-|FRE - target| / scale``: the Flesch reading ease of the response against a target; at most 0.
 
-    FRE (Flesch 1948) is about 100 for very easy and 30 for difficult English. Unbounded below, for one endless
-    word has a very low ease: clip the part. A response without words scores as the end of the usual scale,
+    FRE (Flesch 1948) is about 100 for very easy and 30 for difficult English. Unbounded below, since one very
+    long word has a very low ease: clip the part. A response without words scores as the end of the usual scale,
     0 or 100, that is further from the target.
 
     Attributes:
@@ -41,7 +41,7 @@ class Formality:
     """Heylighen and Dewaele's F-score / 100 of the response, in [0, 1], with guessed word classes.
 
     A proxy for English, see `metrics.style.formality`: nouns, adjectives, prepositions and articles are
-    formal; pronouns, verbs, adverbs and interjections are not. A heap of nouns is its optimum, so it needs a
+    formal; pronouns, verbs, adverbs and interjections are not. A list of nouns maximises it, so it needs a
     measure of fluency beside it. 0.5 for a response without words.
     """
 

@@ -1,4 +1,4 @@
-"""Rewards on tokens that never leave the device: with them a whole PPO iteration is one pure function."""
+"""Rewards on tokens, computed on the device: with them a whole PPO iteration is one pure function."""
 
 from __future__ import annotations
 

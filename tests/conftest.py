@@ -40,7 +40,7 @@ def compiled_programs_are_let_go_before_they_are_too_many():
     Until then they stay: modules compile many of the same small ones.
     """
     yield
-    free_programs(limit=20_000)
+    free_programs(limit=10_000)
 
 
 @pytest.fixture(autouse=True, scope="module")

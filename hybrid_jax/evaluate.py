@@ -17,7 +17,7 @@ from hybrid_jax.parallel.devices import check_devices
 
 EXPLANATION = """\
 suites:
-  held_out  loss and answers together, as training measures them (default)
+  held_out  loss and answers together, and each head, as training measures them (default)
   loss      cross-entropy and perplexity of the held-out responses
   answers   answers to held-out prompts: reward and its parts, BLEU, eos, length, variety
   rewards   the texts of a file, by rewards; needs no run
@@ -37,7 +37,7 @@ are the columns that rewards ask for, such as references:
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.evaluate",
-        description="Measures the newest policy of a run on its held-out data, or scores a file by rewards.",
+        description="Measures what a run has trained on its held-out data, or scores a file by rewards.",
         epilog=EXPLANATION,
     )
     parser.add_argument("--run", metavar="DIR", help="the run directory")
@@ -120,27 +120,32 @@ def evaluate(
         trust: names in the run's config that may run code.
     """
     from hybrid_jax.evaluation.suites import SUITES
-    from hybrid_jax.experiment import load_run_config
+    from hybrid_jax.experiment import load_run_config, newest_state
     from hybrid_jax.runs.evaluator import make_evaluator
-    from hybrid_jax.runs.policy import load_policy
-    from hybrid_jax.scorer_commands import evaluate_scorer, trains_scorer
+    from hybrid_jax.runs.policy import load_policy, run_settings, trains_heads, trains_language_model
     from hybrid_jax.training.compilation import keep_compiled
 
     for override in overrides:
         if not override.startswith("evaluation."):
             raise UserError(f"an override of evaluate must begin with 'evaluation.', got {override!r}")
     measure = SUITES.find(suite, EVERYTHING)
-    if trains_scorer(run_dir, trust):  # a classifier or a reward model has one suite
-        step, numbers = evaluate_scorer(run_dir, trust)
-        return {"suite": "held_out", "step": step, "numbers": numbers}
-    config = load_run_config(run_dir, overrides, trust)
-    keep_compiled(config.compilation_cache)
-    policy = load_policy(run_dir, trust=trust)
-    evaluator = make_evaluator(config, policy.model, policy.tokenizer, policy.eos_ids)
-    numbers = measure(evaluator, policy.params)
+    settings, numbers, step = run_settings(run_dir), {}, None
+    if trains_language_model(settings):
+        config = load_run_config(run_dir, overrides, trust)
+        keep_compiled(config.compilation_cache)
+        policy = load_policy(run_dir, trust=trust)
+        evaluator = make_evaluator(config, policy.model, policy.tokenizer, policy.eos_ids)
+        numbers, step = dict(measure(evaluator, policy.params)), policy.step
+    if trains_heads(settings) and suite == "held_out":
+        experiment, state = newest_state(run_dir, trust)
+        found = experiment.measure_heads(state)
+        numbers |= {name.removeprefix("evaluation/"): value for name, value in found.items()}
+        step = state.step
     if not numbers:
-        raise UserError(f"suite {suite!r} has nothing to measure: the held-out data or the sampler is missing")
-    return {"suite": suite, "step": policy.step, "numbers": numbers}
+        raise UserError(
+            f"suite {suite!r} has nothing to measure: the held-out data, the sampler or what trained is missing"
+        )
+    return {"suite": suite, "step": step, "numbers": numbers}
 
 
 def table(numbers: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ import functools
 import io
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
-from hybrid_jax.core.registry import names_in
+from hybrid_jax.core.registry import NOTHING, names_in
 from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.core.writing import write_folder, write_text
 from hybrid_jax.core.yaml_text import dump_yaml
@@ -30,9 +30,10 @@ from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
 from hybrid_jax.experiment_config import load_config as load_config
 from hybrid_jax.experiment_config import load_run_config as load_run_config
-from hybrid_jax.models import decoder, encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
-from hybrid_jax.models.base import LanguageModel
+from hybrid_jax.models import decoder, ngrams, text_encoder  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models.folders.ours import check_has_format
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
@@ -41,6 +42,7 @@ from hybrid_jax.runs.changes import Change, record_changes
 from hybrid_jax.runs.contents import Contents, contents
 from hybrid_jax.runs.evaluator import make_evaluator
 from hybrid_jax.runs.files import RunFiles, run_files
+from hybrid_jax.runs.head_folders import save_heads
 from hybrid_jax.runs.identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
 from hybrid_jax.runs.initial_state import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.runs.origin import (
@@ -52,8 +54,7 @@ from hybrid_jax.runs.origin import (
     split,
     tell_origin,
 )
-from hybrid_jax.runs.policy import Policy, as_list, default_sampler
-from hybrid_jax.runs.trained_scorer import TrainedScorer
+from hybrid_jax.runs.policy import NO_ANSWERS, Policy, as_list, default_sampler
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps
@@ -63,7 +64,7 @@ from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read
 from hybrid_jax.training.loop import train
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import PHASES, ObservingPhase, Phase, Resources, ScorerPhase, fits
+from hybrid_jax.training.phase import LM, PHASES, MeasuredPhase, ObservingPhase, Phase, Resources
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -106,7 +107,9 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
     key = root_key(config.seed, Purpose.TRAINING)
-    answers = isinstance(model, LanguageModel)
+    if config.checkpoint.export_every is not None:
+        check_has_format(config.model)
+    answers = LM in config.trained_heads
     evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
     rows = {"train": len(examples), "held_out": len(held_out())}
     components = {"phases": config.phases, "scheduler": config.scheduler}
@@ -133,6 +136,13 @@ def _build_phases(
     held_out: Callable[[], Sequence[Example]] | None = None,
 ) -> dict[str, Phase]:
     planned = horizons(config.scheduler, config.steps)
+    trunk_trains = config.trunk_trains
+    for name in planned:
+        if not hasattr(config.phases[name], "head") and not isinstance(model, LanguageModel):
+            raise UserError(
+                f"phases.{name} trains the next token, which the model {BACKBONES.name_of(config.model)} does "
+                "not have: on it only heads train"
+            )
     return {
         name: phase.build(
             Resources(
@@ -149,10 +159,12 @@ def _build_phases(
                 offload=config.offload,
                 held_out=held_out,
                 following=partial(phase_after, config.scheduler, phase=name),
+                heads=config.heads,
+                trunk_trains=trunk_trains,
             )
         )
         for name, phase in config.phases.items()
-        if name in planned and fits(name, phase, model)
+        if name in planned
     }
 
 
@@ -183,7 +195,7 @@ class Experiment:
     model: LanguageModel
     tokenizer: Tokenizer
     phases: Mapping[str, Phase]
-    evaluator: Evaluator | None  # of a language model
+    evaluator: Evaluator | None  # of a language model; None where no phase trains one
     key: Array  # the root of all randomness in training; every step folds its number in
     eos_ids: tuple[int, ...]  # every token that ends a response
     placement: Placement
@@ -296,12 +308,21 @@ class Experiment:
         numbers, samples, by_prompt = {}, [], {}
         if self.evaluator is not None:
             numbers, samples, by_prompt = under(self.placement, self.evaluator.run)(state.policy)
-        for phase in self.phases.values():
-            if isinstance(phase, ScorerPhase):
-                found = under(self.placement, phase.evaluate)(state)
-                numbers |= {f"evaluation/{name}": value for name, value in found.items()}
+        numbers |= self.measure_heads(state)
         where = {"step": state.step, "phase": "evaluation", "kind": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples], by_prompt
+
+    def measure_heads(self, state: RunState) -> dict[str, float]:
+        """Numbers that phases measure themselves on the held-out split."""
+        numbers: dict[str, float] = {}
+        measured = [phase for phase in self.phases.values() if isinstance(phase, MeasuredPhase)]
+        # What is all that a run measures needs no more of a name.
+        alone = len(measured) == 1 and self.evaluator is None
+        for phase in measured:
+            where = "evaluation" if alone else f"evaluation/{phase.name}"
+            found = under(self.placement, phase.evaluate)(state)
+            numbers |= {f"{where}/{name}": value for name, value in found.items()}
+        return numbers
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
         """The state once these numbers were measured: a mixture of rewards may learn from them."""
@@ -310,26 +331,35 @@ class Experiment:
         return state
 
     def export(self, state: RunState, folder: Path | None = None) -> Path:
-        """Writes the policy, or the scorer, as a folder with its tokenizer; returns the folder."""
+        """Writes what has trained, with its tokenizer: the language model, and each head with its trunk.
+
+        The language model lies in the folder itself, or else the only head; all others in ``heads/<name>``.
+        """
         folder = folder or self.files.folder / "exports" / f"step_{state.step}"
-        if isinstance(self.model, LanguageModel):
-            return self.policy(state).save_pretrained(folder)
-        phases = [phase for phase in self.phases.values() if isinstance(phase, ScorerPhase)]
-        extra = {name: value for phase in phases for name, value in phase.extra(state).items()}
-        scorer = TrainedScorer(self.model, state.policy, self.tokenizer, state.step, extra)
-        return scorer.save(folder)
+        if self.evaluator is not None:
+            self.policy(state).save_pretrained(folder)
+            log.info("exported the language model to %s", folder)
+        for name, there in self.export_heads(state, folder).items():
+            log.info("exported the head %s to %s", name, there)
+        return folder
+
+    def export_heads(self, state: RunState, folder: str | Path) -> dict[str, Path]:
+        """Writes each head with the trunk below it; returns the folder of each. See `export`."""
+        parts = self.phases.values(), state, folder, self.tokenizer, self.config.model
+        return save_heads(*parts, beside=self.evaluator is not None)
 
     def policy(self, state: RunState) -> Policy:
         """The policy of a state, ready to answer.
 
         Raises:
-            UserError: the run trains a scorer, which gives no answers.
+            UserError: the run trains no language model.
         """
         if self.evaluator is None:
-            raise UserError(f"{self.files.name} trains a scorer of texts, which gives no answers; export it")
+            raise UserError(f"{self.files.name} {NO_ANSWERS}")
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
         model, params = as_list(self.model, state.policy)
-        return Policy(model, params, self.tokenizer, sampler, self.eos_ids, state.step)
+        rest = self.tokenizer, sampler, self.eos_ids, state.step, self.config.model
+        return Policy(model, params, *rest)
 
     def _save_tokenizer(self, folder: Path) -> None:
         """With the end tokens, which a policy of the run needs too."""
@@ -337,14 +367,28 @@ class Experiment:
         write_generation_config(folder, None, self.eos_ids)
 
     def finish(self, state: RunState) -> None:
-        """Writes the report of a finished run, and the scorer that it has trained."""
+        """Writes the report of a finished run, and the heads that it has trained."""
         from hybrid_jax.reports.report import write_report
 
-        if self.evaluator is None:
-            log.info("model: %s", self.export(state, self.files.folder / "model"))
+        folder = self.files.folder / ("model" if self.evaluator is None else ".")
+        for name, there in self.export_heads(state, folder).items():
+            log.info("head %s: %s", name, there)
         if hosts.is_first():
             write_report(self.files.where)
             log.info("report: %s/report.html", self.files.name)
+
+
+def newest_state(run_dir: str | Path, trust: Container[str] = NOTHING) -> tuple[Experiment, RunState]:
+    """The experiment of a run, whose data must still be there, and its newest saved state.
+
+    Raises:
+        UserError: there is no checkpoint, or the data is gone.
+    """
+    experiment = build(load_run_config(run_dir, trust=trust))
+    state = Checkpoints(experiment.files.checkpoints, keep=1).newest(experiment.init())
+    if state is None:
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    return experiment, state
 
 
 def has_checkpoint(run_dir: str | Path) -> bool:

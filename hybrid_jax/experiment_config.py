@@ -16,9 +16,10 @@ from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these regi
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
-from hybrid_jax.models import decoder, encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models.heads import HEADS
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
 from hybrid_jax.runs.policy import run_settings, trust_explained
@@ -26,7 +27,7 @@ from hybrid_jax.training.checkpoint import CheckpointConfig
 from hybrid_jax.training.compilation import cache_folder
 from hybrid_jax.training.loggers import LOGGERS
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import PHASES
+from hybrid_jax.training.phase import LM, PHASES
 from hybrid_jax.training.profiler import ProfileConfig
 from hybrid_jax.training.scheduler import SCHEDULERS
 
@@ -46,6 +47,9 @@ class ExperimentConfig:
         )
     )
     scheduler: Annotated[Any, SCHEDULERS]  # which phase takes the next step
+    heads: dict[str, Annotated[Any, HEADS]] = field(  # by name: what phases train on top of the model
+        default_factory=dict, metadata={MERGED: True}
+    )
     start_from: str | None = None  # RUN or RUN@step: goes on from a checkpoint of another run, see docs/runs.md
     seed: Seed = 0  # of the parameters, the order of rows and all sampling
     share_optimizer_state: bool = False  # one optimizer state for all phases, instead of one each
@@ -64,12 +68,26 @@ class ExperimentConfig:
         for phase in self.scheduler.phases:
             if phase not in self.phases:
                 raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
+        if wrong := [name for name in self.heads if name == LM or "/" in name]:
+            raise ValueError(f"heads must have other names than {LM!r} and no '/', got {wrong[0]!r}")
         optimizers = [phase.optimizer for phase in self.phases.values()]
         kinds = {(type(optimizer), getattr(optimizer, "state_dtype", None)) for optimizer in optimizers}
         if self.share_optimizer_state and len(kinds) > 1:
             raise ValueError(
                 "share_optimizer_state needs phases with the same kind of optimizer and the same state_dtype"
             )
+
+    @property
+    def trained_heads(self) -> set[str | None]:
+        """The names of the heads that phases train; None where one does not say which."""
+        chosen = [self.phases[name] for name in self.scheduler.phases]
+        only = next(iter(self.heads)) if len(self.heads) == 1 else None
+        return {(phase.head or only) if hasattr(phase, "head") else LM for phase in chosen}
+
+    @property
+    def trunk_trains(self) -> bool:
+        """Whether any phase trains the model that the heads read."""
+        return any(getattr(self.heads.get(name or ""), "trains_trunk", True) for name in self.trained_heads)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -79,7 +97,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
     """
     settings = load_yaml(path, overrides, ExperimentConfig, EVERYTHING)
+    _check_spelling(settings)
     return parse(ExperimentConfig, settings, trust=EVERYTHING)
+
+
+def _check_spelling(settings: Any) -> None:
+    """Says how a head is spelled now, where a model has the labels that it had before version 0.5."""
+    model = settings.get("model") if isinstance(settings, dict) else None
+    if isinstance(model, dict) and ("labels" in model or model.get("name") == "classifier"):
+        kind = "regression" if len(model.get("labels") or ()) == 1 else "classification"
+        raise UserError(
+            "model has no labels any more, a head on it has: heads: {NAME: {name: "
+            f"{kind}, labels: {model.get('labels')}}}}}; freeze is its trains_trunk: false, hidden_width and "
+            "dropout are the head's, and model: {name: classifier, backbone: …} is the backbone itself"
+        )
 
 
 def load_run_config(

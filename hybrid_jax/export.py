@@ -16,8 +16,9 @@ EXAMPLES = """\
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.export",
-        description="Writes the newest policy of a run as a Hugging Face folder: weights, tokenizer and "
-        "generation settings; or the classifier or reward model that a run has trained.",
+        description="Writes what a run has trained, as it is now: its language model as a Hugging Face folder "
+        "(ours, where there is no such format), with tokenizer and generation settings; its heads, each "
+        "with the model below it, in heads/NAME, or in the folder itself where a head is all that has trained.",
         epilog="examples:\n" + EXAMPLES,
     )
     parser.add_argument("--run", required=True, metavar="DIR", help="the run directory")
@@ -43,22 +44,30 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
     check_devices(expect_accelerator=False)
 
-    from hybrid_jax.runs.policy import load_policy, names_to_trust, save_value
-    from hybrid_jax.scorer_commands import export_scorer, trains_scorer
+    from hybrid_jax.experiment import newest_state
+    from hybrid_jax.runs.policy import (
+        load_policy,
+        names_to_trust,
+        run_settings,
+        save_value,
+        trains_heads,
+        trains_language_model,
+    )
 
-    trust = names_to_trust(options.trust, options.config)
-    if trains_scorer(options.run, trust):
-        if options.adapter or options.value or options.dtype != "float32":
-            raise UserError(
-                f"{options.run} trains a scorer: --adapter, --value and --dtype are for a policy's run"
-            )
-        print(export_scorer(options.run, options.output, trust))
-        return
-    policy = load_policy(options.run, trust=trust)
-    folder = policy.save_pretrained(options.output, adapter=options.adapter, dtype=options.dtype)
-    print(f"{folder}  (step {policy.step})")
+    settings, trust = run_settings(options.run), names_to_trust(options.trust, options.config)
+    answers = trains_language_model(settings)
+    if answers:
+        policy = load_policy(options.run, trust=trust)
+        folder = policy.save_pretrained(options.output, adapter=options.adapter, dtype=options.dtype)
+        print(f"{folder}  (language model, step {policy.step})")
+    elif options.adapter or options.value or options.dtype != "float32":
+        raise UserError(f"{options.run} trains no language model: --adapter, --value and --dtype are for one")
     if options.value:
-        print(save_value(options.run, folder, options.dtype, trust))
+        print(f"{save_value(options.run, options.output, options.dtype, trust)}  (value)")
+    if trains_heads(settings):
+        experiment, state = newest_state(options.run, trust)
+        for name, there in experiment.export_heads(state, options.output).items():
+            print(f"{there}  (head {name}, step {state.step})")
 
 
 if __name__ == "__main__":

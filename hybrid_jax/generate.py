@@ -28,13 +28,15 @@ EXAMPLES = """\
 def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.generate",
-        description="Samples responses from a run or a Hugging Face folder. Prompts come from --prompt, from a "
+        description="Samples responses from a run or a folder. Prompts come from --prompt, from a "
         "file, or from standard input, one a line.",
         epilog="examples:\n" + EXAMPLES,
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", metavar="DIR", help="a run directory: its newest checkpoint answers")
-    source.add_argument("--model", metavar="FOLDER", help="a Hugging Face folder: its model answers")
+    source.add_argument(
+        "--model", metavar="FOLDER", help="a folder of Hugging Face, or an export: its model answers"
+    )
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given again")
     asked.add_argument(
@@ -62,13 +64,13 @@ def main(arguments: list[str]) -> None:
     from hybrid_jax.runs.policy import load_policy, load_pretrained_policy, names_to_trust, run_settings
     from hybrid_jax.training.compilation import cache_folder, keep_compiled
 
+    trust = names_to_trust(options.trust, options.config)
     if options.run is not None:
         keep_compiled(run_settings(options.run).get("compilation_cache"))
-        trust = names_to_trust(options.trust, options.config)
         policy = load_policy(options.run, options.overrides, trust)
     else:
         keep_compiled(cache_folder(), instead=False)
-        policy = load_pretrained_policy(options.model, options.overrides)
+        policy = load_pretrained_policy(options.model, options.overrides, trust)
     prompts = options.prompt or _read_prompts(options.prompts, options.chat)
     if options.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]

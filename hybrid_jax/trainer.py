@@ -87,7 +87,7 @@ class HybridTrainer:
             if stop.code == 128 + signal.SIGINT:  # a notebook knows how to show this one
                 raise KeyboardInterrupt("the run is saved; train() goes on") from None
             raise
-        if self.experiment.evaluator is not None:  # a run that trains a scorer has no policy
+        if self.experiment.evaluator is not None:  # else heads alone have trained
             self._policy = self.experiment.policy(state)
         return self._last_evaluation()
 
@@ -109,14 +109,21 @@ class HybridTrainer:
         return [answer.response for answer in policy.generate(texts, seed=seed, num_samples=num_samples)]
 
     def evaluate(self) -> dict[str, float]:
-        """Numbers of the newest policy on the held-out data: ``evaluation/<metric>``."""
-        policy = self.policy  # or a word that a scorer's run has none
-        assert self.experiment.evaluator is not None
-        return self.experiment.evaluator.run(policy.params)[0]
+        """Numbers of what has trained on the held-out data: ``evaluation/<metric>``."""
+        numbers: dict[str, float] = {}
+        if self.experiment.evaluator is not None:
+            numbers |= self.experiment.evaluator.run(self.policy.params)[0]
+        if self.config.heads:
+            numbers |= self.experiment.measure_heads(self.experiment.begin())
+        return numbers
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False) -> Path:
-        """Writes the newest policy as a Hugging Face folder, or its ``adapter`` alone as one of `peft`."""
-        return self.policy.save_pretrained(folder, adapter=adapter)
+        """Writes what has trained, see `Experiment.export`; its ``adapter`` alone as one of `peft`."""
+        if self.experiment.evaluator is not None:
+            folder = self.policy.save_pretrained(folder, adapter=adapter)
+        if self.config.heads:
+            self.experiment.export_heads(self.experiment.begin(), folder)
+        return Path(folder)
 
     def report(self) -> Path:
         """Writes ``report.html`` into the run directory and returns its path; in a bucket, that of a copy."""

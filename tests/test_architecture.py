@@ -38,7 +38,6 @@ TOP = {
     "testing": 5,
     "experiment_config": 5.5,
     "experiment": 6,
-    "scorer_commands": 7,
     "trainer": 7,
     "__init__": 9,
 }
@@ -69,7 +68,7 @@ FOR_THE_TYPE_CHECKER = {
 }
 LATE = {
     *("experiment.py", "trainer.py", "phases/ppo_settings.py", "models/encoder_decoder_config.py"),
-    *("models/decoder_config.py", "runs/trained_scorer.py", "runs/files.py"),
+    *("models/decoder_config.py", "runs/files.py"),
 }
 UNDOCUMENTED = {"models": 34, "rewards": 24, "phases": 16, "top": 10}  # by room
 

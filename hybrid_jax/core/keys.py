@@ -30,6 +30,7 @@ class Parameters(IntEnum):
     """Parameters of a model beside its trunk's, below the key of the trunk."""
 
     ADAPTER = 1
+    HEADS = 2  # every head folds its number in
 
 
 def root_key(seed: int | Array, purpose: Purpose) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import settings
-from hybrid_jax.models.base import BACKBONES, Params
+from hybrid_jax.models.base import Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.folders.family_folder import (
@@ -33,11 +32,12 @@ from hybrid_jax.models.folders.family_folder import (
     write_folder,
 )
 from hybrid_jax.models.folders.files import CONFIG, is_finite, read_json
-from hybrid_jax.models.folders.hf import CLASSIFIER, PretrainedDecoder
+from hybrid_jax.models.folders.hf import CLASSIFIER
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.heads import ClassificationHead, RegressionHead, TextHead
 from hybrid_jax.models.layers import linear
 from hybrid_jax.models.lora import merge
-from hybrid_jax.models.scorer import check_labels, head_of, with_head
+from hybrid_jax.models.scorer import LastState, TextScorer, at_last_token
 
 _BIAS = "score_bias"
 
@@ -45,8 +45,6 @@ _BIAS = "score_bias"
 @dataclass(frozen=True)
 class Classifier:
     """A decoder and a linear map of the hidden state that has read all of a text: a `SequenceScorer`.
-
-    The map trains beside adapters, where the decoder has them (`scorer.with_head`).
 
     Attributes:
         config: of the decoder; its head is not there.
@@ -79,18 +77,15 @@ class Classifier:
 
     def init(self, key: Array) -> Params:
         """Random parameters: the backbone's, and ``score``: kernel [D Y], bias [Y] where there is one."""
-        return with_head(self.backbone.init(key), {"score": self.init_score(key)})
-
-    def init_score(self, key: Array) -> Params:
-        """Random parameters of the map."""
         width = self.config.embedding_width or self.config.width
         kernel = self.config.init_std * jax.random.normal(jax.random.fold_in(key, 1), (width, self.num_labels))
-        return {"kernel": kernel, **({"bias": jnp.zeros(self.num_labels)} if self.has_bias else {})}
+        score = {"kernel": kernel, **({"bias": jnp.zeros(self.num_labels)} if self.has_bias else {})}
+        return {**self.backbone.init(key), "score": score}
 
     def cast(self, params: Params) -> Params:
         """The backbone's as it casts them; the map stays as it is."""
-        body, head = head_of(params, ("score",))
-        return with_head(self.backbone.cast(body), head)
+        body = {name: part for name, part in params.items() if name != "score"}
+        return {**self.backbone.cast(body), "score": params["score"]}
 
     def apply(
         self,
@@ -101,74 +96,45 @@ class Classifier:
         dropout_key: Array | None = None,
     ) -> Float[Array, "B Y"]:
         """Logits, float32, read at the last real token of each row, wherever its padding is."""
-        body, head = head_of(params, ("score",))
-        hidden = self.backbone.hidden(body, tokens, attention_mask, dropout_key=dropout_key)
+        body, score = {n: part for n, part in params.items() if n != "score"}, params["score"]
         if attention_mask is None:
-            read = hidden[:, -1]
-        else:
-            last = tokens.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1] > 0, axis=1)
-            read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-        if self.config.embedding_width is not None:
-            read = linear(read, body["embedding_out"]["kernel"].astype(read.dtype))
-        score = head["score"]
+            attention_mask = jnp.ones(tokens.shape, bool)
+        hidden = self.backbone.hidden(body, tokens, attention_mask, dropout_key=dropout_key)
+        read = at_last_token(body, hidden, attention_mask)
         return linear(read.astype(jnp.float32), score["kernel"].astype(jnp.float32), score.get("bias"))
 
 
-@BACKBONES.register("classifier")
-@settings
-class ClassifierSettings:
-    """A `Classifier` to train, from a random or a pretrained decoder.
+def as_classifier(scorer: TextScorer, params: Params) -> tuple[Classifier, Params] | None:
+    """A decoder with a linear head as a `Classifier`, the same logits; None for others.
 
-    Attributes:
-        backbone: a decoder, or a pretrained one (of a language model's folder); adapters train with the map.
-        labels: one a logit; one alone is a regression or a reward.
-        has_bias: the map has one.
+    Adapters are merged, and layers are in a list: what folders know.
     """
-
-    backbone: Annotated[Any, BACKBONES]
-    labels: tuple[str, ...]
-    has_bias: bool = True
-
-    def __post_init__(self):
-        check_labels(self.labels)
-
-    def build(self, vocab_size: int | None = None) -> Classifier:
-        decoder = self.backbone.build(vocab_size)
-        if not isinstance(decoder, Decoder):
-            raise UserError(
-                f"model.backbone must be a decoder or a pretrained one, got {BACKBONES.name_of(self.backbone)}"
-            )
-        kind = "regression" if len(self.labels) == 1 else "single_label_classification"
-        settings = (decoder.config, self.labels, kind, self.has_bias)
-        if isinstance(decoder, PretrainedDecoder):
-            return PretrainedClassifier(*settings, start=decoder)
-        return Classifier(*settings)
+    trunk, head = scorer.trunk, scorer.head
+    if (
+        not isinstance(trunk, LastState)
+        or not isinstance(trunk.model, Decoder)
+        or not isinstance(head, TextHead)
+    ):
+        return None
+    if head.hidden_width is not None:
+        return None
+    decoder, score = trunk.model, params["head"]["score"]
+    body = merge(decoder.config.lora, decoder.listed(params["trunk"]))
+    config = replace(decoder.as_list().config, lora=None)
+    regression = isinstance(head, RegressionHead)
+    kind = "regression" if regression else "single_label_classification"
+    kept = {name: part for name, part in body.items() if name != "lm_head"}
+    return Classifier(config, head.labels, kind, head.bias), {**kept, "score": score}
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainedClassifier(Classifier):
-    """A classifier whose `init` reads a language model's folder. Call it outside `jax.jit`."""
-
-    start: PretrainedDecoder
-
-    def init(self, key: Array) -> Params:
-        body = self.start.init(key)
-        kept = {name: part for name, part in body.items() if name != "lm_head"}
-        return with_head(kept, {"score": self.init_score(key)})
-
-    def plain(self) -> Classifier:
-        """The same without its folder."""
-        return Classifier(self.config, self.labels, self.problem_type, self.has_bias)
-
-
-def merged(classifier: Classifier, params: Params) -> tuple[Classifier, Params]:
-    """The same logits without adapters and with layers in a list: what folders know."""
-    plain = classifier.plain() if isinstance(classifier, PretrainedClassifier) else classifier
-    body, head = head_of(params, ("score",))
-    backbone = classifier.backbone
-    body = merge(classifier.config.lora, backbone.listed(body))
-    config = replace(plain.config, lora=None, execution=backbone.as_list().config.execution)
-    return replace(plain, config=config), {**body, **head}
+def as_text_scorer(classifier: Classifier, params: Params) -> tuple[TextScorer, Params]:
+    """The inverse of `as_classifier`."""
+    regression = classifier.problem_type == "regression" or classifier.num_labels == 1
+    kind = RegressionHead if regression else ClassificationHead
+    head = kind(labels=classifier.labels, bias=classifier.has_bias)
+    trunk = {name: part for name, part in params.items() if name != "score"}
+    scorer = TextScorer(LastState(classifier.backbone), head)
+    return scorer, {"trunk": trunk, "head": {"score": params["score"]}}
 
 
 def load_classifier(
@@ -221,7 +187,6 @@ def save_classifier(
     Raises:
         UserError: there is no such class, no family can express the decoder, or a parameter is not finite.
     """
-    classifier, params = merged(classifier, params)
     content = read_json(Path(like) / CONFIG) if like is not None else {}
     content.pop("quantization_config", None)  # what we write is not quantised
     family, config = family_of(classifier.config, FAMILIES, content)

@@ -1,16 +1,21 @@
-"""The protocol of models that turn a text into numbers: classifiers, reward models, critics of whole texts."""
+"""Models that turn a text into numbers: a trunk that reads it, and a head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.models.base import Params
-from hybrid_jax.models.lora import ADAPTER
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.heads import Head
+from hybrid_jax.models.layers import linear
+
+_TRUNK_DROPOUT = 1  # below a key whose own numbers the head draws
 
 
 @runtime_checkable
@@ -51,34 +56,151 @@ class SequenceScorer(Protocol):
         ...
 
 
-def check_labels(labels: Sequence[str]) -> None:
-    """Raises `ValueError` where they do not tell the numbers apart."""
-    if not labels or len(set(labels)) < len(labels):
-        raise ValueError(f"labels must be different names, at least one, got {list(labels)}")
+@runtime_checkable
+class TextTrunk(Protocol):
+    """A trunk that gives one vector a text, for heads to read."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def max_length(self) -> int | None: ...
+
+    @property
+    def num_features(self) -> int:
+        """F, numbers a text."""
+        ...
+
+    def init(self, key: Array) -> Params: ...
+
+    def cast(self, params: Params) -> Params: ...
+
+    def features(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B F"]:
+        """The vector of each text, float32. Padding changes nothing. Dropout acts only with a key."""
+        ...
 
 
-def dropped(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Array, "..."]:
-    """Dropout of the features that a head reads; none without a key."""
-    if key is None or rate == 0.0:
-        return x
-    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0.0)
+@dataclass(frozen=True)
+class LastState:
+    """A language model as a `TextTrunk`: the hidden state that has read all of a text."""
+
+    model: LanguageModel
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        return self.model.max_length
+
+    @property
+    def num_features(self) -> int:
+        return getattr(getattr(self.model, "config", None), "embedding_width", None) or self.model.width
+
+    def init(self, key: Array) -> Params:
+        return self.model.init(key)
+
+    def cast(self, params: Params) -> Params:
+        return self.model.cast(params)
+
+    def features(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B F"]:
+        hidden = self.model.hidden(params, tokens, attention_mask, dropout_key=dropout_key)
+        return at_last_token(params, hidden, attention_mask).astype(jnp.float32)
 
 
-def with_head(body: Params, head: Params, *, frozen: bool = False) -> Params:
-    """The parameters of a body and of the head that reads it.
+def at_last_token(
+    params: Params, hidden: Float[Array, "B T D"], attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]
+) -> Float[Array, "B F"]:
+    """The state of the last real token of each row, wherever its padding is, as a decoder's heads read it."""
+    last = hidden.shape[1] - 1 - jnp.argmax(attention_mask[:, ::-1] > 0, axis=1)
+    read = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    if "embedding_out" in params:  # of decoders whose embeddings are narrower than they are
+        read = linear(read, params["embedding_out"]["kernel"].astype(read.dtype))
+    return read
 
-    The head lies where it trains (`lora.split`): beside the adapters, where the body has some or is ``frozen``,
-    so that it alone trains with them; else beside all else.
+
+def text_trunk(model: Any) -> TextTrunk:
+    """What of a run's model the heads read.
+
+    Raises:
+        UserError: it is no trunk for texts.
     """
-    if frozen or ADAPTER in body:
-        return {**body, ADAPTER: {**body.get(ADAPTER, {}), **head}}
-    return {**body, **head}
+    if isinstance(model, TextTrunk):
+        return model
+    if isinstance(model, LanguageModel) and not isinstance(model, EncoderDecoder):
+        return LastState(model)
+    raise UserError(f"a head reads a decoder, an encoder or ngrams, got {type(model).__name__}")
 
 
-def head_of(params: Params, names: Sequence[str]) -> tuple[Params, Params]:
-    """The inverse of `with_head`: the body, and of the head the parts with these names that are there."""
-    beside = params.get(ADAPTER, {})
-    head = {name: part for name, part in {**params, **beside}.items() if name in names}
-    body = {name: part for name, part in params.items() if name not in names and name != ADAPTER}
-    adapter = {name: part for name, part in beside.items() if name not in names}
-    return ({**body, ADAPTER: adapter} if adapter else body), head
+@dataclass(frozen=True)
+class TextScorer:
+    """A trunk and a head as a `SequenceScorer`; its parameters are ``{"trunk": …, "head": …}``."""
+
+    trunk: Any  # a `TextTrunk`
+    head: Head
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.head.labels
+
+    @property
+    def vocab_size(self) -> int:
+        return self.trunk.vocab_size
+
+    @property
+    def max_length(self) -> int | None:
+        return self.trunk.max_length
+
+    def init(self, key: Array) -> Params:
+        return {"trunk": self.trunk.init(key), "head": self.head.init(key, self.trunk.num_features)}
+
+    def cast(self, params: Params) -> Params:
+        """The trunk's as it casts them; the head stays as it is."""
+        return {"trunk": self.trunk.cast(params["trunk"]), "head": params["head"]}
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B Y"]:
+        below = None if dropout_key is None else jax.random.fold_in(dropout_key, _TRUNK_DROPOUT)
+        features = self.features(params, tokens, attention_mask, dropout_key=below)
+        return self.read(params, features, dropout_key=dropout_key)
+
+    def features(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        *,
+        dropout_key: Array | None = None,
+    ) -> Float[Array, "B F"]:
+        """What the head reads; of a trunk that does not train constants, without dropout or gradient."""
+        trunk = params["trunk"]
+        if not self.head.trains_trunk:
+            trunk, dropout_key = jax.lax.stop_gradient(trunk), None
+        return self.trunk.features(trunk, tokens, attention_mask.astype(bool), dropout_key=dropout_key)
+
+    def read(
+        self, params: Params, features: Float[Array, "B F"], *, dropout_key: Array | None = None
+    ) -> Float[Array, "B Y"]:
+        """The numbers that the head reads off the features."""
+        return self.head.read(params["head"], features, dropout_key=dropout_key)

@@ -1,10 +1,10 @@
-"""Classifiers: a scorer of texts learns the labels that people gave them, or a number."""
+"""Classifiers: a head learns the labels that people gave to texts, or a number."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,10 +23,8 @@ from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import ScoredRow, cut_of
 from hybrid_jax.data.sources import SOURCES, choose
 from hybrid_jax.metrics.labels import classification_report, fit_temperature, regression_report, softmax
-from hybrid_jax.models.base import Params
-from hybrid_jax.models.scorer import SequenceScorer
-from hybrid_jax.phases.scorer_reader import ScorerReader
-from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
+from hybrid_jax.models.scorer import TextScorer
+from hybrid_jax.phases.heads import HeadPhase, HeadSettings, head_name, read_head, scorer_of, scorer_params
 from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import row_shape
 from hybrid_jax.training.state import RunState
@@ -35,8 +33,8 @@ from hybrid_jax.training.update import Objective
 
 @PHASES.register("classifier")
 @settings
-class Classification(Supervised):
-    """Settings of the training of a classifier; of a scorer with one label alone, of a regression.
+class Classification(HeadSettings):
+    """Settings of the training of a classifier; of a head with one label alone, of a regression.
 
     Attributes:
         batch_size: texts a step.
@@ -52,8 +50,6 @@ class Classification(Supervised):
         source: labelled texts of its own; None takes the run's.
     """
 
-    trains_scorer: ClassVar[bool] = True
-
     batch_size: BatchSize = 32
     length: Annotated[int, Ge(4)] | None = None
     long_rows: Policy = "truncate_end"
@@ -68,14 +64,15 @@ class Classification(Supervised):
         return ClassifierPhase(self, resources)
 
 
-class ClassifierPhase(SupervisedPhase):
+class ClassifierPhase(HeadPhase):
     """Steps of a classifier."""
 
     def __init__(self, config: Classification, resources: Resources):
-        self.config, self.name = config, resources.name
-        self._resources, self._model = resources, resources.model
+        self.config, self.name, self.resources = config, resources.name, resources
+        self.scorer = scorer_of(config, resources)
+        self._labels = self.scorer.labels
         self._check()
-        limits = [limit for limit in (config.length, self._model.max_length) if limit is not None]
+        limits = [limit for limit in (config.length, self.scorer.max_length) if limit is not None]
         self._length = min(limits, default=None)
         stream = None if resources.examples is None else self._training_stream()
         self.class_weights = self._class_weights(stream)
@@ -83,15 +80,18 @@ class ClassifierPhase(SupervisedPhase):
             config,
             resources,
             stream=stream,
-            objective=classifier_objective(config, self._model, self.class_weights),
+            objective=classifier_objective(
+                config, head_name(config, resources), self.scorer, self.class_weights
+            ),
             shapes=self._batch_shapes,
+            read_rows=4 * config.batch_size,
+            length=self._length,
         )
-        self._reader = ScorerReader(self._model, resources.placement, 4 * config.batch_size, self._length)
 
     def batch(self, state: RunState, cursor: int) -> tuple[LabelledBatch, dict[str, Any]]:
         stream: Any = self.stream
-        if self._reader.keeps_features:
-            features = self._reader.features(state.policy, stream.rows, "train")
+        if self.reader.keeps_features:
+            features = self.reader.features(self.params_of(state), stream.rows, "train")
             return stream.batch(cursor, self.config.batch_size, features), {}
         batch = stream.batch(cursor, self.config.batch_size)
         return batch, {"tokens": batch.mask.sum()}
@@ -99,11 +99,11 @@ class ClassifierPhase(SupervisedPhase):
     def _batch_shapes(self) -> LabelledBatch:
         if self._length is None:
             raise UserError(f"phases.{self.name}: length must be given to plan for a model that reads any")
-        rows, shape = self.config.batch_size, functools.partial(row_shape, self._resources.placement)
+        rows, shape = self.config.batch_size, functools.partial(row_shape, self.resources.placement)
         make: Any = LabelledBatch  # pyright does not see the fields of a flax.struct.dataclass
-        targets = shape(rows, dtype="float32" if len(self._model.labels) == 1 else "int32")
-        if self._reader.keeps_features:
-            features = shape(rows, self._model.num_features, dtype="float32")
+        targets = shape(rows, dtype="float32" if len(self._labels) == 1 else "int32")
+        if self.reader.keeps_features:
+            features = shape(rows, self.scorer.trunk.num_features, dtype="float32")
             return make(tokens=None, mask=None, targets=targets, features=features)
         tokens, mask = (shape(rows, self._length, dtype=dtype) for dtype in ("int32", "bool"))
         return make(tokens=tokens, mask=mask, targets=targets)
@@ -111,21 +111,21 @@ class ClassifierPhase(SupervisedPhase):
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with the labels of the held-out data, and calibration before and after the temperature."""
         rows, targets = self._held_out
-        scores = self._reader.scores(state.policy, rows, "held_out")
-        if len(self._model.labels) == 1:
+        scores = self.reader.scores(self.params_of(state), rows, "held_out")
+        if len(self._labels) == 1:
             report = regression_report(scores[:, 0], targets)
             return {"loss": report["mse"], **report}
-        report = classification_report(scores, targets, self._model.labels)
+        report = classification_report(scores, targets, self._labels)
         report["loss"] = float(-np.log(softmax(scores)[np.arange(len(targets)), targets]).mean())
         if (temperature := self._temperature(state)) is not None:
-            calibrated = classification_report(scores, targets, self._model.labels, temperature)
+            calibrated = classification_report(scores, targets, self._labels, temperature)
             report |= {f"calibrated_{name}": calibrated[name] for name in ("brier", "calibration_error")}
             report["temperature"] = temperature
         return report
 
     def extra(self, state: RunState) -> dict[str, Any]:
         """How to read texts, and the temperature that makes probabilities of the logits."""
-        kind = "regression" if len(self._model.labels) == 1 else "classifier"
+        kind = "regression" if len(self._labels) == 1 else "classifier"
         extra: dict[str, Any] = {"kind": kind, "reading": self._reading.settings}
         if (temperature := self._temperature(state)) is not None:
             extra |= {"temperature": temperature, "calibration_rows": len(self._kept_back[0])}
@@ -134,10 +134,10 @@ class ClassifierPhase(SupervisedPhase):
     # ----------------------------------------------------------------------------------------------------- data
 
     def _check(self) -> None:
-        weights, labels = self.config.class_weights, self._model.labels
+        weights, labels = self.config.class_weights, self._labels
         if len(labels) == 1 and (weights is not None or self.config.label_smoothing):
             raise UserError(
-                f"phases.{self.name}: class_weights and label_smoothing need several labels, the model has 1"
+                f"phases.{self.name}: class_weights and label_smoothing need several labels, the head has 1"
             )
         if isinstance(weights, tuple) and len(weights) != len(labels):
             raise UserError(
@@ -148,7 +148,7 @@ class ClassifierPhase(SupervisedPhase):
     def _examples(self) -> Sequence[Example]:
         if self.config.source is not None:
             return self.config.source.load("train")
-        return self._resources.examples or ()
+        return self.resources.examples or ()
 
     @functools.cached_property
     def _reading(self) -> Reading:
@@ -166,16 +166,16 @@ class ClassifierPhase(SupervisedPhase):
 
     @property
     def _calibration_fraction(self) -> float | None:
-        return (self.config.calibration_fraction or None) if len(self._model.labels) > 1 else None
+        return (self.config.calibration_fraction or None) if len(self._labels) > 1 else None
 
     def _read(self, examples: Sequence[Example], what: str) -> tuple[list[np.ndarray], np.ndarray]:
         try:
-            targets = targets_of(examples, self.config.label_field, self._model.labels)
+            targets = targets_of(examples, self.config.label_field, self._labels)
         except UserError as error:
             raise UserError(f"phases.{self.name}: {what} data: {error}") from error
         prompts, texts = ([e.prompt for e in examples], [e.response or "" for e in examples])
         messages = [e.question for e in examples]
-        rows = self._reading.measured(self._resources.tokenizer, prompts, texts, messages)
+        rows = self._reading.measured(self.resources.tokenizer, prompts, texts, messages)
         left_out = [self._is_left_out(row) for row in rows]
         if self._length is not None:
             lengths = [row.whole for row in rows]
@@ -190,16 +190,16 @@ class ClassifierPhase(SupervisedPhase):
 
     def _training_stream(self) -> LabelledStream:
         rows, targets = self._read(self._split("train"), "training")
-        stream = LabelledStream(rows, targets, self._resources.seed, self._length)
+        stream = LabelledStream(rows, targets, self.resources.seed, self._length)
         stream.chosen(0, self.config.batch_size)  # are there so many?
         return stream
 
     def _class_weights(self, stream: LabelledStream | None) -> np.ndarray:
-        weights, num_labels = self.config.class_weights, len(self._model.labels)
+        weights, num_labels = self.config.class_weights, len(self._labels)
         if weights == "balanced" and stream is not None:
             counts = np.bincount(stream.targets, minlength=num_labels)
             if not counts.all():
-                missing = self._model.labels[int(np.argmin(counts))]
+                missing = self._labels[int(np.argmin(counts))]
                 raise UserError(
                     f"phases.{self.name}: class_weights balanced needs rows of every label: {missing}"
                 )
@@ -215,24 +215,26 @@ class ClassifierPhase(SupervisedPhase):
         if self.config.source is not None:
             examples = self.config.source.load("held_out")
         else:
-            assert self._resources.held_out is not None, "a planned phase is not evaluated"
-            examples = self._resources.held_out()
+            assert self.resources.held_out is not None, "a planned phase is not evaluated"
+            examples = self.resources.held_out()
         return self._read(examples, "held-out")
 
     def _temperature(self, state: RunState) -> float | None:
         if not self._calibration_fraction:
             return None
         rows, targets = self._kept_back
-        return fit_temperature(self._reader.scores(state.policy, rows, "calibration"), targets)
+        return fit_temperature(self.reader.scores(self.params_of(state), rows, "calibration"), targets)
 
 
-def classifier_objective(config: Classification, model: SequenceScorer, class_weights: np.ndarray) -> Objective:
-    """The loss of the group "model"."""
+def classifier_objective(
+    config: Classification, head: str, scorer: TextScorer, class_weights: np.ndarray
+) -> Objective:
+    """The loss of a head and of the trunk below it."""
     weights = jnp.asarray(class_weights)
-    is_regression = len(model.labels) == 1
+    is_regression = len(scorer.labels) == 1
 
     def loss(params, batch: LabelledBatch, key: Array):
-        scores = _scores(model, params["model"], batch, key if config.dropout else None)
+        scores = read_head(scorer, scorer_params(head, params), batch, key if config.dropout else None)
         if is_regression:
             return {"loss": squared_error(scores[:, 0], batch.targets)}, {}
         right = (jnp.argmax(scores, axis=1) == batch.targets).astype(jnp.float32)
@@ -244,10 +246,3 @@ def classifier_objective(config: Classification, model: SequenceScorer, class_we
         return {"loss": jnp.float32(rows) if is_regression else weights[batch.targets].sum()}
 
     return Objective(loss, total, coefs={"loss": 1.0})
-
-
-def _scores(model: Any, params: Params, batch: LabelledBatch, dropout_key: Array | None) -> Array:
-    params = model.cast(params)
-    if batch.features is not None:
-        return model.read(params, batch.features, dropout_key=dropout_key)
-    return model.apply(params, batch.tokens, batch.mask, dropout_key=dropout_key)

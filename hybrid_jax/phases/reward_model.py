@@ -1,10 +1,10 @@
-"""Reward models: a scorer of texts learns which responses people liked better."""
+"""Reward models: a head learns which responses people liked better."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,10 @@ from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.preference_stream import Labels, PreferenceBatch, PreferenceStream, Reading
 from hybrid_jax.data.preferences import PREFERENCES, Preference
 from hybrid_jax.data.scored_text import cut_of
-from hybrid_jax.models.base import Params
-from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.models.scorer import TextScorer
+from hybrid_jax.phases.heads import HeadPhase, HeadSettings, head_name, read_head, scorer_of, scorer_params
 from hybrid_jax.phases.reference_samples import ReferenceSamples
 from hybrid_jax.phases.reward_report import agreement
-from hybrid_jax.phases.scorer_reader import ScorerReader
-from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import row_shape
@@ -42,11 +40,11 @@ from hybrid_jax.training.update import Objective
 
 @PHASES.register("reward_model")
 @settings
-class RewardModel(Supervised):
+class RewardModel(HeadSettings):
     """Settings of the training of a reward model.
 
-    The model is a scorer. With one label it is one reward; with several it is an ensemble, each label a member
-    that learns a bootstrap sample of its own of the data (`PreferenceStream`).
+    A head with one label is one reward; one with several is an ensemble, each label a member that
+    learns a bootstrap sample of its own of the data (`PreferenceStream`).
 
     Attributes:
         batch_size: prompts a step, each with all its responses.
@@ -66,10 +64,7 @@ class RewardModel(Supervised):
         reference: a policy whose samples have mean 0 and standard deviation 1 after training; None takes all
             responses of the training data.
         source: preferences of its own; None takes the run's, a source ``preferences``.
-        optimizer: of the group "model".
     """
-
-    trains_scorer: ClassVar[bool] = True
 
     batch_size: BatchSize = 16
     length: Annotated[int, Ge(4)] = 256
@@ -98,34 +93,35 @@ class RewardModel(Supervised):
         return RewardModelPhase(self, resources)
 
 
-class RewardModelPhase(SupervisedPhase):
+class RewardModelPhase(HeadPhase):
     """Steps of a reward model."""
 
     def __init__(self, config: RewardModel, resources: Resources):
-        self.config, self.name = config, resources.name
-        self._resources, self._model = resources, resources.model
+        self.config, self.name, self.resources = config, resources.name, resources
+        self.scorer = scorer_of(config, resources)
         super().__init__(
             config,
             resources,
             stream=None if resources.examples is None else self._training_stream(),
-            objective=reward_objective(config, self._model),
+            objective=reward_objective(config, head_name(config, resources), self.scorer),
             shapes=self._batch_shapes,
+            read_rows=2 * config.batch_size,
+            length=config.length,
         )
         self._loss = jax.jit(functools.partial(preference_loss, config))
-        self._reader = ScorerReader(self._model, resources.placement, 2 * config.batch_size, config.length)
 
     def batch(self, state: RunState, cursor: int) -> tuple[PreferenceBatch, dict[str, Any]]:
         stream: Any = self.stream
         batch = stream.batch(cursor, self.config.batch_size)
         logged = {"tokens": batch.mask.sum()}
-        if not self._reader.keeps_features:
+        if not self.reader.keeps_features:
             return batch, logged
-        flat = self._reader.features(state.policy, stream.flat, "train")
+        flat = self.reader.features(self.params_of(state), stream.flat, "train")
         return batch.replace(tokens=None, mask=None, features=flat[stream.places[batch.index]]), logged
 
     def _batch_shapes(self) -> PreferenceBatch:
         length = self.config.length
-        shape = functools.partial(row_shape, self._resources.placement, self.config.batch_size)
+        shape = functools.partial(row_shape, self.resources.placement, self.config.batch_size)
         make: Any = PreferenceBatch  # pyright does not see the fields of a flax.struct.dataclass
         labels: Any = Labels
         return make(
@@ -135,7 +131,7 @@ class RewardModelPhase(SupervisedPhase):
                 ranks=shape(2, dtype="int32"),
                 present=shape(2, dtype="bool"),
                 margins=shape(dtype="float32"),
-                weights=shape(len(self._model.labels), dtype="float32"),
+                weights=shape(len(self.scorer.labels), dtype="float32"),
             ),
             index=shape(dtype="int32"),
         )
@@ -143,7 +139,7 @@ class RewardModelPhase(SupervisedPhase):
     def evaluate(self, state: RunState) -> dict[str, float]:
         """Agreement with held-out preferences, calibration, and the part of length in it."""
         stream = self._held_out
-        scores = self._reader.scores(state.policy, stream.flat, "held_out")
+        scores = self.reader.scores(self.params_of(state), stream.flat, "held_out")
         rewards = np.zeros(stream.present.shape, np.float32)
         rewards[stream.present] = scores.mean(axis=1)  # over the members
         report = {"loss": float(self._loss(rewards[..., None], stream.labels).mean())}
@@ -162,10 +158,10 @@ class RewardModelPhase(SupervisedPhase):
             assert isinstance(self.stream, PreferenceStream), "a planned phase saves nothing"
             rows, name, of = self.stream.flat, "train", "the responses of the training data"
         else:
-            drawn = reference.draw(self._preferences("train"), self._resources.seed)
-            rows = self._reading.rows(self._resources.tokenizer, *zip(*drawn, strict=True))
+            drawn = reference.draw(self._preferences("train"), self.resources.seed)
+            rows = self._reading.rows(self.resources.tokenizer, *zip(*drawn, strict=True))
             name, of = None, str(reference.path)
-        rewards = self._reader.scores(state.policy, rows, name).astype(np.float64)
+        rewards = self.reader.scores(self.params_of(state), rows, name).astype(np.float64)
         std = rewards.std(axis=0)
         return {
             "kind": "reward_model",
@@ -180,7 +176,7 @@ class RewardModelPhase(SupervisedPhase):
 
     @functools.cached_property
     def _reading(self) -> Reading:
-        limits = (self.config.length, self._model.max_length or self.config.length)
+        limits = (self.config.length, self.scorer.max_length or self.config.length)
         chat = any(row.messages for row in self._preferences("train"))
         cut = cut_of(self.config.long_rows)
         return Reading(self.config.prompt, self.config.prompt and chat, min(limits), cut)
@@ -188,9 +184,9 @@ class RewardModelPhase(SupervisedPhase):
     def _preferences(self, split: Literal["train", "held_out"]) -> list[Preference]:
         if self.config.source is not None:
             return list(self.config.source.load(split))
-        examples = self._resources.examples
+        examples = self.resources.examples
         if split == "held_out":
-            examples = self._resources.held_out and self._resources.held_out()
+            examples = self.resources.held_out and self.resources.held_out()
         try:
             return [Preference.of(example) for example in examples or ()]
         except UserError as error:
@@ -204,13 +200,13 @@ class RewardModelPhase(SupervisedPhase):
                 f"phases.{self.name}: loss must be pairs for data with ties, got plackett_luce "
                 f"and a tie for the prompt {tied.prompt[:40]!r}"
             )
-        if self._model.max_length is not None and self.config.length > self._model.max_length:
+        if self.scorer.max_length is not None and self.config.length > self.scorer.max_length:
             raise UserError(
-                f"phases.{self.name}: length must be at most the model's max_length {self._model.max_length}, "
+                f"phases.{self.name}: length must be at most the model's max_length {self.scorer.max_length}, "
                 f"got {self.config.length}"
             )
-        members = len(self._model.labels)
-        return self._stream_of(preferences, "rows", seed=self._resources.seed, members=members)
+        members = len(self.scorer.labels)
+        return self._stream_of(preferences, "rows", seed=self.resources.seed, members=members)
 
     @functools.cached_property
     def _held_out(self) -> PreferenceStream:
@@ -218,15 +214,15 @@ class RewardModelPhase(SupervisedPhase):
 
     def _stream_of(self, preferences: list[Preference], rows: str, **settings: Any) -> PreferenceStream:
         long_rows = LongRows.of_phase(self.name, self.config.long_rows, rows)
-        tokenizer, reading = self._resources.tokenizer, self._reading
+        tokenizer, reading = self.resources.tokenizer, self._reading
         return PreferenceStream(preferences, tokenizer, reading, long_rows=long_rows, **settings)
 
 
-def reward_objective(config: RewardModel, model: SequenceScorer) -> Objective:
-    """The loss of the group "model"."""
+def reward_objective(config: RewardModel, head: str, scorer: TextScorer) -> Objective:
+    """The loss of a head and of the trunk below it."""
 
     def loss(params, batch: PreferenceBatch, key: Array):
-        rewards = _read(model, params["model"], batch, key if config.dropout else None)
+        rewards = read_head(scorer, scorer_params(head, params), batch, key if config.dropout else None)
         of = batch.labels
         terms = {"loss": preference_loss(config, rewards, of)}
         if config.centring_coef:
@@ -256,19 +252,3 @@ def preference_loss(config: RewardModel, rewards: Float[Array, "B K M"], labels:
         label_smoothing=config.label_smoothing,
         tie_threshold=config.tie_threshold,
     )
-
-
-def _read(
-    model: Any, params: Params, batch: PreferenceBatch, dropout_key: Array | None
-) -> Float[Array, "B K M"]:
-    shape = batch.labels.present.shape
-
-    def flat(x: Any) -> Array:
-        return x.reshape(-1, x.shape[-1])
-
-    params = model.cast(params)
-    if batch.features is not None:
-        scores = model.read(params, flat(batch.features), dropout_key=dropout_key)
-    else:
-        scores = model.apply(params, flat(batch.tokens), flat(batch.mask), dropout_key=dropout_key)
-    return scores.astype(jnp.float32).reshape(*shape, -1)

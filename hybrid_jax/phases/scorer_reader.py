@@ -1,4 +1,4 @@
-"""A scorer over many rows of tokens; of one with a frozen body, what the body makes of a row is kept."""
+"""A scorer over many rows of tokens; where the trunk never trains, what it makes of a row is kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from hybrid_jax.data.scored_text import padded
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.models.scorer import TextScorer
 from hybrid_jax.parallel.mesh import put_rows, whole_array
 from hybrid_jax.parallel.rules import Placement, under
 
@@ -26,12 +26,19 @@ class ScorerReader:
         placement: of its parameters.
         batch_size: rows read together.
         max_length: of a row.
+        keeps_features: the trunk never trains, so that its vectors are computed once.
     """
 
-    def __init__(self, model: SequenceScorer, placement: Placement, batch_size: int, max_length: int | None):
+    def __init__(
+        self,
+        scorer: TextScorer,
+        placement: Placement,
+        batch_size: int,
+        max_length: int | None,
+        keeps_features: bool = False,
+    ):
         self._placement, self._batch_size, self._max_length = placement, batch_size, max_length
-        self.keeps_features = bool(getattr(model, "frozen", False))
-        scorer: Any = model
+        self.keeps_features = keeps_features
 
         def score(params, tokens, mask):
             return scorer.apply(scorer.cast(params), tokens, mask).astype(jnp.float32)
@@ -49,7 +56,7 @@ class ScorerReader:
         return self._run(self._score, params, rows)
 
     def features(self, params: Params, rows: Sequence[np.ndarray], name: str) -> np.ndarray:
-        """What a frozen body makes of the rows called ``name``, [N F]: computed once."""
+        """What the trunk makes of the rows called ``name``, [N F]: computed once."""
         if name not in self._features:
             self._features[name] = self._run(self._embed, params, rows)
         return self._features[name]

@@ -25,7 +25,7 @@ from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
 from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.phase import LM, Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
 from hybrid_jax.training.state import RunState, TrainState
 from hybrid_jax.training.update import Groups, Objective, update_state
@@ -69,8 +69,10 @@ class SupervisedPhase:
             below adapters).
         shapes: of a batch, `jax.ShapeDtypeStruct` with shardings: what `hybrid_jax.plan` compiles a step for.
         logged: what is logged of a batch.
+        groups: of parameters, those that train.
     """
 
+    heads: Sequence[str] = (LM,)
     references: Sequence[str] = ()
     waits_for_device = False
 
@@ -83,11 +85,13 @@ class SupervisedPhase:
         objective: Objective,
         shapes: Callable[[], Any],
         logged: Callable[[Any], Mapping[str, Any]] = tokens_of,
+        groups: Sequence[str] = ("model",),
     ):
         self.config, self.resources, self.objective = config, resources, objective
         self.name, self.kind, self.optimizer_key = resources.name, resources.kind, resources.optimizer_key
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
         self.stream, self._shapes, self._logged = stream, shapes, logged
+        self.groups, self.trains_trunk = groups, "model" in groups
         self._rate = jax.jit(config.optimizer.rate)
 
         def update(*inputs):
@@ -96,10 +100,13 @@ class SupervisedPhase:
         update.__name__ = f"{self.name}_update"
         self._update = jax.jit(under(resources.placement, update), donate_argnums=1)
 
-    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+    def init(
+        self, params: Mapping[str, Params], key: Array, made: Mapping[str, Params] | None = None
+    ) -> PhaseInit:
+        """Optimizer states of what trains, and the groups that this phase has ``made``."""
         transform = layer_by_layer(self.config.optimizer.transform())
-        opt_state = {"model": transform.init(params["model"])}
-        return PhaseInit(opt_state=opt_state, extra=initial_loss_scale(self.resources.model))
+        opt_state = {group: transform.init(params[group]) for group in self.groups}
+        return PhaseInit(made or {}, opt_state, extra=initial_loss_scale(self.resources.model))
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         assert self.stream is not None, "a planned phase takes no steps"
@@ -136,23 +143,24 @@ class SupervisedPhase:
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step, as a pure function of the state."""
         state, metrics, _ = update_state(
-            above(self.objective, base),
+            self._above(base, {g: tree for g, tree in state.params.items() if g not in self.groups}),
             self.config.optimizer,
             state,
             batch,
             key,
             rate,
             optimizer_key=self.optimizer_key,
+            groups=self.groups,
             microbatches=self.config.microbatches,
             scaling=loss_scale_of(self.resources.model),
         )
         return shard_params(state, param_axes), metrics
 
+    def _above(self, base: Params, others: Groups) -> Objective:
+        """The objective as a function of what trains, above a ``base`` (of adapters) and beside ``others``."""
 
-def above(objective: Objective, base: Params) -> Objective:
-    """The same objective as a function of what trains above a ``base``, such as adapters."""
+        def loss(trained: Groups, batch: Any, key: Array):
+            params = {**others, **trained}
+            return self.objective.loss({**params, "model": whole(base, params["model"])}, batch, key)
 
-    def loss(trained: Groups, batch: Any, key: Array):
-        return objective.loss({**trained, "model": whole(base, trained["model"])}, batch, key)
-
-    return replace(objective, loss=loss)
+        return replace(self.objective, loss=loss)

@@ -31,6 +31,7 @@ FREE_SETTINGS = (
 )
 _FIXED = {  # patterns of names, and why
     r"model(\.(?!execution\.(remat|attention)$).+)?": "it decides what the weights are",
+    r"heads(\..+)?": "it decides what the weights are",
     r"tokenizer(\..+)?": "the weights know the tokens of the old one",
     r"start_from": "the run has begun",
     r"seed": "the untrained weights, the order of the rows and all noise come from it",

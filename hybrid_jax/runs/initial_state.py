@@ -28,13 +28,20 @@ def fresh_state(model: LanguageModel, phases: Phases, placement: Placement, key:
 
 
 def _fresh(model: LanguageModel, phases: Phases, placement: Placement, key: jax.Array) -> RunState:
-    trained, base = split(model.init(key))
+    trained, base = _split(model.init(key), phases)
     host: dict[str, Any] = {}
     train, references = made_in_parts(param_axes, partial(_begin, phases, host), trained, key)
     del trained
     train = _settled(placement, train)
     references, base = (_put(placement, tree) for tree in (references, model.cast(base)))
     return RunState(step=0, train=train, references=references, host=host, base=base)
+
+
+def _split(params: Params, phases: Phases) -> tuple[Params, Params]:
+    """What trains of a model, and what lies below: adapters or all; nothing where heads alone train."""
+    if phases and not any(getattr(phase, "trains_trunk", True) for phase in phases.values()):
+        return {}, params
+    return split(params)
 
 
 def _begin(
@@ -87,7 +94,7 @@ def state_shapes(model: LanguageModel, phases: Phases, placement: Placement, ref
 
 
 def _shapes(model: LanguageModel, phases: Phases, placement: Placement, references: list[str]) -> RunState:
-    trained, base = split(hf.abstract_params(model))
+    trained, base = _split(hf.abstract_params(model), phases)
     host: dict[str, Any] = {}
     train, _ = jax.eval_shape(partial(_begin, phases, host), trained, jax.random.key(0))
     reference = reference_shapes(model, placement, trained)

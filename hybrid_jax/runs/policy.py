@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -24,21 +24,24 @@ from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
-from hybrid_jax.models import encoder_scorer, ngram_scorer  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.t5 import ENCODER_DECODERS
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
-from hybrid_jax.models.folders.family_folder import Dtype
+from hybrid_jax.models.folders.family_folder import Dtype, family_of
 from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
 from hybrid_jax.models.heads import init_value_head
 from hybrid_jax.models.lora import merge, split, whole
 from hybrid_jax.parallel import hosts
+from hybrid_jax.runs.export_folder import VALUE, claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
 from hybrid_jax.sampling.decode import Sampler
 from hybrid_jax.sampling.generation_config import (
@@ -50,8 +53,9 @@ from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.checkpoint import newest_params, newest_policy
 from hybrid_jax.training.compilation import free_programs
 
-EXPORT_MARK = "hybrid_jax.json"  # in a folder that we exported, and so may write again
-VALUE = "value"  # folder in an export that holds the value function
+log = logging.getLogger(__name__)
+
+NO_ANSWERS = "trains heads and no language model, so it gives no answers: evaluate or export it"
 BATCH_SIZE = 64  # responses sampled at a time
 
 
@@ -74,6 +78,7 @@ class Policy:
     sampler: Sampler
     eos_ids: tuple[int, ...]
     step: int | None = None  # of the run that it comes from
+    component: Any = None  # the settings of the model
 
     def generate(
         self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, seed: int = 0, num_samples: int = 1
@@ -113,7 +118,7 @@ class Policy:
         return answers
 
     def save_pretrained(self, folder: str | Path, *, adapter: bool = False, dtype: Dtype = "float32") -> Path:
-        """Writes a Hugging Face folder with tokenizer and generation settings; returns it.
+        """Writes a Hugging Face folder, or ours, with tokenizer and generation settings; returns it.
 
         Args:
             folder: a new or an empty one, or an earlier export.
@@ -124,8 +129,6 @@ class Policy:
             UserError: the folder holds something that we did not export, or cannot be written.
         """
         folder = local_path(folder, "the folder to export to")
-        if not isinstance(self.model, Decoder | EncoderDecoder):
-            raise UserError(f"this model has no Hugging Face format: {type(self.model).__name__}")
         if not hosts.is_first():
             self._save_weights(folder, adapter, dtype)
             return folder
@@ -149,8 +152,11 @@ class Policy:
         settings: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0], "dtype": dtype}
         if isinstance(self.model, EncoderDecoder):
             save_encoder_decoder(folder, self.model, self.params, **settings)
-        elif isinstance(self.model, Decoder):
+        elif isinstance(self.model, Decoder) and _has_family(self.model):
             hf.save_pretrained(folder, self.model, self.params, **settings)
+        else:
+            log.info("Hugging Face has no format for this model, it is written for hybrid_jax alone")
+            save_ours(folder, self.model, self.params, self.component, dtype)
 
     def _longest_prompt(self, prompts: Sequence[Example]) -> int:
         lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
@@ -186,7 +192,7 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     files = fetched(run_dir)
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     with trust_explained(run_dir):
-        model, trained, base = _run_model(settings, tokenizer, trust)
+        component, model, trained, base = _run_model(settings, tokenizer, trust)
     found = newest_policy(files.checkpoints, trained, base)
     if found is None:
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
@@ -194,7 +200,16 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     model, params = as_list(model, whole(base, params))
     sampler = overridden(_run_sampler(settings, model.max_length), overrides)
     eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
-    return Policy(model, params, tokenizer, sampler, eos_ids, step)
+    return Policy(model, params, tokenizer, sampler, eos_ids, step, component)
+
+
+def _has_family(model: Decoder) -> bool:
+    """Whether Hugging Face knows such a decoder; one that the config names is held to be right."""
+    config = replace(model.as_list().config, lora=None)
+    try:
+        return config.family is not None or bool(family_of(config, FAMILIES))
+    except UserError:
+        return False
 
 
 def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
@@ -216,7 +231,7 @@ def save_value(
     files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     with trust_explained(run_dir):
-        model, trained, base = _run_model(settings, tokenizer, trust)
+        _, model, trained, base = _run_model(settings, tokenizer, trust)
     kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
     if not kinds:
         raise UserError(
@@ -243,15 +258,30 @@ def save_value(
     return beside
 
 
-def load_pretrained_policy(folder: str | Path, overrides: Sequence[str] = ()) -> Policy:
-    """The model of a Hugging Face folder or of an id on the hub; generation_config.json has the defaults.
+def load_pretrained_policy(
+    folder: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING
+) -> Policy:
+    """The model of a folder, of Hugging Face or ours, or of an id on the hub, and how that samples.
 
-    The folder may be an adapter of `peft` that says where its base is.
+    Args:
+        folder: it may be an adapter of `peft` that says where its base is.
+        overrides: ``sampler.a=value`` over the settings of the folder.
+        trust: names in one of our own folders that may run code.
+
+    Raises:
+        Untrusted: the folder names code that is not in ``trust``.
+        UserError: it holds no language model.
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
-        paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
-        model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
+        kind = read_json(folder / CONFIG).get("model_type")
+        if kind == MODEL_TYPE:
+            model, params = load_ours(folder, trust=trust)
+        else:
+            paired = kind in ENCODER_DECODERS
+            model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"{folder} holds a {type(model).__name__}, which gives no answers")
     elif (folder / ADAPTER_CONFIG).is_file():
         model, params = hf.load_adapted(folder)
         folder = folder if (folder / "tokenizer_config.json").is_file() else Path(model.folder)
@@ -319,16 +349,26 @@ class _SamplerSettings:
 
 def _run_model(
     settings: dict[str, Any], tokenizer: Tokenizer, trust: Container[str]
-) -> tuple[LanguageModel, Params, Params]:
-    """The model of a run, the shapes of what trains, and the parameters below adapters."""
+) -> tuple[Any, LanguageModel, Params, Params]:
+    """Settings and functions of a run's model, the shapes of what trains, and the parameters below adapters."""
     named = parse(_ModelSettings, {"model": settings.get("model")}, trust=trust)
     model = named.model.build(tokenizer.vocab_size)
-    if not isinstance(model, LanguageModel):
-        raise UserError("this run trains a scorer of texts, which gives no answers; export or evaluate it")
+    if not trains_language_model(settings):
+        raise UserError(f"this run {NO_ANSWERS}")
     trained, base = split(hf.abstract_params(model))
     if base:
         base = split(model.init(root_key(settings.get("seed", 0), Purpose.MODEL)))[1]
-    return model, trained, base
+    return named.model, model, trained, base
+
+
+def trains_language_model(settings: Mapping[str, Any]) -> bool:
+    """Whether any phase of a run trains its language model; the others say which ``head`` they train."""
+    return any("head" not in phase for phase in (settings.get("phases") or {}).values())
+
+
+def trains_heads(settings: Mapping[str, Any]) -> bool:
+    """Whether any phase of a run trains a head."""
+    return any("head" in phase for phase in (settings.get("phases") or {}).values())
 
 
 def _run_sampler(settings: dict[str, Any], context: int | None) -> Sampler:
@@ -355,23 +395,3 @@ def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
             f"prompt {row} ends with a message of the assistant; end it with what is to be answered"
         )
     return chat_example(messages, f"prompt {row}")
-
-
-def claim_export_folder(folder: Path, step: int | None) -> None:
-    """Makes a folder ours to export to: until all is there again, nothing can be loaded from it.
-
-    Raises:
-        UserError: the folder holds something that we did not export, or cannot be written.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give a folder to export to")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
-        raise UserError(f"{folder} is not empty and no export of ours; give a new or an empty folder")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n")
-        for name in (CONFIG, ADAPTER_CONFIG):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / VALUE, ignore_errors=True)  # that of the policy which was here
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror or error}") from error

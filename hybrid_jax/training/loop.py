@@ -194,7 +194,7 @@ def take_step(run: Run, phase: Phase, state: RunState, recorder: Recorder | None
 def _export_if_due(run: Run, state: RunState) -> None:
     every = run.checkpoint.export_every
     if every is not None and state.step and (state.step % every == 0 or state.step >= run.steps):
-        log.info("exported the policy to %s", run.export(state))
+        run.export(state)
 
 
 def _say_stopped(state: RunState) -> None:

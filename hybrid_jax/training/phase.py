@@ -9,12 +9,12 @@ from typing import Any, Protocol, runtime_checkable
 from jax import Array
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.registry import Registry
-from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import Placement
 from hybrid_jax.training.state import RunState, ScheduleState
 
+LM = "lm"  # the head of a language model: scores of the next token
 Metrics = Mapping[str, Any]  # "<phase>/<metric>": a number, on the device or the host
 
 
@@ -50,6 +50,8 @@ class Phase(Protocol):
     kind: str  # the name of its settings in `PHASES`: what it does, whatever it is called
     optimizer_key: str  # which of ``TrainState.opt_state`` it uses; phases may share one
     waits_for_device: bool  # whether its step reads back what it computes, as a reward on texts must
+    # One that trains other heads than the language model's has `heads`, their names, and where it leaves the
+    # trunk as it is `trains_trunk = False`.
     # One whose steps have several shapes may have a `shapes_setting`: the setting that decides them, in words.
 
     @property
@@ -76,18 +78,11 @@ class Phase(Protocol):
 
 
 @runtime_checkable
-class ScorerPhase(Phase, Protocol):
-    """A phase that trains a model which gives numbers for texts, a `SequenceScorer`.
-
-    Its config says so by a class attribute ``trains_scorer = True``.
-    """
+class MeasuredPhase(Phase, Protocol):
+    """A phase that measures what it trains on held-out data."""
 
     def evaluate(self, state: RunState) -> Mapping[str, float]:
-        """Numbers on held-out data, logged as ``evaluation/<name>``."""
-        ...
-
-    def extra(self, state: RunState) -> Mapping[str, Any]:
-        """What is saved beside the exported model, as JSON: how to calibrate or normalise its numbers."""
+        """Numbers, logged as ``evaluation/<name>``."""
         ...
 
 
@@ -115,7 +110,7 @@ class Resources:
 
     name: str  # under which the config lists the phase
     kind: str  # the name of its settings in `PHASES`
-    model: Any  # a `LanguageModel`; a `SequenceScorer` for a `ScorerPhase`
+    model: Any  # the trunk: a `LanguageModel`, or a `TextTrunk` that only heads read
     tokenizer: Any  # a `Tokenizer`; None where the phase is only planned
     examples: Sequence[Example] | None  # the training split; None where the phase is only planned
     seed: int
@@ -126,6 +121,8 @@ class Resources:
     offload: Sequence[str] = ()  # what waits in the host's memory while no phase uses it
     held_out: Callable[[], Sequence[Example]] | None = None  # loads the held-out split
     following: Callable[[ScheduleState], str | None] = lambda state: None  # the phase after a step of this one
+    heads: Mapping[str, Any] = field(default_factory=dict)  # settings of the run's heads (`HEADS`), by name
+    trunk_trains: bool = True  # any phase of the run trains the trunk
 
 
 class PhaseConfig(Protocol):
@@ -136,15 +133,4 @@ class PhaseConfig(Protocol):
         ...
 
 
-PHASES: Registry[PhaseConfig] = Registry("phase")
-
-
-def fits(name: str, config: Any, model: Any) -> bool:
-    """Checks that a phase can train a model of this kind: a language model, or a scorer of texts."""
-    scores = getattr(config, "trains_scorer", False)
-    if scores == isinstance(model, LanguageModel):
-        wanted = "scorer: classifier, encoder or ngrams" if scores else "language model"
-        raise UserError(
-            f"phases.{name} trains a {wanted}; the model is of another kind, {type(model).__name__}"
-        )
-    return True
+PHASES: Registry[Any] = Registry("phase")

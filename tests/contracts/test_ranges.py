@@ -29,7 +29,8 @@ VALUES = (
 GIVEN: dict[str, dict[str, Any]] = {
     "Bandit": {"metric": "sft/loss"},
     "Endpoint": {"url": "https://example.com/v1", "model": "m"},
-    "EncoderScorerSettings": {"path": "a"},
+    "ClassificationHead": {"labels": ["a", "b"]},
+    "TextEncoderSettings": {"path": "a"},
     "Limit": {"at_most": 0.5},
     "Triggered": {"below": 0.5},
     "JsonSchema": {"schema": {}},

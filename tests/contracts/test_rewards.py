@@ -13,7 +13,9 @@ from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.folders.scorer import save_scorer
-from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.heads import RegressionHead
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.scorer import TextScorer
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, evaluate_reward
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.learned_metrics import Head, save_head
@@ -24,7 +26,8 @@ from hybrid_jax.testing import tiny_decoder_folder, tiny_encoder_folder
 def scorer_folder() -> str:
     """A scorer of two labels, such as a run leaves behind."""
     folder, tokenizer = Path(tempfile.mkdtemp()), Bytes().build([])
-    model = NGrams(labels=("first", "second"), bucket_bits=4, width=2).build(tokenizer.vocab_size)
+    trunk = NGrams(bucket_bits=4, width=2).build(tokenizer.vocab_size)
+    model = TextScorer(trunk, RegressionHead(labels=("first", "second")))
     params = jax.jit(
         lambda key: jax.tree.map(lambda x: x + jnp.linspace(0.2, 1.0, x.shape[-1]), model.init(key))
     )(jax.random.key(0))

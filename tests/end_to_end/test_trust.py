@@ -15,6 +15,7 @@ from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment_config import ExperimentConfig, load_config, load_run_config, spelled_out
 from hybrid_jax.models.folders.scorer import load_scorer
 from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.runs.policy import load_pretrained_policy
 
 NAME = "planted_module:Thing"
 
@@ -126,13 +127,19 @@ def test_a_run_is_trusted_by_a_flag_or_by_a_config_of_the_user_s_own(
 def test_a_model_folder_imports_nothing(tmp_path, planted):
     """A scorer in a folder holds settings, and among them components."""
     small = {"vocab_size": 8, "num_layers": 1, "width": 8, "num_heads": 2, "max_length": 8}
-    for kind, settings in [
-        ("hybrid_jax_classifier", {"config": {**small, "rope_scaling": NAME}, "labels": ["a"]}),
-        ("hybrid_jax_classifier", {"config": {**small, "rope_scaling": {"name": NAME}}, "labels": ["a"]}),
+    decoder = {"name": "decoder", **small}
+    plain = {"name": "regression"}
+    for kind, model, head in [
+        ("rope scaling", {**decoder, "rope_scaling": NAME}, plain),
+        ("rope scaling", {**decoder, "rope_scaling": {"name": NAME}}, plain),
+        ("backbone", {"name": NAME}, None),
+        ("head", decoder, {"name": NAME}),
     ]:
-        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "settings": settings}))
-        with pytest.raises(UserError, match="rope scaling 'planted_module:Thing' runs code of its own"):
-            load_scorer(tmp_path)
+        settings = {"model_type": "hybrid_jax", "vocab_size": 8, "model": model, "head": head}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        for load in (load_scorer, load_pretrained_policy):
+            with pytest.raises(Untrusted, match=f"{kind} 'planted_module:Thing' runs code.*give --trust"):
+                load(tmp_path)
     assert not planted.exists()
 
 

@@ -1,6 +1,7 @@
 """Scorers out of folders and back: bit for bit, and nothing missing or left over."""
 
 import json
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +12,17 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.models.classifier import Classifier, ClassifierSettings, PretrainedClassifier
+from hybrid_jax.models.classifier import Classifier
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_scorer import EncoderScorerSettings
 from hybrid_jax.models.folders.encoder import save_encoder
 from hybrid_jax.models.folders.hf import Pretrained, load_pretrained, save_pretrained
 from hybrid_jax.models.folders.scorer import load_scorer, read_extra, save_scorer
-from hybrid_jax.models.lora import Lora, split
-from hybrid_jax.models.ngram_scorer import NGrams
-from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.models.heads import ClassificationHead
+from hybrid_jax.models.lora import Lora
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.scorer import SequenceScorer, TextScorer, text_trunk
+from hybrid_jax.models.text_encoder import TextEncoderSettings
 
 LABELS = ("bad", "good")
 SEPARATOR = 3
@@ -28,20 +30,20 @@ DECODER = DecoderConfig(vocab_size=23, num_layers=1, width=8, num_heads=2, max_l
 ENCODER = EncoderConfig(vocab_size=23, num_layers=1, width=8, num_heads=2, max_length=16)
 TOKENS = jnp.asarray([[2, 5, 6, SEPARATOR, 7, 8, 9, SEPARATOR], [2, 11, SEPARATOR, 12, SEPARATOR, 0, 0, 0]])
 MASK = jnp.asarray([[True] * 8, [True] * 5 + [False] * 3])
-SCORERS = {
-    "ngrams": NGrams(LABELS, (1, 2, 3), bucket_bits=5, width=3),
-    "classifier": ClassifierSettings(DECODER, LABELS),
-    "classifier with adapters": ClassifierSettings(
-        DecoderConfig(**{**vars(DECODER), "lora": Lora(rank=2)}), LABELS
-    ),
-    "unknown to transformers": ClassifierSettings(
-        DecoderConfig(**{**vars(DECODER), "logit_softcap": 2.0}), LABELS
-    ),
-    "encoder": EncoderScorerSettings(labels=LABELS, encoder=ENCODER),
-    "pairs": EncoderScorerSettings(
-        labels=LABELS, encoder=ENCODER, pair="features", separator_id=SEPARATOR, hidden_width=4
-    ),
+LAYERED = {"hidden_width": 4}
+SCORERS = {  # a trunk, and settings of a head
+    "ngrams": (NGrams((1, 2, 3), bucket_bits=5, width=3), {}),
+    "classifier": (DECODER, {}),
+    "classifier with adapters": (replace(DECODER, lora=Lora(rank=2)), {}),
+    "unknown to transformers": (replace(DECODER, logit_softcap=2.0), {}),
+    "a layer before the map": (DECODER, LAYERED),
+    "encoder": (TextEncoderSettings(encoder=ENCODER), {}),
+    "pairs": (TextEncoderSettings(encoder=ENCODER, pair="features", separator_id=SEPARATOR), LAYERED),
 }
+
+
+def scorer_of(trunk, **head):
+    return TextScorer(text_trunk(trunk.build(23)), ClassificationHead(labels=LABELS, **head))
 
 
 def moved(params):
@@ -58,7 +60,8 @@ def equal(a, b):
 
 @pytest.mark.parametrize("name", SCORERS)
 def test_a_scorer_written_and_read_gives_the_same_numbers(name, tmp_path):
-    scorer = SCORERS[name].build(23)
+    trunk, head = SCORERS[name]
+    scorer = scorer_of(trunk, **head)
     assert isinstance(scorer, SequenceScorer)
     params = moved(scorer.init(jax.random.key(0)))
     save_scorer(tmp_path, scorer, params, extra={"temperature": 1.25})
@@ -68,7 +71,6 @@ def test_a_scorer_written_and_read_gives_the_same_numbers(name, tmp_path):
     assert read_extra(tmp_path) == {"temperature": 1.25}
     before, after = scorer.apply(params, TOKENS, MASK), again.apply(read, TOKENS, MASK)
     if name != "classifier with adapters":  # which are merged: another order of sums
-        equal(split(read)[0], split(params)[0])
         np.testing.assert_array_equal(after, before)
     np.testing.assert_allclose(after, before, atol=1e-6)
     save_scorer(tmp_path, again, read)
@@ -77,7 +79,7 @@ def test_a_scorer_written_and_read_gives_the_same_numbers(name, tmp_path):
 
 
 def test_a_classifier_that_transformers_knows_is_written_for_it(tmp_path):
-    scorer = ClassifierSettings(DECODER, LABELS, has_bias=False).build(23)
+    scorer = scorer_of(DECODER, bias=False)
     params = moved(scorer.init(jax.random.key(0)))
     save_scorer(tmp_path, scorer, params)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
@@ -86,39 +88,32 @@ def test_a_classifier_that_transformers_knows_is_written_for_it(tmp_path):
     np.testing.assert_allclose(scorer.apply(params, TOKENS[:1], MASK[:1]), logits, atol=1e-5)
 
 
-def test_a_classifier_begins_as_the_language_model_of_a_folder(tmp_path):
-    untied = DecoderConfig(**{**vars(DECODER), "tie_embeddings": False})
+def test_a_head_reads_the_language_model_of_a_folder(tmp_path):
+    untied = replace(DECODER, tie_embeddings=False)
     model = untied.build(23)
     save_pretrained(tmp_path, model, model.init(jax.random.key(3)))
-    scorer = ClassifierSettings(Pretrained(str(tmp_path)), LABELS).build(23)
-    assert isinstance(scorer, PretrainedClassifier)
+    scorer = scorer_of(Pretrained(str(tmp_path)))
     params = scorer.init(jax.random.key(0))
-    kept = {name: part for name, part in load_pretrained(tmp_path)[1].items() if name != "lm_head"}
-    equal({name: part for name, part in params.items() if name != "score"}, kept)
-    assert scorer.apply(params, TOKENS, MASK).shape == (2, 2)
+    equal(params["trunk"], load_pretrained(tmp_path)[1])
+    params = moved(params)
     save_scorer(tmp_path / "out", scorer, params)
     again, read = load_scorer(tmp_path / "out")
     assert isinstance(again, Classifier)
+    assert "lm_head" not in read
     np.testing.assert_array_equal(again.apply(read, TOKENS, MASK), scorer.apply(params, TOKENS, MASK))
 
 
-def test_the_head_trains_beside_adapters_and_alone_above_a_frozen_body(tmp_path):
-    adapted = SCORERS["classifier with adapters"].build(23)
-    trained, base = split(adapted.init(jax.random.key(0)))
-    assert "score" in trained["lora"]
-    assert "score" not in base
+def test_a_head_that_trains_alone_gives_the_trunk_no_gradient(tmp_path):
     encoder = Encoder(ENCODER)
     save_encoder(tmp_path, encoder, encoder.init(jax.random.key(1)))
-    frozen = EncoderScorerSettings(labels=LABELS, path=str(tmp_path), freeze=True).build(23)
-    params = moved(frozen.init(jax.random.key(0)))
-    trained, base = split(params)
-    assert set(trained["lora"]) == {"score"}
-    assert not any("score" in name for name in base)
-    gradient = jax.grad(lambda p: frozen.apply(p, TOKENS, MASK).sum())(params)
-    assert all(not leaf.any() for leaf in jax.tree.leaves(split(gradient)[1]))
-    save_scorer(tmp_path / "out", frozen, params)
+    scorer = scorer_of(TextEncoderSettings(path=str(tmp_path)), trains_trunk=False)
+    params = moved(scorer.init(jax.random.key(0)))
+    gradient = jax.grad(lambda p: scorer.apply(p, TOKENS, MASK).sum())(params)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["trunk"]))
+    assert any(leaf.any() for leaf in jax.tree.leaves(gradient["head"]))
+    save_scorer(tmp_path / "out", scorer, params)
     again, read = load_scorer(tmp_path / "out")
-    np.testing.assert_array_equal(again.apply(read, TOKENS, MASK), frozen.apply(params, TOKENS, MASK))
+    np.testing.assert_array_equal(again.apply(read, TOKENS, MASK), scorer.apply(params, TOKENS, MASK))
 
 
 def test_an_encoder_classifier_of_transformers_reads_pairs_as_it_does(tmp_path):
@@ -149,22 +144,22 @@ def test_an_encoder_classifier_of_transformers_reads_pairs_as_it_does(tmp_path):
 
 
 def test_a_parameter_too_few_or_too_many_is_named(tmp_path):
-    scorer = SCORERS["ngrams"].build(23)
+    scorer = scorer_of(SCORERS["ngrams"][0])
     save_scorer(tmp_path, scorer, scorer.init(jax.random.key(0)))
     weights = load_file(tmp_path / "model.safetensors")
-    bias = weights.pop("score/bias")
+    bias = weights.pop("head/score/bias")
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="parameter 'score/bias' is missing"):
+    with pytest.raises(UserError, match="parameter 'head/score/bias' is missing"):
         load_scorer(tmp_path)
-    save_file({**weights, "score/bias": bias, "score/more": bias}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="parameter 'score/more' has no place"):
+    save_file({**weights, "head/score/bias": bias, "head/score/more": bias}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="parameter 'head/score/more' has no place"):
         load_scorer(tmp_path)
-    save_file({**weights, "score/bias": bias[:1]}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"'score/bias' must be float \[2\], got float32 \[1\]"):
+    save_file({**weights, "head/score/bias": bias[:1]}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"'head/score/bias' must be float \[2\], got float32 \[1\]"):
         load_scorer(tmp_path)
     broken = scorer.init(jax.random.key(0))
-    broken["score"]["bias"] = jnp.asarray([0.0, jnp.nan])
-    with pytest.raises(UserError, match="'score/bias' holds NaN"):
+    broken["head"]["score"]["bias"] = jnp.asarray([0.0, jnp.nan])
+    with pytest.raises(UserError, match="'head/score/bias' holds NaN"):
         save_scorer(tmp_path / "other", scorer, broken)
 
 

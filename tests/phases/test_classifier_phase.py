@@ -13,16 +13,18 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
-from hybrid_jax.models.encoder_scorer import EncoderScorerSettings
 from hybrid_jax.models.folders.encoder import save_encoder
-from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.heads import ClassificationHead, RegressionHead
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.text_encoder import TextEncoderSettings
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases.classifier import Classification
 from hybrid_jax.runs.initial_state import fresh_state
 from hybrid_jax.training.optimizers import Adam, Constant
-from hybrid_jax.training.phase import Resources, ScorerPhase
+from hybrid_jax.training.phase import MeasuredPhase, Resources
 
 LABELS = ("dull", "bright")
+HEAD = ClassificationHead(labels=LABELS)
 OPTIMIZER = Adam(learning_rate=0.05, schedule=Constant())
 
 
@@ -37,15 +39,15 @@ def examples(count, seed):
     return rows
 
 
-def build(settings, model, train, held_out, steps=60):
+def build(settings, model, train, held_out, steps=60, head=HEAD):
     placement = MeshConfig(data=1).placement(jax.devices()[:1])
     resources = Resources(
         name="classifier", kind="classifier", model=model, tokenizer=Bytes().build(), examples=train,
         eos_ids=(256,), held_out=lambda: held_out, seed=0, horizon=steps, placement=placement,
-        optimizer_key="classifier",
+        optimizer_key="classifier", heads={"tone": head}, trunk_trains=head.trains_trunk,
     )  # fmt: skip
     phase = settings.build(resources)
-    assert isinstance(phase, ScorerPhase)
+    assert isinstance(phase, MeasuredPhase)
     return phase, fresh_state(model, {"classifier": phase}, placement, jax.random.key(0))
 
 
@@ -77,7 +79,7 @@ def test_the_squared_error_by_hand():
 @pytest.fixture(scope="module")
 def planted():
     settings = Classification(batch_size=16, calibration_fraction=0.2, optimizer=OPTIMIZER)
-    model = NGrams(LABELS, (1, 2), bucket_bits=12, width=4).build(257)
+    model = NGrams((1, 2), bucket_bits=12, width=4).build(257)
     phase, state = build(settings, model, examples(200, 0), examples(60, 1))
     return phase, run(phase, state, 60)[0]
 
@@ -103,11 +105,12 @@ def test_what_is_kept_back_for_the_temperature_is_not_learnt(planted):
 
 
 def test_a_run_goes_on_from_its_cursor_to_the_same_bits():
-    model = NGrams(LABELS, (1, 2), bucket_bits=6, width=4, dropout=0.5).build(257)
+    model = NGrams((1, 2), bucket_bits=6, width=4).build(257)
     settings = Classification(batch_size=16, calibration_fraction=0.0, microbatches=2, optimizer=OPTIMIZER)
 
     def fresh():
-        return build(settings, model, examples(70, 0), examples(10, 1), steps=9)
+        head = ClassificationHead(labels=LABELS, dropout=0.5)
+        return build(settings, model, examples(70, 0), examples(10, 1), steps=9, head=head)
 
     phase, state = fresh()
     whole = run(phase, state, 9)[0].train.params
@@ -122,8 +125,9 @@ def test_one_label_is_a_regression():
     random = np.random.default_rng(0)
     counts = random.integers(0, 5, 120)
     rows = [Example("", "ab" * int(n) + "c" * (8 - int(n)), {"label": 2.0 * int(n) - 3}) for n in counts]
-    model = NGrams(("amount",), (1,), width=4).build(257)
-    phase, state = build(Classification(batch_size=16, optimizer=OPTIMIZER), model, rows[:90], rows[90:])
+    model = NGrams((1,), width=4).build(257)
+    settings, head = Classification(batch_size=16, optimizer=OPTIMIZER), RegressionHead(labels=("amount",))
+    phase, state = build(settings, model, rows[:90], rows[90:], head=head)
     state, _ = run(phase, state, 150)
     report = phase.evaluate(state)
     assert report["pearson"] > 0.98
@@ -134,7 +138,7 @@ def test_one_label_is_a_regression():
 def test_balanced_weights_make_rare_labels_count_the_same():
     rows = examples(60, 0)
     rows = [row for row in rows if row.columns["label"] == "dull"] + rows[1::6]
-    model = NGrams(LABELS, (1,), width=2).build(257)
+    model = NGrams((1,), width=2).build(257)
     settings = Classification(batch_size=4, class_weights="balanced", calibration_fraction=0.0)
     phase, _ = build(settings, model, rows, rows)
     counts = np.array([30, len(rows) - 30])
@@ -144,26 +148,32 @@ def test_balanced_weights_make_rare_labels_count_the_same():
 def test_a_frozen_body_learns_on_features_and_stays_as_it_is(tmp_path):
     encoder = Encoder(EncoderConfig(vocab_size=257, num_layers=1, width=16, num_heads=2, max_length=64))
     save_encoder(tmp_path, encoder, encoder.init(jax.random.key(3)))
-    model = EncoderScorerSettings(labels=LABELS, path=str(tmp_path), freeze=True, normalize=True).build(257)
+    model = TextEncoderSettings(path=str(tmp_path), normalize=True).build(257)
     settings = Classification(batch_size=16, calibration_fraction=0.0, optimizer=OPTIMIZER)
     rows = [Example("", word * 4, {"label": i % 2}) for i, word in enumerate(["no", "yes"] * 20)]
-    phase, state = build(settings, model, rows, rows[:8])
+    head = ClassificationHead(labels=LABELS, trains_trunk=False)
+    phase, state = build(settings, model, rows, rows[:8], head=head)
     before = jax.tree.map(np.asarray, state.base)
     state, _ = run(phase, state, 40)
-    assert set(state.train.params["model"]) == {"lora"}
+    assert state.train.params["model"] == {}
+    assert set(state.train.params) == {"model", "heads/tone"}
     jax.tree.map(np.testing.assert_array_equal, state.base, before)
     assert phase.evaluate(state)["accuracy"] == 1.0
 
 
 def test_settings_and_data_that_do_not_fit_are_refused():
-    model = NGrams(LABELS, (1,), width=2).build(257)
+    model = NGrams((1,), width=2).build(257)
     rows = examples(20, 0)
     with pytest.raises(UserError, match="class_weights must be 2 numbers, got 3"):
         build(Classification(class_weights=(1.0, 1.0, 1.0)), model, rows, rows)
     with pytest.raises(UserError, match="batch_size must be at most the 19 rows"):
         build(Classification(batch_size=32), model, rows, rows)
     with pytest.raises(UserError, match="class_weights and label_smoothing need several labels"):
-        build(Classification(label_smoothing=0.1), NGrams(("a",)).build(257), rows, rows)
+        build(Classification(label_smoothing=0.1), model, rows, rows, head=RegressionHead())
+    with pytest.raises(
+        UserError, match=r"phases\.classifier\.head must name a head of the run, got 'mood'; heads: tone"
+    ):
+        build(Classification(head="mood"), model, rows, rows)
     with pytest.raises(UserError, match=r"phases\.classifier: training data: row 1: no column 'tone'"):
         build(Classification(batch_size=4, label_field="tone"), model, rows, rows)
     with pytest.raises(ValueError, match=r"label_smoothing must be in \[0, 1\)"):

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import hybrid_jax.models.ngram_scorer
 import hybrid_jax.phases.reward_model  # noqa: F401
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.preference_stream import PreferenceStream, Reading, bootstrap_weights
@@ -19,9 +18,11 @@ from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.encoder import EncoderConfig
-from hybrid_jax.models.encoder_scorer import EncoderScorer
 from hybrid_jax.models.folders.hf import save_pretrained
-from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.heads import RegressionHead
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.scorer import TextScorer
+from hybrid_jax.models.text_encoder import TextEncoder
 from hybrid_jax.phases.reference_samples import ReferenceSamples
 from hybrid_jax.phases.reward_model import RewardModel, reward_objective
 from hybrid_jax.phases.reward_report import agreement
@@ -44,6 +45,11 @@ def experiment(folder, *overrides):
 def trained(tmp_path_factory):
     run = experiment(tmp_path_factory.mktemp("whole") / "run", "steps=20")
     return run, train(run)
+
+
+def groups(params):
+    """The groups of a run, of the parameters of a scorer."""
+    return {"model": params["trunk"], "heads/reward": params["head"]}
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +81,12 @@ def test_every_member_learns_a_bootstrap_sample_of_its_own_and_one_alone_learns_
 
 
 def test_the_gradient_is_that_of_the_loss_over_prompts_whatever_the_microbatches(stream):
-    model = NGrams(labels=("a", "b"), bucket_bits=6, width=4).build(TOKENIZER.vocab_size)
+    trunk = NGrams(bucket_bits=6, width=4).build(TOKENIZER.vocab_size)
+    model = TextScorer(trunk, RegressionHead(labels=("a", "b")))
     params = jax.tree.map(lambda x: x + 0.1, model.init(jax.random.key(0)))
     config = RewardModel(batch_size=8, label_smoothing=0.1, margin_coef=0.5, centring_coef=0.3)
     batch = jax.tree.map(jnp.asarray, stream.batch(0, 8))
-    objective = reward_objective(config, model)
+    objective = reward_objective(config, "reward", model)
 
     labels = jax.tree.map(np.asarray, batch.labels)
 
@@ -104,11 +111,9 @@ def test_the_gradient_is_that_of_the_loss_over_prompts_whatever_the_microbatches
 
     expected = jax.jit(jax.grad(by_hand))(params)
     for parts in (1, 4):
-        found = jax.jit(
-            lambda p, parts=parts: gradients(objective, {"model": p}, batch, jax.random.key(0), parts)
-        )
+        found = jax.jit(lambda p, parts=parts: gradients(objective, groups(p), batch, jax.random.key(0), parts))
         grads, metrics = found(params)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads["model"], expected)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), grads, groups(expected))
     assert set(metrics) == {"loss", "centring", "accuracy", "margin"}
 
 
@@ -175,13 +180,13 @@ def test_a_run_that_stopped_goes_on_to_the_same_bits(tmp_path):
 
 def test_features_of_a_frozen_body_are_as_good_as_its_tokens(stream):
     encoder = EncoderConfig(vocab_size=TOKENIZER.vocab_size, num_layers=1, width=8, num_heads=2, mlp_width=16)
-    model = EncoderScorer(encoder, ("a",), frozen=True)
+    model = TextScorer(TextEncoder(encoder), RegressionHead(labels=("a",), trains_trunk=False))
     params = jax.jit(lambda key: jax.tree.map(lambda x: x + 0.05, model.init(key)))(jax.random.key(1))
     batch = jax.tree.map(jnp.asarray, stream.batch(0, 4))
     flat = [x.reshape(12, -1) for x in (batch.tokens, batch.mask)]
     features = jax.jit(model.features)(params, *flat).reshape(4, 3, -1)
-    objective = reward_objective(RewardModel(batch_size=4), model)
-    loss = jax.jit(lambda batch: objective.loss({"model": params}, batch, jax.random.key(0))[0]["loss"].total)
+    objective = reward_objective(RewardModel(batch_size=4), "reward", model)
+    loss = jax.jit(lambda batch: objective.loss(groups(params), batch, jax.random.key(0))[0]["loss"].total)
     kept = batch.replace(tokens=None, mask=None, features=features)
     assert float(loss(kept)) == pytest.approx(float(loss(batch)), rel=1e-5)
 

@@ -12,7 +12,9 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.scored_text import encode_scored
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.folders.scorer import save_scorer
-from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.heads import ClassificationHead
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.scorer import TextScorer
 from hybrid_jax.rewards.base import RewardError, evaluate_reward
 from hybrid_jax.rewards.classifier import ClassifierReward, log_odds
 
@@ -23,7 +25,8 @@ TOKENIZER = Bytes().build([])
 
 @pytest.fixture(scope="module")
 def scorer():
-    model = NGrams(labels=LABELS, bucket_bits=4, width=3).build(TOKENIZER.vocab_size)
+    trunk = NGrams(bucket_bits=4, width=3).build(TOKENIZER.vocab_size)
+    model = TextScorer(trunk, ClassificationHead(labels=LABELS))
     leaves, shape = jax.tree.flatten(jax.jit(model.init)(jax.random.key(0)))
     noise = np.random.default_rng(0)
     return model, jax.tree.unflatten(

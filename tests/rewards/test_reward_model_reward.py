@@ -9,13 +9,16 @@ from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import encode_scored, padded
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.folders.scorer import save_scorer
-from hybrid_jax.models.ngram_scorer import NGrams
+from hybrid_jax.models.heads import RegressionHead
+from hybrid_jax.models.ngrams import NGrams
+from hybrid_jax.models.scorer import TextScorer
 from hybrid_jax.rewards.reward_model import RewardModelReward
 
 TOKENIZER = Bytes(chat_template="chatml").build([])
 PROMPTS = ["What is tea?", "And bread?", "Why?"]
 RESPONSES = ["A drink of leaves.", "", "Because it rises. " * 9]
-MODEL = NGrams(labels=("first", "second"), bucket_bits=4, width=3).build(TOKENIZER.vocab_size)
+TRUNK = NGrams(bucket_bits=4, width=3).build(TOKENIZER.vocab_size)
+MODEL = TextScorer(TRUNK, RegressionHead(labels=("first", "second")))
 SCALES = {"mean": [0.3, -1.0], "std": [0.5, 2.0]}
 
 
@@ -92,7 +95,7 @@ def test_a_wrong_setting_is_one_line(settings, message):
 
 
 def test_doubt_needs_two_members(tmp_path):
-    one = NGrams(labels=("only",), bucket_bits=4, width=2).build(TOKENIZER.vocab_size)
+    one = TextScorer(TRUNK, RegressionHead(labels=("only",)))
     save_scorer(tmp_path, one, jax.jit(one.init)(jax.random.key(0)), TOKENIZER.save)
     with pytest.raises(UserError, match="uncertainty_penalty needs two members or more"):
         RewardModelReward(str(tmp_path), uncertainty_penalty=1.0)(PROMPTS, RESPONSES)

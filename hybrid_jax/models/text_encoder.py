@@ -1,9 +1,8 @@
-"""Encoders that give numbers for a text, or for a text and what it answers.
+"""Encoders that give a vector for a text, or for a text and what it answers.
 
     u = pool(encoder(text))                             one text, or both read as one ("joint")
     u = [q; a; q ∘ a; |q − a|]                          "features" of the two embeddings (InferSent, Conneau et
                                                         al. 2017; COMET's estimator, Rei et al. 2020)
-    y = drop(u) W + b,  or  drop(gelu(drop(u) V + c)) W + b     float32, [B Y]
 
 A row is ``[CLS] text [SEP]`` or ``[CLS] prompt [SEP] text [SEP]`` (`data.scored_text`): the first separator
 tells where the prompt ends.
@@ -14,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,42 +21,44 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import MOST_TOKENIZER, read_json
-from hybrid_jax.core.ranges import Count, Natural, Rate, Width, settings
+from hybrid_jax.core.ranges import Count, Natural, settings
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
 from hybrid_jax.models.folders.encoder import load_encoder
 from hybrid_jax.models.folders.hub import find_folder
-from hybrid_jax.models.layers import linear
 from hybrid_jax.models.pooling import Mode, Pooling
-from hybrid_jax.models.scorer import check_labels, dropped, head_of, with_head
 
 Pair = Literal["none", "joint", "features"]
-HEAD = ("score_dense", "score")  # names of its maps
 
 
 @dataclass(frozen=True)
-class EncoderScorer:
-    """A `SequenceScorer`: an encoder's body, pooled, and a head.
+class TextEncoder:
+    """A `TextTrunk`: an encoder's body, pooled.
 
     Attributes:
         config: of the body; it has neither pooler nor head of its own.
-        labels: one a number that it gives.
         pooling: of the hidden states.
         pair: how a prompt is read beside the text; see above.
-        separator_id: the token between the two; only a scorer of single texts needs none.
-        hidden_width: of the layer between features and numbers; None has none.
-        head_dropout: rate on what the head reads, in training only.
-        frozen: the body stays as it is; only the head trains.
+        separator_id: the token between the two; only a trunk for single texts needs none.
     """
 
     config: EncoderConfig
-    labels: tuple[str, ...]
     pooling: Pooling = Pooling(normalize=False)
     pair: Pair = "none"
     separator_id: int | None = None
-    hidden_width: int | None = None
-    head_dropout: float = 0.0
-    frozen: bool = False
+
+    @property
+    def settings(self) -> TextEncoderSettings:
+        """What builds it, without the folder that it came from."""
+        return TextEncoderSettings(
+            encoder=self.config,
+            pooling=self.pooling.mode,
+            normalize=self.pooling.normalize,
+            pair=self.pair,
+            separator_id=self.separator_id,
+            max_length=self.pooling.max_length,
+            dtype=self.config.dtype,
+        )
 
     @property
     def body(self) -> Encoder:
@@ -76,37 +77,10 @@ class EncoderScorer:
         return self.config.width * (4 if self.pair == "features" else 1)
 
     def init(self, key: Array) -> Params:
-        return with_head(self.init_body(key), self.init_head(key), frozen=self.frozen)
-
-    def init_body(self, key: Array) -> Params:
         return self.body.init(key)
-
-    def init_head(self, key: Array) -> Params:
-        """The last map is zero: nothing is known yet."""
-        head, width = {}, self.num_features
-        if self.hidden_width is not None:
-            shape = (width, self.hidden_width)
-            kernel = jax.random.normal(jax.random.fold_in(key, 1), shape) / jnp.sqrt(width)
-            head["score_dense"] = {"kernel": kernel, "bias": jnp.zeros(self.hidden_width)}
-            width = self.hidden_width
-        scale = 0.0 if self.hidden_width is None else 1.0 / jnp.sqrt(width)
-        kernel = scale * jax.random.normal(jax.random.fold_in(key, 2), (width, len(self.labels)))
-        return {**head, "score": {"kernel": kernel, "bias": jnp.zeros(len(self.labels))}}
 
     def cast(self, params: Params) -> Params:
         return params
-
-    def apply(
-        self,
-        params: Params,
-        tokens: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"],
-        *,
-        dropout_key: Array | None = None,
-    ) -> Float[Array, "B Y"]:
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        features = self.features(params, tokens, attention_mask, dropout_key=keys[0])
-        return self.read(params, features, dropout_key=keys[1])
 
     def features(
         self,
@@ -116,11 +90,7 @@ class EncoderScorer:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B F"]:
-        """What the head reads, float32; of a frozen body constants, without dropout or gradient."""
-        body, _ = head_of(params, HEAD)
-        if self.frozen:
-            body, dropout_key = jax.lax.stop_gradient(body), None
-        embed = partial(self._embed, body, dropout_key=dropout_key)
+        embed = partial(self._embed, params, dropout_key=dropout_key)
         mask = attention_mask.astype(bool)
         if self.pair == "none":
             return embed(tokens, mask)
@@ -132,19 +102,6 @@ class EncoderScorer:
         second = jnp.where(columns == starts, tokens[:, :1], tokens)
         second = embed(second, mask & (columns >= starts))
         return jnp.concatenate([first, second, first * second, jnp.abs(first - second)], axis=1)
-
-    def read(
-        self, params: Params, features: Float[Array, "B F"], *, dropout_key: Array | None = None
-    ) -> Float[Array, "B Y"]:
-        """The numbers that the head reads off the features."""
-        _, head = head_of(params, HEAD)
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        x = dropped(features, self.head_dropout, keys[0])
-        if self.hidden_width is not None:
-            dense = head["score_dense"]
-            x = jax.nn.gelu(linear(x, dense["kernel"], dense["bias"]), approximate=False)
-            x = dropped(x, self.head_dropout, keys[1])
-        return linear(x, head["score"]["kernel"], head["score"]["bias"], jnp.float32)
 
     def _embed(self, body: Params, tokens, mask, types=None, *, dropout_key=None) -> Float[Array, "B D"]:
         hidden = self.body.hidden(body, tokens, mask, types, dropout_key=dropout_key)
@@ -232,11 +189,10 @@ def find_separator(folder: Path) -> int | None:
 
 @BACKBONES.register("encoder")
 @settings(kw_only=True)
-class EncoderScorerSettings:
-    """An `EncoderScorer` to train, from a random or a pretrained encoder.
+class TextEncoderSettings:
+    """A `TextEncoder` as a trunk, a random or a pretrained one.
 
     Attributes:
-        labels: one a number that it gives.
         path: of a Hugging Face or sentence-transformers folder, or the id of one on the hub.
         encoder: the settings of a random encoder, in place of ``path``.
         pooling: of the hidden states: the mean over the tokens, or the first one.
@@ -244,34 +200,24 @@ class EncoderScorerSettings:
         pair: what is done with a prompt: "none" reads texts alone, "joint" both as one, "features" compares
             their embeddings.
         separator_id: the token between the two; None takes that of the folder's tokenizer.
-        freeze: train only the head, on features that are computed once.
-        hidden_width: of a layer before the last map; None has none.
-        dropout: rate on what the head reads.
         max_length: tokens a row at most; None takes all that the folder allows.
-        dtype: of the computation of the body.
+        dtype: of the computation.
     """
 
-    labels: tuple[str, ...]
     path: str | None = None
     encoder: EncoderConfig | None = None
     pooling: Mode = "mean"
     normalize: bool = False
     pair: Pair = "none"
     separator_id: Natural | None = None
-    freeze: bool = False
-    hidden_width: Width | None = None
-    dropout: Rate = 0.0
     max_length: Count | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        check_labels(self.labels)
         if (self.path is None) == (self.encoder is None):
             raise ValueError("path must be given, or encoder, and not both")
-        if self.freeze and self.path is None:
-            raise ValueError("freeze must be false for a random encoder, got True")
 
-    def build(self, vocab_size: int | None = None) -> EncoderScorer:
+    def build(self, vocab_size: int | None = None) -> TextEncoder:
         folder = None if self.path is None else find_folder(self.path)
         body = Encoder(self.encoder) if self.encoder else load_encoder(folder or "", dtype=self.dtype)[0]
         if vocab_size is not None and body.config.vocab_size < vocab_size:
@@ -285,30 +231,17 @@ class EncoderScorerSettings:
             raise UserError(f"model.separator_id must be given for pair {self.pair}: no tokenizer says it")
         length = min(body.max_length, self.max_length or body.max_length)
         config = replace(body.config, pooler=False, head=None, labels=(), head_reads="pooler", dtype=self.dtype)
-        settings: dict[str, Any] = {
-            "config": config,
-            "labels": self.labels,
-            "pooling": Pooling(self.pooling, self.normalize, length),
-            "pair": self.pair,
-            "separator_id": separator,
-            "hidden_width": self.hidden_width,
-            "head_dropout": self.dropout,
-            "frozen": self.freeze,
-        }
-        return (
-            EncoderScorer(**settings)
-            if folder is None
-            else PretrainedEncoderScorer(**settings, start=str(folder))
-        )
+        trunk = config, Pooling(self.pooling, self.normalize, length), self.pair, separator
+        return TextEncoder(*trunk) if folder is None else PretrainedTextEncoder(*trunk, start=str(folder))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainedEncoderScorer(EncoderScorer):
-    """A scorer whose body `init` reads out of a folder. Call it outside `jax.jit`."""
+class PretrainedTextEncoder(TextEncoder):
+    """One whose parameters `init` reads out of a folder. Call it outside `jax.jit`."""
 
     start: str
 
-    def init_body(self, key: Array) -> Params:
+    def init(self, key: Array) -> Params:
         params = load_encoder(self.start)[1]
         wanted = jax.eval_shape(self.body.init, key)
         return {name: params[name] for name in wanted}

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.models.ngram_scorer import NGrams, hashed
+from hybrid_jax.models.heads import ClassificationHead
+from hybrid_jax.models.ngrams import NGrams, hashed
+from hybrid_jax.models.scorer import TextScorer
 
 ROWS = [[3, 1, 4, 1, 5], [9, 2], [6], []]
-SCORER = NGrams(("a", "b"), (1, 2, 3), bucket_bits=6, width=4).build(10)
+TRUNK = NGrams((1, 2, 3), bucket_bits=6, width=4).build(10)
+SCORER = TextScorer(TRUNK, ClassificationHead(labels=("a", "b")))
 APPLY = jax.jit(SCORER.apply)
 
 
@@ -23,8 +26,8 @@ def python_hash(tokens):
 
 
 def python_scores(params, rows):
-    table = np.asarray(params["ngrams"]["embedding"], np.float64)
-    kernel, bias = (np.asarray(params["score"][name], np.float64) for name in ("kernel", "bias"))
+    table = np.asarray(params["trunk"]["ngrams"]["embedding"], np.float64)
+    kernel, bias = (np.asarray(params["head"]["score"][name], np.float64) for name in ("kernel", "bias"))
     scores = []
     for row in rows:
         found = [table[token] for token in row]
@@ -45,7 +48,8 @@ def padded(rows, length, left=0, fill=0):
 @pytest.fixture(scope="module")
 def params():
     fresh = SCORER.init(jax.random.key(0))
-    return {**fresh, "score": {"kernel": jax.random.normal(jax.random.key(1), (4, 2)), "bias": jnp.ones(2)}}
+    score = {"kernel": jax.random.normal(jax.random.key(1), (4, 2)), "bias": jnp.ones(2)}
+    return {**fresh, "head": {"score": score}}
 
 
 def test_the_hash_is_that_of_a_loop_over_integers():
@@ -81,6 +85,6 @@ def test_rows_permute_with_their_scores(params):
 
 def test_settings_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="orders must be ascending"):
-        NGrams(("a", "b"), (2, 1))
+        NGrams((2, 1))
     with pytest.raises(ValueError, match="labels must be different names"):
-        NGrams(("a", "a"))
+        ClassificationHead(labels=("a", "a"))

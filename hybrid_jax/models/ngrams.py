@@ -1,7 +1,6 @@
 """A text as the bag of its n-grams: fast, without any order beyond n (fastText, Joulin et al. 2016).
 
     x = mean over the n-grams g of the row of E[row(g)]          E [V + 2^k, W]
-    y = drop(x) W + b                                           float32, [B Y]
 
 A token is a row of its own; a longer n-gram takes one of the 2^k rows behind those, by a hash of its tokens:
 FNV-1a over the tokens as words of 32 bits (Fowler, Noll, Vo), then the finaliser of MurmurHash3, which spreads
@@ -19,10 +18,8 @@ from annotated_types import Interval, MinLen
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import Order, Rate, Width, settings
+from hybrid_jax.core.ranges import Order, Width, settings
 from hybrid_jax.models.base import BACKBONES, Params
-from hybrid_jax.models.layers import linear
-from hybrid_jax.models.scorer import check_labels, dropped
 
 _FNV_START, _FNV_PRIME = 0x811C9DC5, 0x01000193
 
@@ -30,36 +27,31 @@ _FNV_START, _FNV_PRIME = 0x811C9DC5, 0x01000193
 @BACKBONES.register("ngrams")
 @settings
 class NGrams:
-    """Settings of an `NGramScorer`.
+    """Settings of an `NGramTrunk`.
 
     Attributes:
-        labels: one a number that it gives.
         orders: lengths n of the n-grams, ascending.
         bucket_bits: k; n-grams with n > 1 share 2^k rows.
         width: W.
-        dropout: rate on x, in training only.
     """
 
-    labels: tuple[str, ...]
     orders: Annotated[tuple[Order, ...], MinLen(1)] = (1, 2)
     bucket_bits: Annotated[int, Interval(ge=1, le=30)] = 18
     width: Width = 16
-    dropout: Rate = 0.0
 
     def __post_init__(self):
-        check_labels(self.labels)
         if list(self.orders) != sorted(set(self.orders)):
             raise ValueError(f"orders must be ascending numbers, got {list(self.orders)}")
 
-    def build(self, vocab_size: int | None = None) -> NGramScorer:
+    def build(self, vocab_size: int | None = None) -> NGramTrunk:
         if vocab_size is None:
             raise UserError("the model ngrams needs a tokenizer of a known vocabulary")
-        return NGramScorer(self, vocab_size)
+        return NGramTrunk(self, vocab_size)
 
 
 @dataclass(frozen=True)
-class NGramScorer:
-    """A `SequenceScorer` over hashed n-grams; it reads rows of any length."""
+class NGramTrunk:
+    """A `TextTrunk`: the mean over hashed n-grams; it reads rows of any length."""
 
     config: NGrams
     vocab_size: int
@@ -67,8 +59,13 @@ class NGramScorer:
     max_length = None
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        return self.config.labels
+    def settings(self) -> NGrams:
+        """What builds it."""
+        return self.config
+
+    @property
+    def num_features(self) -> int:
+        return self.config.width
 
     @property
     def num_rows(self) -> int:
@@ -76,32 +73,29 @@ class NGramScorer:
         return self.vocab_size + (2**self.config.bucket_bits if self.config.orders[-1] > 1 else 0)
 
     def init(self, key: Array) -> Params:
-        """The table uniform in ±1/W as in fastText, the map zero: nothing is known yet."""
+        """The table uniform in ±1/W as in fastText."""
         bound = 1.0 / self.config.width
         table = jax.random.uniform(key, (self.num_rows, self.config.width), minval=-bound, maxval=bound)
-        zeros = jnp.zeros((self.config.width, len(self.labels))), jnp.zeros(len(self.labels))
-        return {"ngrams": {"embedding": table}, "score": dict(zip(("kernel", "bias"), zeros, strict=True))}
+        return {"ngrams": {"embedding": table}}
 
     def cast(self, params: Params) -> Params:
         return params
 
-    def apply(
+    def features(
         self,
         params: Params,
         tokens: Int[Array, "B T"],
         attention_mask: Bool[Array, "B T"],
         *,
         dropout_key: Array | None = None,
-    ) -> Float[Array, "B Y"]:
+    ) -> Float[Array, "B W"]:
         table = params["ngrams"]["embedding"]
         total, count = jnp.zeros((tokens.shape[0], self.config.width)), jnp.zeros((tokens.shape[0], 1))
         for order in self.config.orders:
             rows, real = self.ngrams(tokens, attention_mask.astype(bool), order)
             total += jnp.sum(jnp.where(real[..., None], table[rows], 0.0), axis=1)
             count += jnp.sum(real, axis=1, keepdims=True)
-        x = total / jnp.maximum(count, 1)
-        x = dropped(x, self.config.dropout, dropout_key)
-        return linear(x, params["score"]["kernel"], params["score"]["bias"], jnp.float32)
+        return total / jnp.maximum(count, 1)
 
     def ngrams(
         self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], order: int

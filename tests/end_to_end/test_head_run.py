@@ -60,7 +60,7 @@ def test_a_notebook_trains_it_too(run):
     kind, folder = run
     trainer = HybridTrainer(CONFIGS / f"{kind}.yaml", overrides=[f"run_dir={folder}", *QUIET])
     assert trainer.train()["evaluation/accuracy"] == last_evaluation(folder)["evaluation/accuracy"]
-    with pytest.raises(UserError, match="trains a scorer of texts, which gives no answers"):
+    with pytest.raises(UserError, match="trains heads and no language model, so it gives no answers"):
         trainer.generate(["hello"])
 
 
@@ -68,10 +68,10 @@ def test_what_only_a_policy_can_do_is_refused_in_one_line(run, command, tmp_path
     _, folder = run
     code, _, error = command(generate.main, "--run", folder, "--prompt", "hello")
     assert code == 2
-    assert "trains a scorer of texts, which gives no answers" in error
+    assert "trains heads and no language model, so it gives no answers" in error
     code, _, error = command(export.main, "--run", folder, "--output", tmp_path / "o", "--dtype", "bfloat16")
     assert code == 2
-    assert "--dtype are for a policy's run" in error
+    assert "trains no language model: --adapter, --value and --dtype are for one" in error
 
 
 def test_a_phase_and_a_model_that_do_not_fit_are_refused(command, tmp_path):
@@ -79,4 +79,7 @@ def test_a_phase_and_a_model_that_do_not_fit_are_refused(command, tmp_path):
     start = ["--config", CONFIGS / "reward_model.yaml", f"run_dir={tmp_path}", *QUIET, *phases]
     code, _, error = command(train.main, *start)
     assert code == 2
-    assert "phases.sft trains a language model; the model is of another kind, NGramScorer" in error
+    assert (
+        "phases.sft trains the next token, which the model ngrams does not have: on it only heads train"
+        in error
+    )

@@ -73,7 +73,7 @@ LATE = {
 UNDOCUMENTED = {"models": 34, "rewards": 24, "phases": 16, "top": 10}  # by room
 
 
-SILENT = {"phases": 24, "rewards": 8, "models": 28, "sampling": 5}  # settings without a sentence, by room
+SILENT = {"phases": 22, "rewards": 8, "models": 28, "sampling": 5}  # settings without a sentence, by room
 
 
 def modules():

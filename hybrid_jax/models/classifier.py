@@ -65,14 +65,17 @@ class Classifier:
 
     @property
     def num_labels(self) -> int:
+        """Y, numbers a text."""
         return len(self.labels)
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
         return self.backbone.vocab_size
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest row that it can read; None has no bound."""
         return self.config.max_length
 
     def init(self, key: Array) -> Params:

@@ -97,6 +97,7 @@ class TextHead:
     def read(
         self, params: Params, features: Float[Array, "B F"], *, dropout_key: Array | None = None
     ) -> Float[Array, "B Y"]:
+        """One number a label; see `Head.read`."""
         score, x = params["score"], features
         if self.hidden_width is not None:
             keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)

@@ -44,6 +44,7 @@ class NGrams:
             raise ValueError(f"orders must be ascending numbers, got {list(self.orders)}")
 
     def build(self, vocab_size: int | None = None) -> NGramTrunk:
+        """Makes the trunk over the tokens of a vocabulary."""
         if vocab_size is None:
             raise UserError("the model ngrams needs a tokenizer of a known vocabulary")
         return NGramTrunk(self, vocab_size)
@@ -65,6 +66,7 @@ class NGramTrunk:
 
     @property
     def num_features(self) -> int:
+        """F, numbers a text."""
         return self.config.width
 
     @property
@@ -79,6 +81,7 @@ class NGramTrunk:
         return {"ngrams": {"embedding": table}}
 
     def cast(self, params: Params) -> Params:
+        """The same: it computes in float32."""
         return params
 
     def features(
@@ -89,6 +92,7 @@ class NGramTrunk:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B W"]:
+        """The mean row of the n-grams of each text; 0 for one without any."""
         table = params["ngrams"]["embedding"]
         total, count = jnp.zeros((tokens.shape[0], self.config.width)), jnp.zeros((tokens.shape[0], 1))
         for order in self.config.orders:

@@ -31,14 +31,18 @@ class SequenceScorer(Protocol):
         ...
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
+        ...
 
     @property
     def max_length(self) -> int | None:
         """Longest row the scorer can read; None has no bound."""
         ...
 
-    def init(self, key: Array) -> Params: ...
+    def init(self, key: Array) -> Params:
+        """Random parameters."""
+        ...
 
     def cast(self, params: Params) -> Params:
         """The parameters as the computation reads them; see `LanguageModel.cast`."""
@@ -61,19 +65,27 @@ class TextTrunk(Protocol):
     """A trunk that gives one vector a text, for heads to read."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
+        ...
 
     @property
-    def max_length(self) -> int | None: ...
+    def max_length(self) -> int | None:
+        """Tokens of the longest row that it can read; None has no bound."""
+        ...
 
     @property
     def num_features(self) -> int:
         """F, numbers a text."""
         ...
 
-    def init(self, key: Array) -> Params: ...
+    def init(self, key: Array) -> Params:
+        """Random parameters."""
+        ...
 
-    def cast(self, params: Params) -> Params: ...
+    def cast(self, params: Params) -> Params:
+        """The parameters as the computation reads them."""
+        ...
 
     def features(
         self,
@@ -95,20 +107,25 @@ class LastState:
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
         return self.model.vocab_size
 
     @property
     def max_length(self) -> int | None:
+        """Tokens of the longest row that it can read; None has no bound."""
         return self.model.max_length
 
     @property
     def num_features(self) -> int:
+        """F, numbers a text."""
         return getattr(getattr(self.model, "config", None), "embedding_width", None) or self.model.width
 
     def init(self, key: Array) -> Params:
+        """Random parameters."""
         return self.model.init(key)
 
     def cast(self, params: Params) -> Params:
+        """The parameters as the computation reads them."""
         return self.model.cast(params)
 
     def features(
@@ -119,6 +136,7 @@ class LastState:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B F"]:
+        """The hidden state behind the last token of each text, float32."""
         hidden = self.model.hidden(params, tokens, attention_mask, dropout_key=dropout_key)
         return at_last_token(params, hidden, attention_mask).astype(jnp.float32)
 
@@ -156,17 +174,21 @@ class TextScorer:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        """Names of the numbers."""
         return self.head.labels
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
         return self.trunk.vocab_size
 
     @property
     def max_length(self) -> int | None:
+        """Tokens of the longest row that it can read; None has no bound."""
         return self.trunk.max_length
 
     def init(self, key: Array) -> Params:
+        """Random parameters of both."""
         return {"trunk": self.trunk.init(key), "head": self.head.init(key, self.trunk.num_features)}
 
     def cast(self, params: Params) -> Params:
@@ -181,6 +203,7 @@ class TextScorer:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B Y"]:
+        """One number a label, float32."""
         below = None if dropout_key is None else jax.random.fold_in(dropout_key, _TRUNK_DROPOUT)
         features = self.features(params, tokens, attention_mask, dropout_key=below)
         return self.read(params, features, dropout_key=dropout_key)

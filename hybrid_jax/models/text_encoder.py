@@ -62,24 +62,30 @@ class TextEncoder:
 
     @property
     def body(self) -> Encoder:
+        """The encoder that reads a text."""
         return Encoder(self.config)
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
         return self.config.vocab_size
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest row that it can read; None has no bound."""
         return min(self.config.max_length, self.pooling.max_length or self.config.max_length)
 
     @property
     def num_features(self) -> int:
+        """F, numbers a text."""
         return self.config.width * (4 if self.pair == "features" else 1)
 
     def init(self, key: Array) -> Params:
+        """Random parameters."""
         return self.body.init(key)
 
     def cast(self, params: Params) -> Params:
+        """The same: the layers cast where they compute."""
         return params
 
     def features(
@@ -90,6 +96,7 @@ class TextEncoder:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B F"]:
+        """The embedding of each text, or what compares those of a prompt and its answer."""
         embed = partial(self._embed, params, dropout_key=dropout_key)
         mask = attention_mask.astype(bool)
         if self.pair == "none":
@@ -122,20 +129,25 @@ class EncoderClassifier:
 
     @property
     def labels(self) -> tuple[str, ...]:
+        """Names of the numbers."""
         return self.encoder.config.labels
 
     @property
     def vocab_size(self) -> int:
+        """Tokens that it knows, V."""
         return self.encoder.config.vocab_size
 
     @property
     def max_length(self) -> int:
+        """Tokens of the longest row that it can read; None has no bound."""
         return self.encoder.max_length
 
     def init(self, key: Array) -> Params:
+        """Random parameters."""
         return self.encoder.init(key)
 
     def cast(self, params: Params) -> Params:
+        """The same: the layers cast where they compute."""
         return params
 
     def apply(
@@ -146,6 +158,7 @@ class EncoderClassifier:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B Y"]:
+        """One number a label, float32."""
         types = token_types(self.encoder.config, tokens, self.separator_id)
         return self.encoder.logits(params, tokens, attention_mask, types, dropout_key=dropout_key)
 
@@ -218,6 +231,7 @@ class TextEncoderSettings:
             raise ValueError("path must be given, or encoder, and not both")
 
     def build(self, vocab_size: int | None = None) -> TextEncoder:
+        """Reads the folder's settings, or takes those of ``encoder``, and makes the trunk."""
         folder = None if self.path is None else find_folder(self.path)
         body = Encoder(self.encoder) if self.encoder else load_encoder(folder or "", dtype=self.dtype)[0]
         if vocab_size is not None and body.config.vocab_size < vocab_size:
@@ -242,6 +256,7 @@ class PretrainedTextEncoder(TextEncoder):
     start: str
 
     def init(self, key: Array) -> Params:
+        """The parameters of the folder."""
         params = load_encoder(self.start)[1]
         wanted = jax.eval_shape(self.body.init, key)
         return {name: params[name] for name in wanted}

@@ -61,6 +61,7 @@ class Classification(HeadSettings):
     source: Annotated[Any, SOURCES] | None = None
 
     def build(self, resources: Resources) -> ClassifierPhase:
+        """Makes the phase."""
         return ClassifierPhase(self, resources)
 
 
@@ -89,6 +90,7 @@ class ClassifierPhase(HeadPhase):
         )
 
     def batch(self, state: RunState, cursor: int) -> tuple[LabelledBatch, dict[str, Any]]:
+        """The batch at a cursor; of a trunk that never trains, what it makes of the rows."""
         stream: Any = self.stream
         if self.reader.keeps_features:
             features = self.reader.features(self.params_of(state), stream.rows, "train")

@@ -63,6 +63,7 @@ class HeadPhase(SupervisedPhase):
         self.reader = ScorerReader(self.scorer, resources.placement, read_rows, length, keeps_features)
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        """Adds the head, unless another phase that trains it has, to what `SupervisedPhase.init` gives."""
         group = GROUP + self.head
         if group in params:  # another phase trains it, too
             return super().init(params, key)

@@ -64,6 +64,7 @@ class RewardModel(HeadSettings):
         reference: a policy whose samples have mean 0 and standard deviation 1 after training; None takes all
             responses of the training data.
         source: preferences of its own; None takes the run's, a source ``preferences``.
+        optimizer: of the parameters that train.
     """
 
     batch_size: BatchSize = 16
@@ -90,6 +91,7 @@ class RewardModel(HeadSettings):
             )
 
     def build(self, resources: Resources) -> RewardModelPhase:
+        """Makes the phase."""
         return RewardModelPhase(self, resources)
 
 
@@ -111,6 +113,7 @@ class RewardModelPhase(HeadPhase):
         self._loss = jax.jit(functools.partial(preference_loss, config))
 
     def batch(self, state: RunState, cursor: int) -> tuple[PreferenceBatch, dict[str, Any]]:
+        """The batch at a cursor; of a trunk that never trains, what it makes of the rows."""
         stream: Any = self.stream
         batch = stream.batch(cursor, self.config.batch_size)
         logged = {"tokens": batch.mask.sum()}

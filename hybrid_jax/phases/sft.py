@@ -38,6 +38,7 @@ class SFT(Supervised):
     source: Annotated[Any, SOURCES] | None = None  # examples of its own; None takes the run's
 
     def build(self, resources: Resources) -> SupervisedPhase:
+        """Makes the phase: its stream, its loss and the shapes of a batch."""
         model, where = resources.model, f"phases.{resources.name}"
         return SupervisedPhase(
             self,

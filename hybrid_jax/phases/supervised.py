@@ -38,7 +38,9 @@ class Supervised:
     batch_size: BatchSize = 16  # rows a step
     microbatches: Count = 1  # parts in which a batch is read, to save memory; the gradient is the same
     dropout: bool = True  # apply the model's dropout, if it has any
-    optimizer: Annotated[Optimizer, OPTIMIZERS] = field(default_factory=lambda: AdamW(learning_rate=1e-3))
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = field(  # of the parameters that train
+        default_factory=lambda: AdamW(learning_rate=1e-3)
+    )
 
     def __post_init__(self):
         if self.batch_size % self.microbatches:
@@ -109,6 +111,7 @@ class SupervisedPhase:
         return PhaseInit(made or {}, opt_state, extra=initial_loss_scale(self.resources.model))
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        """One update on the next batch."""
         assert self.stream is not None, "a planned phase takes no steps"
         started = time.perf_counter()
         cursor = state.cursors.get(self.name, 0)
@@ -130,6 +133,7 @@ class SupervisedPhase:
         return batch, self._logged(batch)
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        """The update, for a batch of the longest rows."""
         batch, placement = self._shapes(), self.resources.placement
         state, idle = without_idle(state, self)
         inputs = (state.base, state.train, batch, key_shape(placement), rate_shape(placement))

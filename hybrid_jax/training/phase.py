@@ -133,4 +133,4 @@ class PhaseConfig(Protocol):
         ...
 
 
-PHASES: Registry[Any] = Registry("phase")
+PHASES: Registry[PhaseConfig] = Registry("phase")

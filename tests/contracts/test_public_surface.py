@@ -17,7 +17,7 @@ import yaml
 
 import hybrid_jax as hj
 from hybrid_jax.core.registry import Registry
-from hybrid_jax.testing import TINY, tiny_decoder_folder, tiny_rows
+from hybrid_jax.testing import TINY, PrefixTable, tiny_decoder_folder, tiny_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,3 +137,13 @@ def test_samples_come_with_the_log_probs_of_what_was_chosen(pretrained):
         scores = np.asarray(logits[t + 2], np.float64)
         expected = scores[int(samples.tokens[0, t])] - np.log(np.exp(scores).sum())
         assert float(samples.log_probs[0, t]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_has_no_folder_of_that_kind_is_one_line(pretrained, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(
+        hj.UserError, match="dtype must be float32 or bfloat16 for an encoder-decoder, got float16"
+    ):
+        hj.load_pretrained(tmp_path, dtype="float16")
+    with pytest.raises(hj.UserError, match="a model of type PrefixTable has no Hugging Face format"):
+        hj.save_pretrained(tmp_path / "out", PrefixTable(), {})

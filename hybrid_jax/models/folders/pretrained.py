@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.decoder_config import ComputeDtype
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.families.t5 import ENCODER_DECODERS
@@ -41,9 +44,23 @@ def load_pretrained(
             the wrong shape.
     """
     folder = find_folder(folder)
-    paired = read_json(folder / CONFIG).get("model_type") in ENCODER_DECODERS
-    load = load_encoder_decoder if paired else hf.load_pretrained
-    return load(folder, dtype, param_dtype=param_dtype, sharding=sharding, check_finite=check_finite)
+    if read_json(folder / CONFIG).get("model_type") not in ENCODER_DECODERS:
+        return hf.load_pretrained(
+            folder,
+            dtype,
+            param_dtype=param_dtype,
+            sharding=sharding,
+            check_finite=check_finite,
+        )
+    if dtype == "float16":
+        raise UserError("dtype must be float32 or bfloat16 for an encoder-decoder, got float16")
+    return load_encoder_decoder(
+        folder,
+        dtype,
+        param_dtype=param_dtype,
+        sharding=sharding,
+        check_finite=check_finite,
+    )
 
 
 def save_pretrained(
@@ -70,13 +87,10 @@ def save_pretrained(
     Raises:
         UserError: no family can express the model, or a parameter is not finite.
     """
-    save = save_encoder_decoder if isinstance(model, EncoderDecoder) else hf.save_pretrained
-    save(
-        folder,
-        model,
-        params,
-        eos_ids=eos_ids,
-        pad_id=pad_id,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-    )
+    settings: Any = {"eos_ids": eos_ids, "pad_id": pad_id, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    if isinstance(model, EncoderDecoder):
+        save_encoder_decoder(folder, model, params, **settings)
+    elif isinstance(model, Decoder):
+        hf.save_pretrained(folder, model, params, **settings)
+    else:
+        raise UserError(f"a model of type {type(model).__name__} has no Hugging Face format")

@@ -30,6 +30,8 @@ _PUBLIC = {
     "models.base": ["BACKBONES", "LanguageModel", "ModelOutput", "Params", "SlotCache"],
     "models.families": ["FAMILIES"],
     "models.families.family": ["Family"],
+    "models.families.settings": ["fixed", "require", "same"],
+    "models.folders.hf": ["Pretrained"],
     "models.rope": ["ROPE_SCALINGS"],
     # data
     "data.sources": ["SOURCES", "Source"],

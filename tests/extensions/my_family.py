@@ -1,4 +1,4 @@
-"""A family of Hugging Face models: Seed-OSS is Llama with a switch of its own for the bias of attention's output."""
+"""A family of Hugging Face models: Seed-OSS is Llama with one more switch, the bias of attention's output."""
 
 from dataclasses import replace
 

@@ -41,64 +41,64 @@ _PER_LAYER = ("window_layers", "rotary_layers")
 class DecoderConfig:
     """Every switch of the decoder. ``None`` means the usual choice, named behind it."""
 
-    num_layers: Layers = 4
-    width: Width = 256
-    num_heads: Width = 8
-    num_kv_heads: Width | None = None  # num_heads
-    head_width: Width | None = None  # width // num_heads
-    mlp_width: Width | None = None  # 4 * width
-    max_length: Count = 1024
-    vocab_size: Vocabulary | None = None  # the tokenizer's
+    num_layers: Layers = 4  # how many
+    width: Width = 256  # of the hidden states
+    num_heads: Width = 8  # of queries
+    num_kv_heads: Width | None = None  # of keys and values, each for several of queries; null: num_heads
+    head_width: Width | None = None  # channels of a head; null: width // num_heads
+    mlp_width: Width | None = None  # of the hidden layer of an MLP; null: 4 * width
+    max_length: Count = 1024  # tokens of the longest row
+    vocab_size: Vocabulary | None = None  # rows of the embedding; null: the tokenizer's
 
-    position: Literal["learned", "rotary", "alibi"] = "learned"
+    position: Literal["learned", "rotary", "alibi"] = "learned"  # how tokens know their order
     position_offset: Natural = 0  # rows of the learned table before the one of position 0
-    rope_theta: RopeBase = 10_000.0
-    rope_scaling: Annotated[Any, ROPE_SCALINGS] | None = None
-    local_rope_theta: RopeBase | None = None  # base of the windowed layers, never scaled; rope_theta
-    rotary_width: Width | None = None  # channels of a head that turn; all
+    rope_theta: RopeBase = 10_000.0  # base of the rotary frequencies
+    rope_scaling: Annotated[Any, ROPE_SCALINGS] | None = None  # to longer rows than in training; null: none
+    local_rope_theta: RopeBase | None = None  # base of the windowed layers, never scaled; null: rope_theta
+    rotary_width: Width | None = None  # channels of a head that turn; null: all
     rotary_interleaved: bool = False  # channel pairs (2i, 2i + 1) instead of (i, i + C/2)
-    rotary_layers: tuple[bool, ...] | None = None  # layers that know positions; all
+    rotary_layers: tuple[bool, ...] | None = None  # layers that know positions; null: all
     alibi_exponent: Positive = 8.0  # the smallest slope is 2^-8
     alibi_scaled: bool = False  # the bias is scaled like the scores
 
-    attention_scale: Positive | None = None  # 1 / √head_width
-    attention_softcap: Positive | None = None  # none
+    attention_scale: Positive | None = None  # factor on the scores; null: 1 / √head_width
+    attention_softcap: Positive | None = None  # bound c of scores, by c · tanh(score / c); null: none
     attention_sinks: bool = False  # a learned score a head that no value answers
-    window: Count | None = None  # tokens that a windowed layer sees, itself included; all
-    window_layers: tuple[bool, ...] | None = None  # which layers have the window; all
+    window: Count | None = None  # tokens that a windowed layer sees, itself included; null: all
+    window_layers: tuple[bool, ...] | None = None  # which layers have the window; null: all
     query_key_norm: Literal["head", "each_head", "all_heads"] | None = None  # scale [C], [H C], or one over H·C
-    clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±
+    clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±; null: not
 
-    norm: Literal["layer", "rms"] = "layer"
-    norm_epsilon: Positive = 1e-5
+    norm: Literal["layer", "rms"] = "layer"  # with or without the mean
+    norm_epsilon: Positive = 1e-5  # added to the variance
     norm_scale: bool = True  # learned scales
     norm_bias: bool = True  # learned biases, of layer norms
     norm_unit_offset: bool = False  # the scale is 1 + the parameter
     norm_placement: Literal["before", "after", "around", "residual"] = "before"  # of branches; "after" the sum
-    embedding_norm: bool = False
-    final_norm: bool = True
+    embedding_norm: bool = False  # a norm behind the embedding
+    final_norm: bool = True  # a norm before the head
     block: Literal["sequential", "parallel", "parallel_shared"] = "sequential"  # shared: one norm for both
 
-    mlp: Literal["plain", "gated"] = "plain"
-    activation: Activation = "gelu_tanh"
-    experts: Experts | None = None
+    mlp: Literal["plain", "gated"] = "plain"  # gated multiplies the hidden layer by a second map
+    activation: Activation = "gelu_tanh"  # of the MLP
+    experts: Experts | None = None  # a mixture in place of the MLP; null: none
     attention_bias: bool = True  # of queries, keys and values
-    output_bias: bool | None = None  # of the attention's output; attention_bias
-    mlp_bias: bool = True
-    head_bias: bool = False
+    output_bias: bool | None = None  # of the attention's output; null: attention_bias
+    mlp_bias: bool = True  # of both maps of the MLP
+    head_bias: bool = False  # of the logits
 
-    embedding_width: Width | None = None  # of the token embedding, mapped to width and back; width
-    embedding_scale: Positive = 1.0
+    embedding_width: Width | None = None  # of the token embedding, mapped to width and back; null: width
+    embedding_scale: Positive = 1.0  # factor on the embedding
     residual_scale: Positive = 1.0  # of what a branch adds
-    logit_scale: Positive = 1.0
-    logit_softcap: Positive | None = None  # none
-    tie_embeddings: bool = True
-    dropout: Rate = 0.0
-    init_std: NonNegative = 0.02
+    logit_scale: Positive = 1.0  # factor on the logits
+    logit_softcap: Positive | None = None  # bound of the logits, as attention_softcap; null: none
+    tie_embeddings: bool = True  # the head is the embedding
+    dropout: Rate = 0.0  # of embeddings and branches
+    init_std: NonNegative = 0.02  # standard deviation of the initial weights
     dtype: ComputeDtype = "float32"  # of the computation; parameters and logits are float32
-    family: str | None = None  # Hugging Face model_type to export as; the first that can express the decoder
-    lora: Lora | None = None  # adapters that train in place of the parameters; none
-    execution: Execution = Execution()
+    family: str | None = None  # Hugging Face model_type to export as; null: the first that can
+    lora: Lora | None = None  # adapters that train in place of the parameters; null: none
+    execution: Execution = Execution()  # how it is computed: scanned layers, memory against time
 
     def __post_init__(self):
         for name in _PER_LAYER:

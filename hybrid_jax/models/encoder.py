@@ -65,7 +65,7 @@ class EncoderConfig:
     head_dropout: Rate = 0.0  # of what a head reads
     init_std: NonNegative = 0.02  # of the initial parameters
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
-    family: str | None = None  # Hugging Face model_type to export as; the first that can express the encoder
+    family: str | None = None  # Hugging Face model_type to export as; null: the first that can express it
 
     def __post_init__(self):
         if self.width % self.num_heads:

@@ -32,26 +32,26 @@ class EncoderDecoderConfig:
     """Every switch of the encoder-decoder. ``None`` means the usual choice, named behind it."""
 
     num_layers: Layers = 4  # of the encoder
-    num_decoder_layers: Layers | None = None  # num_layers
-    width: Width = 256
-    num_heads: Width = 8
-    head_width: Width | None = None  # width // num_heads
-    mlp_width: Width | None = None  # 4 * width
-    vocab_size: Vocabulary | None = None  # the tokenizer's
+    num_decoder_layers: Layers | None = None  # null: num_layers
+    width: Width = 256  # of the hidden states
+    num_heads: Width = 8  # of attention
+    head_width: Width | None = None  # channels of a head; null: width // num_heads
+    mlp_width: Width | None = None  # of the hidden layer of an MLP; null: 4 * width
+    vocab_size: Vocabulary | None = None  # rows of the embedding; null: the tokenizer's
 
     num_buckets: Annotated[int, Ge(4)] = 32  # of relative positions, each with a learned bias a head
     max_distance: Count = 128  # all farther positions share a bucket
-    mlp: Literal["plain", "gated"] = "plain"
-    activation: Activation = "relu"
-    norm_epsilon: Positive = 1e-6
+    mlp: Literal["plain", "gated"] = "plain"  # gated multiplies the hidden layer by a second map
+    activation: Activation = "relu"  # of the MLP
+    norm_epsilon: Positive = 1e-6  # added to the variance in a norm
     tie_embeddings: bool = True  # the head is the embedding
     scale_outputs: bool = True  # logits / √width, as T5 has them; versions after 1.0 do not
     start_id: Natural = 0  # the token that the decoder reads first
 
-    dropout: Rate = 0.0
+    dropout: Rate = 0.0  # of embeddings, branches and attention weights
     init_factor: NonNegative = 1.0  # of all standard deviations
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation; parameters and logits are float32
-    family: str | None = None  # Hugging Face model_type to export as; the first that can express the model
+    family: str | None = None  # Hugging Face model_type to export as; null: the first that can express it
 
     def __post_init__(self):
         if self.head_width is None and self.width % self.num_heads:

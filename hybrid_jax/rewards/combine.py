@@ -50,7 +50,9 @@ class Combiner(Protocol):
         """Raises `ValueError` for parts that it cannot combine."""
         ...
 
-    def init(self, names: Sequence[str]) -> Any: ...
+    def init(self, names: Sequence[str]) -> Any:
+        """The state before any rollout."""
+        ...
 
     def combine(
         self, state: Any, values: Values, weights: Mapping[str, float], prompts: Sequence[str]
@@ -75,7 +77,9 @@ class FittedCombiner(Protocol):
         """A source with ``load("train")``, of `hybrid_jax.data.preferences.Preference`."""
         ...
 
-    def is_fitted(self, state: Any) -> bool: ...
+    def is_fitted(self, state: Any) -> bool:
+        """Whether `fit` has made the state."""
+        ...
 
     def fit(
         self, chosen: Values, rejected: Values, weights: Mapping[str, float], prompts: Sequence[str]
@@ -115,6 +119,7 @@ class WeightedSum(_Stateless):
     """``Σ w_i v_i``."""
 
     def combine(self, state, values, weights, prompts):
+        """Weighs each part by its weight in every row."""
         return Weighing({name: np.full(value.shape, weights[name]) for name, value in values.items()}), state
 
 
@@ -126,6 +131,7 @@ class Product(_Stateless):
     keeps_places: ClassVar[bool] = False
 
     def combine(self, state, values, weights, prompts):
+        """Multiplies the powers; no part keeps a coefficient."""
         factors = [np.maximum(value, 0.0) ** weights[name] for name, value in values.items()]
         zeros = {name: np.zeros_like(value) for name, value in values.items()}
         return Weighing(zeros, offset=np.prod(factors, axis=0)), state
@@ -140,16 +146,18 @@ class Gate(_Stateless):
     can give, or failing the gate pays.
     """
 
-    by: str
-    threshold: Finite = 0.0
-    otherwise: Finite = -1.0
+    by: str  # part that opens the gate
+    threshold: Finite = 0.0  # value above which it is open
+    otherwise: Finite = -1.0  # score where it is shut
 
     def check(self, names: Sequence[str]) -> None:
+        """Refuses an unknown part, or a gate with nothing behind it."""
         _check_named("by", self.by, names)
         if len(names) < 2:
             raise ValueError("parts must hold what the gate lets through, got the gate alone")
 
     def combine(self, state, values, weights, prompts):
+        """Weighs the other parts where the gate is open."""
         is_open = values[self.by] > self.threshold
         coefficients = {name: weights[name] * is_open for name in values}
         coefficients[self.by] = np.zeros(is_open.shape)
@@ -173,9 +181,11 @@ class Hierarchy(_Stateless):
     threshold: Finite = 0.0
 
     def check(self, names: Sequence[str]) -> None:
+        """Refuses an unknown part."""
         _check_named("holistic", self.holistic, names)
 
     def combine(self, state, values, weights, prompts):
+        """Weighs the aspects where the whole is good enough."""
         good = values[self.holistic] > self.threshold
         coefficients = {name: weights[name] * good for name in values}
         coefficients[self.holistic] = np.full(good.shape, weights[self.holistic])
@@ -186,8 +196,8 @@ class Hierarchy(_Stateless):
 class Limit:
     """A bound on the mean of a part over a rollout: exactly one of the two."""
 
-    at_most: Finite | None = None
-    at_least: Finite | None = None
+    at_most: Finite | None = None  # largest mean
+    at_least: Finite | None = None  # smallest mean
 
     def __post_init__(self):
         given = [bound for bound in (self.at_most, self.at_least) if bound is not None]
@@ -231,15 +241,18 @@ class Lagrangian:
             raise ValueError(f"start must be in [0, max_multiplier], got {self.start} of {self.max_multiplier}")
 
     def check(self, names: Sequence[str]) -> None:
+        """Refuses limits on unknown parts, or on all of them."""
         for name in self.limits:
             _check_named("limits", name, names)
         if set(names) == set(self.limits):
             raise ValueError("parts must hold a reward besides those under limits, got none")
 
     def init(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The multipliers at the start."""
         return {name: np.asarray(self.start, np.float64) for name in self.limits}
 
     def combine(self, state, values, weights, prompts):
+        """Weighs the parts by the multipliers, then moves those by what exceeds the limits."""
         scale = 1.0 + sum(state.values())
         coefficients = {name: np.full(value.shape, weights[name] / scale) for name, value in values.items()}
         offset = np.zeros(next(iter(values.values())).shape)
@@ -269,6 +282,7 @@ class Baseline:
     decay: Rate = 0.95
 
     def init(self) -> dict[str, np.ndarray]:
+        """The mean of no rollouts."""
         return {"mean": np.zeros((), np.float64), "weight": np.zeros((), np.float64)}
 
     def update(self, state: Any, scores: np.ndarray, groups: Groups) -> tuple[np.ndarray, Any]:

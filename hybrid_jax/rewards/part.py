@@ -60,6 +60,7 @@ class Part:
 
     @property
     def on_device(self) -> bool:
+        """Whether it scores tokens on the device."""
         return isinstance(self.reward, DeviceReward)
 
     @property
@@ -80,7 +81,9 @@ class Part:
         return values if self.normalise is None else self.normalise.apply(state, values, groups=groups)
 
     def clipped(self, values: Any) -> Any:
+        """The values within the clip."""
         return values if self.clip is None else values.clip(*self.clip)
 
     def transformed(self, raw: Any) -> Any:
+        """The raw values after the transform, float64."""
         return raw if self.transform is None else self.transform(raw)

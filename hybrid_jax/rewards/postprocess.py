@@ -33,8 +33,8 @@ TRANSFORMS: Registry[Any] = Registry("transform")
 class Affine:
     """``scale · r + shift``."""
 
-    scale: Finite = 1.0
-    shift: Finite = 0.0
+    scale: Finite = 1.0  # factor
+    shift: Finite = 0.0  # added after it
 
     def __call__(self, values: Any) -> Any:
         return self.scale * values + self.shift
@@ -70,7 +70,7 @@ class Logit:
     A saturated probability gives no direction to learn in; its log-odds do.
     """
 
-    margin: Annotated[float, Interval(gt=0, lt=0.5)] = 1e-6
+    margin: Annotated[float, Interval(gt=0, lt=0.5)] = 1e-6  # least distance of p from 0 and from 1
 
     def __call__(self, values: Any) -> Any:
         xp, p = values.__array_namespace__(), values.clip(self.margin, 1.0 - self.margin)
@@ -112,9 +112,11 @@ class Running:
     """
 
     def init(self) -> Moments:
+        """Moments of no scores."""
         return _zeros("count", "mean", "M2")
 
     def update(self, state: Moments, values: np.ndarray) -> Moments:
+        """Merges the moments of a rollout."""
         new = _present(values)
         if new.size == 0:
             return state
@@ -125,6 +127,7 @@ class Running:
         return {"count": np.asarray(count), "mean": np.asarray(mean), "M2": np.asarray(m2)}
 
     def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
+        """Standardises by the moments of all scores."""
         variance = state["M2"] / max(state["count"], 1.0)
         return _standardise(values, state["mean"], math.sqrt(variance))
 
@@ -146,9 +149,11 @@ class Ema:
     decay: Rate = 0.95
 
     def init(self) -> Moments:
+        """Moments of no rollouts."""
         return _zeros("weight", "mean", "spread")
 
     def update(self, state: Moments, values: np.ndarray) -> Moments:
+        """Moves the moments towards those of a rollout."""
         new = _present(values)
         if new.size == 0:
             return state
@@ -161,6 +166,7 @@ class Ema:
         return {"weight": np.asarray(weight), "mean": np.asarray(mean), "spread": np.asarray(spread)}
 
     def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
+        """Standardises by the corrected moments."""
         return _standardise(values, state["mean"], math.sqrt(state["spread"]))
 
 
@@ -173,12 +179,15 @@ class Group:
     """
 
     def init(self) -> Moments:
+        """No state."""
         return {}
 
     def update(self, state: Moments, values: np.ndarray) -> Moments:
+        """No state."""
         return state
 
     def apply(self, state: Moments, values: np.ndarray, groups: Groups) -> np.ndarray:
+        """Standardises each group of rows by itself."""
         result = np.array(values, np.float64)
         for number in np.unique(groups):
             rows = groups == number

@@ -52,6 +52,8 @@ class Context:
 
 
 class Network(nn.Module):
+    """The whole decoder: embeddings, layers and the norm before the head, tokens to hidden states [B T D]."""
+
     config: DecoderConfig
     attend: Attend
 
@@ -161,6 +163,8 @@ def _dropout(module: nn.Module, c: DecoderConfig) -> nn.Dropout:
 
 
 class Layer(nn.Module):
+    """One layer: attention and an MLP or a mixture, each a branch that is added to ``x``."""
+
     config: DecoderConfig
     index: int
     attend: Attend
@@ -192,6 +196,8 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head attention: projections, positions, `attend`, and the output map."""
+
     config: DecoderConfig
     index: int
     attend: Attend
@@ -229,6 +235,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """An MLP of one hidden layer, plain or gated."""
+
     config: DecoderConfig
     inner_width: int
 
@@ -289,6 +297,8 @@ def residual_std(config: DecoderConfig) -> float:
 
 
 class Linear(nn.Module):
+    """A linear map with its bias and adapter, if it has them."""
+
     features: int | None
     use_bias: bool
     init_std: float
@@ -323,6 +333,8 @@ class Stack(nn.Module):
 
 
 class Norm(nn.Module):
+    """A layer norm or an RMS norm, computed in float32."""
+
     config: DecoderConfig
 
     @nn.compact
@@ -360,6 +372,8 @@ def normalize(module: nn.Module, c: DecoderConfig, x, shape: tuple[int, ...], us
 
 
 class Embedding(nn.Module):
+    """The token embedding, a table [V D]."""
+
     rows: int | None
     width: int
     config: DecoderConfig

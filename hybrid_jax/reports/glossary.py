@@ -231,11 +231,10 @@ PART_GLOSSARY = {
 }
 
 
-def glossary_entry(metric: str) -> tuple[str, str] | None:
-    """What a metric is and what to think of when it looks wrong, where that is known."""
-    name = metric.partition("/")[2]
+def glossary_entry(name: str) -> tuple[str, str] | None:
+    """What a metric is and what to think of when it looks wrong, by its name without a phase; else None."""
     kind = name.partition("/")[0]
-    if found := GLOSSARY.get(metric) or GLOSSARY.get(name):
+    if found := GLOSSARY.get(name):
         return found
     endings = [ending for ending in PART_GLOSSARY if name.endswith(ending)] if kind == "reward" else []
     if kind == "reward" and "~" in name:

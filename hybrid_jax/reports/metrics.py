@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hybrid_jax.reports.charts import HELD_OUT, OTHER, SECOND
 from hybrid_jax.reports.rewarded import Rewarded
 from hybrid_jax.reports.run import Run
 from hybrid_jax.reports.speed import PARTS
-from hybrid_jax.training.time_left import EVALUATION
 
 
 @dataclass(frozen=True)
@@ -49,24 +48,33 @@ def _trained(run: Run, name: str, phases: Sequence[str] | None = None) -> list[L
     return by_phase(run, name, phases, Line("", "training"))
 
 
-def _held_out(name: str) -> Line:
-    return Line(f"evaluation/{name}", "held-out")
+def _held_out(run: Run, name: str, phases: Sequence[str] | None = None, of_model: bool = True) -> list[Line]:
+    """What the evaluation measures of the model (unless not ``of_model``), and phases of their own heads."""
+    model = [Line(f"evaluation/{name}", "held-out")] if of_model and f"evaluation/{name}" in run.curves else []
+    own = {f"evaluation/{phase}/{name}": phase for phase in (run.kinds if phases is None else phases)}
+    measured = {metric: phase for metric, phase in own.items() if metric in run.curves}
+    if len(measured) == 1 and not model:
+        return [Line(metric, "held-out", HELD_OUT) for metric in measured]
+    return model + [
+        Line(metric, f"{run.label(phase)} held-out", f"{run.colour(phase)} dashed")
+        for metric, phase in measured.items()
+    ]
 
 
 def _pair(run: Run, title: str, name: str, floor: float | None = None) -> Chart:
-    return Chart(title, [([*_trained(run, name), _held_out(name)], floor)], name)
+    return Chart(title, [([*_trained(run, name), *_held_out(run, name)], floor)], name)
 
 
 def headline_charts(run: Run) -> tuple[list[Chart], list[Chart]]:
     """What a run is about, and what stands in for it where it has none of these numbers."""
     coefficient = by_phase(run, "kl_coef", alone=Line("", "coefficient", SECOND))
-    kl = [*_trained(run, "kl"), _held_out("kl")]
-    accuracy = [
-        *_trained(run, "accuracy"),
-        _held_out("accuracy"),
-        Line("evaluation/length_balanced_accuracy", "length balanced", OTHER),
-        Line("evaluation/longer_wins", "the longer wins", SECOND),
-    ]
+    kl = [*_trained(run, "kl"), *_held_out(run, "kl")]
+    accuracy = [*_trained(run, "accuracy"), *_held_out(run, "accuracy")]
+    for name, label, colour in (
+        ("length_balanced_accuracy", "length balanced", OTHER),
+        ("longer_wins", "the longer wins", SECOND),
+    ):
+        accuracy += [replace(line, label=label, colour=colour) for line in _held_out(run, name)]
     first = [
         _pair(run, "Score", "score"),
         Chart("KL to the reference", [(kl, 0.0), (coefficient, 0.0)], "kl"),
@@ -85,11 +93,11 @@ def loss_charts(run: Run) -> list[Chart]:
     evaluated = next(iter(kinds), None) if evaluated is None else evaluated
     charts = []
     for kind, phases in kinds.items():
-        held_out = [_held_out("loss")] if kind == evaluated else []
+        held_out = _held_out(run, "loss", phases, of_model=kind == evaluated)
         title = "Loss" if len(kinds) == 1 else f"Loss: {' and '.join(map(run.label, phases))}"
         entry = loss_entry(run, f"{phases[0]}/loss")
         charts.append(Chart(title, [([*_trained(run, "loss", phases), *held_out], None)], entry))
-    return charts or [Chart("Loss", [([_held_out("loss")], None)], "loss")]
+    return charts or [Chart("Loss", [(_held_out(run, "loss"), None)], "loss")]
 
 
 def judges(run: Run, phase: str) -> bool:
@@ -99,8 +107,8 @@ def judges(run: Run, phase: str) -> bool:
 
 def loss_entry(run: Run, metric: str) -> str:
     """The glossary's entry about a loss, which is of tokens or of whole texts."""
-    phase = metric.partition("/")[0]
-    whose = run.kinds if phase == EVALUATION else (phase,)
+    phase, _ = run.named(metric)
+    whose = (phase,) if phase else run.kinds
     return "scorer_loss" if all(judges(run, each) for each in whose) else "loss"
 
 

@@ -66,16 +66,14 @@ class Figures:
         """
         by_name: dict[str, list[Line]] = {}
         for metric in self._run.curves:
-            phase, _, name = metric.partition("/")
-            if metric not in self._drawn and name.startswith(start) and (of is None or phase in of):
-                by_name.setdefault(name, []).append(Line(metric, self._source(phase)))
+            source, (phase, name) = metric.partition("/")[0], self._run.named(metric)
+            if metric not in self._drawn and name.startswith(start) and (of is None or source in of):
+                label = "held-out" if source == EVALUATION else self._run.label(phase)
+                by_name.setdefault(name, []).append(Line(metric, label))
         return [
             Chart(words(name.removeprefix(start)), [(lines, None)], name if start else name.partition("/")[0])
             for name, lines in sorted(by_name.items())
         ]
-
-    def _source(self, phase: str) -> str:
-        return "held-out" if phase == EVALUATION else self._run.label(phase)
 
     def _band(self, metrics: tuple[str, str] | None) -> Band | None:
         if metrics is None or not all(metric in self._run.curves for metric in metrics):

@@ -28,6 +28,7 @@ from hybrid_jax.reports.run import Run, read_run
 from hybrid_jax.reports.samples import samples_section
 from hybrid_jax.reports.speed import speed_figures
 from hybrid_jax.runs.files import fetched
+from hybrid_jax.training.time_left import EVALUATION
 
 _TEMPLATE = Path(__file__).with_name("template.html")
 
@@ -170,8 +171,11 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
         for phase in rewarded_phases(run)
         if not phase.is_evaluated and (score := run.value(phase.trained("score")))
     ]
-    if accuracy := run.value("evaluation/accuracy"):
-        tiles.append(("Held-out accuracy", f"{accuracy[1]:.1%}", "at the end"))
+    for metric in run.curves:
+        phase, name = run.named(metric)
+        if name == "accuracy" and metric.startswith(EVALUATION) and (accuracy := run.value(metric)):
+            whose = f" of {escaped(phase, 100)}" if phase else ""
+            tiles.append((f"Held-out accuracy{whose}", f"{accuracy[1]:.1%}", "at the end"))
     tiles += _kl_tiles(run)
     if perplexity := run.value("evaluation/perplexity"):
         tiles.append(("Held-out perplexity", short_number(perplexity[1]), "at the end"))
@@ -249,8 +253,8 @@ def _particulars(run: Run) -> str:
         folds.append(("Environment", f'<dl class="rows">{rows}</dl>'))
     rows = ""
     for metric in run.curves:
-        is_loss = metric.endswith("/loss")
-        what, wrong = GLOSSARY[loss_entry(run, metric)] if is_loss else glossary_entry(metric) or ("", "")
+        name = metric if metric in GLOSSARY else run.named(metric)[1]
+        what, wrong = glossary_entry(loss_entry(run, metric) if name == "loss" else name) or ("", "")
         rows += f"<dt><code>{escaped(metric)}</code></dt><dd>{escaped(what)} <span>{escaped(wrong)}</span></dd>"
     folds.append(("Glossary", f'<dl class="rows">{rows}</dl>'))
     return "".join(folded(title, body) for title, body in folds)

@@ -101,6 +101,18 @@ class Run:
         found = phases.items() if isinstance(phases, Mapping) else ()
         return {phase: of_phase for phase, of_phase in found if isinstance(of_phase, Mapping)}
 
+    def named(self, metric: str) -> tuple[str, str]:
+        """The phase and the name of a metric; the phase of a held-out one is that which measures it, or none.
+
+        A phase logs ``<phase>/<name>``, the evaluation ``evaluation/<name>``, and what a phase measures there
+        ``evaluation/<phase>/<name>``, unless the run has nothing else to evaluate.
+        """
+        phase, _, name = metric.partition("/")
+        if phase != EVALUATION:
+            return phase, name
+        of, _, own = name.partition("/")
+        return (of, own) if own and of in self.kinds else ("", name)
+
     def label(self, phase: str) -> str:
         """How a phase is called on the page: its name, with its kind where that is another word."""
         return phase_label(phase, self.kinds.get(phase))

@@ -149,16 +149,20 @@ def test_two_phases_of_one_kind_have_tiles_lines_and_sections_of_their_own(tmp_p
 
 def test_a_run_that_trains_a_classifier_too_shows_all_three(tmp_path):
     label = [step(i, "labels", "classifier", loss=0.6, accuracy=0.75, learning_rate=1e-3) for i in (25, 26)]
-    last = evaluated(27) | {"evaluation/accuracy": 0.7, "evaluation/perplexity": 7.4}
+    heads = {"evaluation/labels/accuracy": 0.7, "evaluation/labels/loss": 0.65, "evaluation/labels/brier": 0.2}
+    last = evaluated(27) | heads | {"evaluation/perplexity": 7.4}
     page = write(tmp_path / "all", [*one_of_each("sft", "ppo"), *label, last], config_of("sft", "ppo"))
     text = text_of(page)
-    assert "Held-out accuracy 70.0% at the end" in text
+    assert "Held-out accuracy of labels 70.0% at the end" in text
     assert "Loss: sft training 0.5 held-out 2 " in text
-    assert "Loss: labels (classifier) training 0.6 " in text
+    assert "Loss: labels (classifier) training 0.6 held-out 0.65 " in text
+    assert "Brier held-out 0.2 " in text
     glossary = dict(re.findall("<dt><code>(.*?)</code></dt><dd>(.*?) <span>", page))
     assert glossary["sft/loss"] == glossary["evaluation/loss"]
     assert glossary["sft/loss"].startswith("Mean negative log-likelihood of the target tokens")
     assert glossary["labels/loss"].startswith("Cross-entropy of the labels")
+    assert glossary["evaluation/labels/loss"] == glossary["labels/loss"]
+    assert glossary["evaluation/labels/accuracy"].startswith("Share of the held-out texts")
     assert "Accuracy training 0.75 held-out 0.7" in text
     progress = page.partition("<h2>Progress</h2>")[2].partition("<section>")[0]
     assert re.findall("<h3>(.*?)</h3>", progress) == ["Score", "KL to the reference", "Accuracy", "Loss: sft"]

@@ -166,6 +166,36 @@ def test_tfds_rows_become_plain_texts_lists_and_numbers(monkeypatch):
         TensorFlowDataset(**settings, train_split="nothing").load("train")
 
 
+def test_a_dataset_that_tensorflow_datasets_wrote_is_read(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = tfds.features.FeaturesDict({"text": tfds.features.Text(), "number": np.int32})
+    rows = {"train": ["naïve", "two\nlines", ""], "test": ["漢"]}
+
+    class Written(tfds.core.GeneratorBasedBuilder):
+        """Texts with a number each."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return self.dataset_info_from_configs(features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(texts) for split, texts in rows.items()}
+
+        def _generate_examples(self, texts):
+            for number, text in enumerate(texts):
+                yield number, {"text": text, "number": number}
+
+    Written(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    settings = {"dataset": "written", "data_dir": tmp_path, "prompt_field": None, "response_field": "text"}
+    source = TensorFlowDataset(**settings, held_out_split="test")
+    for split, name in (("train", "train"), ("held_out", "test")):
+        expected = [Example("", text, {"number": number}) for number, text in enumerate(rows[name])]
+        assert source.load(split) == expected
+    with pytest.raises(UserError, match="split 'nothing' of the tfds dataset 'written' cannot be loaded"):
+        TensorFlowDataset(**settings, train_split="nothing").load("train")
+
+
 def test_without_its_package_tfds_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(UserError, match=r"pip install -e '\.\[tfds\]'"):

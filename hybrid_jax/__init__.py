@@ -27,7 +27,16 @@ _PUBLIC = {
     ],
     "core.registry": ["Registry"],
     # models
-    "models.base": ["BACKBONES", "LanguageModel", "ModelOutput", "Params", "SlotCache"],
+    "models.base": [
+        "BACKBONES",
+        "LanguageModel",
+        "ModelOutput",
+        "Params",
+        "Cache",
+        "RefillCache",
+        "RowCache",
+        "SlotCache",
+    ],
     "models.families": ["FAMILIES"],
     "models.families.family": ["Family"],
     "models.families.settings": ["fixed", "require", "same"],
@@ -44,7 +53,9 @@ _PUBLIC = {
     "algorithms.policy_gradient": ["clipped_policy_loss", "clipped_value_loss"],
     "algorithms.kl_control": ["KL_CONTROLS", "KLControl"],
     # samplers
-    "sampling.decode": ["SAMPLERS", "Sampler"],
+    "sampling.base": ["SAMPLERS", "Sampler"],
+    "sampling.ancestral": ["Ancestral"],
+    "sampling.engine": ["Engine"],
     # rewards
     "rewards.base": ["REWARDS", "DeviceReward", "StartedReward"],
     "rewards.composite": ["CompositeReward"],
@@ -63,7 +74,7 @@ _PUBLIC = {
     "evaluation.suites": ["SUITES"],
 }
 _HOMES = {name: (module, name) for module, names in _PUBLIC.items() for name in names}
-_HOMES["sample"] = ("sampling.decode", "generate")  # `hybrid_jax.generate` is the command
+_HOMES["sample"] = ("sampling.ancestral", "generate")  # `hybrid_jax.generate` is the command
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
         "overrides",
         nargs="*",
         metavar="sampler.a=value",
-        help="max_new_tokens, temperature (0 is greedy), top_k, top_p, over those of the run or folder",
+        help="name, max_new_tokens, temperature (0 is greedy), top_k, top_p, over those of the run or folder",
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()

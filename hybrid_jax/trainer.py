@@ -103,8 +103,9 @@ class HybridTrainer:
             sampler: settings such as ``temperature=0.7, max_new_tokens=40``.
         """
         policy = self.policy
-        settings = {**dataclasses.asdict(policy.sampler), **sampler}
-        policy = replace(policy, sampler=parse(type(policy.sampler), settings, "sampler"))
+        own: Any = policy.sampler
+        settings = {field.name: getattr(own, field.name) for field in dataclasses.fields(own)}
+        policy = replace(policy, sampler=parse(type(own), {**settings, **sampler}, "sampler"))
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         return [answer.response for answer in policy.generate(texts, seed=seed, num_samples=num_samples)]
 

@@ -46,7 +46,7 @@ from hybrid_jax.models.heads import value
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.sft import SFT
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.sampling.decode import generate
+from hybrid_jax.sampling.ancestral import generate
 from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.optimizers import AdamW
 from hybrid_jax.training.scheduler import Alternation

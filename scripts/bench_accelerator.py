@@ -75,7 +75,7 @@ from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.sft import SFT
 from hybrid_jax.planning.step import compile_step
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.sampling.decode import Sampler, cache_lengths
+from hybrid_jax.sampling.ancestral import Ancestral, cache_lengths
 from hybrid_jax.training.compilation import Compilations, summary
 from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.machine import Machine, peak_memory
@@ -159,7 +159,7 @@ class Bench:
         inputs, keys = (prompts, jnp.ones(prompts.shape, bool)), iter(range(sys.maxsize))
 
         def rollout(new_tokens: int) -> Callable[..., Any]:
-            return jax.jit(partial(Sampler(new_tokens), model))
+            return jax.jit(partial(Ancestral(new_tokens), model))
 
         sample, first = rollout(w.new_tokens), rollout(1)
         watched = Watched(lambda: sample(params, *inputs, jax.random.key(next(keys))))
@@ -189,7 +189,7 @@ class Bench:
             reward=CompositeReward({"different": Part(different)}),
             prompts_per_step=w.rows,
             max_prompt_length=w.length,
-            sampler=Sampler(w.new_tokens),
+            sampler=Ancestral(w.new_tokens),
             minibatches=4,
         )
         experiment = self._experiment(settings)

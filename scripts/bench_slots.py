@@ -29,7 +29,7 @@ from bench import SHAPES, STEPS, Ours, Step, Work, work_of
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import environment
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 
 
 def main(arguments: list[str]) -> None:
@@ -72,7 +72,7 @@ def ways(work: Work, slots: int, rows: int, mean_length: int, max_length: int) -
     mask, keys = jnp.ones(prompts.shape, bool), iter(range(sys.maxsize))
 
     def sample(part: slice, slots: int | None = None):
-        sampler = Sampler(max_length, slots=slots)
+        sampler = Ancestral(max_length, slots=slots)
         return sampler(model, params, prompts[part], mask[part], jax.random.key(next(keys)), eos_ids=(0,))
 
     return {

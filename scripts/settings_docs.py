@@ -221,7 +221,7 @@ def _schema_of(hint: Any, *, default: str | None = None, merged: bool = False) -
     """
     registry, markers = registry_of(hint), getattr(hint, "__metadata__", ())
     if registry is not None:
-        return _component_or_its_settings(registry, default)
+        return _component_or_its_settings(registry, default or registry.default)
     hint = without_extras(hint)
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):

@@ -76,7 +76,8 @@ class Samples:
     """
 
     tokens: Int[Array, "B R"]
-    log_probs: Float[Array, "B R"]  # under the distribution that sampled (temperature and truncation included)
+    # under the distribution that sampled, temperature and truncation included; None where nobody knows it
+    log_probs: Float[Array, "B R"] | None
     action_mask: Bool[Array, "B R"]  # chosen by the policy, up to and including the end-of-sequence token
     attention_mask: Bool[Array, "B R"]  # read by the policy: whatever was chosen, and more
 

@@ -217,7 +217,7 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
             return value  # an object given from Python
         raise _wrong_type(path, "{name: ..., ...}", value)
     settings = dict(value)
-    name = settings.pop("name", None)
+    name = settings.pop("name", registry.default)
     if not isinstance(name, str):
         raise UserError(f"{path}.name is missing; known {registry.kind}s: {', '.join(registry)}")
     try:

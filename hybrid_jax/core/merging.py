@@ -79,7 +79,8 @@ class Place:
     def name(self, settings: Settings) -> Any:
         """The name of the component that settings here describe: their own, the default's, or the key."""
         default = self.default.get("name") if isinstance(self.default, Mapping) else None
-        return settings.get("name", default or self.key)
+        of_registry = None if self.registry is None else self.registry.default
+        return settings.get("name", default or self.key or of_registry)
 
     def _place(self, hint: Any, **more: Any) -> Place:
         return Place(without_none(hint), self.trust, self.plain, **more)

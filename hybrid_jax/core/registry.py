@@ -52,7 +52,7 @@ class Registry(Generic[T]):
 
     Args:
         kind: what to call an entry in an error.
-        default: the entry that a config means by ``true``; ``false`` is then none.
+        default: the entry that a config means by ``true``, and by settings without a name; ``false`` is none.
     """
 
     def __init__(self, kind: str, default: str | None = None):

@@ -28,7 +28,7 @@ from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names, columns_of
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.segments import TokenTexts, response_pieces
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
 WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
@@ -47,7 +47,7 @@ class EvaluationConfig:
     num_shown: Natural = 8  # samples written into samples.jsonl
     batch_size: BatchSize = 64  # rows read or answered at once
     length: Annotated[int, Ge(2)] | None = None  # tokens a row for the loss; None takes what SFT reads
-    sampler: Sampler | None = None  # None takes the one that PPO trains with
+    sampler: Annotated[Any, SAMPLERS] | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
     num_extremes: Natural = 2  # of the best and of the worst answers by each part, written into samples.jsonl
@@ -110,7 +110,7 @@ class Evaluator:
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
-            self._sample = jax.jit(functools.partial(self.sampler, model, eos_ids=eos_ids))
+            self._sample = jax.jit(functools.partial(sample, self.sampler, model, eos_ids=eos_ids))
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """All measurements as ``evaluation/<metric>``, samples to show, and what each prompt has scored."""

@@ -58,6 +58,9 @@ class SlotCache(RefillCache, Protocol):
         ...
 
 
+OwnCache = Any  # the `Cache` of one model, which reads no other
+
+
 @struct.dataclass
 class RowCache:
     """A cache whose arrays all begin with the axis of the rows: a hidden state, a memory, the last k tokens."""
@@ -170,13 +173,13 @@ class LanguageModel(Protocol):
         """`hidden` and the `logits` of all positions."""
         ...
 
-    def init_cache(self, batch: int, length: int) -> Cache:
+    def init_cache(self, batch: int, length: int) -> OwnCache:
         """An empty cache for ``batch`` rows of at most ``length`` tokens."""
         ...
 
     def prefill(
-        self, params: Params, tokens: Int[Array, "B P"], attention_mask: Bool[Array, "B P"], cache: Cache
-    ) -> tuple[Float[Array, "B V"], Cache]:
+        self, params: Params, tokens: Int[Array, "B P"], attention_mask: Bool[Array, "B P"], cache: OwnCache
+    ) -> tuple[Float[Array, "B V"], OwnCache]:
         """Reads left-padded prompts into the empty cache; returns the scores of the first response token.
 
         It is `extend` of an empty cache, up to rounding.
@@ -184,8 +187,8 @@ class LanguageModel(Protocol):
         ...
 
     def extend(
-        self, params: Params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: Cache
-    ) -> tuple[Float[Array, "B V"], Cache]:
+        self, params: Params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: OwnCache
+    ) -> tuple[Float[Array, "B V"], OwnCache]:
         """Reads more tokens behind those in the cache, such as a user's turn; returns the scores after them.
 
         They are left-padded, too: a row may read fewer than others. The scores of a row that reads none mean
@@ -193,6 +196,8 @@ class LanguageModel(Protocol):
         """
         ...
 
-    def step(self, params: Params, token: Int[Array, "B"], cache: Cache) -> tuple[Float[Array, "B V"], Cache]:
+    def step(
+        self, params: Params, token: Int[Array, "B"], cache: OwnCache
+    ) -> tuple[Float[Array, "B V"], OwnCache]:
         """Reads one token a row; returns the scores of the next one."""
         ...

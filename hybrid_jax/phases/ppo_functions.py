@@ -31,6 +31,7 @@ from hybrid_jax.models.scoring import response_log_probs, shift_states, states_b
 from hybrid_jax.parallel.rules import shard_rows
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.phases.work import ppo_flops
+from hybrid_jax.sampling.base import sample
 from hybrid_jax.sampling.responses import ended, join
 from hybrid_jax.training import nonfinite
 from hybrid_jax.training.loss_scale import loss_scale_of
@@ -87,7 +88,8 @@ class PPOFunctions:
 
     def sample(self, policy: Params, prompt_tokens: Array, prompt_mask: Array, key: Array) -> Samples:
         policy = self._whole(policy)
-        return self.config.sampler(self.model, policy, prompt_tokens, prompt_mask, key, eos_ids=self.eos_ids)
+        inputs = (self.model, policy, prompt_tokens, prompt_mask, key)
+        return sample(self.config.sampler, *inputs, eos_ids=self.eos_ids)
 
     def score(
         self,
@@ -99,8 +101,9 @@ class PPOFunctions:
     ) -> Scored:
         """Values of the states and the references' log-probabilities of the tokens."""
         prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
+        assert samples.log_probs is not None, "the sampler has a policy_temperature"
         tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
-        length, temperature = samples.tokens.shape[1], self.config.sampler.temperature
+        length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
         trunk = self._whole(params["value"].get("model", params["model"]))
         states = states_before(self.model, trunk, tokens, attention_mask, length)
         reference_log_probs = {
@@ -308,7 +311,7 @@ class PPOFunctions:
             policy,
             states,
             rollout.tokens[:, -length:],
-            temperature=config.sampler.temperature,
+            temperature=config.sampler.policy_temperature,
             with_entropy=bool(config.entropy_coef),
         )
         if "model" in params["value"]:

@@ -14,7 +14,8 @@ from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.phases.sft import SFT
 from hybrid_jax.rewards.composite import CompositeReward
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import SAMPLERS
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
 from hybrid_jax.training.phase import PHASES, Phase, Resources
 
@@ -73,7 +74,7 @@ class PPO:
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
     prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once
-    sampler: Sampler = Sampler(max_new_tokens=64)
+    sampler: Annotated[Any, SAMPLERS] = Ancestral(max_new_tokens=64)
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
 
     epochs: Count = 4
@@ -122,10 +123,10 @@ class PPO:
         if self.opponent is not None and self.opponent.reference not in self.references:
             known = ", ".join(self.references) or "none"
             raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
-        if self.sampler.top_k is not None or self.sampler.top_p is not None or self.sampler.temperature == 0:
+        if getattr(self.sampler, "policy_temperature", None) is None:
             raise ValueError(
-                "sampler must not truncate (top_k, top_p) or be greedy: PPO learns from the distribution "
-                "that it samples, over the whole vocabulary"
+                "sampler must not truncate (top_k, top_p), be greedy, choose or search: PPO learns from the "
+                "distribution that it samples, over the whole vocabulary"
             )
 
     @property

@@ -21,7 +21,8 @@ from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.preferences import Preference
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.models.folders.hf import load_pretrained
-from hybrid_jax.sampling.decode import SAMPLERS, Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import SAMPLERS, sample
 from hybrid_jax.sampling.generation_config import read_eos_ids
 from hybrid_jax.sampling.responses import decode_responses
 
@@ -44,7 +45,7 @@ class ReferenceSamples:
     path: Path
     num_prompts: Annotated[int, Ge(2)] = 256
     batch_size: BatchSize = 32
-    sampler: Annotated[Any, SAMPLERS] = Sampler()
+    sampler: Annotated[Any, SAMPLERS] = Ancestral()
 
     def draw(self, preferences: Sequence[Preference], seed: int) -> list[Answered]:
         """The answers to the prompts of ``preferences``, each prompt once; those too long are left out.
@@ -73,7 +74,7 @@ class ReferenceSamples:
         for index, (batch, count) in enumerate(stream.sequential(min(self.batch_size, len(chosen)))):
             key = jax.random.fold_in(root_key(seed, Purpose.REFERENCE_ANSWERS), index)
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
-            samples = self.sampler(model, params, *prompts, key, eos_ids=eos_ids)
+            samples = sample(self.sampler, model, params, *prompts, key, eos_ids=eos_ids)
             tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]
             texts = decode_responses(tokenizer, tokens, mask, eos_ids)
             drawn += [(e.prompt, text, e.messages) for e, text in zip(batch.examples, texts, strict=False)]

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +43,8 @@ from hybrid_jax.models.lora import merge, split, whole
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import VALUE, claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import Sampler, sample
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
     read_generation_config,
@@ -107,7 +108,8 @@ class Policy:
         for index, (batch, count) in enumerate(stream.sequential(min(BATCH_SIZE, len(examples)))):
             key = jax.random.fold_in(root_key(seed, Purpose.GENERATION), index)
             prompt, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
-            drawn = self.sampler(self.model, self.params, prompt, mask, key, eos_ids=self.eos_ids)
+            inputs = (self.model, self.params, prompt, mask, key)
+            drawn = sample(self.sampler, *inputs, eos_ids=self.eos_ids)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.action_mask)[:count]
             texts = decode_responses(self.tokenizer, tokens, mask, self.eos_ids)
             complete = np.asarray(ended(drawn.tokens, drawn.action_mask, self.eos_ids))
@@ -187,18 +189,19 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
         trust: names in the run's config that may run code.
 
     Raises:
-        Untrusted: the model's name runs code and is not in ``trust``.
+        Untrusted: the name of the model or of the sampler runs code and is not in ``trust``.
     """
     files = fetched(run_dir)
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     with trust_explained(run_dir):
         component, model, trained, base = _run_model(settings, tokenizer, trust)
+        own = _run_sampler(settings, model.max_length, trust)
     found = newest_policy(files.checkpoints, trained, base)
     if found is None:
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
     model, params = as_list(model, whole(base, params))
-    sampler = overridden(_run_sampler(settings, model.max_length), overrides)
+    sampler = overridden(own, overrides)
     eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
     return Policy(model, params, tokenizer, sampler, eos_ids, step, component)
 
@@ -329,12 +332,23 @@ def run_tokenizer(files: RunFiles) -> Tokenizer:
 
 
 def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
-    """``sampler`` with ``sampler.a=value`` settings over its own."""
+    """``sampler`` with ``sampler.a=value`` settings over its own; another one keeps those that it knows.
+
+    The overrides are the user's own words, so a name in them may run code.
+    """
+    own = to_dict(_SamplerSettings(sampler))["sampler"]
     for name in (override.partition("=")[0] for override in overrides):
-        if name in {field.name for field in fields(sampler)}:
+        if name in own:
             raise UserError(f"unknown setting {name!r}; did you mean 'sampler.{name}'?")
-    settings = apply_overrides({"sampler": to_dict(sampler)}, overrides, _SamplerSettings)
-    return parse(_SamplerSettings, settings).sampler
+    settings = apply_overrides({"sampler": own}, overrides, _SamplerSettings, EVERYTHING)
+    chosen = settings["sampler"]
+    if isinstance(chosen, Mapping) and chosen.get("name") != own["name"]:
+        new = parse(_SamplerSettings, {"sampler": chosen["name"]}, trust=EVERYTHING).sampler
+        known = {"name", *to_dict(new)}
+        kept = {name: value for name, value in own.items() if name in known}
+        start = {"sampler": {**kept, "name": chosen["name"]}}
+        settings = apply_overrides(start, overrides, _SamplerSettings, EVERYTHING)
+    return parse(_SamplerSettings, settings, trust=EVERYTHING).sampler
 
 
 @dataclass(frozen=True)
@@ -344,7 +358,7 @@ class _ModelSettings:
 
 @dataclass(frozen=True)
 class _SamplerSettings:
-    sampler: Sampler
+    sampler: Annotated[Any, SAMPLERS]
 
 
 def _run_model(
@@ -371,19 +385,19 @@ def trains_heads(settings: Mapping[str, Any]) -> bool:
     return any("head" in phase for phase in (settings.get("phases") or {}).values())
 
 
-def _run_sampler(settings: dict[str, Any], context: int | None) -> Sampler:
+def _run_sampler(settings: dict[str, Any], context: int | None, trust: Container[str]) -> Sampler:
     """What the run samples with: for its evaluation, or for the first phase that samples."""
     components = [settings.get("evaluation"), *(settings.get("phases") or {}).values()]
     found = (component.get("sampler") for component in components if component)
     sampler = next((sampler for sampler in found if sampler), None)
-    return (
-        default_sampler(context) if sampler is None else parse(_SamplerSettings, {"sampler": sampler}).sampler
-    )
+    if sampler is None:
+        return default_sampler(context)
+    return parse(_SamplerSettings, {"sampler": sampler}, trust=trust).sampler
 
 
-def default_sampler(context: int | None) -> Sampler:
+def default_sampler(context: int | None) -> Ancestral:
     """Where nothing says how to sample: at most half of the context, at most 64 tokens."""
-    return Sampler(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
+    return Ancestral(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
 
 
 def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:

@@ -17,14 +17,15 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import read_json
 from hybrid_jax.data.chat import end_of_turn
 from hybrid_jax.data.tokenizer import Tokenizer
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import Sampler
 
 log = logging.getLogger(__name__)
 
 FILE = "generation_config.json"
 TOP_K = 50  # of transformers where a folder that samples does not say
 
-# Settings that would change the distribution and that `Sampler` has not, with the values that change nothing.
+# Settings that would change the distribution and that `Ancestral` has not, with the values that change nothing.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "bad_words_ids": ([],),
     "begin_suppress_tokens": ([],),
@@ -52,7 +53,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read_generation_config(folder: str | Path, max_new_tokens: int) -> tuple[Sampler, tuple[int, ...]]:
+def read_generation_config(folder: str | Path, max_new_tokens: int) -> tuple[Ancestral, tuple[int, ...]]:
     """Sampler and end tokens as `transformers` takes them: greedy unless ``do_sample``.
 
     They stand in generation_config.json; in older folders, in config.json.
@@ -79,7 +80,7 @@ def read_generation_config(folder: str | Path, max_new_tokens: int) -> tuple[Sam
     else:
         chosen["temperature"] = 0.0
     try:
-        return parse(Sampler, chosen), _ids(settings.get("eos_token_id"))
+        return parse(Ancestral, chosen), _ids(settings.get("eos_token_id"))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -94,11 +95,11 @@ def read_eos_ids(folder: str | Path) -> tuple[int, ...]:
 
 
 def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids: Sequence[int]) -> None:
-    """Adds to generation_config.json the end tokens and how to sample, or nothing about the latter."""
+    """Adds to generation_config.json the end tokens, and how to sample where `transformers` can."""
     path = Path(folder) / FILE
     settings = {**(read_json(path) if path.exists() else {}), "eos_token_id": _one_or_all(eos_ids)}
     settings.pop("_from_model_config", None)
-    if sampler is not None:
+    if isinstance(sampler, Ancestral):
         settings |= {"max_new_tokens": sampler.max_new_tokens, "do_sample": sampler.temperature > 0}
         if sampler.temperature > 0:
             settings["temperature"] = sampler.temperature

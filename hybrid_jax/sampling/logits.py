@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from hybrid_jax.parallel.rules import shard, target_platform
 
@@ -81,7 +81,7 @@ def sample_token(
     Args:
         logits: of the model.
         noise: uniform numbers in [0, 1); they alone decide which token is drawn.
-        temperature, top_k, top_p: as in `Sampler`.
+        temperature, top_k, top_p: as in `Ancestral`.
     """
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[0])
@@ -116,10 +116,15 @@ def draw(logits: Float[Array, "B V"], noise: Float[Array, "B 2"]) -> tuple[Int[A
     return token, chosen - top[:, 0] - jnp.log(jnp.sum(totals, -1))
 
 
-def response_noise(key: Array, rows: int, num_tokens: int) -> Float[Array, "B R 2"]:
-    """The uniform numbers of every response token: a function of the key, the row and the position alone."""
-    of_row = lambda row: jax.random.uniform(jax.random.fold_in(key, row), (num_tokens, 2))  # noqa: E731
-    return shard(jax.vmap(of_row)(jnp.arange(rows)), "attention_batch", None, None)
+def response_keys(key: Array, prompts: Int[Array, "B"]) -> Shaped[Array, "B"]:
+    """The key of the response to each prompt: a function of ``key`` and the prompt's number alone."""
+    return jax.vmap(lambda prompt: jax.random.fold_in(key, prompt))(prompts)
+
+
+def response_noise(keys: Shaped[Array, "B"], num_tokens: int) -> Float[Array, "B R 2"]:
+    """The uniform numbers of every response token: a function of its response's key and its position alone."""
+    of_response = lambda key: jax.random.uniform(key, (num_tokens, 2))  # noqa: E731
+    return shard(jax.vmap(of_response)(keys), "attention_batch", None, None)
 
 
 def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:

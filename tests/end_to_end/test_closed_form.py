@@ -10,7 +10,7 @@ from hybrid_jax.phases.ppo_functions import PPOFunctions
 from hybrid_jax.phases.ppo_settings import PPO, Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.testing import (
     STEPS,
     PrefixTable,
@@ -33,7 +33,7 @@ def ppo_functions(**settings) -> PPOFunctions:
         **{
             "reward": CompositeReward({"count": Part(reward)}),
             "prompts_per_step": ROWS,
-            "sampler": Sampler(max_new_tokens=STEPS),
+            "sampler": Ancestral(max_new_tokens=STEPS),
             "kl_control": FixedKL(BETA),
             "missing_eos_penalty": None,
             "value_clip_range": None,

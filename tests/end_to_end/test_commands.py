@@ -12,7 +12,7 @@ import pytest
 from hybrid_jax import evaluate, export, generate, train
 from hybrid_jax.models.folders.hf import load_pretrained
 from hybrid_jax.runs.policy import load_policy, load_pretrained_policy
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_folder_gives_its_generation_settings_and_all_its_end_tokens(exported,
         return load_pretrained_policy(tmp_path)
 
     own = load_pretrained_policy(exported)
-    assert (own.sampler, own.eos_ids) == (Sampler(max_new_tokens=8), (256,))
+    assert (own.sampler, own.eos_ids) == (Ancestral(max_new_tokens=8), (256,))
     chosen = policy(
         do_sample=True, temperature=0.7, top_k=20, top_p=0.9, max_new_tokens=5, eos_token_id=[1, 256]
     )

@@ -9,7 +9,7 @@ from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.segments import response_pieces
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.testing import PrefixTable
 
 ANSWERS = ["Good. Bad! So so.", "Good."]
@@ -40,7 +40,7 @@ def test_held_out_segments_are_scored_as_in_training_and_shown_as_wholes(level, 
         PrefixTable(max_length=None),
         tokenizer,
         [Example(prompt, None) for prompt in "ab"],
-        sampler=Sampler(max_new_tokens=LENGTH),
+        sampler=Ancestral(max_new_tokens=LENGTH),
         reward=reward,
         seed=0,
         eos_ids=(tokenizer.eos_id,),

@@ -23,7 +23,7 @@ from hybrid_jax.models.families.family import dump_weights, parameter_shapes
 from hybrid_jax.models.families.t5 import T5
 from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
 from hybrid_jax.phases.sft import sft_losses
-from hybrid_jax.sampling.decode import generate
+from hybrid_jax.sampling.ancestral import generate
 
 VOCAB, START = 61, 2
 SIZES = {"d_model": 32, "d_kv": 6, "d_ff": 48, "num_heads": 4, "num_layers": 2, "vocab_size": VOCAB}

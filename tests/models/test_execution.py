@@ -14,7 +14,7 @@ from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.lora import Lora
 from hybrid_jax.models.stacking import stack_layers, unstack_layers
-from hybrid_jax.sampling.decode import generate
+from hybrid_jax.sampling.ancestral import generate
 
 BASE = DecoderConfig(num_layers=4, width=16, num_heads=4, num_kv_heads=2, max_length=24, vocab_size=19)
 LLAMA = replace(BASE, position="rotary", norm="rms", mlp="gated", mlp_width=24, tie_embeddings=False)

@@ -18,7 +18,7 @@ from hybrid_jax.phases.ppo_settings import PPO, Reference, SFTMix
 from hybrid_jax.phases.sft import sft_objective
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.training.optimizers import Adam, Constant
 from hybrid_jax.training.state import TrainState
 from hybrid_jax.training.update import gradients
@@ -57,7 +57,7 @@ def functions(model=MODEL, **settings) -> PPOFunctions:
         **{
             "reward": REWARD,
             "prompts_per_step": ROWS,
-            "sampler": Sampler(max_new_tokens=RESPONSE),
+            "sampler": Ancestral(max_new_tokens=RESPONSE),
             "epochs": 2,
             "optimizer": Adam(learning_rate=1e-2, schedule=Constant()),
             **settings,
@@ -99,7 +99,9 @@ def rolled_out(ppo, state, key=0, references=None):
 @pytest.mark.parametrize("temperature", [0.7, 1.3, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("minibatches", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_ratio_of_a_fresh_policy_is_one_and_its_kl_to_itself_zero(temperature, minibatches):
-    ppo = functions(sampler=Sampler(max_new_tokens=RESPONSE, temperature=temperature), minibatches=minibatches)
+    ppo = functions(
+        sampler=Ancestral(max_new_tokens=RESPONSE, temperature=temperature), minibatches=minibatches
+    )
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
     mask = np.asarray(scored.action_mask)
@@ -113,7 +115,7 @@ def test_the_ratio_of_a_fresh_policy_is_one_and_its_kl_to_itself_zero(temperatur
 
 
 def test_the_log_probs_are_those_of_the_tempered_distribution():
-    ppo = functions(sampler=Sampler(max_new_tokens=RESPONSE, temperature=0.7))
+    ppo = functions(sampler=Ancestral(max_new_tokens=RESPONSE, temperature=0.7))
     state = state_of(ppo)
     samples, scored = jax.device_get(rolled_out(ppo, state))
     checked = 0
@@ -370,9 +372,9 @@ def test_a_learning_rate_of_zero_changes_no_bit():
 
 def test_truncated_sampling_is_refused():
     with pytest.raises(ValueError, match="sampler must not truncate"):
-        functions(sampler=Sampler(max_new_tokens=4, top_k=5))
+        functions(sampler=Ancestral(max_new_tokens=4, top_k=5))
     with pytest.raises(ValueError, match="sampler must not truncate"):
-        functions(sampler=Sampler(max_new_tokens=4, temperature=0.0))
+        functions(sampler=Ancestral(max_new_tokens=4, temperature=0.0))
 
 
 def test_references_are_refreshed_when_due():

@@ -30,7 +30,7 @@ from hybrid_jax.rewards.combine import Baseline
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.postprocess import Group
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.testing import SEQUENCES, PrefixTable, reference_params, sequence_probabilities
 from hybrid_jax.training.optimizers import Adam, Constant, Linear
 from hybrid_jax.training.state import TrainState
@@ -55,7 +55,7 @@ def functions(model=None, **settings) -> PPOFunctions:
         **{
             "reward": COUNT,
             "prompts_per_step": ROWS,
-            "sampler": Sampler(max_new_tokens=3),
+            "sampler": Ancestral(max_new_tokens=3),
             "epochs": 2,
             "missing_eos_penalty": None,
             "optimizer": Adam(learning_rate=1e-2, schedule=Constant()),
@@ -189,7 +189,7 @@ def test_two_references_have_the_published_geometric_optimum():
         model,
         reward=CompositeReward({"count": Part(reward)}),
         prompts_per_step=2048,
-        sampler=Sampler(max_new_tokens=1),
+        sampler=Ancestral(max_new_tokens=1),
         kl_control=FixedKL(0.5),
         references={"one": Reference(weight=0.7), "two": Reference(weight=0.3)},
         value_clip_range=None,

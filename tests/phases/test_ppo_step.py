@@ -19,7 +19,7 @@ from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored, _epoch_orders
 from hybrid_jax.phases.ppo_settings import PPO, SFTMix
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.training import nonfinite
 from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.optimizers import SGD, Constant
@@ -167,7 +167,7 @@ def functions(model, **settings) -> PPOFunctions:
     config = PPO(
         reward=CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))}),
         prompts_per_step=ROWS,
-        sampler=Sampler(max_new_tokens=RESPONSE),
+        sampler=Ancestral(max_new_tokens=RESPONSE),
         optimizer=SGD(learning_rate=0.1, schedule=Constant()),
         **settings,
     )

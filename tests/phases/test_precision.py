@@ -14,7 +14,7 @@ from hybrid_jax.phases.ppo_settings import PPO, SFTMix
 from hybrid_jax.phases.work import ppo_flops, sft_flops
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.testing import PrefixTable
 from hybrid_jax.training.loss_scale import DynamicLossScale
 from hybrid_jax.training.nonfinite import FINE, tensor_names
@@ -27,7 +27,7 @@ REWARD = CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))})
 SETTINGS = PPO(
     reward=REWARD,
     prompts_per_step=ROWS,
-    sampler=Sampler(max_new_tokens=RESPONSE),
+    sampler=Ancestral(max_new_tokens=RESPONSE),
     epochs=1,
     minibatches=4,
     optimizer=SGD(learning_rate=0.1, schedule=Constant()),

@@ -11,7 +11,7 @@ from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.phases.ppo_settings import PPO
 from hybrid_jax.phases.prompts import prompt_stream
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 
 REWARD = CompositeReward({"none": Part(lambda responses: [0.0] * len(responses))})
 LENGTHS = (5, 20, 40, 70, 100, 150)  # characters, and so bytes
@@ -21,7 +21,7 @@ def stream(**settings):
     tokenizer = Bytes().build([])
     extra = len(tokenizer.encode("")) if hasattr(tokenizer, "encode") else 0
     examples = [Example("a" * (length - extra)) for length in LENGTHS]
-    config = PPO(reward=REWARD, sampler=Sampler(max_new_tokens=56), **settings)
+    config = PPO(reward=REWARD, sampler=Ancestral(max_new_tokens=56), **settings)
     model = SimpleNamespace(max_length=256)
     resources: Any = SimpleNamespace(name="ppo", model=model, examples=examples, tokenizer=tokenizer, seed=0)
     return prompt_stream(config, resources)

@@ -27,7 +27,7 @@ from hybrid_jax.phases.reference_samples import ReferenceSamples
 from hybrid_jax.phases.reward_model import RewardModel, reward_objective
 from hybrid_jax.phases.reward_report import agreement
 from hybrid_jax.rewards.reward_model import RewardModelReward
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.training.loop import take_step, train
 from hybrid_jax.training.update import gradients
 
@@ -211,7 +211,7 @@ def test_the_scale_can_be_that_of_a_policys_samples(tmp_path, trained):
     save_pretrained(folder, model, jax.jit(model.init)(jax.random.key(0)), eos_ids=(TOKENIZER.eos_id,))
     TOKENIZER.save(folder)
     rows = [Preference(f"question {i}", "a", "b") for i in range(5)] + [Preference("question 1", "c", "d")]
-    reference = ReferenceSamples(folder, num_prompts=4, batch_size=3, sampler=Sampler(max_new_tokens=6))
+    reference = ReferenceSamples(folder, num_prompts=4, batch_size=3, sampler=Ancestral(max_new_tokens=6))
     drawn = reference.draw(rows, seed=0)
     assert [prompt for prompt, _, _ in drawn] == [f"question {i}" for i in range(4)]
     assert drawn == reference.draw(rows, seed=0)

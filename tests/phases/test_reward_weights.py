@@ -10,7 +10,7 @@ from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
 from hybrid_jax.phases.ppo_settings import PPO, Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.testing import SEQUENCES, PrefixTable, optimum, reference_params, true_reward
 from hybrid_jax.training.optimizers import SGD, Adam, Constant, Linear
 from hybrid_jax.training.state import TrainState
@@ -33,7 +33,7 @@ def functions(model, rows, reward, **settings) -> PPOFunctions:
     config = PPO(
         reward=reward,
         prompts_per_step=rows,
-        sampler=Sampler(max_new_tokens=model.max_length - 1),
+        sampler=Ancestral(max_new_tokens=model.max_length - 1),
         missing_eos_penalty=None,
         whiten_advantages=False,
         value_clip_range=None,

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.generation_config import read_eos_ids, read_generation_config, write_generation_config
 
 
@@ -14,15 +14,15 @@ def read(folder, **settings):
 
 def test_settings_that_sample_are_taken_and_missing_ones_are_those_of_transformers(tmp_path):
     everything = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "max_new_tokens": 9}
-    assert read(tmp_path, **everything)[0] == Sampler(9, 0.6, 20, 0.95)
-    assert read(tmp_path, do_sample=True)[0] == Sampler(7, 1.0, 50, None)
-    assert read(tmp_path, do_sample=True, top_k=0, top_p=1.0)[0] == Sampler(7, 1.0, None, None)
-    assert read(tmp_path, do_sample=True, top_k=None, temperature=None)[0] == Sampler(7, 1.0, 50, None)
+    assert read(tmp_path, **everything)[0] == Ancestral(9, 0.6, 20, 0.95)
+    assert read(tmp_path, do_sample=True)[0] == Ancestral(7, 1.0, 50, None)
+    assert read(tmp_path, do_sample=True, top_k=0, top_p=1.0)[0] == Ancestral(7, 1.0, None, None)
+    assert read(tmp_path, do_sample=True, top_k=None, temperature=None)[0] == Ancestral(7, 1.0, 50, None)
 
 
 def test_without_do_sample_it_is_greedy(tmp_path):
-    assert read(tmp_path, temperature=0.6, top_p=0.9)[0] == Sampler(7, temperature=0.0)
-    assert read(tmp_path)[0] == Sampler(7, temperature=0.0)
+    assert read(tmp_path, temperature=0.6, top_p=0.9)[0] == Ancestral(7, temperature=0.0)
+    assert read(tmp_path)[0] == Ancestral(7, temperature=0.0)
 
 
 def test_end_tokens_are_one_or_a_list_in_its_order(tmp_path):
@@ -36,10 +36,10 @@ def test_end_tokens_are_one_or_a_list_in_its_order(tmp_path):
 def test_an_older_folder_says_all_of_it_in_its_config(tmp_path):
     old = {"model_type": "gpt2", "eos_token_id": 4, "do_sample": True, "temperature": 0.5, "top_k": 3}
     (tmp_path / "config.json").write_text(json.dumps(old))
-    assert read_generation_config(tmp_path, 7) == (Sampler(7, 0.5, 3, None), (4,))
+    assert read_generation_config(tmp_path, 7) == (Ancestral(7, 0.5, 3, None), (4,))
     assert read_eos_ids(tmp_path) == (4,)
     # A generation_config.json stands alone, but for the end tokens that it does not name.
-    assert read(tmp_path, max_new_tokens=2) == (Sampler(2, 0.0), (4,))
+    assert read(tmp_path, max_new_tokens=2) == (Ancestral(2, 0.0), (4,))
     assert read(tmp_path, eos_token_id=[6, 7])[1] == read_eos_ids(tmp_path) == (6, 7)
 
 
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_one_line_with_its_name(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sampler", [Sampler(5), Sampler(5, 0.0), Sampler(5, 0.7, 4), Sampler(5, 1.0, None, 0.9)]
+    "sampler", [Ancestral(5), Ancestral(5, 0.0), Ancestral(5, 0.7, 4), Ancestral(5, 1.0, None, 0.9)]
 )
 def test_what_is_written_is_read_again_beside_what_was_there(sampler, tmp_path):
     before = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 3}

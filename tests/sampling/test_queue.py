@@ -13,7 +13,7 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.parallel.mesh import MeshConfig, put_rows
 from hybrid_jax.parallel.rules import ROLLOUTS, under
-from hybrid_jax.sampling.decode import Sampler
+from hybrid_jax.sampling.ancestral import Ancestral
 
 VOCAB, P, R, N = 29, 8, 12, 16
 EOS = (3, 4, 5, 6, 7)
@@ -40,7 +40,7 @@ def model_and_params():
 
 
 def _sample(model_and_params, rows=N, eos_ids=EOS, **settings):
-    sampler = Sampler(**({"max_new_tokens": R} | settings))
+    sampler = Ancestral(**({"max_new_tokens": R} | settings))
     return sampler(*model_and_params, *_prompts(rows), jax.random.key(0), eos_ids=eos_ids)
 
 
@@ -113,7 +113,7 @@ def test_eight_devices_answer_in_groups_and_move_no_rows():
     """Each has all weights and answers prompts of its own; they tell each other only how many slots wait."""
     model, params = _model(max_length=64)
     tokens, mask = _prompts(32)
-    sampler, mesh = Sampler(R, slots=16), MeshConfig(data=2, fsdp=2, tensor=2)
+    sampler, mesh = Ancestral(R, slots=16), MeshConfig(data=2, fsdp=2, tensor=2)
     placement = mesh.placement().with_rules(ROLLOUTS["replicated"])
     sample = under(placement, lambda *inputs: sampler(model, *inputs, eos_ids=EOS))
     rows = lambda x: put_rows(placement, x)  # noqa: E731
@@ -133,7 +133,7 @@ def test_the_ring_is_written_in_place(scan_layers):
     """Beside the cache there are the rows that are read anew, and no copy of the cache."""
     model, _ = _model(num_layers=4, width=32, max_length=1024, execution=Execution(scan_layers=scan_layers))
     tokens, key = jax.ShapeDtypeStruct((256, 4), jnp.int32), jax.random.key(0)
-    sampler = Sampler(509, slots=64)
+    sampler = Ancestral(509, slots=64)
     sample = jax.jit(lambda *inputs: sampler(model, *inputs, eos_ids=EOS))
     compiled = sample.lower(jax.eval_shape(model.init, key), tokens, tokens, key).compile()
     cache = 2 * 4 * 64 * 512 * 32 * 4
@@ -142,7 +142,7 @@ def test_the_ring_is_written_in_place(scan_layers):
 
 def test_a_model_without_slots_and_no_slots_are_clear_errors():
     with pytest.raises(ValueError, match="slots must be in \\[1, 1048576\\], got 0"):
-        Sampler(slots=0)
+        Ancestral(slots=0)
     model = EncoderDecoderConfig(num_layers=1, width=16, num_heads=2).build(VOCAB)
-    with pytest.raises(UserError, match=r"sampler\.slots needs a model whose cache has slots"):
+    with pytest.raises(UserError, match=r"sampler\.slots needs a model whose cache takes new rows"):
         _sample((model, model.init(jax.random.key(0))), slots=2)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +15,13 @@ from jaxtyping import Array, Bool, Int
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
-from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import as_in_training, shard_params, target_platform
-from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
-from hybrid_jax.sampling.refill import generate_in_slots
-
-SAMPLERS: Registry = Registry("sampler")
+from hybrid_jax.sampling.base import SAMPLERS
+from hybrid_jax.sampling.engine import Engine
+from hybrid_jax.sampling.logits import response_keys
+from hybrid_jax.sampling.queue import answer_in_turn
 
 _MOST_CHUNKS = 4  # each costs a compiled loop, and a copy of the cache between two of them
 _SMALLEST_CHUNK = 64  # tokens
@@ -31,15 +29,21 @@ _SMALLEST_CHUNK = 64  # tokens
 
 @SAMPLERS.register("ancestral")
 @settings
-class Sampler:
+class Ancestral:
     """Settings of `generate`: ``temperature`` 0 is greedy, ``None`` cuts nothing off."""
 
     max_new_tokens: Count = 64
     temperature: NonNegative = 1.0
     top_k: Count | None = None
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
-    # rows decoded at once; one that has ended takes the next prompt (`refill`). All
+    # rows decoded at once; one that has ended takes the next prompt (`queue`). All
     slots: BatchSize | None = None
+
+    @property
+    def policy_temperature(self) -> float | None:
+        """``temperature`` where nothing is cut off and it is not greedy, else None (`Sampler`)."""
+        truncates = self.top_k is not None or self.top_p is not None
+        return None if truncates or self.temperature == 0 else self.temperature
 
     def __call__(
         self,
@@ -59,12 +63,12 @@ class Sampler:
             )
         if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
             raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
+        engine = Engine(model, tuple(eos_ids), self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        inputs = (params, prompt_tokens, prompt_mask, key)
         if self.slots is not None and self.slots < len(prompt_tokens):
-            return generate_in_slots(
-                model, self, tuple(eos_ids), self.slots, params, prompt_tokens, prompt_mask, key
-            )
+            return answer_in_turn(engine, self.slots, *inputs)
         lengths = cache_lengths(model, prompt_tokens.shape[1], self.max_new_tokens)
-        return _generate(model, self, tuple(eos_ids), lengths, params, prompt_tokens, prompt_mask, key)
+        return _answer_at_once(engine, lengths, *inputs)
 
 
 def generate(
@@ -91,60 +95,38 @@ def generate(
         top-k and top-p included, renormalised (0 behind the end).
     """
     try:
-        sampler = Sampler(max_new_tokens, temperature, top_k, top_p)
+        sampler = Ancestral(max_new_tokens, temperature, top_k, top_p)
     except ValueError as error:
         raise UserError(str(error)) from error
     return sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=eos_ids)
 
 
-@partial(jax.jit, static_argnames=("model", "sampler", "eos_ids", "lengths"))
-def _generate(
-    model, sampler: Sampler, eos_ids: tuple[int, ...], lengths, params, prompt_tokens, prompt_mask, key
+@partial(jax.jit, static_argnames=("engine", "lengths"))
+def _answer_at_once(
+    engine: Engine, lengths: tuple[int, ...], params: Any, prompt_tokens, prompt_mask, key
 ) -> Samples:
+    """The engine over one batch; the cache has one of ``lengths`` after the other."""
     batch, prompt_length = prompt_tokens.shape
-    num_tokens = sampler.max_new_tokens
-    noise = response_noise(key, batch, num_tokens)
-    params = model.cast(params)  # once, not at every token
+    params = engine.model.cast(params)  # once, not at every token
     # Prompts are read like any batch, with weights gathered a layer at a time. One token is too little for
     # that, so the weights lie as the rollout's rules want them before the first is decoded.
     settled = shard_params(params, param_axes)
-
-    def record(samples: Samples, t, logits, ended):
-        """Draws response token t and writes it down where the row has not ended."""
-        drawn = lax.dynamic_index_in_dim(noise, t, axis=1, keepdims=False)
-        token, log_prob = sample_token(logits, drawn, sampler.temperature, sampler.top_k, sampler.top_p)
-        token, log_prob = jnp.where(ended, 0, token), jnp.where(ended, 0.0, log_prob)
-        samples = replace(
-            samples,
-            tokens=lax.dynamic_update_slice(samples.tokens, token[:, None], (0, t)),
-            log_probs=lax.dynamic_update_slice(samples.log_probs, log_prob[:, None], (0, t)),
-            action_mask=lax.dynamic_update_slice(samples.action_mask, ~ended[:, None], (0, t)),
-        )
-        return samples, token, ended | is_end(token, eos_ids)
-
-    def next_token(state):
-        t, samples, cache, token, ended = state
-        logits, cache = model.step(settled, token, cache)
-        samples, token, ended = record(samples, t, logits, ended)
-        return t + 1, samples, cache, token, ended
-
-    samples = Samples.empty(batch, num_tokens)
-    cache = model.init_cache(batch, lengths[0])
-    logits, cache = as_in_training(model.prefill)(params, prompt_tokens, prompt_mask, cache)
-    samples, token, ended = record(samples, 0, logits, jnp.zeros(batch, bool))
+    keys, prefill = response_keys(key, jnp.arange(batch)), as_in_training(engine.model.prefill)
+    state = engine.init(batch, lengths[0])
+    state, _ = engine.start(params, state, prompt_tokens, prompt_mask, keys, prefill)
     t = jnp.int32(1)
     for length in lengths:
         stop = length - prompt_length + 1  # the last token is written down and never read: it needs no slot
 
-        def unfinished(state, stop=stop):
-            t, _, _, _, ended = state
-            return (t < stop) & ~jnp.all(ended) if eos_ids else t < stop
+        def unfinished(carry, stop=stop):
+            t, state = carry
+            return (t < stop) & jnp.any(state.rows.busy) if engine.eos_ids else t < stop
 
         if length > lengths[0]:
-            cache = cache.grown(length)
-        state = (t, samples, cache, token, ended)
-        t, samples, cache, token, ended = lax.while_loop(unfinished, next_token, state)
-    return replace(samples, attention_mask=samples.action_mask)
+            state = state.grown(length)
+        step = lambda carry: (carry[0] + 1, engine.step(settled, carry[1])[0])  # noqa: E731
+        t, state = lax.while_loop(unfinished, step, (t, state))
+    return engine.harvest(state)
 
 
 def cache_lengths(model: LanguageModel, prompt_length: int, num_tokens: int) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.execution import Execution
-from hybrid_jax.sampling import decode
-from hybrid_jax.sampling.decode import SAMPLERS, Sampler, cache_lengths, generate
+from hybrid_jax.sampling import ancestral
+from hybrid_jax.sampling.ancestral import Ancestral, cache_lengths, generate
+from hybrid_jax.sampling.base import SAMPLERS
 from hybrid_jax.sampling.logits import sampling_logits
 
 VOCAB, P, R = 29, 8, 12
@@ -169,14 +170,14 @@ def test_a_cache_that_grows_gives_the_samples_of_a_whole_one(scan_layers, monkey
     model = config.build(VOCAB)
     params = jax.tree.map(lambda x: 10 * x, model.init(jax.random.key(0)))
     whole = _sample((model, params), eos_ids=(3,))
-    monkeypatch.setattr(decode, "cache_lengths", lambda *_: (P + 2, P + 5, P + R - 1))
+    monkeypatch.setattr(ancestral, "cache_lengths", lambda *_: (P + 2, P + 5, P + R - 1))
     _assert_same(_sample((model, params), eos_ids=(3,)), whole)
 
 
 def test_only_on_an_accelerator_does_a_long_cache_grow(model_and_params, monkeypatch):
     model, _ = model_and_params
     assert cache_lengths(model, 8, 1000) == (1007,)
-    monkeypatch.setattr(decode, "target_platform", lambda: "tpu")
+    monkeypatch.setattr(ancestral, "target_platform", lambda: "tpu")
     assert cache_lengths(model, 8, 1000) == (257, 507, 757, 1007)
     assert cache_lengths(model, 8, 130) == (72, 137)
     assert cache_lengths(model, 8, 64) == (71,)
@@ -238,7 +239,7 @@ def test_impossible_settings_are_one_clear_line(model_and_params, setting, messa
 
 
 def test_the_sampler_of_a_config_is_the_same_function(model_and_params):
-    assert SAMPLERS["ancestral"] is Sampler
+    assert SAMPLERS["ancestral"] is Ancestral
     sampler = parse(SAMPLERS["ancestral"], {"max_new_tokens": R, "top_k": 5})
     samples = sampler(*model_and_params, *_prompts(), jax.random.key(0), eos_ids=(3,))
     expected = _sample(model_and_params, top_k=5, eos_ids=(3,))

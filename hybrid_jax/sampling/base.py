@@ -1,0 +1,70 @@
+"""What a sampler is: a policy, prompts and a key to the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import chex
+from jaxtyping import Array, Bool, Int
+
+from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.registry import Registry
+from hybrid_jax.models.base import LanguageModel, Params
+
+SAMPLERS: Registry = Registry("sampler", default="ancestral")
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Settings of a way to answer prompts, hashable, and the pure function that does it.
+
+    One that draws from the policy's own distribution, ``softmax(logits / temperature)`` over the whole
+    vocabulary, also has an attribute ``policy_temperature``; only from its samples may PPO learn. Without it,
+    or where it is None, the sampler cuts off, is greedy, chooses or searches.
+    """
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Longest response, R."""
+        ...
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        *,
+        eos_ids: Sequence[int] = (),
+    ) -> Samples:
+        """A response [R] to every left-padded prompt.
+
+        The same key gives the same samples on any number of devices. ``log_probs`` is None where the
+        distribution that a response comes from is not known.
+        """
+        ...
+
+
+def sample(
+    sampler: Sampler,
+    model: LanguageModel,
+    params: Params,
+    prompt_tokens: Int[Array, "B P"],
+    prompt_mask: Bool[Array, "B P"],
+    key: Array,
+    *,
+    eos_ids: Sequence[int] = (),
+) -> Samples:
+    """The responses of a sampler, whose shapes are checked: it may be anybody's.
+
+    Raises:
+        AssertionError: it gave arrays of other shapes than [B R].
+    """
+    chex.assert_equal_shape([prompt_tokens, prompt_mask])
+    samples = sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=tuple(eos_ids))
+    arrays = [samples.tokens, samples.action_mask, samples.attention_mask]
+    arrays += [] if samples.log_probs is None else [samples.log_probs]
+    chex.assert_shape(arrays, (len(prompt_tokens), sampler.max_new_tokens))
+    return samples

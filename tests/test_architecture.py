@@ -54,7 +54,6 @@ ONLY_IN = {
 
 # What is not mended yet. These lists only get shorter.
 CIRCLES = [
-    {"sampling/decode.py", "sampling/refill.py"},
     {"models/blocks.py", "models/decoder.py", "models/decoder_config.py"},
     {"models/encoder_decoder.py", "models/encoder_decoder_blocks.py", "models/encoder_decoder_config.py"},
     {
@@ -64,7 +63,7 @@ CIRCLES = [
 ]
 FOR_THE_TYPE_CHECKER = {
     *("plan.py", "phases/work.py", "phases/ppo_functions.py", "models/encoder_decoder_config.py"),
-    *("models/decoder_config.py", "sampling/refill.py"),
+    "models/decoder_config.py",
 }
 LATE = {
     *("experiment.py", "trainer.py", "phases/ppo_settings.py", "models/encoder_decoder_config.py"),

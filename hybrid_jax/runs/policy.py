@@ -44,7 +44,7 @@ from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import VALUE, claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
 from hybrid_jax.sampling.ancestral import Ancestral
-from hybrid_jax.sampling.base import Sampler, sample
+from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
     read_generation_config,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.batches import Example
-from hybrid_jax.core.config import apply_overrides, load_yaml, local_path, parse, to_dict
+from hybrid_jax.core.config import load_yaml, local_path, parse
 from hybrid_jax.core.errors import Untrusted, UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.registry import EVERYTHING, NOTHING, names_in
@@ -43,8 +43,8 @@ from hybrid_jax.models.lora import merge, split, whole
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import VALUE, claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
-from hybrid_jax.sampling.ancestral import Ancestral
-from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
+from hybrid_jax.runs.samplers import default_sampler, overridden, run_sampler
+from hybrid_jax.sampling.base import Sampler, sample
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
     read_generation_config,
@@ -195,7 +195,7 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     with trust_explained(run_dir):
         component, model, trained, base = _run_model(settings, tokenizer, trust)
-        own = _run_sampler(settings, model.max_length, trust)
+        own = run_sampler(settings, model.max_length, trust)
     found = newest_policy(files.checkpoints, trained, base)
     if found is None:
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
@@ -331,34 +331,9 @@ def run_tokenizer(files: RunFiles) -> Tokenizer:
     return load_tokenizer(files.folder / "tokenizer")
 
 
-def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
-    """``sampler`` with ``sampler.a=value`` settings over its own; another one keeps those that it knows.
-
-    The overrides are the user's own words, so a name in them may run code.
-    """
-    own = to_dict(_SamplerSettings(sampler))["sampler"]
-    for name in (override.partition("=")[0] for override in overrides):
-        if name in own:
-            raise UserError(f"unknown setting {name!r}; did you mean 'sampler.{name}'?")
-    settings = apply_overrides({"sampler": own}, overrides, _SamplerSettings, EVERYTHING)
-    chosen = settings["sampler"]
-    if isinstance(chosen, Mapping) and chosen.get("name") != own["name"]:
-        new = parse(_SamplerSettings, {"sampler": chosen["name"]}, trust=EVERYTHING).sampler
-        known = {"name", *to_dict(new)}
-        kept = {name: value for name, value in own.items() if name in known}
-        start = {"sampler": {**kept, "name": chosen["name"]}}
-        settings = apply_overrides(start, overrides, _SamplerSettings, EVERYTHING)
-    return parse(_SamplerSettings, settings, trust=EVERYTHING).sampler
-
-
 @dataclass(frozen=True)
 class _ModelSettings:
     model: Annotated[Any, BACKBONES]
-
-
-@dataclass(frozen=True)
-class _SamplerSettings:
-    sampler: Annotated[Any, SAMPLERS]
 
 
 def _run_model(
@@ -383,21 +358,6 @@ def trains_language_model(settings: Mapping[str, Any]) -> bool:
 def trains_heads(settings: Mapping[str, Any]) -> bool:
     """Whether any phase of a run trains a head."""
     return any("head" in phase for phase in (settings.get("phases") or {}).values())
-
-
-def _run_sampler(settings: dict[str, Any], context: int | None, trust: Container[str]) -> Sampler:
-    """What the run samples with: for its evaluation, or for the first phase that samples."""
-    components = [settings.get("evaluation"), *(settings.get("phases") or {}).values()]
-    found = (component.get("sampler") for component in components if component)
-    sampler = next((sampler for sampler in found if sampler), None)
-    if sampler is None:
-        return default_sampler(context)
-    return parse(_SamplerSettings, {"sampler": sampler}, trust=trust).sampler
-
-
-def default_sampler(context: int | None) -> Ancestral:
-    """Where nothing says how to sample: at most half of the context, at most 64 tokens."""
-    return Ancestral(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
 
 
 def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:

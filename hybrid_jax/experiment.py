@@ -70,7 +70,7 @@ from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
 from hybrid_jax.training.scheduler import phase_after, planned_steps
 from hybrid_jax.training.state import RunState
-from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
+from hybrid_jax.training.time_left import TimeLeft, relative_costs, steps_ahead
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ class Experiment:
         profiler = Profiler(self.config.profile, folder / "profile")
         elapsed = max((r.get("seconds", 0.0) for r in read_records(folder / METRICS_FILE)), default=0.0)
         stream = None if hosts.is_first() else io.StringIO()
-        time_left = TimeLeft(steps_ahead(self, state), relative_work(self.phases, shapes))
+        time_left = TimeLeft(steps_ahead(self, state), relative_costs(self.phases, shapes))
         progress = Progress(self.steps, state.step, stream, time_left=time_left)
         return state, checkpoints, Recorder(logger, progress, elapsed, machine, profiler)
 

@@ -1,9 +1,9 @@
-"""Config files to frozen dataclasses, strictly: types come from the hints, an unknown key is an error.
+"""Reads config files into frozen dataclasses, strictly: types come from the hints, unknown keys are errors.
 
 A field annotated ``Annotated[Reward, REWARDS]`` holds a component of that registry and is written in YAML as
-``{name: ..., setting: ...}``. A `Path` is one on this machine, never a URL: a field that may be either is
-annotated ``Path | Url``. Ranges are declared on the fields (`hybrid_jax.core.ranges`); what depends on several
-fields a dataclass checks in ``__post_init__``, by raising ``ValueError``.
+``{name: ..., setting: ...}``. A `Path` is a path on this machine, never a URL; a field that may be either is
+annotated ``Path | Url``. Ranges are declared on the fields (`hybrid_jax.core.ranges`); ``__post_init__`` checks
+rules about several fields and raises ``ValueError``.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class Url(str):
 
 
 def is_url(value: object) -> bool:
-    """Whether a text or a path is a URL; ``Path("gs://a/b")`` has lost a slash and is one, too."""
+    """Whether a text or a path is a URL; ``Path("gs://a/b")``, which has lost a slash, counts as one, too."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)) is not None
 
 
 def local_path(value: str | Path, name: str) -> Path:
-    """``value`` as a path on this machine.
+    """Converts ``value`` to a path on this machine.
 
     Raises:
-        UserError: it is a URL, of which `Path` would make a folder here, or holds a zero byte.
+        UserError: it is a URL, which `Path` would turn into a folder here, or holds a zero byte.
     """
     if "\0" in str(value):
         raise UserError(f"{name} must be a path, got {str(value)!r}, which holds a zero byte")
@@ -51,7 +51,7 @@ def local_path(value: str | Path, name: str) -> Path:
         raise UserError(f"{name} must be a path on this machine, got the URL {str(value)!r}")
     path = Path(value)
     try:
-        return path.expanduser()  # a shell does so only where nothing quotes it, and never in a file
+        return path.expanduser()  # a shell expands ~ only outside quotes, and never in a file
     except RuntimeError:
         raise UserError(
             f"{name} begins with the home of a user whom this machine lacks, got {str(value)!r}"
@@ -89,7 +89,7 @@ def load_yaml(
 def apply_overrides(
     settings: dict[str, Any], overrides: Sequence[str], kind: Any = Any, trust: Container[str] = NOTHING
 ) -> dict[str, Any]:
-    """``settings`` with ``a.b=value`` texts over them, one after the other; the rest as in `load_yaml`."""
+    """Applies ``a.b=value`` texts to ``settings``, one after the other; the rest is as in `load_yaml`."""
     for override in overrides:
         path, value = _parse_override(override)
         settings = put(settings, path, value, Place(kind, trust, to_dict))
@@ -113,7 +113,7 @@ def parse(cls: type[T], settings: Any, path: str = "", trust: Container[str] = N
 
 
 def to_dict(value: Any, hint: Any = Any) -> Any:
-    """The inverse of `parse`: plain values that YAML can hold, components with their names."""
+    """Writes a dataclass as plain values that YAML can hold, components with their names: undoes `parse`."""
     if registry := registry_of(hint):
         settings = to_dict(value) if dataclasses.is_dataclass(value) else {}
         return {"name": registry.name_of(value), **settings} if value is not None else None
@@ -192,14 +192,14 @@ def _parse_dataclass(cls: Any, settings: Any, path: str, trust: Container[str]) 
         value = _over_default(fields[key], hints[key], value, trust)
         values[key] = _parse_value(hints[key], value, _join(path, key), trust)
     try:
-        check_ranges(cls, values)  # a user's own dataclass may not check itself
+        check_ranges(cls, values)  # the dataclass of a user may lack `settings`, which checks ranges
         return cls(**values)
     except ValueError as error:
         raise UserError(_join(path, str(error)) if path else str(error)) from error
 
 
 def _over_default(field: dataclasses.Field, hint: Any, value: Any, trust: Container[str]) -> Any:
-    """Settings of a component without its name change the default component, if there is one."""
+    """Applies settings of a component without a name to the default component, if there is one."""
     if registry_of(hint) is None or not isinstance(value, Mapping) or "name" in value:
         return value
     default = field.default_factory() if callable(field.default_factory) else field.default
@@ -214,7 +214,7 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
         value = {"name": value}
     if not isinstance(value, Mapping):
         if value is not None and not isinstance(value, _YAML_VALUES):
-            return value  # an object given from Python
+            return value  # an object that was given from Python
         raise _wrong_type(path, "{name: ..., ...}", value)
     settings = dict(value)
     name = settings.pop("name", registry.default)
@@ -235,7 +235,7 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
 
 
 def _named(hint: Any, key: str, value: Any) -> Any:
-    """In a mapping of components, the key is the component's name unless it gives one."""
+    """Names the components in a mapping by their keys, unless they say a name themselves."""
     if registry_of(hint) is None or not isinstance(value, Mapping) or "name" in value:
         return value
     return {"name": key, **value}
@@ -245,7 +245,7 @@ def _parse_key(hint: Any, key: str, path: str) -> str | int:
     if without_extras(hint) is not int:
         return key
     try:
-        return int(key)  # JSON knows no other keys than texts
+        return int(key)  # in JSON all keys are texts
     except ValueError:
         raise _wrong_type(f"{path}[{key!r}]", _describe(hint), key) from None
 
@@ -286,7 +286,9 @@ def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         return _number(value, path)
-    if hint is Path and isinstance(value, str | Path) and value != "":  # which would be the current folder
+    if (
+        hint is Path and isinstance(value, str | Path) and value != ""
+    ):  # an empty path would be the current folder
         return local_path(value, path)
     if hint is Url and isinstance(value, str) and "://" in value:
         return Url(value)
@@ -298,7 +300,7 @@ def _parse_scalar(hint: Any, value: Any, path: str) -> Any:
 
 
 def _number(value: int | str, path: str) -> float:
-    """A whole number, or a text such as 1e-4, as a float; Python itself would take ``1_0`` and ``nan``, too."""
+    """Converts a whole number, or a text such as 1e-4, to a float; `float` would accept ``1_0`` and ``nan``."""
     try:
         number = float(value) if isinstance(value, int) or NUMBER.fullmatch(value) else None
     except OverflowError:
@@ -328,10 +330,10 @@ def _wrong_type(path: str, expected: str, value: Any) -> UserError:
 
 
 def _shown(value: Any, path: str) -> str:
-    """A value as an error names it: in one short line."""
+    """Writes a value in one short line, for an error."""
     try:
         text = repr(without_secrets(value, path))
-    except ValueError:  # of a whole number that is too long to write
+    except ValueError:  # a whole number that is too long to write
         return "a long number"
     return text if len(text) <= 200 else f"{text[:200]}…"
 

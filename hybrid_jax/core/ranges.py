@@ -1,4 +1,4 @@
-"""Settings and their ranges: declared on the field, checked here.
+"""Checks settings against the ranges that are declared on their fields.
 
     @settings
     class Length:
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 # int32; products of four such floats are finite in float32
 LARGEST = {int: 2**31 - 1, float: 1e9}
-_NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}  # those of numpy, too
+_NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}  # with those of numpy
 MOST_SEED = 2**32 - 1  # JAX's keys drop the bits above, so a larger seed would repeat a smaller one
 SMALLEST = 2.0**-126  # a smaller float is 0 on a device
 
@@ -37,8 +37,8 @@ Finite = Annotated[float, Interval()]
 Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
-Rate = Annotated[float, Interval(ge=0, lt=1)]  # of dropout or decay
-Fraction = Annotated[float, Interval(gt=0, lt=1)]  # that divides something into two
+Rate = Annotated[float, Interval(ge=0, lt=1)]  # a rate of dropout or decay
+Fraction = Annotated[float, Interval(gt=0, lt=1)]  # a share that divides something into two parts
 Seconds = Annotated[float, Interval(gt=0, le=86400)]
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
@@ -61,7 +61,7 @@ def settings(*, kw_only: bool) -> Callable[[type[T]], type[T]]: ...
 
 @typing.dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
 def settings(cls: Any = None, *, kw_only: bool = False) -> Any:
-    """Makes a frozen dataclass that checks its ranges first, then does what its ``__post_init__`` says."""
+    """Makes a frozen dataclass that checks the ranges of its fields before it runs its ``__post_init__``."""
     if cls is None:
         return functools.partial(settings, kw_only=kw_only)
     then = getattr(cls, "__post_init__", None)
@@ -76,7 +76,7 @@ def settings(cls: Any = None, *, kw_only: bool = False) -> Any:
 
 
 def check_ranges(cls: Any, values: Mapping[str, Any]) -> None:
-    """Checks values of the fields of a dataclass; what is its default passes.
+    """Checks values of the fields of a dataclass; a field's default always passes.
 
     Raises:
         ValueError: one is out of its range.
@@ -99,7 +99,7 @@ def hints_of(cls: type) -> dict[str, Any]:
 
 
 def check_range(hint: Any, value: Any, name: str) -> None:
-    """Checks the numbers, texts and choices in ``value`` against ``hint``; other types are not looked at.
+    """Checks the numbers, texts and choices in ``value`` against ``hint``; other types are not checked.
 
     Raises:
         ValueError: it is out of range.
@@ -123,7 +123,7 @@ def _check_choices(choices: list[Any], value: Any, name: str) -> None:
     problems = []
     for choice in choices if value is not None else ():
         if isinstance(value, str) != (choice is str) and (choice is str or get_origin(choice) in (list, tuple)):
-            continue  # of another type than the value
+            continue  # a bound for another type than that of the value
         try:
             return check_range(choice, value, name)
         except ValueError as error:
@@ -163,7 +163,7 @@ def _check_number(kind: type, markers: tuple, value: Any, name: str) -> None:
 
 
 def _holds(bound: Any, value: Any) -> bool:
-    """Whether a value is within a bound: NaN never is; without a bound every value is."""
+    """Whether a value is within a bound. NaN never is; without a bound every value is."""
     match bound:
         case Gt(gt=limit):
             return value > limit

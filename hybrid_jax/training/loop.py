@@ -126,7 +126,7 @@ def _train(run: Run) -> RunState:
                 leaving = finished or stop is not None
                 if state.step > saved and (leaving or state.step % run.checkpoint.every == 0):
                     saved = state.step
-                    with recorder.beside("checkpoint"):
+                    with recorder.between_steps("checkpoint"):
                         checkpoints.save(state)
                 if stop is not None:
                     checkpoints.wait()
@@ -136,7 +136,7 @@ def _train(run: Run) -> RunState:
                 # What is saved is always the state before the evaluation: a rerun evaluates and observes again.
                 begun = state
                 if run.evaluation_is_due(state, phase.name):
-                    with recorder.beside("evaluation"), out_of_memory.explained("evaluation"):
+                    with recorder.between_steps("evaluation"), out_of_memory.explained("evaluation"):
                         found = run.evaluate(state)
                     recorder.evaluation(state.step, *found)
                     if interrupts.agreed() is not None:

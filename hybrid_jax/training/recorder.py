@@ -53,7 +53,7 @@ class Recorder:
         self._started: set[str] = set()  # phases, their stages and the evaluation, once they have run here
         self._pending: tuple[int, str, str, Metrics] | None = None
         self._params: Mapping[str, Any] = {}
-        self._beside: dict[str, float] = {}  # seconds spent between two steps, for the next record
+        self._between: dict[str, float] = {}  # seconds spent between two steps, for the next record
         self._begin = time.monotonic() - elapsed  # so that the clock of a resumed run goes on
         self._stamp = time.monotonic()
 
@@ -134,7 +134,7 @@ class Recorder:
         nonfinite.check(step, phase, int(bad), numbers, self._params)
 
     @contextlib.contextmanager
-    def beside(self, name: str) -> Iterator[None]:
+    def between_steps(self, name: str) -> Iterator[None]:
         """Wraps what is done between two steps, so that its seconds do not count as a step's.
 
         The next record, which may be that of an evaluation, holds them as ``time/<name>_seconds``.
@@ -147,7 +147,7 @@ class Recorder:
                 yield
         finally:
             seconds, compiling = self._lap()
-            self._beside[f"time/{name}_seconds"] = seconds
+            self._between[f"time/{name}_seconds"] = seconds
             if compiles:
                 self._progress.time_left.took(name, seconds, compiling)
 
@@ -202,6 +202,6 @@ class Recorder:
         return speed
 
     def _write(self, record: dict[str, Any]) -> None:
-        record, self._beside = {**record, **self._beside}, {}
+        record, self._between = {**record, **self._between}, {}
         self._logger.metrics(record)
         self._progress.update(record)

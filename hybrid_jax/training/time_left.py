@@ -20,16 +20,16 @@ class TimeLeft:
     """Estimates the seconds that are left, without those of compiling.
 
     Every phase has its own mean, over its newest steps in which nothing was compiled. Where a phase has no such
-    step, its cost is guessed from that of the others by its ``work``. Evaluations count as one more phase.
+    step, its cost is guessed from that of the others by ``costs``. Evaluations count as one more phase.
 
     Args:
         plan: what is still to come, by name: a phase for each step, "evaluation" for each evaluation.
-        work: the relative cost of a step of each phase, for phases where it is known.
+        costs: the relative cost of a step of each phase, for phases where it is known.
     """
 
-    def __init__(self, plan: Iterable[str] = (), work: Mapping[str, float] | None = None):
+    def __init__(self, plan: Iterable[str] = (), costs: Mapping[str, float] | None = None):
         self._left = Counter(plan)
-        self._work = work or {}
+        self._costs = costs or {}
         self._is_planned = bool(self._left)
         self._seconds: dict[str, deque[float]] = {}
         self._first: dict[str, float] = {}  # seconds of what has run only once, together with its compilation
@@ -75,9 +75,9 @@ class TimeLeft:
         if name == EVALUATION:
             return self._first.get(name, 0.0)
         means = {phase: fmean(known) for phase, known in self._seconds.items() if phase != EVALUATION}
-        worked = {phase: mean for phase, mean in means.items() if phase in self._work}
-        if name in self._work and worked:
-            return self._work[name] * sum(worked.values()) / sum(self._work[phase] for phase in worked)
+        known = {phase: mean for phase, mean in means.items() if phase in self._costs}
+        if name in self._costs and known:
+            return self._costs[name] * sum(known.values()) / sum(self._costs[phase] for phase in known)
         return fmean(means.values())
 
 
@@ -118,7 +118,7 @@ def steps_ahead(run: Ahead, state: RunState) -> Iterator[str]:
         state = replace(state, step=state.step + 1, schedule=schedule)
 
 
-def relative_work(phases: Mapping[str, Phase], state: RunState) -> dict[str, float]:
+def relative_costs(phases: Mapping[str, Phase], state: RunState) -> dict[str, float]:
     """Counts the tokens of a step of each phase: read or sampled once, learned from three times.
 
     For the gradient of a product is two more products. The counts compare phases before they have run;
@@ -128,11 +128,11 @@ def relative_work(phases: Mapping[str, Phase], state: RunState) -> dict[str, flo
         phases: by name, built with their data.
         state: shapes of the whole state.
     """
-    work = {}
+    costs = {}
     for name, phase in phases.items():
         try:
             programs = phase.programs(state)
         except Exception:  # a phase from outside may fail here, and an estimate must not end a run
             continue
-        work[name] = float(sum((3 if program.learns else 1) * program.tokens for program in programs))
-    return {name: tokens for name, tokens in work.items() if tokens}
+        costs[name] = float(sum((3 if program.learns else 1) * program.tokens for program in programs))
+    return {name: tokens for name, tokens in costs.items() if tokens}

@@ -38,6 +38,7 @@ def test_a_reward_of_one_file_is_trained_on_and_shown_as_a_part(outside, run_ext
     run = run_extension(outside("my_reward"), {"phases": ppo_with(parts)})
     shown = [sample for sample in run.samples if "extreme" not in sample]
     assert len(shown) > 4
+    assert {(sample["phase"], sample["kind"]) for sample in run.samples} == {("evaluation", "evaluation")}
     for sample in shown:
         assert sample["parts"]["variety"] == pytest.approx(variety(sample["response"]), abs=1e-6)
         assert sample["score"] == pytest.approx(sample["parts"]["variety"], abs=1e-6)

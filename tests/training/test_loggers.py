@@ -237,7 +237,7 @@ def test_progress_goes_by_the_metrics_of_a_phase_and_not_by_its_name():
 
 def test_the_time_left_says_that_it_is_a_guess_while_a_phase_has_not_run():
     stream = io.StringIO()
-    plan = TimeLeft([*["sft"] * 2, "ppo"], work={"sft": 1.0, "ppo": 60.0})
+    plan = TimeLeft([*["sft"] * 2, "ppo"], costs={"sft": 1.0, "ppo": 60.0})
     progress = Progress(total=3, stream=stream, line_seconds=0, time_left=plan)
     for step, phase in enumerate(["sft", "sft", "ppo"]):
         plan.took(phase, 1.0)

@@ -91,14 +91,14 @@ def test_what_happens_between_two_steps_is_logged_and_is_no_steps_time(clock):
     recorder, records = recorder_of()
     clock.seconds = 101.0
     recorder.add(0, "sft", "sft", {})
-    with recorder.beside("checkpoint"):  # the step's metrics come first
+    with recorder.between_steps("checkpoint"):  # the step's metrics come first
         clock.seconds = 104.0
-    with recorder.beside("evaluation"):
+    with recorder.between_steps("evaluation"):
         clock.seconds = 111.0
     recorder.evaluation(1, {"evaluation/score": 0.5}, [])
     clock.seconds = 113.0
     recorder.add(1, "sft", "sft", {})
-    with recorder.beside("checkpoint"):
+    with recorder.between_steps("checkpoint"):
         clock.seconds = 120.0
     recorder.add(2, "sft", "sft", {})
     clock.seconds = 124.0
@@ -260,7 +260,7 @@ def test_what_compiles_for_the_first_time_says_so_before_and_after(caplog):
 
     with caplog.at_level(logging.INFO):
         for step in range(2):
-            with recorder.beside("evaluation"), recorder.beside("checkpoint"):
+            with recorder.between_steps("evaluation"), recorder.between_steps("checkpoint"):
                 pass
             with recorder.step(step, "sft"):
                 assert caplog.messages[-1] == "compiling sft … (first step)" or step

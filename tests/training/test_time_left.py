@@ -6,7 +6,7 @@ import pytest
 
 from hybrid_jax.training.scheduler import Alternation
 from hybrid_jax.training.state import RunState
-from hybrid_jax.training.time_left import TimeLeft, relative_work, steps_ahead
+from hybrid_jax.training.time_left import TimeLeft, relative_costs, steps_ahead
 
 
 def test_nothing_is_said_before_a_step_without_compilation():
@@ -36,7 +36,7 @@ def test_each_phase_counts_by_its_own_cost_and_evaluations_too():
 
 
 def test_a_phase_that_has_not_run_is_guessed_by_its_work():
-    left = TimeLeft([*["sft"] * 4, *["ppo"] * 2], work={"sft": 100.0, "ppo": 900.0})
+    left = TimeLeft([*["sft"] * 4, *["ppo"] * 2], costs={"sft": 100.0, "ppo": 900.0})
     left.took("sft", 0.5)
     assert left.is_guess
     assert left.seconds(5) == 3 * 0.5 + 2 * 4.5
@@ -46,7 +46,7 @@ def test_a_phase_that_has_not_run_is_guessed_by_its_work():
 
 
 def test_a_phase_of_unknown_work_is_taken_to_cost_as_much_as_the_others():
-    left = TimeLeft(["sft", "sft", "mine"], work={"sft": 100.0})
+    left = TimeLeft(["sft", "sft", "mine"], costs={"sft": 100.0})
     left.took("sft", 0.5)
     assert left.seconds(2) == 0.5 + 0.5
 
@@ -81,4 +81,4 @@ def test_learning_a_token_is_three_times_the_work_of_reading_it():
             raise NotImplementedError
 
     phases = {"sft": phase((10, True)), "ppo": phase((8, False), (12, False), (24, True)), "mine": Silent()}
-    assert relative_work(phases, state=None) == {"sft": 30.0, "ppo": 92.0}
+    assert relative_costs(phases, state=None) == {"sft": 30.0, "ppo": 92.0}

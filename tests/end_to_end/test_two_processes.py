@@ -24,7 +24,10 @@ SMALL = (
     "mesh={data: 2, fsdp: 2}",
 )
 EVERY_STEP = ("steps=5", "checkpoint={every: 1, keep: 2}")
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICKLY_COMPILED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false"
+)
 
 
 def free_port():

@@ -1,5 +1,7 @@
 """One program on one device and on eight: the same losses, gradients, samples and metrics."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ SETTINGS = {
     },
     "evaluation": {"num_prompts": 0, "num_examples": 0},
 }
+EVERY_AXIS = {"data": 2, "fsdp": 2, "tensor": 2}
 
 
 def settings(mesh, **changes):
@@ -46,15 +49,33 @@ def settings(mesh, **changes):
     return {**SETTINGS, "mesh": mesh, "model": model, "phases": phases, **changes}
 
 
+def drawn(experiment, state):
+    """What the rollout of a fresh policy samples."""
+    rows = np.random.default_rng(0).integers(1, 200, (16, 64)).astype(np.int32)
+    prompts = put_rows(experiment.placement, (rows, rows > 0))
+    return experiment.phases["ppo"]._sample(
+        state.base, state.train.params["model"], *prompts, jax.random.key(3)
+    )
+
+
 def trained(mesh, **changes):
-    """Parameters, metrics and the state after a step of SFT and one of PPO."""
+    """What a rollout samples at first; metrics and parameters after SFT and PPO; how many programs SFT has."""
     experiment = build(parse(ExperimentConfig, settings(mesh, **changes)))
     state, metrics = experiment.init(), {}
+    samples = drawn(experiment, state)
     for phase in ("sft", "ppo"):
         number = jax.random.fold_in(experiment.key, state.step)
         state, numbers = experiment.phases[phase].step(state, number)
         metrics |= {n: float(v) for n, v in numbers.items() if "seconds" not in n}
-    return experiment.model, state, metrics
+    params = {**state.train.params, "model": experiment.model.listed(state.train.params["model"])}
+    params = jax.tree.map(np.asarray, params)
+    take_step(experiment, experiment.phases["sft"], state)
+    return SimpleNamespace(
+        samples=samples,
+        metrics=metrics,
+        params=params,
+        programs=experiment.phases["sft"]._update._cache_size(),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,48 +83,48 @@ def alone():
     return trained({"data": 1})
 
 
-@pytest.mark.parametrize(
-    ("mesh", "changes"),
-    [
-        pytest.param({"fsdp": 8}, {}, marks=pytest.mark.slow),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, {"model": {"execution": {"scan_layers": True, "remat": "full"}}}),
-        pytest.param({"data": 2, "tensor": 4}, {}, marks=pytest.mark.slow),
-    ],
-)
-def test_every_mesh_gives_the_parameters_and_metrics_of_one_device(alone, mesh, changes):
-    _, expected, expected_metrics = alone
-    model, state, metrics = trained(mesh, **changes)
-    for name, number in expected_metrics.items():
-        assert metrics[name] == pytest.approx(number, rel=1e-5, abs=2e-6), name
-    params = {**state.train.params, "model": model.listed(state.train.params["model"])}
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), expected.train.params, params
-    )
-
-
-def drawn(mesh, weights="tensor"):
-    rows = np.random.default_rng(0).integers(1, 200, (16, 32)).astype(np.int32)
-    ppo = {**SETTINGS["phases"]["ppo"], "rollout_weights": weights}
-    experiment = build(parse(ExperimentConfig, settings(mesh, model={"num_layers": 1}, phases={"ppo": ppo})))
-    state, phase = experiment.init(), experiment.phases["ppo"]
-    prompts = put_rows(experiment.placement, (rows, rows > 0))
-    return phase._sample(state.base, state.train.params["model"], *prompts, jax.random.key(3))
-
-
 @pytest.fixture(scope="module")
-def drawn_alone():
-    return drawn({"data": 1})
+def many():
+    """The same on eight devices and every axis, with the layers in a scan."""
+    return trained(EVERY_AXIS, model={"execution": {"scan_layers": True, "remat": "full"}})
 
 
-@pytest.mark.parametrize(
-    "weights",
-    ["tensor", *(pytest.param(name, marks=pytest.mark.slow) for name in ROLLOUTS if name != "tensor")],
-)
-def test_however_the_weights_of_a_rollout_lie_the_samples_are_those_of_one_device(drawn_alone, weights):
-    many = drawn({"data": 2, "fsdp": 2, "tensor": 2}, weights)
+def check_same(alone, many):
+    for name, number in alone.metrics.items():
+        assert many.metrics[name] == pytest.approx(number, rel=1e-5, abs=2e-6), name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5), alone.params, many.params)
+
+
+def test_every_axis_of_a_mesh_gives_the_parameters_and_metrics_of_one_device(alone, many):
+    check_same(alone, many)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [{"fsdp": 8}, {"data": 2, "tensor": 4}])
+def test_every_mesh_gives_the_parameters_and_metrics_of_one_device(alone, mesh):
+    check_same(alone, trained(mesh))
+
+
+def check_drawn(alone, many):
     assert len(many.tokens.sharding.device_set) == 8
-    np.testing.assert_array_equal(drawn_alone.tokens, many.tokens)
-    np.testing.assert_allclose(drawn_alone.log_probs, many.log_probs, atol=1e-5)
+    np.testing.assert_array_equal(alone.tokens, many.tokens)
+    np.testing.assert_allclose(alone.log_probs, many.log_probs, atol=1e-5)
+
+
+def test_the_samples_of_a_rollout_on_a_mesh_are_those_of_one_device(alone, many):
+    check_drawn(alone.samples, many.samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ROLLOUTS)
+def test_however_the_weights_of_a_rollout_lie_the_samples_are_those_of_one_device(alone, weights):
+    ppo = {**SETTINGS["phases"]["ppo"], "rollout_weights": weights}
+    experiment = build(parse(ExperimentConfig, settings(EVERY_AXIS, phases={"ppo": ppo})))
+    check_drawn(alone.samples, drawn(experiment, experiment.init()))
+
+
+def test_a_step_compiles_once_on_a_mesh(many):
+    assert many.programs == 1
 
 
 def test_no_large_parameter_moment_or_cache_leaf_is_left_whole():
@@ -124,14 +145,6 @@ def test_no_large_parameter_moment_or_cache_leaf_is_left_whole():
     model = config.model.build(256)
     cache = jax.jit(under(placement, lambda: model.init_cache(8, 64)))()
     assert cache.keys[0].sharding.spec == P("fsdp", "tensor")
-
-
-def test_a_step_compiles_once_on_a_mesh():
-    experiment = build(parse(ExperimentConfig, settings({"fsdp": 4, "tensor": 2}, model={"num_layers": 1})))
-    state = experiment.init()
-    for _ in range(2):
-        state = take_step(experiment, experiment.phases["sft"], state)
-    assert experiment.phases["sft"]._update._cache_size() == 1
 
 
 def test_a_folder_is_read_into_shards_and_no_device_gets_the_whole(tmp_path):

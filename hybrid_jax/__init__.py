@@ -49,9 +49,11 @@ _PUBLIC = {
     # algorithms
     "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
     "algorithms.log_probs": ["entropy", "token_log_probs"],
-    "algorithms.returns": ["gae", "k1", "k2", "k3", "token_rewards", "whiten"],
-    "algorithms.policy_gradient": ["clipped_policy_loss", "clipped_value_loss"],
-    "algorithms.kl_control": ["KL_CONTROLS", "KLControl"],
+    "algorithms.advantages": ["ADVANTAGES", "Advantage", "gae", "whiten"],
+    "algorithms.policy_gradient": [
+        *("OBJECTIVES", "PolicyObjective", "clipped_policy_loss", "clipped_value_loss"),
+    ],
+    "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],
     # samplers
     "sampling.base": ["SAMPLERS", "Sampler"],
     "sampling.ancestral": ["Ancestral"],
@@ -64,6 +66,8 @@ _PUBLIC = {
     "rewards.likelihood": ["mc1", "mc2"],
     "rewards.postprocess": ["NORMALISERS", "TRANSFORMS", "Normaliser", "Transform"],
     "rewards.combine": ["COMBINERS", "Combiner"],
+    # phases
+    "phases.policy_gradient": ["OnPolicy", "PolicyGradient", "PolicyGradientFunctions"],
     # training
     "training.phase": ["PHASES", "Metrics", "Phase", "PhaseInit", "Program", "Resources"],
     "training.state": ["RunState", "ScheduleState", "TrainState"],

@@ -49,10 +49,10 @@ def main(arguments: list[str]) -> None:
         load_policy,
         names_to_trust,
         run_settings,
-        save_value,
         trains_heads,
         trains_language_model,
     )
+    from hybrid_jax.runs.value import save_value
 
     settings, trust = run_settings(options.run), names_to_trust(options.trust, options.config)
     answers = trains_language_model(settings)

@@ -141,17 +141,17 @@ def _with_vocabulary(config: ExperimentConfig) -> ExperimentConfig:
 
 def _model_flops(config: ExperimentConfig, name: str, programs: Sequence[Program]) -> float | None:
     """That one step needs by formula, as the run's log counts it; None where there is no formula."""
-    from hybrid_jax.phases.ppo_settings import PPO
+    from hybrid_jax.phases.policy_gradient import OnPolicy
     from hybrid_jax.phases.sft import SFT
-    from hybrid_jax.phases.work import ppo_flops, sft_flops
+    from hybrid_jax.phases.step_flops import sft_flops
 
     settings, model = config.phases[name], config.model.build(None)
     if isinstance(settings, SFT):
         return sft_flops(model, settings.batch_size, settings.length).get("flops")
-    if isinstance(settings, PPO):
+    if isinstance(settings, OnPolicy):
         new = settings.sampler.max_new_tokens
         prompt = programs[1].tokens // settings.rows - new  # what is scored are whole rows
-        needed = ppo_flops(settings, model, settings.rows, prompt, new, settings.rows * new, ("model", "value"))
+        needed = settings.flops(model, prompt, settings.rows * new)
         return float(needed["flops"]) if needed else None
     return None
 

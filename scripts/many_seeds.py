@@ -19,7 +19,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.experiment import Experiment, build, load_config
 from hybrid_jax.parallel.devices import check_devices
-from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.training.state import TrainState
 
 
@@ -73,7 +73,7 @@ def stacked_prompts(experiment: Experiment) -> tuple[jax.Array, jax.Array]:
     """The prompts of every step, [steps B P]."""
     phase = experiment.phases["ppo"]
     rows = phase.config.prompts_per_step
-    batches = [phase.prompts.batch(step * rows, rows) for step in range(experiment.steps)]
+    batches = [phase.rollouts.prompts.batch(step * rows, rows) for step in range(experiment.steps)]
     return jnp.stack([b.tokens for b in batches]), jnp.stack([b.mask for b in batches])
 
 

@@ -27,7 +27,10 @@ def sft_only_steps(config_path: str, overrides: list[str]) -> int:
     phases = build(config).phases
     steps = {name: count or 0 for name, count in planned_steps(config.scheduler, config.steps).items()}
     ppo = config.phases["ppo"]
-    columns = phases["ppo"].prompts.batch(0, ppo.prompts_per_step).tokens.shape[1] + ppo.sampler.max_new_tokens
+    columns = (
+        phases["ppo"].rollouts.prompts.batch(0, ppo.prompts_per_step).tokens.shape[1]
+        + ppo.sampler.max_new_tokens
+    )
     ppo_tokens = steps["ppo"] * ppo.rows * columns * ppo.epochs
     sft = config.phases["sft"]
     return steps["sft"] + round(ppo_tokens / (sft.batch_size * sft.length))

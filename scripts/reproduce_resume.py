@@ -144,9 +144,9 @@ def _arm(experiment: Any, place: str, step: int, wait: float) -> None:
         case "SFT step":
             _wrap(sft, "_update", before=kill_while_running)
         case "PPO, sampling":
-            _wrap(ppo, "_sample", after=kill)
+            _wrap(ppo.rollouts, "_sample", after=kill)
         case "PPO, reward":
-            _wrap(ppo, "_reward", before=kill)
+            _wrap(ppo.rollouts, "_rewarded", before=kill)
         case "PPO, between minibatches":
             _wrap(ppo, "_learn", after=kill)  # it returns as soon as the device has begun
         case "checkpoint, being written":

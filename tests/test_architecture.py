@@ -56,17 +56,14 @@ ONLY_IN = {
 CIRCLES = [
     {"models/blocks.py", "models/decoder.py", "models/decoder_config.py"},
     {"models/encoder_decoder.py", "models/encoder_decoder_blocks.py", "models/encoder_decoder_config.py"},
-    {
-        *("phases/ppo.py", "phases/ppo_functions.py", "phases/ppo_settings.py", "phases/prompts.py"),
-        *("phases/rollout_ahead.py", "phases/sft.py", "phases/work.py"),
-    },
 ]
 FOR_THE_TYPE_CHECKER = {
-    *("plan.py", "phases/work.py", "phases/ppo_functions.py", "models/encoder_decoder_config.py"),
+    "plan.py",
+    "models/encoder_decoder_config.py",
     "models/decoder_config.py",
 }
 LATE = {
-    *("experiment.py", "trainer.py", "phases/ppo_settings.py", "models/encoder_decoder_config.py"),
+    *("experiment.py", "trainer.py", "models/encoder_decoder_config.py"),
     *("models/decoder_config.py", "runs/files.py"),
 }
 UNDOCUMENTED = {"phases": 8, "top": 10}  # by room

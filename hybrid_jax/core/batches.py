@@ -95,14 +95,28 @@ class Samples:
         return cls(tokens=tokens, log_probs=log_probs, action_mask=mask, attention_mask=mask)
 
 
+_LATER: Any = None  # what a later stage adds, or nobody
+
+
 @struct.dataclass
 class Rollout:
-    """What PPO learns from: prompts with sampled responses, scored by policy, value and reference models."""
+    """What a policy did, from sampling to loss: every stage adds its fields by ``replace``.
+
+    A [B R] array holds anything where the action mask is False.
+    """
 
     tokens: Int[Array, "B T"]  # left-padded prompt, then right-padded response; T = P + R
     attention_mask: Bool[Array, "B T"]  # what may be read
     action_mask: Bool[Array, "B R"]  # what the policy chose: only this has a probability and an advantage
-    log_probs: Float[Array, "B R"]  # of the behaviour policy
-    values: Float[Array, "B R"]
-    advantages: Float[Array, "B R"]
-    returns: Float[Array, "B R"]
+    log_probs: Float[Array, "B R"]  # of the behaviour policy, at the temperature that sampled
+    group: Int[Array, "B"]  # rows that answer one prompt share a number, whatever its text
+    # Scored by the models:
+    reference_log_probs: Mapping[str, Float[Array, "B R"]] = field(default_factory=dict)  # by reference
+    values: Float[Array, "B R"] = _LATER  # where the estimator of advantages reads them
+    # Rewarded:
+    plain_scores: Float[Array, "B"] = _LATER  # to log: without penalty, normalisers and baseline
+    scores: Float[Array, "B"] = _LATER  # what is received for the whole response
+    placed: Float[Array, "B R"] = _LATER  # the part of the scores that is received with earlier tokens
+    # Estimated:
+    advantages: Float[Array, "B R"] = _LATER
+    returns: Float[Array, "B R"] = _LATER  # what the values are to become

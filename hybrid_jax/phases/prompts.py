@@ -8,14 +8,16 @@ from hybrid_jax.core.batches import PromptBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
-from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.training.phase import Resources
 
 
-def prompt_stream(config: PPO, resources: Resources) -> PromptStream:
+def prompt_stream(config: RolloutSettings, resources: Resources) -> PromptStream:
     """The prompts that the policy answers; they leave room for a whole response in the model's context."""
     if isinstance(resources.model, EncoderDecoder):
-        raise UserError(f"phases.{resources.name}: PPO needs a decoder; an encoder-decoder learns by sft alone")
+        raise UserError(
+            f"phases.{resources.name}: a rollout needs a decoder; an encoder-decoder learns by sft alone"
+        )
     assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
     most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)

@@ -23,7 +23,7 @@ import jax
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.param_axes import AHEAD
 from hybrid_jax.parallel.rules import Placement, shard_rows, under
-from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 
@@ -35,7 +35,7 @@ class RolloutAhead:
         self._key = f"{phase}/{AHEAD}"
         self._split = jax.jit(under(placement, shard_rows))
 
-    def init(self, settings: PPO) -> dict[str, Samples]:
+    def init(self, settings: RolloutSettings) -> dict[str, Samples]:
         """What the phase adds to ``TrainState.extra``."""
         return {self._key: Samples.empty(settings.rows, settings.sampler.max_new_tokens)}
 

@@ -20,8 +20,8 @@ from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel.rules import Placement
+from hybrid_jax.phases.step_flops import sft_flops
 from hybrid_jax.phases.supervised import Supervised, SupervisedPhase, tokens_of
-from hybrid_jax.phases.work import sft_flops
 from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import row_shape
 from hybrid_jax.training.update import Objective

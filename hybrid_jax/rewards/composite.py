@@ -2,10 +2,12 @@
 
 The order is fixed:
 
-    raw → transform → normaliser → clip → weight → combine → baseline
+    raw → transform → normaliser → clip → weight → combine → penalty → baseline → placement
 
 Normalising each part before it is combined keeps one of large scale from drowning the others. Where a part has
-a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it was.
+a normaliser, ``a r + b`` in place of ``r`` (a > 0) leaves every update as it was. So a penalty is in units of
+the combined score. The baseline sees it, and where a part is compared among the answers to one prompt
+(``normalise: group``), so is the penalty: what counts is how much more a response pays than they do on average.
 """
 
 from __future__ import annotations
@@ -52,11 +54,11 @@ class Scores:
     """A rollout with its reward.
 
     Attributes:
-        totals: float32 [B], what training receives, but for baseline and penalties.
+        totals: float32 [B], what training receives: penalty and baseline are taken.
         plain: float32 [B], what is logged as ``score``: see `CompositeReward.plain_scores`.
         placed: float32 [B R], what of it is received with earlier tokens: the parts on segments, if any. The
             rest is received with the last token.
-        baseline: float32 [B], to be taken from the totals, if there is one.
+        baseline: float32 [B], what it has taken from the totals, if there is one.
         metrics: to log, by name.
     """
 
@@ -152,8 +154,7 @@ class CompositeReward:
         """
         raw = self.raw(prompts, responses, columns)
         scores, state = self.weigh(state, raw, prompts, groups)
-        less = 0.0 if scores.baseline is None else scores.baseline
-        return (scores.totals - less).astype(np.float32), state, raw
+        return scores.totals, state, raw
 
     def raw(
         self,
@@ -197,6 +198,7 @@ class CompositeReward:
         prompts: Sequence[str],
         groups: Groups | None = None,
         lengths: np.ndarray | None = None,
+        penalties: np.ndarray | None = None,
     ) -> tuple[Scores, RewardState]:
         """The scores of a whole rollout, and the new state.
 
@@ -206,6 +208,7 @@ class CompositeReward:
             prompts: B texts.
             groups: int [B], rows with one number answer one prompt, whatever the texts; None: no two rows do.
             lengths: Of the responses, [B], for their correlation with the parts.
+            penalties: What each response pays, in units of the combined score, [B]; None: nothing.
         """
         groups = np.arange(len(prompts)) if groups is None else groups
         state = {**state, **self._updated(state, raw)}
@@ -217,19 +220,29 @@ class CompositeReward:
             segments |= {name: np.nan_to_num(value, nan=0.0)} if value.ndim == 2 else {}
             values[name] = _of_responses(value)
         weighing, remembered = self._combined(self._fitted(state), values, prompts)
-        totals = weighing.score(values)
+        # Float32 before the penalty, as a reward on the device is.
+        totals = weighing.score(values).astype(np.float32) - self._penalties(penalties, groups)
         placed = sum(weighing.coefficients[n][:, None] * segment for n, segment in segments.items())
         baseline = None
         if COMBINER in state:
             state[COMBINER] = remembered
         if self.baseline is not None:
-            baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals, groups)
+            totals64 = totals.astype(np.float64)
+            baseline, state[BASELINE] = self.baseline.update(state[BASELINE], totals64, groups)
             baseline = baseline.astype(np.float32)
+            totals = totals - baseline
         metrics |= {**weighing.metrics, **mean_weights(self.combine, weighing)}
         plain = self.plain_scores(raw, prompts)
         metrics |= correlations({**values, SCORE: plain}, lengths)
         dense = np.asarray(placed, np.float32) if segments else None
-        return Scores(totals.astype(np.float32), plain, dense, baseline, metrics), state
+        return Scores(totals, plain, dense, baseline, metrics), state
+
+    def _penalties(self, penalties: np.ndarray | None, groups: Groups) -> Any:
+        """What is taken from each score: in groups, if a part is, less what all answers to the prompt pay."""
+        if penalties is None or not any(part.is_in_groups for part in self.parts.values()):
+            return np.float32(0.0) if penalties is None else penalties.astype(np.float32)
+        means = np.bincount(groups, penalties) / np.maximum(np.bincount(groups), 1)
+        return (penalties - means[groups]).astype(np.float32)
 
     def plain_scores(self, raw: Raw, prompts: Sequence[str]) -> np.ndarray:
         """The metric ``score``, float32 [B]: the parts as they are, on one scale for all time and every split.

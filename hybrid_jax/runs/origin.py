@@ -14,7 +14,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.runs.changes import Change, changed_settings, differences, why_fixed
 from hybrid_jax.runs.contents import changed
 from hybrid_jax.runs.files import RunFiles, fetched
-from hybrid_jax.training.checkpoint import Checkpoints, saved_note, saved_steps
+from hybrid_jax.training.checkpoint import Checkpoints, saved_progress, saved_steps
 from hybrid_jax.training.horizons import tell_rates
 from hybrid_jax.training.state import RunState
 
@@ -27,7 +27,7 @@ class Origin:
 
     Attributes:
         state: fresh, or out of a checkpoint.
-        note: what that checkpoint says beside the state (`saved_note`); None without one.
+        note: what that checkpoint says beside the state (its ``note``); None without one.
         is_own: whether the checkpoint is the run's own.
     """
 
@@ -46,14 +46,14 @@ def find_origin(
 ) -> Origin:
     """The newest checkpoint of a run, else that of ``start_from``, else the fresh state."""
     if (state := checkpoints.newest(fresh, reference)) is not None:
-        return Origin(state, saved_note(files.checkpoints, state.step), is_own=True)
+        return Origin(state, _note(files.checkpoints, state.step), is_own=True)
     if start_from is None:
         return Origin(fresh)
     run, step = split(start_from)
     there = fetched(run).checkpoints
     state = Checkpoints(there, keep=1).newest(fresh, reference, step)
     assert state is not None, "`pinned` has found it"
-    return Origin(state, saved_note(there, state.step))
+    return Origin(state, _note(there, state.step))
 
 
 def split(start_from: str) -> tuple[str, int | None]:
@@ -154,3 +154,8 @@ def tell_origin(
         planned = there.get("horizons", {}), note["horizons"]
         tell_rates(*planned, config.phases, state.schedule.steps)
     return [*changes, *changed(there.get("contents", {}), note["contents"], state.step)]
+
+
+def _note(checkpoints: Any, step: int) -> dict[str, Any]:
+    """What the run noted in a checkpoint; empty before version 0.4.1."""
+    return saved_progress(checkpoints, step).get("note", {})

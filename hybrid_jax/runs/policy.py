@@ -26,7 +26,6 @@ from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
-from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.families import FAMILIES
@@ -38,10 +37,9 @@ from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
-from hybrid_jax.models.heads import init_value_head
-from hybrid_jax.models.lora import merge, split, whole
+from hybrid_jax.models.lora import split, whole
 from hybrid_jax.parallel import hosts
-from hybrid_jax.runs.export_folder import VALUE, claim_export_folder
+from hybrid_jax.runs.export_folder import claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
 from hybrid_jax.runs.samplers import default_sampler, overridden, run_sampler
 from hybrid_jax.sampling.base import Sampler, sample
@@ -51,7 +49,7 @@ from hybrid_jax.sampling.generation_config import (
     write_generation_config,
 )
 from hybrid_jax.sampling.responses import decode_responses, ended
-from hybrid_jax.training.checkpoint import newest_params, newest_policy
+from hybrid_jax.training.checkpoint import newest_policy
 from hybrid_jax.training.compilation import free_programs
 
 log = logging.getLogger(__name__)
@@ -194,7 +192,7 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     files = fetched(run_dir)
     settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
     with trust_explained(run_dir):
-        component, model, trained, base = _run_model(settings, tokenizer, trust)
+        component, model, trained, base = run_model(settings, tokenizer, trust)
         own = run_sampler(settings, model.max_length, trust)
     found = newest_policy(files.checkpoints, trained, base)
     if found is None:
@@ -218,47 +216,6 @@ def _has_family(model: Decoder) -> bool:
 def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
     """A model as files and a single device want it: its layers one by one."""
     return (model.as_list(), model.listed(params)) if isinstance(model, Decoder) else (model, params)
-
-
-def save_value(
-    run_dir: str | Path, folder: str | Path, dtype: Dtype = "float32", trust: Container[str] = NOTHING
-) -> Path:
-    """Writes the newest value function of a run beside its exported policy; returns the folder ``value``.
-
-    It is a classifier with one label (`classifier.load_classifier`): the network that the value reads, the
-    policy's own or a separate one, and its head as ``score``. Its logit at the last token of a text is V there.
-
-    Raises:
-        UserError: the run trains no value, or the model is no decoder that can be a classifier.
-    """
-    files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
-    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
-    with trust_explained(run_dir):
-        _, model, trained, base = _run_model(settings, tokenizer, trust)
-    kinds = [phase["value_network"] for phase in settings["phases"].values() if "value_network" in phase]
-    if not kinds:
-        raise UserError(
-            f"{run_dir} has no value: none of its phases {', '.join(settings['phases'])} trains one"
-        )
-    if not isinstance(model, Decoder) or model.config.embedding_width is not None:
-        raise UserError(
-            "this model's value has no Hugging Face format: its head does not read what theirs would"
-        )
-    value: dict[str, Any] = {"head": jax.eval_shape(lambda: init_value_head(model.width))}
-    separate = kinds[-1] == "separate"  # phases share one value, the last one makes it
-    groups = {"value": {**value, "model": trained}} if separate else {"value": value, "model": trained}
-    found = newest_params(files.checkpoints, groups, base)
-    if found is None:
-        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
-    params = found[1]
-    backbone = model.listed(whole(base, params["value"]["model"] if separate else params["model"]))
-    backbone = merge(model.config.lora, backbone)
-    weights = {name: leaf for name, leaf in backbone.items() if name != "lm_head"}
-    classifier = Classifier(replace(model.as_list().config, lora=None), labels=("value",), has_bias=True)
-    weights["score"] = params["value"]["head"]
-    like = getattr(model, "folder", None)
-    save_classifier(beside, classifier, weights, pad_id=tokenizer.eos_id, dtype=dtype, like=like)
-    return beside
 
 
 def load_pretrained_policy(
@@ -336,7 +293,7 @@ class _ModelSettings:
     model: Annotated[Any, BACKBONES]
 
 
-def _run_model(
+def run_model(
     settings: dict[str, Any], tokenizer: Tokenizer, trust: Container[str]
 ) -> tuple[Any, LanguageModel, Params, Params]:
     """Settings and functions of a run's model, the shapes of what trains, and the parameters below adapters."""

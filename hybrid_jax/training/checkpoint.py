@@ -69,7 +69,7 @@ class Checkpoints:
         folder: where they are.
         keep: how many.
         before: called before each save; what it writes is there once the checkpoint is.
-        note: kept in every checkpoint, as JSON; see `saved_note`.
+        note: kept in every checkpoint, as JSON; see `saved_progress`.
     """
 
     # A run that was aborted in this process (Ctrl-C twice in a notebook) may still be saving: by folder.
@@ -214,10 +214,10 @@ def saved_steps(folder: Folder) -> list[int]:
     return sorted((int(path.name) for path in whole), reverse=True)
 
 
-def saved_note(folder: Folder, step: int) -> dict[str, Any]:
-    """The note that `Checkpoints` kept in the checkpoint of a step; empty before version 0.4.1."""
+def saved_progress(folder: Folder, step: int) -> dict[str, Any]:
+    """What a checkpoint holds beside its arrays (`progress_of`), with the ``note`` of the run."""
     with _checkpointer(_absolute(folder)) as reader:
-        return _read_progress(reader, step).get("note", {})
+        return _read_progress(reader, step)
 
 
 def newest_policy(folder: Folder, policy: Params, base: Params | None = None) -> tuple[int, Params] | None:

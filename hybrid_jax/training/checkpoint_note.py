@@ -58,6 +58,13 @@ def check_structure(wanted: Any, progress: dict[str, Any]) -> None:
             )
 
 
+def param_groups(progress: dict[str, Any]) -> set[str]:
+    """The groups of parameters that a checkpoint holds; of a network beside a head, ``<group>/model`` too."""
+    paths = (re.findall(r"[^][.']+", path) for path in progress["shapes"])
+    found = [path[2:4] for path in paths if path[:2] == ["train", "params"]]
+    return {group for group, *_ in found} | {f"{group}/model" for group, *rest in found if rest == ["model"]}
+
+
 def _dotted(path: str) -> str:
     """``['host']['ppo/reward'].mean`` as ``host.ppo/reward.mean``."""
     return ".".join(re.findall(r"[^][.']+", path))

@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.algorithms.kl import k1, k2, k3, token_rewards
 from hybrid_jax.algorithms.log_probs import token_log_probs
-from hybrid_jax.algorithms.policy_gradient import clipped_policy_loss, clipped_value_loss, explained_variance
-from hybrid_jax.algorithms.returns import k1, k2, k3, token_rewards
+from hybrid_jax.algorithms.policy_gradient import (
+    Clipped,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    policy_change,
+)
 
 RANDOM = np.random.default_rng(0)
 MASK = RANDOM.random((4, 8)) < 0.6
@@ -77,8 +83,8 @@ def test_the_policy_loss_equals_a_loop_over_cases_with_its_gradient(epsilon):
     log_probs, old, advantages = with_garbage(LOG_PROBS, OLD, ADVANTAGES)
 
     def loss(log_probs):
-        found, metrics = clipped_policy_loss(log_probs, old, advantages, jnp.array(MASK), clip_range=epsilon)
-        return found.total, (found, metrics)
+        found, metrics = Clipped(epsilon)(log_probs, old, advantages, jnp.array(MASK))
+        return found.total, (found, metrics | policy_change(log_probs, old, jnp.array(MASK)))
 
     (_, (found, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(log_probs)
     expected, expected_metrics = policy_loop(LOG_PROBS, epsilon)
@@ -99,6 +105,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_reinforce():
 
     np.testing.assert_allclose(jax.grad(loss)(log_probs), np.where(MASK, -ADVANTAGES, 0.0), rtol=1e-6)
     _, metrics = clipped_policy_loss(log_probs, log_probs, advantages, jnp.array(MASK), clip_range=0.2)
+    metrics |= policy_change(log_probs, log_probs, jnp.array(MASK))
     assert [float(metrics[name].mean()) for name in ("ratio", "approx_kl", "clip_fraction")] == [
         1.0,
         0.0,

@@ -57,7 +57,7 @@ def test_sft_learns_answers_and_ppo_reads_questions(trained):
     learned = batch.tokens[batch.loss_mask].tolist()
     answers = "".join("|" if token == END_OF_TURN else chr(token) for token in learned)
     assert re.fullmatch(r"(\d+!\|)+", answers)
-    prompts = experiment.phases["ppo"].prompts.batch(0, 2)
+    prompts = experiment.phases["ppo"].rollouts.prompts.batch(0, 2)
     for tokens, mask, example in zip(prompts.tokens, prompts.mask, prompts.examples, strict=True):
         assert tokens[mask].tolist() == encode_question(example.question, experiment.tokenizer)
 

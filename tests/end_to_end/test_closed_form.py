@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.phases.ppo_functions import PPOFunctions
-from hybrid_jax.phases.ppo_settings import PPO, Reference
+from hybrid_jax.algorithms.kl import FixedKL
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.references import Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
@@ -27,7 +28,7 @@ BETA, ROWS = 0.5, 512
 THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}  # a long run
 
 
-def ppo_functions(**settings) -> PPOFunctions:
+def ppo_functions(**settings) -> PolicyGradientFunctions:
     reward = TokenCount(weights={2: 1.0}, first_token_weights={1: -0.5})
     config = PPO(
         **{
@@ -42,11 +43,11 @@ def ppo_functions(**settings) -> PPOFunctions:
             **settings,
         }
     )
-    return PPOFunctions(config, PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
+    return PolicyGradientFunctions(config, PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
 
 
-def initial_state(functions: PPOFunctions) -> TrainState:
-    params = {"model": reference_params(), "value": functions.init_value(reference_params())}
+def initial_state(functions: PolicyGradientFunctions) -> TrainState:
+    params = {"model": reference_params(), **functions.init_value(reference_params())}
     transform = functions.config.optimizer.transform()
     return TrainState(
         params=params,
@@ -55,7 +56,7 @@ def initial_state(functions: PPOFunctions) -> TrainState:
     )
 
 
-def run(functions: PPOFunctions, key, steps: int, references=None, beta=None):
+def run(functions: PolicyGradientFunctions, key, steps: int, references=None, beta=None):
     """``steps`` whole PPO iterations in one program."""
     references = references or {name: reference_params() for name in functions.config.references}
     rows = functions.config.prompts_per_step

@@ -45,7 +45,7 @@ def test_phases_can_share_one_optimizer_state():
     assert phases == ["sft", "sft", "ppo"]
     model, value = (
         int(next(x for x in jax.tree.leaves(state.train.opt_state["shared"][group]) if x.ndim == 0))
-        for group in ("model", "value")
+        for group in ("model", "ppo/value")
     )
     assert (model, value) == (2 + 4, 4)  # two of SFT, 2 epochs × 2 minibatches of PPO
 

@@ -76,7 +76,7 @@ def test_ppo_and_examples_without_a_prompt_are_refused(config, tmp_path):
     new = f"run_dir={tmp_path / 'run'}"
     ppo = "phases.ppo={reward: {parts: {length: {reward: {name: length, target: 6}}}}}"
     with pytest.raises(
-        UserError, match=r"phases\.ppo: PPO needs a decoder; an encoder-decoder learns by sft alone"
+        UserError, match=r"phases\.ppo: a rollout needs a decoder; an encoder-decoder learns by sft alone"
     ):
         build(load_config(config, [new, ppo, "scheduler={name: alternation, cycle: {sft: 1, ppo: 1}}"]))
     documents = tmp_path / "documents.jsonl"

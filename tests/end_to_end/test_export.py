@@ -18,10 +18,10 @@ def test_the_value_is_a_classifier_that_transformers_loads(run_dir, command, tmp
     from transformers import AutoModelForSequenceClassification
 
     code, out, _ = command(export.main, "--run", run_dir, "--output", tmp_path / "out", "--value")
-    assert (code, out.splitlines()[-1]) == (0, str(tmp_path / "out" / "value"))
+    assert (code, out.splitlines()[-1]) == (0, f"{tmp_path / 'out' / 'value'}  (value)")
     policy = load_policy(run_dir)
-    shape = {"value": {"head": jax.eval_shape(lambda: init_value_head(16))}}
-    head = newest_params(run_dir / "checkpoints", shape)[1]["value"]["head"]
+    shape = {"ppo/value": {"head": jax.eval_shape(lambda: init_value_head(16))}}
+    head = newest_params(run_dir / "checkpoints", shape)[1]["ppo/value"]["head"]
     tokens = np.array([[65, 66, 67], [256, 1, 2]])
     expected = value(head, jax.jit(policy.model.hidden)(policy.params, tokens))[:, -1]
     assert np.abs(expected).min() > 0  # it has learned something
@@ -50,17 +50,14 @@ def test_an_export_has_the_type_that_is_asked_for(run_dir, command, tmp_path, dt
 
 def test_a_separate_value_network_is_written_with_its_own_weights(run_dir, tmp_path, monkeypatch):
     """The one of the run shares the policy's; a checkpoint with a network of its own is put in its place."""
-    from hybrid_jax import policy as module
+    from hybrid_jax.runs import value as module
 
     model = load_policy(run_dir).model
     network = model.init(jax.random.key(7))
     head = {"kernel": jnp.arange(16.0)[:, None], "bias": jnp.ones(1)}
-    settings = module.run_settings(run_dir)
-    settings["phases"]["ppo"]["value_network"] = "separate"
-    monkeypatch.setattr(module, "run_settings", lambda folder: settings)
-    monkeypatch.setattr(
-        module, "newest_params", lambda folder, groups, base: (3, {"value": {"model": network, "head": head}})
-    )
+    params = {"ppo/value": {"model": network, "head": head}}
+    monkeypatch.setattr(module, "param_groups", lambda progress: {"model", "ppo/value", "ppo/value/model"})
+    monkeypatch.setattr(module, "newest_params", lambda folder, groups, base: (3, params))
     classifier, params = load_classifier(module.save_value(run_dir, tmp_path))
     tokens = jnp.asarray([[65, 66, 67]])
     expected = jax.jit(model.hidden)(network, tokens)[:, -1] @ head["kernel"] + 1
@@ -68,11 +65,9 @@ def test_a_separate_value_network_is_written_with_its_own_weights(run_dir, tmp_p
 
 
 def test_a_run_without_a_value_says_so(run_dir, tmp_path, monkeypatch):
-    from hybrid_jax import policy as module
     from hybrid_jax.core.errors import UserError
+    from hybrid_jax.runs import value as module
 
-    settings = module.run_settings(run_dir)
-    del settings["phases"]["ppo"]
-    monkeypatch.setattr(module, "run_settings", lambda folder: settings)
-    with pytest.raises(UserError, match="has no value: none of its phases sft trains one"):
+    monkeypatch.setattr(module, "param_groups", lambda progress: {"model"})
+    with pytest.raises(UserError, match="has no value: none of its phases sft, ppo trains one"):
         module.save_value(run_dir, tmp_path)

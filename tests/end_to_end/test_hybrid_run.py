@@ -56,16 +56,18 @@ def test_every_function_compiles_once_for_each_prompt_length_and_every_update_co
             assert all(leaf.is_deleted() for leaf in leaves)
         if built.scheduler.choose(state.schedule) == "ppo":
             cursor = state.cursors.get("ppo", 0)
-            lengths.add(built.phases["ppo"].prompts.batch(cursor, 8).tokens.shape[1])
+            lengths.add(built.phases["ppo"].rollouts.prompts.batch(cursor, 8).tokens.shape[1])
         before = state
+    rollouts = built.phases["ppo"].rollouts
+    parts = {"references": rollouts.references, "value": built.phases["ppo"]._start_value, "ppo": rollouts}
     compiled = {
         (name, attribute): function._cache_size()
-        for name, phase in built.phases.items()
-        for attribute, function in vars(phase).items()
+        for name, part in [*built.phases.items(), *parts.items()]
+        for attribute, function in vars(part).items()
         if hasattr(function, "_cache_size")
     }
     once = {("sft", "_rate"): 1, ("sft", "_update"): 1, ("ppo", "_rate"): 1}
-    once |= {("ppo", "_copy"): 2}  # a reference, and what a separate value network starts from
+    once |= {("references", "_copy"): 1, ("value", "_copy"): 1}
     assert compiled == once | {("ppo", f): len(lengths) for f in ("_sample", "_score", "_learn")}
 
 
@@ -81,8 +83,8 @@ def test_references_keep_every_bit_until_they_are_refreshed_and_share_no_buffer_
     assert len(set(policies)) == 10  # every step changes the policy
     assert references[:3] == [{}, {}, {}]
     # PPO is entered before steps 2, 5 and 8; both are frozen at the first, "recent" again at the third.
-    assert [r["sft"] for r in references[3:]] == [policies[2]] * 7
-    assert [r["recent"] for r in references[3:]] == [policies[2]] * 6 + [policies[8]]
+    assert [r["ppo/sft"] for r in references[3:]] == [policies[2]] * 7
+    assert [r["ppo/recent"] for r in references[3:]] == [policies[2]] * 6 + [policies[8]]
 
 
 def test_after_its_first_step_no_phase_moves_data_that_it_was_not_told_to_move(built):
@@ -104,7 +106,7 @@ def test_with_no_share_for_ppo_the_run_is_a_pure_sft_run_bit_for_bit(tmp_path):
     )
     pure = train(experiment(tmp_path / "pure", "steps=4", SFT_ALONE))
     assert mixed.schedule.steps == pure.schedule.steps == {"sft": 4}
-    assert "value" not in pure.train.params  # no PPO at all
+    assert "ppo/value" not in pure.train.params  # no PPO at all
     assert bits(mixed.train.params["model"]) == bits(pure.train.params["model"])
     assert bits(mixed.train.opt_state["sft"]) == bits(pure.train.opt_state["sft"])
 

@@ -53,7 +53,7 @@ class Kept(list):
     def step(self, number, phase, shapes_setting=None, stage=""):
         return contextlib.nullcontext()
 
-    def add(self, step, phase, metrics, params):
+    def add(self, step, phase, kind, metrics, params):
         self.append(metrics)
 
 
@@ -91,13 +91,13 @@ def test_only_adapters_have_gradients_optimizer_state_and_reference_copies(built
     states, _ = run
     state, head = states[-1], 4 * (WIDTH + 1)
     assert size(state.train.params["model"]) == ADAPTER_BYTES
-    assert size(state.train.params["value"]) == ADAPTER_BYTES + head
+    assert size(state.train.params["ppo/value"]) == ADAPTER_BYTES + head
     counts = 4 * len(state.train.opt_state["ppo"])  # of the updates, one a group
     assert size(state.train.opt_state["sft"]) == 2 * ADAPTER_BYTES + 4  # two moments
     assert size(state.train.opt_state["ppo"]) == 2 * (2 * ADAPTER_BYTES + head) + counts
     assert {name: size(tree) for name, tree in state.references.items()} == {
-        "sft": ADAPTER_BYTES,
-        "start": ADAPTER_BYTES,
+        "ppo/sft": ADAPTER_BYTES,
+        "ppo/start": ADAPTER_BYTES,
     }
     assert len({digest(s.train.params["model"]) for s in states}) == 5  # every step changes the adapter
     assert all(s.base is states[0].base for s in states)
@@ -129,7 +129,7 @@ def test_the_first_ratio_is_one_the_kl_to_the_own_reference_zero_and_the_start_i
     assert float(first["ppo/first_ratio"]) == pytest.approx(1.0, abs=2e-6)
     assert float(first["ppo/kl"]) == pytest.approx(0.0, abs=2e-5)
     assert abs(float(metrics[3]["ppo/kl"])) > 1e-3  # by then the policy has left its reference
-    start = states[-1].references["start"][ADAPTER]
+    start = states[-1].references["ppo/start"][ADAPTER]
     assert not any(
         np.any(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(start) if path[-1].key == "b"
     )
@@ -137,19 +137,21 @@ def test_the_first_ratio_is_one_the_kl_to_the_own_reference_zero_and_the_start_i
 
 def test_the_value_network_is_another_adapter_above_the_same_base(built, run):
     state = run[0][3]  # a step of sft has moved the policy since
-    value = state.train.params["value"]
+    value = state.train.params["ppo/value"]
     assert list(value["model"]) == [ADAPTER]
     ppo = replace(built.phases["ppo"].functions, base=state.base)
     prompt, response = jnp.arange(40, 52).reshape(2, 6), jnp.arange(60, 66).reshape(2, 3)
     mask = jnp.ones((2, 3), bool)
 
+    references = built.phases["ppo"].rollouts.references.of(state)
+
     def both(params, references, base):
         samples = Samples.chosen(response, jnp.zeros((2, 3)), mask)
         scored = ppo.score(params, references, prompt, jnp.ones((2, 6), bool), samples)
         read = jnp.concatenate([prompt, response], 1)
-        return scored.values, built.model.hidden({**base, **params["value"]["model"]}, read)
+        return scored.values, built.model.hidden({**base, **params["ppo/value"]["model"]}, read)
 
-    values, hidden = jax.jit(both)(state.train.params, dict(state.references), state.base)
+    values, hidden = jax.jit(both)(state.train.params, references, state.base)
     head = jax.tree.map(np.asarray, value["head"])
     assert np.abs(values).max() > 1e-6
     np.testing.assert_allclose(

@@ -174,7 +174,7 @@ def test_another_tokenizer_in_the_run_directory_is_an_error(copy, tmp_path):
 
 
 def test_a_checkpoint_of_version_0_4_goes_on_with_a_note(copy, monkeypatch, caplog):
-    monkeypatch.setattr("hybrid_jax.runs.origin.saved_note", lambda folder, step: {})
+    monkeypatch.setattr("hybrid_jax.runs.origin._note", lambda folder, step: {})
     assert copy().step == 3
     assert warnings(caplog) == []
     assert "checkpoint 3 is from before version 0.4.1 and holds no checksums" in caplog.text

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.algorithms.kl_control import AdaptiveKL, FixedKL
+from hybrid_jax.algorithms.kl import AdaptiveKL, FixedKL
 from hybrid_jax.core.batches import Samples, TokenBatch
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.parallel.mesh import MeshConfig, put_rows
 from hybrid_jax.parallel.rules import under
-from hybrid_jax.phases.ppo_functions import PPOFunctions
-from hybrid_jax.phases.ppo_settings import PPO, Reference, SFTMix
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.references import Reference
 from hybrid_jax.phases.sft import sft_objective
+from hybrid_jax.phases.sft_mix import SFTMix
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
@@ -28,18 +30,37 @@ MODEL = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=32).build(V
 REWARD = CompositeReward({"count": Part(TokenCount(weights={2: 1.0, 5: -0.7}))})
 
 
-class Compiled(PPOFunctions):
+class Compiled(PolicyGradientFunctions):
     """Every function one program, where operation by operation would compile hundreds."""
 
     __eq__, __hash__ = object.__eq__, object.__hash__
-    sample = jax.jit(PPOFunctions.sample, static_argnums=0)
-    score = jax.jit(PPOFunctions.score, static_argnums=0)
-    learn = jax.jit(PPOFunctions.learn, static_argnums=0, static_argnames="groups")
-    advantages = jax.jit(PPOFunctions.advantages, static_argnums=0)
+    sample = jax.jit(PolicyGradientFunctions.sample, static_argnums=0)
+    score = jax.jit(PolicyGradientFunctions.score, static_argnums=0)
+    learn = jax.jit(PolicyGradientFunctions.learn, static_argnums=0, static_argnames="groups")
+    advantages = jax.jit(PolicyGradientFunctions.advantages, static_argnums=0)
 
     @functools.partial(jax.jit, static_argnums=0, static_argnames="microbatches")
     def gradients(self, params, batch, key, microbatches=1):
         return gradients(self.objective({}), params, batch, key, microbatches)
+
+
+class Constantly:
+    """The same score for every response, on the device."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def score_tokens(self, tokens, attention_mask, response_mask):
+        return jnp.full(len(tokens), self.score)
+
+
+QUARTER, SEVEN_TENTHS = (CompositeReward({"same": Part(Constantly(score))}) for score in (0.25, 0.7))
+
+
+def rewarded(scored, scores=None):
+    """A rollout whose scores are given; its rows are worth 0, 1, 2, … if none are."""
+    scores = jnp.arange(float(len(scored.tokens))) if scores is None else scores
+    return scored.replace(scores=scores, plain_scores=scores)
 
 
 initial = jax.jit(Decoder.init, static_argnums=0)
@@ -47,12 +68,12 @@ apply = jax.jit(Decoder.apply, static_argnums=0)
 
 
 @functools.cache
-def plain(model, sampler) -> PPOFunctions:
+def plain(model, sampler) -> PolicyGradientFunctions:
     """Samples and scores for all settings that matter only to learning."""
     return functions(model, sampler=sampler)
 
 
-def functions(model=MODEL, **settings) -> PPOFunctions:
+def functions(model=MODEL, **settings) -> PolicyGradientFunctions:
     config = PPO(
         **{
             "reward": REWARD,
@@ -66,12 +87,12 @@ def functions(model=MODEL, **settings) -> PPOFunctions:
     return Compiled(config, model, eos_ids=(EOS,), name="ppo", optimizer_key="ppo")
 
 
-def state_of(ppo: PPOFunctions, seed=0, scale=3.0) -> TrainState:
+def state_of(ppo: PolicyGradientFunctions, seed=0, scale=3.0) -> TrainState:
     """A policy away from the uniform one, so that no test passes because everything is alike."""
     model = jax.tree.map(lambda x: x * scale, initial(ppo.model, jax.random.key(seed)))
-    head = ppo.init_value(model)
-    head["head"] = {"kernel": jnp.full((ppo.model.width, 1), 0.1), "bias": jnp.full((1,), 0.2)}
-    params = {"model": model, "value": head}
+    params = {"model": model, **ppo.init_value(model)}
+    head = {"kernel": jnp.full((ppo.model.width, 1), 0.1), "bias": jnp.full((1,), 0.2)}
+    params["ppo/value"] = {**params["ppo/value"], "head": head}
     transform = ppo.config.optimizer.transform()
     return TrainState(
         params=params,
@@ -108,7 +129,7 @@ def test_the_ratio_of_a_fresh_policy_is_one_and_its_kl_to_itself_zero(temperatur
     assert mask.sum() < mask.size  # some rows have ended early
     difference = np.asarray(scored.log_probs - scored.reference_log_probs["sft"])[mask]
     assert np.abs(difference).max() < 2e-6  # cached decoding against one pass, float32
-    _, metrics = ppo.learn(state, scored, jnp.zeros(ROWS), None, jax.random.key(1), 0.0)
+    _, metrics = ppo.learn(state, rewarded(scored, jnp.zeros(ROWS)), None, jax.random.key(1), 0.0)
     assert metrics["first_ratio"] == pytest.approx(1.0, abs=2e-6)
     assert metrics["kl"] == pytest.approx(0.0, abs=2e-5)
     assert metrics["approx_kl"] == pytest.approx(0.0, abs=1e-9)
@@ -138,11 +159,11 @@ def test_values_belong_to_the_state_before_the_token():
     ppo = functions()
     state = state_of(ppo)
     # Hidden states have a mean of 0, so that a head of equal numbers would say the same of each.
-    state.params["value"]["head"]["kernel"] = jnp.linspace(-1.0, 1.0, ppo.model.width)[:, None]
+    state.params["ppo/value"]["head"]["kernel"] = jnp.linspace(-1.0, 1.0, ppo.model.width)[:, None]
     _, scored = rolled_out(ppo, state)
     row = 4  # a prompt without padding
     hidden = apply(MODEL, state.params["model"], scored.tokens[row : row + 1]).hidden[0]
-    head = state.params["value"]["head"]
+    head = state.params["ppo/value"]["head"]
     expected = np.asarray(hidden @ head["kernel"])[:, 0] + 0.2
     for t in range(int(scored.action_mask[row].sum())):
         assert scored.values[row, t] == pytest.approx(expected[PROMPT + t - 1], abs=1e-5)
@@ -155,7 +176,7 @@ def test_padding_and_what_stands_in_it_change_nothing():
     scores = jnp.arange(float(ROWS))
 
     def learning(scored):
-        rollout, metrics = ppo.advantages(scored, scores, jnp.asarray(0.1))
+        rollout, metrics = ppo.advantages(rewarded(scored, scores), jnp.asarray(0.1))
         grads, losses = ppo.gradients(state.params, (rollout, None), jax.random.key(0))
         return grads, {**metrics, **losses}
 
@@ -190,7 +211,7 @@ def test_the_score_lands_on_the_end_token_and_only_there():
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
     scores = jnp.arange(1.0, ROWS + 1)
-    rollout, _ = ppo.advantages(scored, scores, jnp.asarray(0.0))
+    rollout, _ = ppo.advantages(rewarded(scored, scores), jnp.asarray(0.0))
     for row in range(ROWS):
         length = int(scored.action_mask[row].sum())
         # With γ = λ = 1 the return of every response token is the score that comes at the end.
@@ -205,8 +226,10 @@ def test_a_response_that_does_not_end_pays_the_penalty():
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
     scored = scored.replace(tokens=jnp.pad(tokens, ((0, 0), (2, 0))), action_mask=mask)
-    scores, metrics = ppo._shaped_scores(jnp.array([0.25, 0.25, 0.25]), None, None, scored)
-    np.testing.assert_allclose(scores, [0.25, -0.45, 0.25], atol=1e-7)
+    got = replace(ppo, config=replace(ppo.config, reward=QUARTER)).rewarded(scored)
+    np.testing.assert_allclose(got.scores, [0.25, -0.45, 0.25], atol=1e-7)
+    np.testing.assert_allclose(got.plain_scores, [0.25, 0.25, 0.25], atol=1e-7)
+    metrics = ppo._score_metrics(got)
     assert metrics["penalty"] == pytest.approx(0.7 / 3)
     assert metrics["eos_fraction"] == pytest.approx(2 / 3)
     assert metrics["response_length"] == pytest.approx(8 / 3)
@@ -216,8 +239,8 @@ def test_fractional_scores_stay_float32():
     ppo = functions(missing_eos_penalty=None)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    scores, _ = ppo._shaped_scores(jnp.full(ROWS, 0.7), None, None, scored)
-    np.testing.assert_array_equal(scores, np.full(ROWS, 0.7, np.float32))
+    got = replace(ppo, config=replace(ppo.config, reward=SEVEN_TENTHS)).rewarded(scored)
+    np.testing.assert_array_equal(got.scores, np.full(ROWS, 0.7, np.float32))
 
 
 @pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
@@ -225,7 +248,7 @@ def test_microbatches_do_not_change_the_gradient(microbatches):
     ppo = functions(entropy_coef=0.01)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    rollout, _ = ppo.advantages(scored, jnp.arange(float(ROWS)), jnp.asarray(0.1))
+    rollout, _ = ppo.advantages(rewarded(scored), jnp.asarray(0.1))
     whole, _ = ppo.gradients(state.params, (rollout, None), jax.random.key(0))
     parts, _ = ppo.gradients(state.params, (rollout, None), jax.random.key(0), microbatches=microbatches)
     assert_trees_close(whole, parts, 1e-6)
@@ -240,7 +263,7 @@ def test_eight_devices_give_the_samples_and_the_gradient_of_one():
     def step(state, tokens, mask):
         samples = ppo.sample(state.params["model"], tokens, mask, jax.random.key(5))
         scored = ppo.score(state.params, {"sft": state.params["model"]}, tokens, mask, samples)
-        rollout, _ = ppo.advantages(scored, jnp.arange(float(ROWS)), jnp.asarray(0.1))
+        rollout, _ = ppo.advantages(rewarded(scored), jnp.asarray(0.1))
         grads, _ = ppo.gradients(state.params, (rollout, None), jax.random.key(0))
         return samples, grads
 
@@ -272,11 +295,9 @@ def test_the_value_warm_up_trains_the_value_and_nothing_else():
         ppo = functions(value_network=network, kl_control=AdaptiveKL(horizon=100.0))
         state = state_of(ppo)
         _, scored = rolled_out(ppo, state, references={"sft": initial(MODEL, jax.random.key(9))})
-        new, _ = ppo.learn(
-            state, scored, jnp.arange(float(ROWS)), None, jax.random.key(0), 1e-2, groups=("value",)
-        )
+        new, _ = ppo.learn(state, rewarded(scored), None, jax.random.key(0), 1e-2, groups=("ppo/value",))
         assert_trees_equal(new.params["model"], state.params["model"])
-        assert not trees_equal(new.params["value"], state.params["value"])
+        assert not trees_equal(new.params["ppo/value"], state.params["ppo/value"])
         assert float(new.extra[ppo.kl_key]) == float(state.extra[ppo.kl_key])
 
 
@@ -284,22 +305,22 @@ def test_a_separate_value_network_leaves_the_policy_gradient_alone():
     shared, separate = functions(value_coef=0.0), functions(value_network="separate", value_coef=5.0)
     state, own = state_of(shared), state_of(separate)
     _, scored = rolled_out(shared, state)
-    rollout, _ = shared.advantages(scored, jnp.arange(float(ROWS)), jnp.asarray(0.1))
+    rollout, _ = shared.advantages(rewarded(scored), jnp.asarray(0.1))
     expected, _ = shared.gradients(state.params, (rollout, None), jax.random.key(0))
     got, _ = separate.gradients(own.params, (rollout, None), jax.random.key(0))
     assert_trees_close(expected["model"], got["model"], 1e-6)
-    assert not trees_equal(got["value"]["model"], jax.tree.map(jnp.zeros_like, got["value"]["model"]))
+    assert not trees_equal(got["ppo/value"]["model"], jax.tree.map(jnp.zeros_like, got["ppo/value"]["model"]))
 
 
 def test_updates_stop_once_the_policy_has_moved_far_enough():
     ppo = functions(epochs=6, target_kl=0.01)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    stopped, metrics = ppo.learn(state, scored, jnp.arange(float(ROWS)), None, jax.random.key(0), 0.05)
+    stopped, metrics = ppo.learn(state, rewarded(scored), None, jax.random.key(0), 0.05)
     taken = int(metrics["updates"])
     assert 1 <= taken < 6
     free = functions(epochs=6)
-    _, unstopped = free.learn(state, scored, jnp.arange(float(ROWS)), None, jax.random.key(0), 0.05)
+    _, unstopped = free.learn(state, rewarded(scored), None, jax.random.key(0), 0.05)
     assert int(unstopped["updates"]) == 6
     count = jax.tree.leaves(stopped.opt_state["ppo"]["model"])[0]
     assert int(count) == taken  # the optimizer has not counted what was not done
@@ -310,7 +331,7 @@ def test_the_mixed_objective_is_the_weighted_sum_of_both_gradients():
     ppo = functions(sft_mix=SFTMix(coef=0.3, batch_size=4, length=6))
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    rollout, _ = ppo.advantages(scored, jnp.arange(float(ROWS)), jnp.asarray(0.1))
+    rollout, _ = ppo.advantages(rewarded(scored), jnp.asarray(0.1))
     draw = np.random.default_rng(1)
     examples = TokenBatch(
         tokens=jnp.asarray(draw.integers(0, VOCABULARY, (4, 6))),
@@ -330,7 +351,7 @@ def test_an_adaptive_coefficient_follows_the_sequence_kl():
     ppo = functions(kl_control=AdaptiveKL(initial=0.2, target=6.0, horizon=1000.0))
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state, references={"sft": initial(MODEL, jax.random.key(9))})
-    new, metrics = ppo.learn(state, scored, jnp.zeros(ROWS), None, jax.random.key(0), 0.0)
+    new, metrics = ppo.learn(state, rewarded(scored, jnp.zeros(ROWS)), None, jax.random.key(0), 0.0)
     mask = np.asarray(scored.action_mask)
     k1 = np.asarray(scored.log_probs, np.float64) - np.asarray(scored.reference_log_probs["sft"], np.float64)
     kl = (k1 * mask).sum(axis=1).mean()
@@ -344,7 +365,7 @@ def test_references_weigh_as_named():
     state = state_of(ppo)
     trees = {"a": initial(MODEL, jax.random.key(1)), "b": initial(MODEL, jax.random.key(2))}
     _, scored = rolled_out(ppo, state, references=trees)
-    _, metrics = ppo.advantages(scored, jnp.zeros(ROWS), jnp.asarray(1.0))
+    _, metrics = ppo.advantages(rewarded(scored, jnp.zeros(ROWS)), jnp.asarray(1.0))
     mask = np.asarray(scored.action_mask)
     k1 = {
         n: (np.asarray(scored.log_probs - x) * mask).sum(1).mean()
@@ -358,7 +379,7 @@ def test_no_dropout_reaches_ppo():
     ppo = functions(model)
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    _, metrics = ppo.learn(state, scored, jnp.zeros(ROWS), None, jax.random.key(1), 0.0)
+    _, metrics = ppo.learn(state, rewarded(scored, jnp.zeros(ROWS)), None, jax.random.key(1), 0.0)
     assert metrics["first_ratio"] == pytest.approx(1.0, abs=2e-6)
 
 
@@ -366,7 +387,7 @@ def test_a_learning_rate_of_zero_changes_no_bit():
     ppo = functions()
     state = state_of(ppo)
     _, scored = rolled_out(ppo, state)
-    new, _ = ppo.learn(state, scored, jnp.arange(float(ROWS)), None, jax.random.key(0), 0.0)
+    new, _ = ppo.learn(state, rewarded(scored), None, jax.random.key(0), 0.0)
     assert_trees_equal(new.params, state.params)
 
 

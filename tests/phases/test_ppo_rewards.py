@@ -13,19 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.algorithms.returns import gae
-from hybrid_jax.core.batches import Example, PromptBatch, Samples
+from hybrid_jax.algorithms.advantages import gae
+from hybrid_jax.algorithms.kl import FixedKL
+from hybrid_jax.core.batches import Example, PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.parallel.mesh import put_rows
-from hybrid_jax.phases.other_models import read_like, read_value
-from hybrid_jax.phases.ppo import _Clock
-from hybrid_jax.phases.ppo_functions import PPOFunctions
-from hybrid_jax.phases.ppo_settings import PPO, Opponent, Reference
+from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.references import Reference, read_like
+from hybrid_jax.phases.rollout_settings import Opponent
+from hybrid_jax.phases.value_network import read_value
 from hybrid_jax.rewards.combine import Baseline
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.postprocess import Group
@@ -40,17 +42,17 @@ THOROUGHLY = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_p
 COUNT = CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))})
 
 
-class Compiled(PPOFunctions):
+class Compiled(PolicyGradientFunctions):
     """Every function one program, where operation by operation would compile hundreds."""
 
     __eq__, __hash__ = object.__eq__, object.__hash__
-    sample = jax.jit(PPOFunctions.sample, static_argnums=0)
-    score = jax.jit(PPOFunctions.score, static_argnums=0)
-    learn = jax.jit(PPOFunctions.learn, static_argnums=0, static_argnames="groups")
-    advantages = jax.jit(PPOFunctions.advantages, static_argnums=0)
+    sample = jax.jit(PolicyGradientFunctions.sample, static_argnums=0)
+    score = jax.jit(PolicyGradientFunctions.score, static_argnums=0)
+    learn = jax.jit(PolicyGradientFunctions.learn, static_argnums=0, static_argnames="groups")
+    advantages = jax.jit(PolicyGradientFunctions.advantages, static_argnums=0)
 
 
-def functions(model=None, **settings) -> PPOFunctions:
+def functions(model=None, **settings) -> PolicyGradientFunctions:
     config = PPO(
         **{
             "reward": COUNT,
@@ -65,8 +67,12 @@ def functions(model=None, **settings) -> PPOFunctions:
     return Compiled(config, model or PrefixTable(), eos_ids=(), name="ppo", optimizer_key="ppo")
 
 
+def rewarded(scored, scores, placed=None):
+    return scored.replace(scores=scores, plain_scores=scores, placed=placed)
+
+
 def state_of(ppo, policy) -> TrainState:
-    params = {"model": policy, "value": ppo.init_value(policy)}
+    params = {"model": policy, **ppo.init_value(policy)}
     transform = ppo.config.optimizer.transform()
     return TrainState(
         params=params,
@@ -89,8 +95,8 @@ def test_placed_rewards_and_the_rest_add_up_to_the_score(rolled_out):
     ppo, _, scored = rolled_out
     placed = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, 3)), jnp.float32)
     scores, coef = jnp.arange(8.0), jnp.asarray(0.3)
-    at_the_end, _ = ppo.advantages(scored, scores, coef)
-    early, _ = ppo.advantages(scored, scores, coef, placed)
+    at_the_end, _ = ppo.advantages(rewarded(scored, scores), coef)
+    early, _ = ppo.advantages(rewarded(scored, scores, placed=placed), coef)
     # λ = γ = 1: the first return is the sum of all rewards; later ones lack what came before
     assert np.asarray(early.returns[:, 0]) == pytest.approx(np.asarray(at_the_end.returns[:, 0]), abs=1e-5)
     kl = 0.3 * np.asarray(scored.log_probs - scored.reference_log_probs["sft"])
@@ -106,7 +112,9 @@ def test_a_reward_placed_a_token_later_changes_the_advantages_up_to_there_alone(
     one[:, 0], later[:, 1] = 1.0, 1.0
     scores = jnp.ones(ROWS)
     first, second = (
-        np.asarray(ppo.advantages(scored, scores, jnp.asarray(0.0), jnp.asarray(placed))[0].advantages)
+        np.asarray(
+            ppo.advantages(rewarded(scored, scores, placed=jnp.asarray(placed)), jnp.asarray(0.0))[0].advantages
+        )
         for placed in (one, later)
     )
     assert np.abs(first - second)[:, :2].min() > 0.01
@@ -154,7 +162,8 @@ def test_an_affine_change_of_a_normalised_part_leaves_the_update_as_it_was(rolle
         reward = CompositeReward({"raw": Part(lambda prompts, responses: [0.0] * ROWS, normalise=True)})
         raw = {"raw": (scale * np.arange(8.0) ** 2 + shift).astype(np.float32)}
         scores, _ = reward.weigh(reward.init(), raw, [""] * ROWS)
-        return ppo.learn(state, scored, jnp.asarray(scores.totals), None, jax.random.key(1), 1e-2)[0].params
+        received = rewarded(scored, jnp.asarray(scores.totals))
+        return ppo.learn(state, received, None, jax.random.key(1), 1e-2)[0].params
 
     plain, moved = updated(1.0, 0.0), updated(1e3, -77.0)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(moved), strict=True):
@@ -164,14 +173,12 @@ def test_an_affine_change_of_a_normalised_part_leaves_the_update_as_it_was(rolle
 
 def test_a_baseline_is_taken_from_the_scores_but_not_from_what_is_logged(rolled_out):
     ppo, state, scored = rolled_out
-    scores, baseline = jnp.arange(8.0), jnp.full(ROWS, 3.5)
-    key = jax.random.key(1)
-    state_with, with_baseline = ppo.learn(state, scored, scores, None, key, 1e-2, baseline=baseline)
-    state_less, less = ppo.learn(state, scored, scores - baseline, None, key, 1e-2)
-    assert (with_baseline["score"], with_baseline["baseline"], with_baseline["shaped_score"]) == (3.5, 3.5, 0.0)
-    assert (less["score"], less["shaped_score"]) == (0.0, 0.0)
-    assert "baseline" not in less
-    assert bits(state_with.params) == bits(state_less.params)
+    reward = CompositeReward({"given": Part(zeros)}, baseline=Baseline("ema", decay=0.0))
+    scores, _ = reward.weigh(reward.init(), {"given": np.arange(8.0)}, [""] * ROWS)
+    assert scores.baseline.tolist() == [3.5] * 8
+    received = scored.replace(scores=jnp.asarray(scores.totals), plain_scores=jnp.asarray(scores.plain))
+    _, metrics = ppo.learn(state, received, None, jax.random.key(1), 1e-2)
+    assert (metrics["score"], metrics["shaped_score"]) == (3.5, 0.0)
 
 
 def bits(tree):
@@ -260,7 +267,9 @@ def test_a_value_network_starts_as_the_normalised_reward_model(tmp_path):
     read = jax.jit(classifier.apply)
     rewards = (np.asarray(read(params, tokens[:, :-1], mask[:, :-1]))[:, 0] - 0.5) / 2.0
     samples = Samples.chosen(tokens[:, 4:], jnp.zeros((4, 5)), mask[:, 4:])
-    scored = ppo.score({"model": policy, "value": value}, {"sft": policy}, tokens[:, :4], mask[:, :4], samples)
+    scored = ppo.score(
+        {"model": policy, "ppo/value": value}, {"sft": policy}, tokens[:, :4], mask[:, :4], samples
+    )
     assert np.asarray(scored.values[:, -1]) == pytest.approx(rewards, abs=1e-5)  # of the state before the last
     assert jax.tree.structure(value["model"]) == jax.tree.structure(policy)
 
@@ -282,12 +291,15 @@ def test_raw_reward_shaped_reward_and_penalty_are_logged_under_names_of_their_ow
     ppo = replace(ppo, config=replace(ppo.config, missing_eos_penalty=0.5), eos_ids=(2,))
     tokens = scored.tokens.at[:, -3:].set(0).at[0, -3:].set(2)
     scored = replace(scored, tokens=tokens, action_mask=jnp.ones((ROWS, 3), bool).at[0, 1:].set(False))
-    plain, normalised = jnp.arange(8.0), jnp.arange(8.0) - 3.5
+    plain, penalties = jnp.arange(8.0), 0.5 * (jnp.arange(8) > 0)
+    np.testing.assert_array_equal(ppo.penalties(ppo.complete(scored)), penalties)
     key = jax.random.key(0)
-    _, metrics = ppo.learn(state, scored, normalised, None, key, 1e-2, plain=plain)
+    received = scored.replace(plain_scores=plain, scores=plain - 3.5 - penalties)
+    _, metrics = ppo.learn(state, received, None, key, 1e-2)
     assert (metrics["score"], metrics["score_std"]) == (3.5, pytest.approx(np.std(np.arange(8.0))))
     assert (metrics["penalty"], metrics["shaped_score"]) == (7 / 16, -7 / 16)
-    _, metrics = ppo.learn(state, scored, plain, None, key, 1e-2)  # no normaliser, as on the device
+    received = scored.replace(plain_scores=plain, scores=plain - penalties)
+    _, metrics = ppo.learn(state, received, None, key, 1e-2)  # no normaliser, as on the device
     assert (metrics["score"], metrics["penalty"], metrics["shaped_score"]) == (3.5, 7 / 16, 3.5 - 7 / 16)
 
 
@@ -299,14 +311,16 @@ def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(
     built = build(load_config(config, [f"run_dir={tmp_path}", "compilation_cache=null", *overrides]))
     phase = built.phases["ppo"]
     given = CompositeReward({"given": Part(lambda responses: [10, 10, 0, 0])}, baseline=Baseline("others"))
-    phase.config = replace(phase.config, reward=given)
+    phase.rollouts.config = replace(phase.config, reward=given)
     mask = np.ones((4, 3), bool)
     asked = PromptBatch(np.ones((4, 2), np.int32), mask[:, :2], (Example("Go on."),) * 4)
     samples = Samples.chosen(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
     state: Any = SimpleNamespace(host={"ppo/reward": given.init()})
-    received, _, metrics = phase._reward(state, asked, samples, None, (), _Clock())
-    assert received["baseline"].tolist() == [10, 10, 0, 0]
-    assert metrics["reward/given"] == 5.0
+    rollout = Rollout(asked.tokens, mask, mask, np.zeros((4, 3)), np.arange(4) // 2)
+    received, _, metrics = phase.rollouts._rewarded(state, asked, samples, rollout, (), Clock())
+    # None has ended: each pays 1, and so does the other one, with which it is compared.
+    assert received.scores.tolist() == [0, 0, 0, 0]
+    assert (metrics["reward/given"], metrics["baseline"]) == (5.0, 4.0)
 
 
 def zeros(responses):

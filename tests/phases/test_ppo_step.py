@@ -14,9 +14,12 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.experts import Experts
-from hybrid_jax.phases import ppo_functions, sft
-from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored, _epoch_orders
-from hybrid_jax.phases.ppo_settings import PPO, SFTMix
+from hybrid_jax.phases import minibatches as minibatches_module
+from hybrid_jax.phases import sft
+from hybrid_jax.phases.minibatches import _epoch_orders
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.sft_mix import SFTMix
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
@@ -56,8 +59,9 @@ class Stage:
         self.experiment = build(parse(ExperimentConfig, config))
         self.phase, self.state = self.experiment.phases["ppo"], self.experiment.init()
         self.sampled, self.prompts, self.learnt, self.copied = [], [], [], []
-        self.phase._sample, self.phase._score, self.phase._learn = self._sample, self._score, self._learn
-        self.phase._copy = self._copy
+        rollouts = self.phase.rollouts
+        rollouts._sample, rollouts._score, self.phase._learn = self._sample, self._score, self._learn
+        rollouts.references._copy = self._copy
         if cycle is not None:
             self.experiment.phases["sft"]._update = self._update
 
@@ -84,9 +88,10 @@ class Stage:
         whole = jnp.concatenate([tokens, samples.tokens], axis=1)
         real = jnp.concatenate([mask, samples.action_mask], axis=1)
         zeros = jnp.zeros(samples.tokens.shape)
-        return Scored(whole, real, samples.action_mask, zeros, zeros, {"sft": zeros})
+        rows = jnp.arange(len(tokens))
+        return Rollout(whole, real, samples.action_mask, zeros, rows, {"sft": zeros}, values=zeros)
 
-    def _learn(self, base, train, scored, scores, examples, key, rate, *, groups, **received):
+    def _learn(self, base, train, rollout, examples, key, rate, *, groups):
         self.learnt.append({"phase": "ppo", "groups": groups, "examples": examples, "rate": float(rate)})
         return train, {}
 
@@ -94,7 +99,7 @@ class Stage:
 def test_the_value_warms_up_for_as_many_steps_as_are_set():
     stage = Stage(value_warmup_steps=2)
     stage.steps(4)
-    assert [learnt["groups"] for learnt in stage.learnt] == [("value",)] * 2 + [("model", "value")] * 2
+    assert [learnt["groups"] for learnt in stage.learnt] == [("ppo/value",)] * 2 + [("model", "ppo/value")] * 2
 
 
 def test_every_step_mixes_in_the_next_examples():
@@ -103,7 +108,7 @@ def test_every_step_mixes_in_the_next_examples():
     given = [np.asarray(learnt["examples"].tokens) for learnt in stage.learnt]
     rows = 3 * 2  # of both minibatches
     for step, tokens in enumerate(given):
-        np.testing.assert_array_equal(tokens, stage.phase._examples.batch(rows * step, rows).tokens)
+        np.testing.assert_array_equal(tokens, stage.phase.examples.stream.batch(rows * step, rows).tokens)
     assert len({row.tobytes() for tokens in given for row in tokens}) == 3 * rows
     assert stage.state.cursors["ppo/examples"] == 3 * rows
 
@@ -126,7 +131,7 @@ def test_every_step_answers_the_next_prompts_each_as_often_as_it_is_sampled():
     stage = Stage(prompts_per_step=2, samples_per_prompt=2)
     stage.steps(3)
     for step, tokens in enumerate(stage.prompts):
-        asked = stage.phase.prompts.batch(2 * step, 2).tokens
+        asked = stage.phase.rollouts.prompts.batch(2 * step, 2).tokens
         np.testing.assert_array_equal(tokens, asked[[0, 0, 1, 1]])
     assert stage.state.cursors["ppo"] == 3 * 2
 
@@ -145,7 +150,7 @@ def test_each_phase_reads_on_and_follows_the_schedule_of_its_own_steps():
 def test_a_reference_is_refreshed_where_the_phase_is_entered_and_not_within_it():
     often = {"recent": {"refresh_every_cycles": 1}}
     stage = Stage(cycle={"sft": 1, "ppo": 2}, references=often)
-    stage.phase._score = lambda *inputs: Stage._score(stage, *inputs).replace(
+    stage.phase.rollouts._score = lambda *inputs: Stage._score(stage, *inputs).replace(
         reference_log_probs={"recent": jnp.zeros((2, 3))}
     )
     stage.steps(6)
@@ -163,7 +168,7 @@ FAST = {
 MODEL = DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=16)
 
 
-def functions(model, **settings) -> PPOFunctions:
+def functions(model, **settings) -> PolicyGradientFunctions:
     config = PPO(
         reward=CompositeReward({"count": Part(TokenCount(weights={2: 1.0}))}),
         prompts_per_step=ROWS,
@@ -171,7 +176,7 @@ def functions(model, **settings) -> PPOFunctions:
         optimizer=SGD(learning_rate=0.1, schedule=Constant()),
         **settings,
     )
-    return PPOFunctions(config, model, eos_ids=(), name="ppo", optimizer_key="ppo")
+    return PolicyGradientFunctions(config, model, eos_ids=(), name="ppo", optimizer_key="ppo")
 
 
 def rollout_of(model) -> Rollout:
@@ -184,6 +189,7 @@ def rollout_of(model) -> Rollout:
         attention_mask=jnp.concatenate([prompt, jnp.asarray(mask)], axis=1),
         action_mask=jnp.asarray(mask),
         log_probs=zeros,
+        group=jnp.arange(ROWS),
         values=zeros,
         advantages=jnp.ones(mask.shape),
         returns=zeros,
@@ -205,12 +211,12 @@ def minibatches(monkeypatch):
         metrics = {"ratio": jnp.ones(()), nonfinite.METRIC: jnp.asarray(nonfinite.FINE)}
         return state, metrics, jnp.asarray(True)
 
-    monkeypatch.setattr(ppo_functions, "update_state", watch)
+    monkeypatch.setattr(minibatches_module, "update_state", watch)
 
     def run(examples=None, **settings):
         ppo = functions(MODEL.build(11), **settings)
         numbered = rollout_of(ppo.model).replace(returns=jnp.tile(jnp.arange(8.0)[:, None], (1, RESPONSE)))
-        state = TrainState(params={"model": {}, "value": {}}, opt_state={"ppo": {}}, extra={})
+        state = TrainState(params={"model": {}, "ppo/value": {}}, opt_state={"ppo": {}}, extra={})
         jax.jit(ppo.update, static_argnums=5)(state, numbered, examples, jax.random.key(0), 0.1, ("model",))
         jax.effects_barrier()
         return seen

@@ -9,9 +9,10 @@ import pytest
 
 from hybrid_jax.core.batches import Rollout
 from hybrid_jax.models.decoder_config import DecoderConfig
-from hybrid_jax.phases.ppo_functions import PPOFunctions
-from hybrid_jax.phases.ppo_settings import PPO, SFTMix
-from hybrid_jax.phases.work import ppo_flops, sft_flops
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.sft_mix import SFTMix
+from hybrid_jax.phases.step_flops import sft_flops
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
@@ -34,14 +35,14 @@ SETTINGS = PPO(
 )
 
 
-def functions(dtype="float32") -> PPOFunctions:
+def functions(dtype="float32") -> PolicyGradientFunctions:
     model = replace(DECODER, dtype=dtype).build(VOCABULARY)
-    return PPOFunctions(SETTINGS, model, eos_ids=(0,), name="ppo", optimizer_key="ppo")
+    return PolicyGradientFunctions(SETTINGS, model, eos_ids=(0,), name="ppo", optimizer_key="ppo")
 
 
 def state_of(ppo, scaling=None) -> TrainState:
     model = jax.tree.map(lambda x: 3 * x, ppo.model.init(jax.random.key(0)))
-    params = {"model": model, "value": ppo.init_value(model)}
+    params = {"model": model, **ppo.init_value(model)}
     transform = SETTINGS.optimizer.transform()
     extra = {ppo.kl_key: SETTINGS.kl_control.init()} | ({"loss_scale": scaling.init()} if scaling else {})
     return TrainState(
@@ -60,6 +61,7 @@ def rollout() -> Rollout:
         attention_mask=jnp.ones((ROWS, PROMPT + RESPONSE), bool),
         action_mask=mask,
         log_probs=jnp.full(mask.shape, -2.4),
+        group=jnp.arange(ROWS),
         values=numbers[0],
         advantages=numbers[1],
         returns=numbers[2],
@@ -68,7 +70,7 @@ def rollout() -> Rollout:
 
 def updated(ppo, state, rollout):
     return jax.jit(ppo.update, static_argnums=5)(
-        state, rollout, None, jax.random.key(0), 0.1, ("model", "value")
+        state, rollout, None, jax.random.key(0), 0.1, ("model", "ppo/value")
     )
 
 
@@ -123,17 +125,17 @@ def test_the_arithmetic_of_a_ppo_step_by_hand():
     def read(rows, length, heads):
         return rows * length * (body + 4 * 16 * (length + 1) / 2) + heads * head
 
-    def flops(settings=SETTINGS, tokens=20, groups=("model", "value")):
-        return ppo_flops(settings, DECODER.build(VOCABULARY), 8, 3, 4, tokens, groups)["flops"]
+    def flops(settings=SETTINGS, trains_policy=True):
+        return settings.flops(DECODER.build(VOCABULARY), 3, 20, trains_policy)["flops"]
 
     prefill, answered = read(8, 3, 8), read(8, 7, 32)
     rollout = prefill + (answered - prefill) * 20 / 32
     score = read(8, 7, 0) + answered  # values, and one reference
     assert flops() == pytest.approx(rollout + score + 3 * answered)
     assert flops(replace(SETTINGS, epochs=2)) == pytest.approx(rollout + score + 6 * answered)
-    assert flops(groups=("value",)) == pytest.approx(rollout + score + answered)
+    assert flops(trains_policy=False) == pytest.approx(rollout + score + answered)
     separate = replace(SETTINGS, value_network="separate")
     assert flops(separate) == pytest.approx(rollout + score + 3 * answered + 3 * read(8, 7, 0))
     mixed = replace(SETTINGS, sft_mix=SFTMix(coef=1.0, batch_size=2, length=5))
     assert flops(mixed) == pytest.approx(rollout + score + 3 * answered + 3 * read(8, 5, 40))
-    assert ppo_flops(SETTINGS, PrefixTable(), 8, 3, 4, 20, ("model",)) == {}
+    assert SETTINGS.flops(PrefixTable(), 3, 20) == {}

@@ -8,7 +8,7 @@ import pytest
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
-from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.prompts import prompt_stream
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.ancestral import Ancestral

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.algorithms.kl_control import FixedKL
-from hybrid_jax.phases.ppo_functions import PPOFunctions, Scored
-from hybrid_jax.phases.ppo_settings import PPO, Reference
+from hybrid_jax.algorithms.kl import FixedKL
+from hybrid_jax.core.batches import Rollout
+from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.ppo import PPO
+from hybrid_jax.phases.references import Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
@@ -29,7 +31,7 @@ ARMS = Bandit(vocab_size=4, width=1, max_length=2)
 REFERENCE = np.array([0.4, 0.3, 0.2, 0.1])
 
 
-def functions(model, rows, reward, **settings) -> PPOFunctions:
+def functions(model, rows, reward, **settings) -> PolicyGradientFunctions:
     config = PPO(
         reward=reward,
         prompts_per_step=rows,
@@ -40,11 +42,11 @@ def functions(model, rows, reward, **settings) -> PPOFunctions:
         value_coef=0.5,
         **settings,
     )
-    return PPOFunctions(config, model, eos_ids=(), name="ppo", optimizer_key="ppo")
+    return PolicyGradientFunctions(config, model, eos_ids=(), name="ppo", optimizer_key="ppo")
 
 
 def state_of(ppo, policy) -> TrainState:
-    params = {"model": policy, "value": ppo.init_value(policy)}
+    params = {"model": policy, **ppo.init_value(policy)}
     transform = ppo.config.optimizer.transform()
     return TrainState(
         params=params,
@@ -55,6 +57,10 @@ def state_of(ppo, policy) -> TrainState:
 
 def prompts(rows):
     return jnp.zeros((rows, 1), jnp.int32), jnp.ones((rows, 1), bool)
+
+
+def rewarded(scored, scores):
+    return scored.replace(scores=scores, plain_scores=scores)
 
 
 def composite(first, second) -> CompositeReward:
@@ -88,7 +94,7 @@ def test_every_weighting_of_two_rewards_leads_to_its_own_closed_form():
             scored = ppo.score(state.params, references, *prompts(rows), samples)
             scores = weights @ values_of(reward, scored)
             rate = ppo.config.optimizer.rate(step, steps)
-            return ppo.learn(state, scored, scores, None, learn_key, rate)[0], None
+            return ppo.learn(state, rewarded(scored, scores), None, learn_key, rate)[0], None
 
         state, _ = jax.lax.scan(iteration, state_of(ppo, policy), jnp.arange(steps))
         return jax.nn.softmax(state.params["model"]["table"][0])
@@ -112,15 +118,17 @@ def test_at_the_optimum_of_two_references_every_answer_returns_the_same_and_that
     )
     arms = jnp.arange(4)[:, None]
     every = jnp.ones((4, 1), bool)
-    scored = Scored(
+    scored = Rollout(
         tokens=jnp.concatenate([jnp.zeros((4, 1), jnp.int32), arms], axis=1),
         attention_mask=jnp.ones((4, 2), bool),
         action_mask=every,
         log_probs=jnp.log(best)[:, None],
         values=jnp.zeros((4, 1)),
         reference_log_probs={name: jnp.log(policy)[:, None] for name, policy in policies.items()},
+        group=jnp.arange(4),
     )
-    rollout, _ = ppo.advantages(scored, jnp.array([0.0, 1.0, 2.0, -1.0]), jnp.asarray(0.5))
+    scored = rewarded(scored, jnp.array([0.0, 1.0, 2.0, -1.0]))
+    rollout, _ = ppo.advantages(scored, jnp.asarray(0.5))
     assert np.asarray(rollout.returns[:, 0]) == pytest.approx(1.3398012, abs=2e-4)  # six digits of 0.0014
     assert best @ np.asarray(rollout.returns[:, 0]) == pytest.approx(1.3398012, abs=1e-6)
 
@@ -153,7 +161,7 @@ def test_the_whole_ppo_update_is_differentiable_in_the_weights_of_the_rewards():
         samples = ppo.sample(state.params["model"], *prompts(rows), jax.random.key(0))
         scored = ppo.score(state.params, {"sft": state.params["model"]}, *prompts(rows), samples)
         scores = weights @ values_of(reward, scored)
-        moved, metrics = ppo.learn(state, scored, scores, None, jax.random.key(1), 1.0)
+        moved, metrics = ppo.learn(state, rewarded(scored, scores), None, jax.random.key(1), 1.0)
         logits = PrefixTable().apply(moved.params["model"], every).logits[:, :-1]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(SEQUENCES)[..., None], axis=2)
         return jnp.exp(chosen.sum(axis=(1, 2))) @ true_reward(), metrics["clip_fraction"]

@@ -56,18 +56,18 @@ def test_each_step_learns_from_the_policy_before_the_last_update(tmp_path, monke
     state, metrics = run(experiment(tmp_path / "ahead", PPO_ALONE, AHEAD), monkeypatch, 4)
     plain = experiment(tmp_path / "plain", PPO_ALONE)
     phase, oracle, waiting = plain.phases["ppo"], plain.init(), None
-    sample, rows = phase._sample, phase.config.prompts_per_step
+    sample, rows = phase.rollouts._sample, phase.config.prompts_per_step
     for t in range(4):
         sample_key, _ = jax.random.split(jax.random.fold_in(plain.key, np.uint32(t)))
         now_key, next_key = jax.random.split(sample_key)
 
         def answers(step, key, params=oracle.train.params["model"]):
-            batch = phase.prompts.batch(step * rows, rows)
+            batch = phase.rollouts.prompts.batch(step * rows, rows)
             return jax.device_get(sample({}, params, batch.tokens, batch.mask, key))
 
         present = answers(t, now_key) if waiting is None else waiting
         waiting = answers(t + 1, next_key)
-        monkeypatch.setattr(phase, "_sample", lambda *_, present=present: jax.device_put(present))
+        monkeypatch.setattr(phase.rollouts, "_sample", lambda *_, present=present: jax.device_put(present))
         oracle = take_step(plain, phase, oracle)
     assert bits(state.train.params) == bits(oracle.train.params)
     assert bits(state.train.opt_state) == bits(oracle.train.opt_state)
@@ -102,15 +102,16 @@ def test_nothing_is_sampled_ahead_where_another_phase_comes_next(tmp_path, monke
     built = experiment(tmp_path, f"scheduler={scheduler}", AHEAD)
     phase, counts = built.phases["ppo"], []
     fake = Samples.empty(phase.config.rows, phase.config.sampler.max_new_tokens)
-    monkeypatch.setattr(phase, "_sample", lambda *_: counts.append(1) or fake)
+    monkeypatch.setattr(phase.rollouts, "_sample", lambda *_: counts.append(1) or fake)
     state = built.init()
     for _ in range(4):
         if built.scheduler.choose(state.schedule) == "ppo":
             before, cursor = len(counts), state.cursors.get("ppo", 0)
-            _, following = phase._answers(state, cursor, phase._prompt_batch(cursor)[1], built.key)
+            rollouts = phase.rollouts
+            _, following = rollouts._answers(state, cursor, rollouts._prompt_batch(cursor)[1], built.key)
             assert len(counts) - before == sampled.pop(0)
-            cursors = phase._advance(state.cursors)
-            cursors |= {} if following is None else phase._ahead.cursor(cursors["ppo"])
+            cursors = {"ppo": cursor + phase.config.prompts_per_step}
+            cursors |= {} if following is None else rollouts._ahead.cursor(cursors["ppo"])
             state = replace(state, cursors={**state.cursors, **cursors})
         chosen = built.scheduler.choose(state.schedule)
         state = replace(state, schedule=built.scheduler.update(state.schedule, chosen, {}))

@@ -94,7 +94,7 @@ def test_the_exponential_baseline_is_corrected_for_its_start():
     state, found = reward.init(), []
     for _ in range(3):
         scores, state = run(reward, ["4", "4"], state)
-        assert scores.totals.tolist() == [4.0, 4.0]
+        assert scores.totals.tolist() == [0.0, 0.0]
         found.append(scores.baseline[0])
     assert found == pytest.approx([4.0, 4.0, 4.0])  # 0.4, 0.76 and 1.084 without
 

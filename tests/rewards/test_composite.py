@@ -9,7 +9,7 @@ from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.rewards.base import RewardError
 from hybrid_jax.rewards.combine import Baseline, Lagrangian, Limit
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.rewards.postprocess import Affine, Running
+from hybrid_jax.rewards.postprocess import Affine, Group, Running
 from hybrid_jax.rewards.text import Length, Repetition
 from hybrid_jax.rewards.tokens import TokenLength
 
@@ -270,7 +270,7 @@ def test_the_score_is_the_raw_reward_in_training_as_in_the_evaluation():
     first, state = composite.weigh(composite.init(), raw, [""] * 3)
     expected = [2 * 0.0 + 1.0, 2 * 0.6 + 1.5, 2 * 1.2 + 1.5]
     assert first.plain == pytest.approx(expected)
-    assert first.totals == pytest.approx([-1.0 + 1.0, 0.0 + 1.5, 1.0 + 1.5])
+    assert first.totals + first.baseline == pytest.approx([-1.0 + 1.0, 0.0 + 1.5, 1.0 + 1.5])
     later, _ = composite.weigh(state, composite.raw([""] * 3, ["5", "7", "9"]), [""] * 3)
     assert later.plain == pytest.approx([11.5, 15.5, 19.5])
     assert composite.plain_scores(raw, [""] * 3) == pytest.approx(expected)  # the same before, now and later
@@ -284,3 +284,37 @@ def test_a_multiplier_that_has_moved_does_not_move_the_score():
     found = [first, composite.weigh(state, raw, [""])[0]]
     assert [scores.plain.tolist() for scores in found] == [[1.0], [1.0]]
     assert [scores.totals.tolist() for scores in found] == [[1.0], [pytest.approx((1 - 10 * 1) / 11)]]
+
+
+PENALTIES = np.array([1.0, 0.0, 0.0, 1.0])  # of four responses, two to each of two prompts
+ASKED = np.array([0, 0, 1, 1])
+
+
+def penalised(raw, penalties=PENALTIES, baseline=None, **part):
+    """What training receives."""
+    composite = CompositeReward({"a": Part(number_in_response, **part)}, baseline=baseline)
+    given = {"a": np.array(raw, np.float32)}
+    scores, _ = composite.weigh(composite.init(), given, [""] * 4, ASKED, penalties=penalties)
+    return scores.totals.tolist()
+
+
+def test_a_baseline_sees_the_penalty():
+    """4 2 | 1 1 less 1 0 | 0 1 is 3 2 | 1 0; the other answer gives 2 3 | 0 1, and what is left sums to 0."""
+    assert penalised([4, 2, 1, 1], baseline=Baseline("others")) == [1.0, -1.0, 1.0, -1.0]
+    moving = penalised([4, 2, 1, 1], baseline=Baseline("ema", decay=0.5))
+    assert moving == [1.5, 0.5, -0.5, -1.5]  # less their mean, 1.5
+
+
+def test_where_answers_to_one_prompt_are_compared_so_are_their_penalties():
+    """Standardised 4 2 | 1 1 is 1 -1 | 0 0; the penalties less their means are 0.5 -0.5 | -0.5 0.5."""
+    assert penalised([4, 2, 1, 1], normalise=Group()) == [0.5, -0.5, 0.5, -0.5]
+    scaled = penalised([400, 200, 100, 100], normalise=Group())
+    assert scaled == [0.5, -0.5, 0.5, -0.5]  # a penalty is in units of the score that is received
+    assert penalised([4, 2, 1, 1], np.ones(4), normalise=Group()) == [1.0, -1.0, 0.0, 0.0]  # all pay alike
+
+
+def test_a_penalty_alone_is_taken_behind_normaliser_and_clip():
+    assert penalised([4, 2, 1, 1]) == [3.0, 2.0, 1.0, 0.0]
+    # 4 2 1 1 has the mean 2 and the standard deviation √1.5; its clip at 1 does not see the penalty.
+    got = penalised([4, 2, 1, 1], normalise=True, clip=(-1, 1))
+    assert got == pytest.approx([1.0 - 1.0, 0.0, -1 / 1.5**0.5, -1 / 1.5**0.5 - 1.0], abs=1e-6)

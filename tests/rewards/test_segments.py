@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hybrid_jax.phases.ppo_settings import PPO
+from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.rewards.combine import Hierarchy, Product
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.postprocess import Running

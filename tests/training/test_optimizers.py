@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.log_probs import token_log_probs
-from hybrid_jax.algorithms.policy_gradient import clipped_policy_loss
+from hybrid_jax.algorithms.policy_gradient import clipped_policy_loss, policy_change
 from hybrid_jax.core.config import parse, to_dict
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.training.optimizers import OPTIMIZERS, SCHEDULES, SGD, clip_by_global_norm
@@ -195,10 +195,9 @@ def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
     old = token_log_probs(start["kernel"][states], targets)
 
     def loss(params):
-        found, metrics = clipped_policy_loss(
-            token_log_probs(params["kernel"][states], targets), old, advantages, mask, clip_range=0.2
-        )
-        return found.mean(), metrics
+        log_probs = token_log_probs(params["kernel"][states], targets)
+        found, metrics = clipped_policy_loss(log_probs, old, advantages, mask, clip_range=0.2)
+        return found.mean(), metrics | policy_change(log_probs, old, mask)
 
     def two_epochs(transform):
         def step(carry, _):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax import Array
 
 from hybrid_jax.models.decoder_config import DecoderConfig
 from hybrid_jax.models.flops import forward_flops, train_flops
-
-if TYPE_CHECKING:
-    from hybrid_jax.phases.ppo_settings import PPO
 
 
 def sft_flops(model: Any, rows: int, length: int) -> dict[str, float]:
@@ -19,25 +16,32 @@ def sft_flops(model: Any, rows: int, length: int) -> dict[str, float]:
     return {} if config is None else {"flops": train_flops(config, rows * length, length)}
 
 
-def ppo_flops(
-    settings: PPO,
+def policy_gradient_flops(
     model: Any,
     rows: int,
     prompt_length: int,
     response_length: int,
     tokens: Array | int,
-    groups: tuple[str, ...],
+    *,
+    num_references: int,
+    epochs: int,
+    value: str | None,
+    trains_policy: bool = True,
+    examples: tuple[int, int] = (0, 0),
 ) -> dict[str, Array | float]:
-    """The metric ``flops`` of one PPO step: rollout, scoring and all updates.
+    """The metric ``flops`` of one step on a rollout: sampling, scoring and all updates.
 
     Args:
-        settings: of the phase.
         model: policy, reference and trunk of the value network.
         rows: responses, B.
         prompt_length: P, padding included.
         response_length: R, the longest that may be sampled.
         tokens: sampled, in all responses; the rollout counts no others, scoring and updates read whole rows.
-        groups: of parameters that the updates train.
+        num_references: models that score the responses.
+        epochs: updates that read the whole rollout.
+        value: ``shared`` or ``separate``; None where there is no value.
+        trains_policy: whether the updates train it, or the value alone.
+        examples: rows of examples, and their length, that each epoch reads besides.
     """
     config = _decoder_config(model)
     if config is None:
@@ -47,16 +51,16 @@ def ppo_flops(
 
     prefill = forward_flops(config, rows * prompt_length, prompt_length, head_tokens=rows)
     a_token = (forward_flops(config, read, length, answered) - prefill) / answered
-    trunk = forward_flops(config, read, length, head_tokens=0)
-    score = trunk + len(settings.references) * forward_flops(config, read, length, answered)
+    trunk = 0.0 if value is None else forward_flops(config, read, length, head_tokens=0)
+    score = trunk + num_references * forward_flops(config, read, length, answered)
 
-    learn = train_flops if "model" in groups else forward_flops
+    learn = train_flops if trains_policy else forward_flops
     update = learn(config, read, length, answered)
-    if settings.value_network == "separate":
+    if value == "separate":
         update += train_flops(config, read, length, head_tokens=0)
-    if mix := settings.sft_mix:
-        update += learn(config, settings.minibatches * mix.batch_size * mix.length, mix.length)
-    return {"flops": prefill + a_token * tokens + score + settings.epochs * update}
+    if examples[0]:
+        update += learn(config, examples[0] * examples[1], examples[1])
+    return {"flops": prefill + a_token * tokens + score + epochs * update}
 
 
 def _decoder_config(model: Any) -> DecoderConfig | None:

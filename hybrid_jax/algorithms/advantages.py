@@ -1,0 +1,126 @@
+"""Advantage estimators: how much better each token did than expected, from the rewards of a rollout.
+
+Conventions of every [B R] array: item ``t`` belongs to response token ``t``; ``values[b, t]`` is the value of
+the state before it, ``rewards[b, t]`` is received after it. A mask may have holes (the user's turns of a
+dialogue); masked items may hold anything and come out as 0.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.arrays import masked_mean, masked_sum
+from hybrid_jax.core.ranges import Share, settings
+from hybrid_jax.core.registry import Registry
+
+
+class Advantage(Protocol):
+    """An estimator: a frozen dataclass of settings, registered in `ADVANTAGES` or named ``my_module:Mine``."""
+
+    @property
+    def needs_value(self) -> bool:
+        """Whether it reads values. A value head, or network, exists only where this is true."""
+        ...
+
+    @property
+    def min_group(self) -> int:
+        """How many answers to one prompt it needs."""
+        ...
+
+    def __call__(
+        self,
+        rewards: Float[Array, "B R"],
+        values: Float[Array, "B R"] | None,
+        action_mask: Bool[Array, "B R"],
+        group: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B R"], Float[Array, "B R"] | None]:
+        """Advantages, 0 where masked, and the returns that values should learn; pure JAX.
+
+        Args:
+            rewards: received after each token, the KL penalty included.
+            values: of the state before each token; None unless it `needs_value`.
+            action_mask: the tokens that the policy chose.
+            group: rows that answer one prompt share a number, from 0 to B − 1.
+        """
+        ...
+
+
+ADVANTAGES: Registry[Advantage] = Registry("advantage")
+
+
+@ADVANTAGES.register("gae")
+@settings
+class GAE:
+    """Generalised advantage estimation over the values of a critic: see `gae`."""
+
+    discount: Share = 1.0  # γ; below 1 it shrinks what long responses earn
+    trace: Share = 0.95  # λ; 1 trusts the rewards alone, 0 the values after one token
+
+    needs_value = True
+    min_group = 1
+
+    def __call__(
+        self,
+        rewards: Float[Array, "B R"],
+        values: Float[Array, "B R"] | None,
+        action_mask: Bool[Array, "B R"],
+        group: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
+        assert values is not None, "gae reads values"
+        return gae(rewards, values, action_mask, discount=self.discount, trace=self.trace)
+
+
+def gae(
+    rewards: Float[Array, "*batch R"],
+    values: Float[Array, "*batch R"],
+    mask: Bool[Array, "*batch R"],
+    *,
+    discount: float | Float[Array, ""] = 1.0,
+    trace: float | Float[Array, ""] = 0.95,
+) -> tuple[Float[Array, "*batch R"], Float[Array, "*batch R"]]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equations 11 and 16).
+
+        δ_t = R_t + γ V_{t'} − V_t        A_t = δ_t + γ λ A_{t'}        G_t = A_t + V_t
+
+    where t' is the next *valid* token: A and V are carried across masked ones, which cost no discount. After
+    the last valid token the value is 0 (the response has ended, by choice or by length).
+
+    Args:
+        discount: γ in [0, 1]; below 1 it shrinks what long responses earn.
+        trace: λ in [0, 1].
+
+    Returns:
+        Advantages A (not whitened) and returns G, both 0 where masked.
+    """
+
+    chex.assert_equal_shape((rewards, values, mask))
+
+    def step(later, now):
+        later_advantage, later_value = later
+        reward, value, valid = now
+        advantage = reward + discount * later_value - value + discount * trace * later_advantage
+        return (jnp.where(valid, advantage, later_advantage), jnp.where(valid, value, later_value)), advantage
+
+    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask))
+    nothing = jnp.zeros(values.shape[:-1], jnp.result_type(rewards, values))
+    _, advantages = jax.lax.scan(step, (nothing, nothing), time_first, reverse=True)
+    advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
+    return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool = True) -> Float[Array, "..."]:
+    """Scales the valid items, all together, to standard deviation 1 and mean 0; masked items become 0.
+
+    The variance has Bessel's correction (divided by n − 1). Without ``shift_mean`` the mean stays where it
+    was, for rewards, whose sign matters. One item, or equal ones, give 0 (or their mean).
+    """
+    mean = masked_mean(x, mask)
+    centred = jnp.where(mask, x - mean, 0.0)
+    variance = masked_sum(jnp.square(centred), mask) / jnp.maximum(jnp.sum(mask) - 1, 1)
+    whitened = centred * jax.lax.rsqrt(variance + 1e-8)
+    return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)

@@ -1,0 +1,382 @@
+"""Policy gradients of a language model: rollouts, advantages, and updates of an objective on them.
+
+One step, in the order in which it happens:
+
+    rollout      prompts are answered, scored by value and references, and rewarded  (phases/rollout.py)
+    rewards      R_t = −β (log π_old(y_t) − log π_ref(y_t)) + [t last] · score       (algorithms/kl.py)
+    advantages   A, G from R and V, by the estimator of the method                   (algorithms/advantages.py)
+    updates      epochs × minibatches of  policy loss(A) + c_v · value loss(G) − c_H · entropy
+
+The KL to the reference is the single-sample k1 in the reward and nowhere else. As a loss, k1 has zero expected
+gradient, so it is no penalty at all; k3 as a loss pulls to another optimum (that of the forward KL), and k3 in
+the reward can diverge. So none of them is a setting (tests/algorithms proves these statements on a bandit).
+
+A method is a file of defaults: an estimator of advantages and an objective (`hybrid_jax.phases.ppo`). With a
+reward on the device, `PolicyGradientFunctions.iteration` is a whole step as one pure function of the state, for
+`jax.jit`, `jax.vmap` and `jax.lax.scan`.
+
+Sources: Williams 1992 (REINFORCE); Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.08593),
+Ouyang et al. 2022 (2203.02155).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int
+
+from hybrid_jax.algorithms.advantages import ADVANTAGES, GAE, Advantage, whiten
+from hybrid_jax.algorithms.kl import KL_CONTROLS, FixedKL, KLControl, k1, k3, token_rewards
+from hybrid_jax.algorithms.policy_gradient import (
+    OBJECTIVES,
+    Clipped,
+    PolicyObjective,
+    explained_variance,
+)
+from hybrid_jax.core.arrays import masked_mean
+from hybrid_jax.core.batches import Rollout, TokenBatch
+from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, settings
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.parallel.rules import shard_params, under
+from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.minibatches import update_in_minibatches
+from hybrid_jax.phases.policy_losses import PolicyLosses
+from hybrid_jax.phases.rollout import Rollouts
+from hybrid_jax.phases.rollout_settings import RolloutSettings
+from hybrid_jax.phases.sft_mix import MixedExamples, SFTMix
+from hybrid_jax.phases.step_flops import policy_gradient_flops
+from hybrid_jax.phases.value_network import SeparateStart
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale
+from hybrid_jax.training.offload import without_idle
+from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
+from hybrid_jax.training.state import RunState, TrainState
+
+
+@settings
+class OnPolicy(RolloutSettings):
+    """What every method is told; one adds ``advantage`` and ``objective``, as settings or as properties."""
+
+    epochs: Count = 4  # times that the updates of a step read its rollout
+    minibatches: Count = 1  # updates an epoch
+    microbatches: Count = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
+    value_clip_range: Positive | None = 0.2  # how far one step may move a value
+    value_coef: NonNegative = 0.1  # of the value loss
+    entropy_coef: NonNegative = 0.0  # of the exact entropy, which is rewarded
+    whiten_advantages: bool = True  # scale them to mean 0 and standard deviation 1
+    target_kl: Positive | None = None  # nats a token: a step ends once the policy moved so far
+    kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(0.05)  # how strongly references hold the policy
+    value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
+    value_init: str | None = None  # a reward model that a separate value network starts from, a folder
+    value_warmup_steps: Natural = 0  # steps that train only the value
+    sft_mix: SFTMix | None = None  # examples in every update
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(
+        learning_rate=1e-5, schedule=Linear(), epsilon=1e-5, weight_decay=0.0
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rows % (self.minibatches * self.microbatches):
+            raise ValueError(
+                "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
+                f"{self.rows} responses, got {self.minibatches} × {self.microbatches}"
+            )
+        discount = getattr(self.advantage, "discount", 1)
+        if discount != 1 and any(part.level == "potential" for part in self.reward.parts.values()):
+            raise ValueError(f"discount must be 1 for a reward with level: potential, got {discount}")
+        if self.samples_per_prompt < (least := self.advantage.min_group):
+            raise ValueError(f"samples_per_prompt must be at least {least}, got {self.samples_per_prompt}")
+        if self.value_init is not None and self.value_network != "separate":
+            raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
+        if not self.advantage.needs_value and (self.value_network != "shared" or self.value_warmup_steps):
+            raise ValueError(
+                "value_network must be shared and value_warmup_steps 0 where advantages need no value, got "
+                f"{self.value_network!r} and {self.value_warmup_steps}"
+            )
+
+    @property
+    def advantage(self) -> Advantage:
+        """How much better than expected each token was: the estimator of the method."""
+        raise NotImplementedError
+
+    @property
+    def objective(self) -> PolicyObjective:
+        """What the log-probabilities are to become, given the advantages."""
+        raise NotImplementedError
+
+    @property
+    def value(self) -> str | None:
+        """``shared`` or ``separate``; None for a method without values."""
+        return self.value_network if self.advantage.needs_value else None
+
+    def flops(self, model: Any, prompt_length: int, tokens: Any, trains_policy: bool = True) -> dict[str, Any]:
+        """The metric ``flops`` of one step in which ``tokens`` were sampled: see `policy_gradient_flops`."""
+        mix = self.sft_mix
+        return policy_gradient_flops(
+            model,
+            self.rows,
+            prompt_length,
+            self.sampler.max_new_tokens,
+            tokens,
+            num_references=len(self.references),
+            epochs=self.epochs,
+            value=self.value,
+            trains_policy=trains_policy,
+            examples=(self.minibatches * mix.batch_size, mix.length) if mix else (0, 0),
+        )
+
+    def build(self, resources: Resources) -> PolicyGradientPhase:
+        return PolicyGradientPhase(self, resources)
+
+
+@PHASES.register("policy_gradient")
+@settings
+class PolicyGradient(OnPolicy):
+    """Any estimator with any objective. A method of your own may be a subclass with other defaults."""
+
+    advantage: Annotated[Advantage, ADVANTAGES] = GAE()  # pyright: ignore  a setting in place of a property
+    objective: Annotated[PolicyObjective, OBJECTIVES] = Clipped()  # pyright: ignore
+
+
+@dataclass(frozen=True)
+class PolicyGradientFunctions(PolicyLosses):
+    """The pure functions of a step, for one model and one setting."""
+
+    optimizer_key: str
+
+    @property
+    def kl_key(self) -> str:
+        """Where ``TrainState.extra`` keeps the state of the KL control."""
+        return f"{self.name}/kl_control"
+
+    def iteration(
+        self,
+        state: TrainState,
+        references: Mapping[str, Params],
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        rate: Array | float,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """A whole step as one pure function, for a reward on the device."""
+        sample_key, learn_key = jax.random.split(key)
+        samples = self.sample(state.params["model"], prompt_tokens, prompt_mask, sample_key)
+        rollout = self.score(state.params, references, prompt_tokens, prompt_mask, samples)
+        return self.learn(state, self.rewarded(rollout), None, learn_key, rate)
+
+    def learn(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        *,
+        groups: tuple[str, ...] | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Learns from a rewarded rollout: advantages, all updates of one step, and the new KL coefficient."""
+        groups = groups or self.groups
+        control, control_state = self.config.kl_control, state.extra[self.kl_key]
+        coef = control.coefficient(control_state)
+        metrics = self._score_metrics(rollout)
+        rollout, estimated = self.advantages(rollout, coef)
+        state, updated = self.update(state, rollout, examples, key, rate, groups)
+        # While the value warms up alone the policy does not move, so its KL says nothing about β.
+        if "model" in groups:
+            control_state = control.update(control_state, estimated["kl"], len(rollout.tokens))
+        state = replace(state, extra={**state.extra, self.kl_key: control_state})
+        return state, {**metrics, **estimated, **updated, "kl_coef": coef, **self._work(rollout, groups)}
+
+    def advantages(self, rollout: Rollout, kl_coef: Array) -> tuple[Rollout, dict[str, Array]]:
+        """Adds advantages and returns to a rewarded rollout; ``kl`` sums over a response, in nats."""
+        config, mask, scores = self.config, rollout.action_mask, rollout.scores
+        references = rollout.reference_log_probs
+        weights = {name: reference.weight for name, reference in config.references.items()}
+        placed = None if rollout.placed is None else jnp.where(mask, rollout.placed, 0)
+        # What segments of a response have earned already is not received again with its last token.
+        last = scores if placed is None else scores - placed.sum(axis=1)
+        rewards = token_rewards(last, rollout.log_probs, references, weights, kl_coef, mask)
+        rewards = rewards if placed is None else rewards + placed
+        advantages, returns = config.advantage(rewards, rollout.values, mask, rollout.group)
+        if config.whiten_advantages:
+            # Over the whole rollout: minibatches of an epoch then share one scale.
+            advantages = whiten(advantages, mask)
+        kl, kl_k3 = (
+            sum(
+                (
+                    weights[name] * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean()
+                    for name, reference in references.items()
+                ),
+                jnp.zeros(()),
+            )
+            for estimate in (k1, k3)
+        )
+        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, mask)}
+        if rollout.values is not None:
+            variance = explained_variance(rollout.values, returns, mask)
+            metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
+        return replace(rollout, advantages=advantages, returns=returns), metrics
+
+    def update(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        groups: tuple[str, ...],
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken."""
+        frozen = {group: tree for group, tree in state.params.items() if group not in groups}
+        # Rows are drawn anew for every minibatch: only what the losses read is drawn.
+        learned = replace(rollout, reference_log_probs={}, scores=None, plain_scores=None, placed=None)
+        return update_in_minibatches(
+            self.config,
+            self.objective(frozen),
+            state,
+            learned,
+            examples,
+            key,
+            rate,
+            groups=groups,
+            optimizer_key=self.optimizer_key,
+            model=self.model,
+        )
+
+    def _score_metrics(self, rollout: Rollout) -> dict[str, Array]:
+        """Scores and penalty, each logged under a name of its own."""
+        complete = self.complete(rollout)
+        return {
+            "score": rollout.plain_scores.mean(),
+            "score_std": rollout.plain_scores.std(),
+            "shaped_score": rollout.scores.mean(),
+            "penalty": self.penalties(complete).mean(),
+            "eos_fraction": complete.mean(),
+            "response_length": rollout.action_mask.sum(axis=1).mean(),
+        }
+
+    def _work(self, rollout: Rollout, groups: tuple[str, ...]) -> dict[str, Any]:
+        """Tokens sampled and arithmetic needed in one step."""
+        tokens, trains_policy = rollout.action_mask.sum(), "model" in groups
+        prompt_length = rollout.tokens.shape[1] - rollout.action_mask.shape[1]
+        return {"tokens": tokens, **self.config.flops(self.model, prompt_length, tokens, trains_policy)}
+
+
+class PolicyGradientPhase:
+    """Steps of a policy gradient. Trains the group "model" and its own value, if the method has one."""
+
+    def __init__(self, config: OnPolicy, resources: Resources):
+        self.config = config
+        self.waits_for_device = not config.rollout_ahead
+        self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
+        self.name, self.kind = resources.name, resources.kind
+        self.optimizer_key = resources.optimizer_key
+        model, eos_ids = resources.model, resources.eos_ids
+        self.functions = PolicyGradientFunctions(config, model, eos_ids, self.name, self.optimizer_key)
+        self._horizon, self._offload = resources.horizon, resources.offload
+        self._placement = resources.placement
+        parts = config.minibatches * config.microbatches
+        check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
+        self.rollouts = Rollouts(self.functions, resources, self._above_base)
+        self.references = self.rollouts.references.names
+        mix = config.sft_mix
+        self.examples = None if mix is None else MixedExamples(mix, config.minibatches, resources)
+        starts = config.value == "separate"
+        start = SeparateStart(self.functions.value_key, config.value_init, model, self._placement)
+        self._start_value = start if starts else None
+        self._rate = jax.jit(config.optimizer.rate)
+        learn = under(self._placement, self._above_base("learn"))
+        self._learn = jax.jit(learn, donate_argnums=1, static_argnames="groups")
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        added = self.functions.init_value(params["model"])
+        groups = {"model": params["model"], **added}
+        transform = layer_by_layer(self.config.optimizer.transform())
+        return PhaseInit(
+            params=added,
+            opt_state={group: transform.init(tree) for group, tree in groups.items()},
+            extra={
+                self.functions.kl_key: self.config.kl_control.init(),
+                **initial_loss_scale(self.functions.model),
+                **self.rollouts.init_extra(),
+            },
+            host=self.rollouts.init_host(),
+            references=self.rollouts.references.init(params["model"]),
+        )
+
+    def stage(self, state: RunState) -> str:
+        """``value alone`` while the value warms up."""
+        steps = state.schedule.steps.get(self.name, 0)
+        return "value alone" if steps < self.config.value_warmup_steps else ""
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        """One step: references, rollout, updates; then what the next step is to find."""
+        clock = Clock()
+        steps = state.schedule.steps.get(self.name, 0)
+        state = self.rollouts.references.updated(state)
+        if self._start_value is not None and not steps:
+            state = replace(state, train=replace(state.train, params=self._start_value(state)))
+        examples = None if self.examples is None else self.examples.batch(state.cursors)
+        sample_key, learn_key = jax.random.split(key)
+        played = self.rollouts.play(state, key, sample_key, clock)
+        groups = (self.functions.value_key,) if self.stage(state) else self.functions.groups
+        rate = self._rate(*jax.device_put((steps, self._horizon)))
+        train, metrics = self._learn(
+            state.base,
+            self.rollouts.lent(state.train),
+            played.rollout,
+            examples,
+            learn_key,
+            rate,
+            groups=groups,
+        )
+        # The update has been started, so that the device does not wait while the host looks at the clock.
+        state = self.rollouts.kept(state, train, played, clock)
+        if self.examples is not None:
+            state = replace(state, cursors={**state.cursors, **self.examples.advanced(state.cursors)})
+        metrics = {**metrics, **played.metrics, **clock.seconds, "learning_rate": rate}
+        metrics["dispatch_seconds"] = time.perf_counter() - clock.started
+        return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
+
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        return self.rollouts.observe(state, numbers)
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        config, length = self.config, self.rollouts.longest_prompt(prompt_length)
+        state, idle = without_idle(state, self)
+        references = self.rollouts.references.of(state)
+        others = {name: tree for name, tree in state.references.items() if name not in self.references}
+        waiting = {"optimizer_states": idle, "references": others}
+        waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
+        programs, rollout = self.rollouts.programs(state, length, waiting)
+        examples = None if self.examples is None else self.examples.shapes()
+        key, rate = key_shape(self._placement), rate_shape(self._placement)
+        learn = Program(
+            f"{self.name}/learn",
+            self._learn,
+            (state.base, self.rollouts.lent(state.train), rollout, examples, key, rate),
+            settings={"groups": self.functions.groups},
+            tokens=config.epochs * config.rows * (length + config.sampler.max_new_tokens),
+            learns=True,
+            beside=(references, waiting),
+        )
+        return [*programs, learn]
+
+    def _above_base(self, name: str) -> Callable[..., Any]:
+        """One of the functions, with the base as its first argument."""
+
+        def function(base: Params, *inputs, **settings):
+            result = getattr(replace(self.functions, base=base), name)(*inputs, **settings)
+            return (shard_params(result[0], param_axes), *result[1:]) if name == "learn" else result
+
+        function.__name__ = f"{self.name}_{name}"
+        return function

@@ -1,0 +1,120 @@
+"""The loss of a policy gradient on some rows of a rollout: policy, value, entropy and mixed examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Array, Bool, Int
+
+from hybrid_jax.algorithms.policy_gradient import clipped_value_loss, policy_change
+from hybrid_jax.core.arrays import Sum
+from hybrid_jax.core.batches import Rollout, TokenBatch
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.heads import value
+from hybrid_jax.models.scoring import shift_states, states_before, target_log_probs
+from hybrid_jax.phases.rollout import RolloutFunctions
+from hybrid_jax.phases.sft import num_targets, sft_losses
+from hybrid_jax.phases.value_network import init_value
+from hybrid_jax.training.update import Objective
+
+
+@dataclass(frozen=True)
+class PolicyLosses(RolloutFunctions):
+    """The pure functions of a rollout, with its values, and of the losses that learn from it."""
+
+    @property
+    def value_key(self) -> str:
+        """The group of ``TrainState.params`` that is the phase's own value."""
+        return f"{self.name}/value"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of parameters that the updates train."""
+        return ("model",) if self.config.value is None else ("model", self.value_key)
+
+    def init_value(self, policy: Params) -> dict[str, Params]:
+        """The group of the value, if the method has one."""
+        if self.config.value is None:
+            return {}
+        return {self.value_key: init_value(self.model, policy, separate=self.config.value == "separate")}
+
+    def objective(self, frozen: Mapping[str, Params]) -> Objective:
+        """The loss of the groups that are not ``frozen``."""
+        coefs = self._coefs(value_only="model" in frozen)
+
+        def loss(trained, batch, key):
+            return self.losses({**frozen, **trained}, *batch)
+
+        def weights(batch) -> dict[str, Any]:
+            rollout, examples = batch
+            weights = dict.fromkeys(coefs, rollout.action_mask.sum())
+            weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
+            return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}
+
+        return Objective(loss, weights, coefs)
+
+    def _coefs(self, value_only: bool) -> dict[str, float]:
+        config = self.config
+        coefs = {"policy_loss": 1.0}
+        if config.value is not None:
+            coefs["value_loss"] = config.value_coef
+        if config.entropy_coef:
+            coefs["exact_entropy"] = -config.entropy_coef
+        if config.sft_mix:
+            coefs["sft_loss"] = config.sft_mix.coef
+        coefs |= self.model.loss_coefs
+        return {n: c if n == "value_loss" else 0.0 for n, c in coefs.items()} if value_only else coefs
+
+    def losses(
+        self, params: dict[str, Params], rollout: Rollout, examples: TokenBatch | None
+    ) -> tuple[dict[str, Sum], dict[str, Sum]]:
+        """The terms of the loss on some rows of a rollout (and of examples), as Sums."""
+        config, model, mask = self.config, self.model, rollout.action_mask
+        length, policy = mask.shape[1], self.whole(params["model"])
+        hidden, model_losses = model.hidden_and_losses(policy, rollout.tokens, rollout.attention_mask)
+        states = shift_states(hidden, length)
+        log_probs, entropies = target_log_probs(
+            model,
+            policy,
+            states,
+            rollout.tokens[:, -length:],
+            temperature=config.sampler.policy_temperature,  # of the distribution that sampled
+            with_entropy=bool(config.entropy_coef),
+        )
+        policy_loss, metrics = config.objective(log_probs, rollout.log_probs, rollout.advantages, mask)
+        metrics |= policy_change(log_probs, rollout.log_probs, mask)
+        terms = {"policy_loss": policy_loss, **model_losses}
+        if config.value is not None:
+            group = params[self.value_key]
+            if config.value == "separate":
+                trunk = self.whole(group["model"])
+                states = states_before(model, trunk, rollout.tokens, rollout.attention_mask, length)
+            terms["value_loss"], value_metrics = clipped_value_loss(
+                value(group["head"], states),
+                rollout.values,
+                rollout.returns,
+                mask,
+                clip_range=config.value_clip_range,
+            )
+            metrics |= value_metrics
+        if entropies is not None:
+            terms["exact_entropy"] = Sum.of(entropies, mask)
+        if examples is not None:
+            terms["sft_loss"] = sft_losses(model, policy, examples)["loss"]
+        return terms, metrics
+
+    def values(
+        self,
+        params: dict[str, Params],
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        length: int,
+    ) -> Any:
+        """The values of the states before each response token, [B R], if the method reads them."""
+        if self.config.value is None:
+            return None
+        group = params[self.value_key]
+        trunk = self.whole(group.get("model", params["model"]))
+        return value(group["head"], states_before(self.model, trunk, tokens, attention_mask, length))

@@ -1,0 +1,386 @@
+"""Rollouts: prompts → samples → scored by the models → rewarded. What every on-policy phase learns from.
+
+`RolloutFunctions` are the pure functions, `Rollouts` is the host's side of them, which reads the prompts, gives
+the texts to the reward and keeps what the reward remembers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Int
+
+from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Branch
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.lora import whole
+from hybrid_jax.models.scoring import response_log_probs
+from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
+from hybrid_jax.parallel.rules import ROLLOUTS, shard_rows, under
+from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.prompts import prompt_stream, repeated
+from hybrid_jax.phases.references import References
+from hybrid_jax.phases.rollout_ahead import RolloutAhead
+from hybrid_jax.phases.rollout_settings import RolloutSettings
+from hybrid_jax.rewards.base import column_names, columns_of
+from hybrid_jax.rewards.segments import response_pieces
+from hybrid_jax.sampling.base import sample
+from hybrid_jax.sampling.responses import decode_responses, ended, join
+from hybrid_jax.training.phase import Program, Resources
+from hybrid_jax.training.shapes import key_shape, row_shape
+from hybrid_jax.training.state import RunState, TrainState
+
+
+@dataclass(frozen=True)
+class RolloutFunctions:
+    """The pure functions of a rollout, for one model and one setting.
+
+    Policy, references and the trunk of a value network are given as what trains of them; ``base`` are the
+    parameters that they share, below adapters.
+    """
+
+    config: Any  # RolloutSettings, and those of a method
+    model: LanguageModel
+    eos_ids: tuple[int, ...]
+    name: str  # of the phase
+    base: Params = field(default_factory=dict, kw_only=True)
+
+    def sample(
+        self,
+        policy: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+    ) -> Samples:
+        """Answers of a policy."""
+        policy = self.whole(policy)
+        inputs = (self.model, policy, prompt_tokens, prompt_mask, key)
+        return sample(self.config.sampler, *inputs, eos_ids=self.eos_ids)
+
+    def score(
+        self,
+        params: dict[str, Params],
+        references: Mapping[str, Params],
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        samples: Samples,
+    ) -> Rollout:
+        """The rollout, with the values of the states and the references' log-probabilities of the tokens."""
+        prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
+        assert samples.log_probs is not None, "the sampler has a policy_temperature"
+        tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
+        length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
+        # Answers to one prompt lie one after the other: they are known by their place, never by their text.
+        group = jnp.arange(len(tokens), dtype=jnp.int32) // self.config.samples_per_prompt
+        return Rollout(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            action_mask=samples.action_mask,
+            log_probs=samples.log_probs,
+            group=group,
+            values=self.values(params, tokens, attention_mask, length),
+            reference_log_probs={
+                name: response_log_probs(
+                    self.model, self.whole(references[name]), tokens, attention_mask, length, temperature
+                )
+                for name in self.config.references
+            },
+        )
+
+    def values(
+        self,
+        params: dict[str, Params],
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        length: int,
+    ) -> Any:
+        """The values of the states before each response token, [B R]; None for a method without."""
+        return None
+
+    def rewarded(self, rollout: Rollout) -> Rollout:
+        """The rollout with its scores, for a reward on the device."""
+        reward = self.config.reward
+        plain = reward.score_tokens(rollout.tokens, rollout.attention_mask, rollout.action_mask)
+        return replace(rollout, plain_scores=plain, scores=plain - self.penalties(self.complete(rollout)))
+
+    def complete(self, rollout: Rollout) -> Bool[Array, "B"]:
+        """Whether a response ended by itself, not by its length."""
+        length = rollout.action_mask.shape[1]
+        return ended(rollout.tokens[:, -length:], rollout.action_mask, self.eos_ids)
+
+    def penalties(self, complete: Any) -> Any:
+        """What a response that did not end pays, float32 [B]; of arrays on the host or on the device."""
+        return np.float32(self.config.missing_eos_penalty or 0.0) * ~complete
+
+    def whole(self, trained: Params) -> Params:
+        """All parameters of a model, of those that train of it."""
+        return whole(self.base, trained)
+
+
+@dataclass(frozen=True)
+class Played:
+    """What one step has to learn from, and what the state of the run becomes by it.
+
+    Attributes:
+        rollout: rewarded.
+        samples: of this step.
+        reward_state: what the reward remembers.
+        metrics: of host and reward, to log.
+        waiting: what the next step finds answered, of rollouts ahead.
+        cursors: to be kept.
+    """
+
+    rollout: Rollout
+    samples: Samples
+    reward_state: Any
+    metrics: dict[str, Any]
+    waiting: Samples | None
+    cursors: Mapping[str, int]
+
+
+class Rollouts:
+    """The rollouts of one phase, on the host.
+
+    Args:
+        functions: those that the programs are made of.
+        resources: of the phase.
+        program: makes one of the functions a program's, with the base as its first argument.
+    """
+
+    def __init__(
+        self,
+        functions: RolloutFunctions,
+        resources: Resources,
+        program: Callable[[str], Callable[..., Any]],
+    ):
+        self.config: RolloutSettings = functions.config
+        self.functions, self.name = functions, functions.name
+        self._tokenizer, self._placement = resources.tokenizer, resources.placement
+        config = self.config
+        self.references = References(config.references, self.name, functions.model, resources.placement)
+        self._ahead = (
+            RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
+        )
+        self.prompts = None if resources.examples is None else prompt_stream(config, resources)
+        self._columns = [] if self.prompts is None else column_names(self.prompts.examples)
+        if self.prompts is not None:
+            config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
+        sampling = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
+        self._sample = jax.jit(under(sampling, program("sample")))
+        self._score = jax.jit(under(self._placement, program("score")))
+
+    @property
+    def _reward_key(self) -> str:
+        """Where ``RunState.host`` keeps what the reward remembers."""
+        return f"{self.name}/reward"
+
+    def init_host(self) -> dict[str, Any]:
+        """What it adds to ``RunState.host``."""
+        return {self._reward_key: self.config.reward.init()}
+
+    def init_extra(self) -> dict[str, Any]:
+        """What it adds to ``TrainState.extra``."""
+        return {} if self._ahead is None else self._ahead.init(self.config)
+
+    def play(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Played:
+        """One rollout: the prompts of this step, answered, scored and rewarded.
+
+        The programs are only started where nothing needs their results: while the device scores the tokens, the
+        host scores the texts.
+
+        Args:
+            state: with the references of this step.
+            key: of the step; opponents draw from a branch of it.
+            sample_key: of the policy's answers.
+            clock: told what the host waits for.
+        """
+        cursor = state.cursors.get(self.name, 0)
+        asked, prompts = self._prompt_batch(cursor)
+        clock.lap("input")
+        samples, following = self._answers(state, cursor, prompts, sample_key)
+        references = self.references.of(state)
+        rollout = self._score(state.base, state.train.params, references, *prompts, samples)
+        opponents = self._opponents(state, prompts, key)
+        rollout, reward_state, metrics = self._rewarded(state, asked, samples, rollout, opponents, clock)
+        cursors, waiting = {self.name: cursor + self.config.prompts_per_step}, None
+        if self._ahead is not None:
+            metrics["staleness"] = self._ahead.staleness(state)
+            waiting = self._ahead.waiting(state) if following is None else following
+            cursors |= {} if following is None else self._ahead.cursor(cursors[self.name])
+        return Played(rollout, samples, reward_state, metrics, waiting, cursors)
+
+    def lent(self, train: TrainState) -> TrainState:
+        """What an update is given, and so deletes: not the responses that wait."""
+        return train if self._ahead is None else self._ahead.without(train)
+
+    def kept(self, state: RunState, train: TrainState, played: Played, clock: Clock) -> RunState:
+        """The state once the update, which gives ``train``, has been started; waits for the device's shares."""
+        if self.config.reward.on_device:
+            jax.block_until_ready(played.samples.tokens)
+            clock.lap("rollout")
+        else:
+            clock.restart()
+        if self._ahead is not None and played.waiting is not None:
+            train = self._ahead.keep(train, played.waiting)
+            jax.block_until_ready(played.waiting.tokens)
+            clock.lap("rollout")
+        jax.block_until_ready(played.rollout)
+        clock.lap("score")
+        return replace(
+            state,
+            train=train,
+            host={**state.host, self._reward_key: played.reward_state},
+            cursors={**state.cursors, **played.cursors},
+        )
+
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """The state once these numbers of the evaluation were measured."""
+        remembered = self.config.reward.observe(state.host[self._reward_key], numbers)
+        return replace(state, host={**state.host, self._reward_key: remembered})
+
+    def _prompt_batch(self, cursor: int) -> tuple[PromptBatch, tuple[Any, Any]]:
+        """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""
+        assert self.prompts is not None, "a planned phase takes no steps"
+        batch = self.prompts.batch(cursor, self.config.prompts_per_step)
+        prompts = repeated(batch, self.config.samples_per_prompt)
+        return prompts, put_rows(self._placement, (prompts.tokens, prompts.mask))
+
+    def _answers(
+        self, state: RunState, cursor: int, prompts: tuple[Array, Array], key: Array
+    ) -> tuple[Samples, Samples | None]:
+        """Responses to the prompts of this step and, if they are sampled ahead, to those of the next."""
+        sample = partial(self._sample, state.base, state.train.params["model"])
+        if self._ahead is None:
+            return sample(*prompts, key), None
+        now_key, next_key = jax.random.split(key)
+        samples = self._ahead.of(state)
+        if samples is None:
+            samples = sample(*prompts, now_key)
+        if not self._ahead.is_wanted(state):
+            return samples, None
+        _, following = self._prompt_batch(cursor + self.config.prompts_per_step)
+        return samples, self._ahead.settled(sample(*following, next_key))
+
+    def _opponents(self, state: RunState, prompts: tuple[Array, Array], key: Array) -> list[Samples]:
+        """Answers of the opponent to the same prompts."""
+        if self.config.opponent is None:
+            return []
+        opponent = self.references.of(state)[self.config.opponent.reference]
+        keys = _opponent_keys(key, self.config.opponent.num_samples)
+        return [self._sample(state.base, opponent, *prompts, each) for each in keys]
+
+    def _rewarded(
+        self,
+        state: RunState,
+        asked: PromptBatch,
+        samples: Samples,
+        rollout: Rollout,
+        opponents: Sequence[Samples],
+        clock: Clock,
+    ) -> tuple[Rollout, Any, dict[str, Any]]:
+        """The rollout with its scores, what the reward remembers now, and what it says of itself."""
+        reward, reward_state = self.config.reward, state.host[self._reward_key]
+        if reward.on_device:
+            return self.functions.rewarded(rollout), reward_state, {}
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
+        here = [asked.examples[row] for row in rows_here(samples.tokens)]
+        others = [self._texts(other) for other in opponents]
+        clock.lap("rollout")
+        columns = columns_of(here, self._columns)
+        if others:
+            columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
+        eos_ids = self.functions.eos_ids
+        pieces = response_pieces(self._tokenizer, tokens, mask, eos_ids) if reward.is_placed else None
+        responses = decode_responses(self._tokenizer, tokens, mask, eos_ids)
+        raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
+        # A few numbers a row, from every process: statistics are over the whole rollout.
+        gather = partial(gather_rows, self._placement, num_rows=len(asked.examples))
+        complete = (np.isin(tokens, eos_ids) & mask).any(axis=1)
+        scores, reward_state = reward.weigh(
+            reward_state,
+            {name: gather(part) for name, part in raw.items()},
+            [example.prompt for example in asked.examples],
+            groups=np.arange(len(asked.examples)) // self.config.samples_per_prompt,
+            lengths=gather(mask.sum(axis=1).astype(np.float32)),
+            penalties=gather(self.functions.penalties(complete)),
+        )
+        metrics: dict[str, Any] = {
+            f"reward/{name.removesuffix('_mean')}": number for name, number in scores.metrics.items()
+        }
+        if scores.baseline is not None:
+            metrics["baseline"] = float(scores.baseline.mean())
+        received = {"scores": scores.totals, "plain_scores": scores.plain, "placed": scores.placed}
+        received = {name: array for name, array in received.items() if array is not None}
+        clock.lap("reward")
+        return replace(rollout, **put_rows(self._placement, received)), reward_state, metrics
+
+    def _texts(self, samples: Samples) -> list[str]:
+        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
+        return decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
+
+    def longest_prompt(self, given: int | None) -> int:
+        """Tokens of the longest prompts, for a plan: as given, else what the settings or the data allow."""
+        config = self.config
+        length = given or max(config.prompt_buckets or (0,)) or config.max_prompt_length
+        length = length or (self.prompts and self.prompts.batch(0, config.prompts_per_step).tokens.shape[1])
+        if length is None:
+            raise UserError(
+                f"phases.{self.name}.max_prompt_length must be set to plan without data; or use --prompt-length"
+            )
+        return length
+
+    def programs(self, state: RunState, length: int, waiting: Any) -> tuple[list[Program], Rollout]:
+        """The programs that sample and score, and the shapes of the rollout that they make.
+
+        Args:
+            state: of a run, as shapes.
+            length: of the prompts.
+            waiting: what lies on the devices beside all programs.
+        """
+        placement, rows, train = self._placement, self.config.rows, self.lent(state.train)
+        responses = self.config.sampler.max_new_tokens
+        prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
+        key, references = key_shape(placement), self.references.of(state)
+        policy = train.params["model"]
+        samples = _like_rows(placement, jax.eval_shape(self._sample, state.base, policy, *prompts, key))
+        inputs = (state.base, state.train.params, references, *prompts, samples)
+        scored = _like_rows(placement, jax.eval_shape(self._score, *inputs))
+        scores = row_shape(placement, rows, dtype="float32")
+        others = {name: tree for name, tree in train.params.items() if name != "model"}
+        programs = [
+            Program(
+                f"{self.name}/sample",
+                self._sample,
+                (state.base, policy, *prompts, key),
+                loop_steps=responses - 1,
+                tokens=rows * responses,
+                beside=(others, train.opt_state, train.extra, references, waiting),
+            ),
+            Program(
+                f"{self.name}/score",
+                self._score,
+                inputs,
+                tokens=rows * (length + responses),
+                beside=(train.opt_state, train.extra, waiting),
+            ),
+        ]
+        return programs, replace(scored, scores=scores, plain_scores=scores)
+
+
+@partial(jax.jit, static_argnums=1)
+def _opponent_keys(key: Array, count: int) -> list[Array]:
+    """Noise that the policy's own answers do not share."""
+    return list(jax.random.split(jax.random.fold_in(key, Branch.OPPONENTS), count))
+
+
+def _like_rows(placement: Any, shapes: Any) -> Any:
+    """Shapes of a rollout with their rows split like those of a batch."""
+    return jax.tree.map(lambda x: row_shape(placement, *x.shape, dtype=x.dtype), shapes)

@@ -1,0 +1,92 @@
+"""What a policy is asked, how it answers, and what its answers are worth: settings of every on-policy phase."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from annotated_types import MinLen
+
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
+from hybrid_jax.data.long_rows import LongRows
+from hybrid_jax.data.sources import SOURCES
+from hybrid_jax.phases.references import Reference
+from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import SAMPLERS
+
+
+@settings
+class Opponent:
+    """Who answers the same prompts, for rewards that compare: the texts are their column ``opponents``."""
+
+    reference: str  # the name of a reference
+    num_samples: BatchSize = 1  # of its answers to each prompt
+
+
+@settings
+class RolloutSettings:
+    """How a phase makes its rollouts."""
+
+    reward: CompositeReward
+    prompts_per_step: BatchSize = 64
+    samples_per_prompt: BatchSize = 1  # answers to each prompt
+    max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
+    long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
+    prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once
+    sampler: Annotated[Any, SAMPLERS] = Ancestral(max_new_tokens=64)  # how the policy answers; whole distributions only
+    source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
+    missing_eos_penalty: NonNegative | None = 1.0  # taken from the score of a response that did not end
+    references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
+    opponent: Opponent | None = None  # who else answers, for rewards that compare
+    rollout_weights: Literal["fsdp", "tensor", "replicated"] = "tensor"  # see `parallel.rules.ROLLOUTS`
+    rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
+
+    def __post_init__(self):
+        if self.prompt_buckets is not None and len(set(self.prompt_buckets)) < len(self.prompt_buckets):
+            raise ValueError(f"prompt_buckets must be different lengths, got {list(self.prompt_buckets)}")
+        in_groups = [f"parts.{n}.normalise: group" for n, p in self.reward.parts.items() if p.is_in_groups]
+        if self.reward.baseline is not None and self.reward.baseline.kind == "others":
+            in_groups.append("baseline: {kind: others}")
+        if in_groups and self.samples_per_prompt == 1:
+            raise ValueError(f"samples_per_prompt must be at least 2 for reward.{in_groups[0]}, got 1")
+        if self.opponent is not None and self.opponent.reference not in self.references:
+            known = ", ".join(self.references) or "none"
+            raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
+        if getattr(self.sampler, "policy_temperature", None) is None:
+            raise ValueError(
+                "sampler must not truncate (top_k, top_p), be greedy, choose or search: a policy learns from the "
+                "distribution that it samples, over the whole vocabulary"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Responses a step, B."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    def longest_prompt(self, name: str, context: int | None) -> tuple[int | None, LongRows]:
+        """Tokens of a prompt at most, and what becomes of a longer one.
+
+        Args:
+            name: of the phase.
+            context: tokens that the model can read; a whole response must fit behind a prompt.
+
+        Raises:
+            UserError: the context leaves no room for a prompt.
+        """
+        here, new = f"phases.{name}", self.sampler.max_new_tokens
+        room = None if context is None else context - new
+        if room is not None and room < 1:
+            raise UserError(
+                f"{here}.sampler.max_new_tokens must leave room for a prompt in the context of {context} "
+                f"tokens, got {new}"
+            )
+        limits = [limit for limit in (room, self.max_prompt_length) if limit is not None]
+        most, choice = min(limits, default=None), f"{here}.long_prompts"
+        if most == self.max_prompt_length:
+            return most, LongRows(self.long_prompts, f"{here}.max_prompt_length", choice, rows="prompts")
+        limit = f"the model's max_length less {here}.sampler.max_new_tokens"
+        return most, LongRows(
+            self.long_prompts, limit, choice, f"lower {here}.sampler.max_new_tokens", "prompts"
+        )

@@ -35,7 +35,9 @@ class RolloutSettings:
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
     prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once
-    sampler: Annotated[Any, SAMPLERS] = Ancestral(max_new_tokens=64)  # how the policy answers; whole distributions only
+    sampler: Annotated[Any, SAMPLERS] = Ancestral(
+        max_new_tokens=64
+    )  # how the policy answers; whole distributions only
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
     missing_eos_penalty: NonNegative | None = 1.0  # taken from the score of a response that did not end
     references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
@@ -56,8 +58,8 @@ class RolloutSettings:
             raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
         if getattr(self.sampler, "policy_temperature", None) is None:
             raise ValueError(
-                "sampler must not truncate (top_k, top_p), be greedy, choose or search: a policy learns from the "
-                "distribution that it samples, over the whole vocabulary"
+                "sampler must not truncate (top_k, top_p), be greedy, choose or search: a policy learns from "
+                "the distribution that it samples, over the whole vocabulary"
             )
 
     @property

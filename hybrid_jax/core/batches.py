@@ -69,7 +69,7 @@ class PromptBatch:
 
 @struct.dataclass
 class Samples:
-    """What followed the prompts, right-padded: the tokens that a policy chose and those that it was told.
+    """The tokens after the prompts, right-padded: those that a policy chose and those that it was given.
 
     A token that was not chosen, such as one of a user's turn, is read and never learned. Ancestral sampling
     chooses all of them: then the two masks are the same.

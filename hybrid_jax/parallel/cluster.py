@@ -159,7 +159,7 @@ def _slices_in(metadata: str) -> dict[str, str]:
 def _launched(
     environment: Environment, address: str, size: int, index: int, found_by: str, local: int | None
 ) -> Cluster:
-    """What a launcher says, except for the address and the devices where these were given by hand."""
+    """Takes what a launcher says, except for an address and devices that were given by hand."""
     own = None if local is None or environment.get("JAX_LOCAL_DEVICE_IDS") else (local,)
     return Cluster(environment.get(ADDRESS) or address, size, index, found_by, own)
 

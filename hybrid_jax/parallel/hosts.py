@@ -190,12 +190,12 @@ def is_first() -> bool:
 
 
 def index() -> int:
-    """Which of the processes this is."""
+    """The number of this process, from 0."""
     return 0 if _peers is None else _peers.cluster.index
 
 
 def size() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     return 1 if _peers is None else _peers.cluster.size
 
 

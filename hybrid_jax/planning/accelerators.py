@@ -102,9 +102,11 @@ def measured(count: int) -> Accelerator:
     size, passes = 1536, 8
     matrix = jax.device_put(jnp.ones((size, size), jnp.float32), cpu)
     vector = jax.device_put(jnp.ones(2**25, jnp.float32), cpu)
+    # Many passes in one call, over more bytes than any cache holds: a single one would measure its dispatch.
     in_place = jax.jit(lambda x: jax.lax.fori_loop(0, passes, lambda _, y: y + 1.0, x))
     flops = 2 * size**3 / _fastest(jax.jit(jnp.matmul), matrix, matrix)
     bandwidth = 2 * passes * vector.nbytes / _fastest(in_place, vector)
+    # The devices are threads of one CPU: they share its memory, and what one sends is copied there.
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return Accelerator(
         "cpu", memory / count, flops / count, bandwidth / count, bandwidth / count, source="measured"

@@ -59,7 +59,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """``name = shapes opcode(operands), attributes``; a tuple has the shapes of all its arrays."""
+    """One line ``name = shapes opcode(operands), attributes``; a tuple has the shapes of all its arrays."""
 
     name: str
     opcode: str
@@ -86,7 +86,7 @@ class Instruction:
 
 @dataclass
 class Computation:
-    """Instructions in order; the result is the one marked ROOT, or else the last."""
+    """Instructions in order; the result is the one marked ROOT."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -150,6 +150,7 @@ class Module:
                     current.root_name = instruction.name
         if entry not in computations:
             raise ValueError("text must be an HLO module with an ENTRY computation")
+        # The devices are partitions times replicas; a count that the header does not name is 1.
         head = text[: text.find("\n")]
         counts = (re.search(rf"{name}=(\d+)", head) for name in ("num_partitions", "replica_count"))
         return cls(computations, entry, math.prod(int(c.group(1)) for c in counts if c))

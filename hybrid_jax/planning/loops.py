@@ -37,7 +37,7 @@ _SAME = ("copy", "bitcast", "convert", "reshape", "copy-start", "copy-done", "op
 
 @dataclass(frozen=True)
 class Turns:
-    """How often a loop's body runs: exactly, or at most if it ``may_stop``; None where that is unknown."""
+    """The number of times that a loop's body runs: at most, if it ``may_stop``; None where it is unknown."""
 
     count: int | None
     may_stop: bool

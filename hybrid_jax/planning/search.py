@@ -49,12 +49,12 @@ def search(
     """Tries at most ``limit`` ways, best first; those that do not fit come last.
 
     Args:
-        devices: that a mesh must use, all of them.
+        devices: number of devices, all of which a mesh must use.
         current: values of the settings that may be changed, beside the mesh: `REMAT`,
             ``phases.<name>.microbatches`` and ``phases.<name>.rollout_weights``, where the config has them.
-        attempt: makes a plan; it need not go on behind the first program that does not fit. What it raises as
-            `UserError` is the reason of a trial.
-        limit: number of plans.
+        attempt: makes a plan; it may stop at the first program that does not fit. A `UserError` that it raises
+            is kept as the problem of the trial.
+        limit: the most plans that are made.
     """
     trials: list[Trial] = []
     ladders = [_Ladder(mesh, dict(current)) for mesh in meshes(devices)]
@@ -66,7 +66,7 @@ def search(
         trials.append(trial)
         progress(f"  {trial.problem or f'{trial.speed:,.0f} tokens/s at best'}")
         if trial.plan is not None and trial.problem and ladder.relieve(trial.plan):
-            ladders.insert(0, ladder)
+            ladders.insert(0, ladder)  # the same mesh with smaller programs comes before the next mesh
     return sorted(trials, key=lambda trial: -trial.speed)
 
 

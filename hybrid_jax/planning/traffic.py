@@ -87,7 +87,7 @@ class Traffic:
         return total + sum(w for w, s in zip(written, instruction.shapes, strict=True) if self._is_main(s))
 
     def _read(self, called: Computation, index: int) -> float:
-        """Of a fusion's operand."""
+        """Counts the bytes that a fusion reads of an operand."""
         parameter = called.parameters[index]
         shape = parameter.shapes[0]
         elements = self._elements_read(called, parameter)
@@ -113,7 +113,7 @@ class Traffic:
         return total
 
     def _written(self, called: Computation, result: Instruction) -> list[float]:
-        """Of each result of a fusion."""
+        """Counts the bytes that a fusion writes of each result."""
         if result.opcode == "tuple":
             return [w for operand in called.operands(result) for w in self._written(called, operand)]
         origin = result

@@ -52,7 +52,7 @@ class Change:
 
     @property
     def range(self) -> str:
-        """``+0.14 to +0.19``."""
+        """Writes the interval: ``+0.14 to +0.19``."""
         assert self.interval is not None
         return " to ".join(signed(bound) for bound in self.interval)
 

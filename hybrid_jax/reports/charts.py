@@ -154,7 +154,7 @@ class Axis:
     is_log: bool
 
     def share(self, value: float) -> float:
-        """How far up the axis ``value`` lies: 0 at the bottom, 1 at the top."""
+        """The height of ``value`` on the axis: 0 at the bottom, 1 at the top."""
         if self.is_log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)

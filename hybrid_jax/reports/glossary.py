@@ -1,4 +1,4 @@
-"""What each metric of the report means, and what to think of when it looks wrong."""
+"""Explains each metric of the report, and what to think of when it looks wrong."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ PART_GLOSSARY = {
 
 
 def glossary_entry(name: str) -> tuple[str, str] | None:
-    """What a metric is and what to think of when it looks wrong, by its name without a phase; else None."""
+    """Explains a metric by its name without a phase: its meaning and what to think of; None if unknown."""
     kind = name.partition("/")[0]
     if found := GLOSSARY.get(name):
         return found

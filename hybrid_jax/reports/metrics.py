@@ -1,4 +1,4 @@
-"""Which metrics share a chart of the report. A metric that several phases log has a line for each of them."""
+"""Groups metrics into the charts of the report. A metric of several phases has a line for each of them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _trained(run: Run, name: str, phases: Sequence[str] | None = None) -> list[L
 
 
 def _held_out(run: Run, name: str, phases: Sequence[str] | None = None, of_model: bool = True) -> list[Line]:
-    """What the evaluation measures of the model (unless not ``of_model``), and phases of their own heads."""
+    """Lines for what the evaluation measures, of the model (if ``of_model``) and of heads that phases train."""
     model = [Line(f"evaluation/{name}", "held-out")] if of_model and f"evaluation/{name}" in run.curves else []
     own = {f"evaluation/{phase}/{name}": phase for phase in (run.kinds if phases is None else phases)}
     measured = {metric: phase for metric, phase in own.items() if metric in run.curves}
@@ -66,7 +66,7 @@ def _pair(run: Run, title: str, name: str, floor: float | None = None) -> Chart:
 
 
 def headline_charts(run: Run) -> tuple[list[Chart], list[Chart]]:
-    """What a run is about, and what stands in for it where it has none of these numbers."""
+    """The charts that stand first, and those that replace them in a run without such numbers."""
     coefficient = by_phase(run, "kl_coef", alone=Line("", "coefficient", SECOND))
     kl = [*_trained(run, "kl"), *_held_out(run, "kl")]
     accuracy = [*_trained(run, "accuracy"), *_held_out(run, "accuracy")]
@@ -89,6 +89,7 @@ def loss_charts(run: Run) -> list[Chart]:
     for phase, kind in run.kinds.items():
         if f"{phase}/loss" in run.curves:
             kinds.setdefault(kind, []).append(phase)
+    # The evaluation's own loss is of tokens, unless all that is trained are judgements of whole texts.
     evaluated = next((kind for kind, phases in kinds.items() if not judges(run, phases[0])), None)
     evaluated = next(iter(kinds), None) if evaluated is None else evaluated
     charts = []
@@ -113,7 +114,7 @@ def loss_entry(run: Run, metric: str) -> str:
 
 
 def training_charts(run: Run) -> list[Chart]:
-    """How the training went."""
+    """Charts of how the training went."""
     shaped = by_phase(run, "shaped_score", alone=Line("", "shaped score"))
     penalty = by_phase(run, "penalty", alone=Line("", "penalty", SECOND))
     return [
@@ -139,7 +140,7 @@ def _of_phases(run: Run, title: str, name: str, floor: float | None = 0.0) -> Ch
 
 
 def speed_charts(run: Run) -> list[Chart]:
-    """How fast the run was, and what it needed."""
+    """Charts of the speed of a run, and of the memory that it needed."""
     device = [Line("memory/peak_bytes", "device")]
     host = [Line("memory/host_peak_bytes", "host")]
     programs, seconds = [Line("compile/count", "programs")], [Line("compile/seconds", "seconds", SECOND)]
@@ -160,7 +161,7 @@ def speed_charts(run: Run) -> list[Chart]:
 
 
 def _step_chart(run: Run, phase: str) -> Chart:
-    """Where the seconds of a phase's step go."""
+    """A chart of where the seconds of a phase's step go."""
     lines = [Line(f"{phase}/{part}_seconds", part, colour) for part, colour in PARTS.items()]
     entry = "rollout_seconds" if f"{phase}/rollout_seconds" in run.curves else "input_seconds"
     return Chart(f"Where a step of {run.label(phase)} goes, seconds", [(lines, 0.0)], entry)
@@ -183,7 +184,7 @@ def judge_chart(phase: Rewarded, judge: str) -> Chart:
 
 
 def combination_charts(phase: Rewarded) -> list[Chart]:
-    """How the parts became one score: whatever the run's combiner logged."""
+    """Charts of how the parts became one score, as far as the combiner logged it."""
 
     def line(name: str, label: str, colour: str = "") -> Line:
         return Line(phase.trained(f"reward/{name}"), label, colour)

@@ -108,7 +108,7 @@ def section(title: str, body: str, note: str = "") -> str:
 
 
 def chart_grid(figures: Figures, charts: Iterable[Chart], css: str = "") -> str:
-    """Those of the charts that the run has numbers for, side by side."""
+    """Draws the charts that the run has numbers for, side by side."""
     drawn = "".join(figures.chart(chart) for chart in charts)
     return f'<div class="charts {css}">{drawn}</div>' if drawn else ""
 

@@ -34,7 +34,7 @@ class Rewarded:
 
     @property
     def late(self) -> str:
-        """In words, the steps that `late_mean` looks at."""
+        """The steps that `late_mean` looks at, in words."""
         return f"over the last tenth of the {self.phase} steps"
 
     @cached_property
@@ -78,11 +78,12 @@ class Rewarded:
         steps = [step for step, phase in self.run.training if phase == self.phase]
         if not steps:
             return None
+        # Not the last tenth of the points: another phase may have taken all of the last steps.
         late = self.run.points(self.trained(name), since=steps[-math.ceil(len(steps) / 10)])
         return fmean(y for _, y in late) if late else None
 
     def late_correlation(self, a: str, b: str) -> float | None:
-        """Of two parts, "score" or "response_length", over the responses of a rollout: `late_mean` of it."""
+        """The `late_mean` of the correlation of two parts, "score" or "response_length", within a rollout."""
         forth, back = (self.late_mean(f"reward/{x}~{y}") for x, y in ((a, b), (b, a)))
         return back if forth is None else forth
 

@@ -30,7 +30,7 @@ from hybrid_jax.training.time_left import EVALUATION
 
 @dataclass(frozen=True)
 class Run:
-    """What a run directory holds.
+    """The content of a run directory.
 
     Attributes:
         name: of the directory.
@@ -67,17 +67,17 @@ class Run:
 
     @cached_property
     def num_steps(self) -> int:
-        """Up to the last one that was logged."""
+        """The number of steps, up to the last one that was logged."""
         return max((step + 1 for step, _ in self.training), default=0)
 
     @cached_property
     def end(self) -> int:
-        """Where the axis of steps ends."""
+        """The end of the axis of steps."""
         return max(self.num_steps, *(record["step"] for record in self.records), 1)
 
     @cached_property
     def blocks(self) -> list[Block]:
-        """Which phase ran when, each phase by its colour."""
+        """The steps of the run in blocks, each phase by its colour."""
         steps = [(step, self.colour(phase)) for step, phase in self.training]
         return phase_blocks(steps, max(self.num_steps, 1))
 
@@ -114,7 +114,7 @@ class Run:
         return (of, own) if own and of in self.kinds else ("", name)
 
     def label(self, phase: str) -> str:
-        """How a phase is called on the page: its name, with its kind where that is another word."""
+        """The name of a phase on the page, with its kind where that is another word."""
         return phase_label(phase, self.kinds.get(phase))
 
     def colour(self, metric: str) -> str:
@@ -143,7 +143,7 @@ class Run:
         return " and ".join(dict.fromkeys(phase for step, phase in self.training if step < until))
 
     def names(self, prefix: str) -> list[str]:
-        """What follows a prefix in the names of the metrics."""
+        """Lists what follows a prefix in the names of metrics."""
         return [metric.removeprefix(prefix) for metric in self.curves if metric.startswith(prefix)]
 
     def points(self, metric: str, since: int = 0) -> list[tuple[int, float]]:

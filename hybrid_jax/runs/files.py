@@ -1,4 +1,4 @@
-"""Where the files of a run are: in its directory, or in a bucket with a copy on this machine.
+"""Finds the files of a run: in its directory, or in a bucket with a copy on this machine.
 
 A run directory may be a URL ``gs://bucket/path``. Its checkpoints are then written to the bucket and read from
 it directly, by every process its own part. All other files are worked on in a folder of this process. They are

@@ -1,4 +1,4 @@
-"""Which run a directory belongs to, and what it was made with."""
+"""Says which run a directory belongs to, and with what it was made."""
 
 from __future__ import annotations
 

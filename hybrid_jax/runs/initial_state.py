@@ -38,7 +38,7 @@ def _fresh(model: LanguageModel, phases: Phases, placement: Placement, key: jax.
 
 
 def _split(params: Params, phases: Phases) -> tuple[Params, Params]:
-    """What trains of a model, and what lies below: adapters or all; nothing where heads alone train."""
+    """Splits a model into what trains (adapters, all, or nothing beside heads) and what lies below."""
     if phases and not any(getattr(phase, "trains_trunk", True) for phase in phases.values()):
         return {}, params
     return split(params)
@@ -47,7 +47,7 @@ def _split(params: Params, phases: Phases) -> tuple[Params, Params]:
 def _begin(
     phases: Phases, host: dict[str, Any], trained: Params, key: jax.Array
 ) -> tuple[TrainState, dict[str, Params]]:
-    """What model and phases start with, on the devices; what they keep on the host goes into ``host``."""
+    """Makes what model and phases start with, on the devices; what they keep on the host goes into ``host``."""
     params = {"model": trained}
     opt_state: dict[str, dict[str, Any]] = {}
     extra: dict[str, Any] = {}
@@ -79,7 +79,7 @@ def _settled(placement: Placement, train: T) -> T:
 
 
 def _put(placement: Placement, tree: T) -> T:
-    """To where it lies, if it is not there already."""
+    """Moves a tree to where it lies, if it is not there already."""
     return jax.device_put(tree, placement.shardings(tree, param_axes))
 
 

@@ -352,7 +352,7 @@ def _is_hidden(pid: int) -> bool:
 
 
 def _started(pid: int) -> str:
-    """When a process started, as the system counts; nothing where there is none, or nothing that could tell."""
+    """The start of a process, as the system counts time; empty where that cannot be known."""
     if Path("/proc/self/stat").exists():
         try:
             state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -82,7 +82,7 @@ class Policy:
     def generate(
         self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, seed: int = 0, num_samples: int = 1
     ) -> list[Answer]:
-        """``num_samples`` answers to every prompt, those to one prompt one after the other.
+        """Gives ``num_samples`` answers to every prompt, those to one prompt one after the other.
 
         A prompt is a text, or a conversation: a list of ``{"role": …, "content": …}`` that the tokenizer's
         chat template renders, with the header of an answer behind it.

@@ -66,5 +66,5 @@ def param_groups(progress: dict[str, Any]) -> set[str]:
 
 
 def _dotted(path: str) -> str:
-    """``['host']['ppo/reward'].mean`` as ``host.ppo/reward.mean``."""
+    """Writes the path ``['host']['ppo/reward'].mean`` as ``host.ppo/reward.mean``."""
     return ".".join(re.findall(r"[^][.']+", path))

@@ -17,7 +17,7 @@ from jaxtyping import Array, Shaped, UInt32
 
 @jax.jit
 def weighted_sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """``Σ_i (2 i + 1) bits_i  mod 2³²`` over the elements in row-major order.
+    """Computes ``Σ_i (2 i + 1) bits_i  mod 2³²`` over the elements in row-major order.
 
     Integer sums have no order, so it is the same however the array is split over devices, and no device or host
     needs the whole. The weights are odd, so a change of any one element changes it.
@@ -38,7 +38,7 @@ def weighted_sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """Of every leaf by its path: `weighted_sum` of JAX arrays, CRC-32 of what lies on the host."""
+    """Computes a checksum of every leaf by path: `weighted_sum` of JAX arrays, CRC-32 on the host."""
     leaves = tree_leaves_with_path(tree)
     found = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     spread = {path: leaf for path, leaf in found.items() if _is_spread(leaf)}
@@ -66,7 +66,7 @@ def sum_of_bits(tree: Any) -> int:
 
 @jax.jit
 def _weighted_sums(arrays: dict[str, Array]) -> dict[str, Array]:
-    """In one program: devices that sum many arrays with each other, each in its own program, can block."""
+    """Sums in one program, since devices that add up many arrays together, in a program each, can block."""
     return {path: weighted_sum(array) for path, array in arrays.items()}
 
 

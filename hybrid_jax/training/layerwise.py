@@ -16,7 +16,7 @@ from hybrid_jax.models.stacking import STACK
 
 
 def layer_by_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``transform``, the same for layers in a stack as for layers in a list."""
+    """Makes ``transform`` act on layers in a stack as on layers in a list."""
 
     def init(params: Any) -> Any:
         stack, others = _picked(params, True), _picked(params, False)

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 class Run(Protocol):
-    """What the loop needs of an experiment."""
+    """The side of an experiment that the loop uses."""
 
     @property
     def steps(self) -> int:
@@ -55,7 +55,7 @@ class Run(Protocol):
 
     @property
     def checkpoint(self) -> CheckpointConfig:
-        """When the state is saved and exported."""
+        """The settings that say when the state is saved and exported."""
         ...
 
     @property

@@ -73,6 +73,6 @@ def loss_scale_of(model: Any) -> DynamicLossScale | None:
 
 
 def initial_loss_scale(model: Any) -> dict[str, LossScaleState]:
-    """What a phase adds to ``TrainState.extra``."""
+    """Makes what a phase adds to ``TrainState.extra``."""
     scaling = loss_scale_of(model)
     return {} if scaling is None else {STATE: scaling.init()}

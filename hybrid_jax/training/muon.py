@@ -45,7 +45,7 @@ def _orthogonal(x: Float[Array, "... I O"], num_iterations: int) -> Float[Array,
 
 
 def muon_or_adam(params: Any) -> Any:
-    """``muon`` for matrices, ``adam`` for the rest, embeddings and heads too: their rows are words, labels."""
+    """Labels matrices ``muon``, all else ``adam``: embeddings and heads too, whose rows are words, labels."""
 
     def label(path: tuple[Any, ...], param: Array) -> str:
         name = path_of(path)

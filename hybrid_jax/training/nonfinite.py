@@ -27,7 +27,7 @@ class NonFiniteError(UserError):
 
 
 def tensor_names(params: Mapping[str, Any]) -> list[str]:
-    """``layer_3/attention/query/kernel`` for every parameter, in the order in which gradients reach them.
+    """Names every parameter, ``layer_3/attention/query/kernel``, in the order in which gradients reach them.
 
     Names begin with their group, unless that is "model". Layers come from the last to the first, embeddings at
     the end: where a gradient breaks, the tensors after it only follow, so the first bad one is the one to know.
@@ -38,7 +38,7 @@ def tensor_names(params: Mapping[str, Any]) -> list[str]:
 def first_nonfinite(
     params: Mapping[str, Any], squares: Mapping[str, Any], losses: Float[Array, "..."]
 ) -> Int[Array, ""]:
-    """What the metric holds: the place of the first bad gradient, else whether a loss is bad.
+    """Computes the metric: the place of the first bad gradient, or else whether a loss is bad.
 
     Args:
         params: every group, of which only the structure matters.
@@ -113,7 +113,7 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 def _distance_from_loss(name: str) -> float:
-    """How late a gradient reaches a parameter: heads and last norms, then layers downwards, then embeddings."""
+    """Orders parameters as gradients reach them: heads and last norms, layers downwards, embeddings."""
     if found := re.search(r"_(\d+)(/|$)", name):
         return -float(found[1])
     return math.inf if "embed" in name else -math.inf

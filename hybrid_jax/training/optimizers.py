@@ -63,7 +63,7 @@ class _Decaying(_WarmedUp):
     end: Share = 0.0  # multiplier of the peak that is left at the horizon
 
     def decayed(self, remaining: Float[Array, ""]) -> Float[Array, ""]:
-        """From 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
+        """Goes from 1 (``remaining`` 1) to ``end`` (``remaining`` 0)."""
         return self.end + (1 - self.end) * remaining
 
 
@@ -150,7 +150,7 @@ OPTIMIZERS: Registry[Optimizer] = Registry("optimizer")
 
 @settings(kw_only=True)
 class Optimizer(ABC):
-    """What all optimizers share. A subclass gives `transform`."""
+    """Settings that all optimizers share. A subclass adds `transform`."""
 
     learning_rate: Positive = 1e-4  # at its peak
     schedule: Annotated[Schedule, SCHEDULES] = field(default_factory=Linear)  # course of the rate over updates

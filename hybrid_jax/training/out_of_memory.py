@@ -1,4 +1,4 @@
-"""What to do when a device has too little memory, in one line."""
+"""Says in one line what to do when a device has too little memory."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Phase(Protocol):
         ...
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
-        """What a step compiles, for a state of shapes (`jax.ShapeDtypeStruct` with shardings).
+        """Lists what a step compiles, for a state of shapes (`jax.ShapeDtypeStruct` with shardings).
 
         Args:
             state: of a run, with all references.

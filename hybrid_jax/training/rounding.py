@@ -28,7 +28,7 @@ class RoundedState(NamedTuple):
 
 
 def stored_in(dtype: StateDtype, transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """``transform`` with its float32 arrays kept in ``dtype``; it still computes in float32."""
+    """Wraps ``transform`` so that its float32 arrays are kept in ``dtype``; it still computes in float32."""
     if dtype == "float32":
         return transform
 

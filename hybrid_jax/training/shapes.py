@@ -15,18 +15,18 @@ Shape = jax.ShapeDtypeStruct
 
 
 def row_shape(placement: Placement, rows: int, *rest: int, dtype: Any) -> Shape:
-    """Of an array of a batch, [rows, *rest]."""
+    """The shape of an array of a batch, [rows, *rest]."""
     sharding = placement.row_sharding(1 + len(rest), rows)
     return Shape((rows, *rest), jnp.dtype(dtype), sharding=sharding)
 
 
 def key_shape(placement: Placement) -> Shape:
-    """Of a random key."""
+    """The shape of a random key."""
     return Shape((), jax.eval_shape(lambda: jax.random.key(0)).dtype, sharding=placement.sharding((), ()))
 
 
 def rate_shape(placement: Placement) -> Shape:
-    """Of a number."""
+    """The shape of a single number."""
     return Shape((), jnp.float32, sharding=placement.sharding((), ()))
 
 

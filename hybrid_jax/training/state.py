@@ -1,4 +1,4 @@
-"""What a run is made of between two steps."""
+"""Holds all that a run consists of between two steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class ScheduleState:
-    """What the schedulers remember; plain numbers, so it goes into the checkpoint as JSON."""
+    """The memory of a scheduler, in plain numbers, so that a checkpoint holds it as JSON."""
 
     steps: Mapping[str, int] = field(default_factory=dict)  # steps taken by each phase
     entries: Mapping[str, int] = field(default_factory=dict)  # times that each phase was entered

@@ -54,7 +54,8 @@ from hybrid_jax.runs.origin import (
     split,
     tell_origin,
 )
-from hybrid_jax.runs.policy import NO_ANSWERS, Policy, as_list, default_sampler
+from hybrid_jax.runs.policy import NO_ANSWERS, Policy, as_list
+from hybrid_jax.runs.samplers import default_sampler
 from hybrid_jax.sampling.generation_config import end_tokens, write_generation_config
 from hybrid_jax.training import out_of_memory
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, saved_steps

@@ -27,6 +27,9 @@ _PUBLIC = {
     ],
     "core.registry": ["Registry"],
     # models
+    "models.heads": ["HEADS", "Head"],
+    "models.scorer": ["TextScorer", "TextTrunk"],
+    "models.scoring": ["next_token_log_probs"],
     "models.base": [
         "BACKBONES",
         "LanguageModel",
@@ -46,6 +49,7 @@ _PUBLIC = {
     "data.sources": ["SOURCES", "Source"],
     "data.preferences": ["PREFERENCES", "Preference"],
     "data.loader": ["PromptStream", "SFTStream"],
+    "data.pair_stream": ["PairStream"],
     # algorithms
     "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
     "algorithms.log_probs": ["entropy", "token_log_probs"],
@@ -71,10 +75,15 @@ _PUBLIC = {
     # training
     "training.phase": ["PHASES", "Metrics", "Phase", "PhaseInit", "Program", "Resources"],
     "training.state": ["RunState", "ScheduleState", "TrainState"],
-    "training.update": ["Objective", "apply_gradients", "gradients", "update_state"],
+    "training.update": ["Objective", "apply_gradients", "gradients", "update", "update_state"],
     "training.optimizers": ["OPTIMIZERS", "SCHEDULES", "Optimizer", "Schedule"],
     "training.scheduler": ["SCHEDULERS", "Scheduler"],
     "training.loggers": ["LOGGERS", "Logger"],
+    # phases that learn from batches
+    "phases.supervised": ["Supervised", "SupervisedPhase"],
+    "phases.heads": ["HeadPhase", "HeadSettings"],
+    "phases.references": ["Reference"],
+    "phases.sft": ["example_shapes"],
     "evaluation.suites": ["SUITES"],
 }
 _HOMES = {name: (module, name) for module, names in _PUBLIC.items() for name in names}

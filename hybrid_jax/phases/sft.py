@@ -50,9 +50,9 @@ class SFT(Supervised):
         )
 
 
-def example_shapes(placement: Placement, rows: int, length: int) -> TokenBatch:
-    """The shapes of a batch of examples."""
-    shape = functools.partial(row_shape, placement, rows, length)
+def example_shapes(placement: Placement, rows: int, *rest: int) -> TokenBatch:
+    """The shapes of a batch of examples: [rows T], or of pairs [rows 2 T]."""
+    shape = functools.partial(row_shape, placement, rows, *rest)
     batch: Any = TokenBatch  # pyright does not see the fields of a flax.struct.dataclass
     return batch(tokens=shape(dtype="int32"), segment_ids=shape(dtype="int32"), loss_mask=shape(dtype="bool"))
 

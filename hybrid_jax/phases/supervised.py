@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
+from types import MappingProxyType
 from typing import Annotated, Any, Protocol
 
 import jax
@@ -21,6 +22,7 @@ from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.parallel.rules import shard_params, under
+from hybrid_jax.phases.references import Reference, References
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale, loss_scale_of
 from hybrid_jax.training.offload import without_idle
@@ -68,14 +70,14 @@ class SupervisedPhase:
         resources: what the experiment hands to a phase.
         stream: of the training data; None where the phase is only planned.
         objective: what is minimised. Its loss is given all groups of parameters, "model" whole (with what lies
-            below adapters).
+            below adapters), and each reference, whole, as ``references/<name>``.
         shapes: of a batch, `jax.ShapeDtypeStruct` with shardings: what `hybrid_jax.plan` compiles a step for.
         logged: what is logged of a batch.
         groups: of parameters, those that train.
+        references: frozen models that the loss reads, by name.
     """
 
     heads: Sequence[str] = (LM,)
-    references: Sequence[str] = ()
     waits_for_device = False
 
     def __init__(
@@ -88,19 +90,22 @@ class SupervisedPhase:
         shapes: Callable[[], Any],
         logged: Callable[[Any], Mapping[str, Any]] = tokens_of,
         groups: Sequence[str] = ("model",),
+        references: Mapping[str, Reference] = MappingProxyType({}),
     ):
         self.config, self.resources, self.objective = config, resources, objective
         self.name, self.kind, self.optimizer_key = resources.name, resources.kind, resources.optimizer_key
         check_rows(resources, "batch_size / microbatches", config.batch_size // config.microbatches)
         self.stream, self._shapes, self._logged = stream, shapes, logged
         self.groups, self.trains_trunk = groups, "model" in groups
+        self._frozen = References(references, self.name, resources.model, resources.placement)
+        self.references = self._frozen.names
         self._rate = jax.jit(config.optimizer.rate)
 
         def update(*inputs):
             return self._learn(*inputs)
 
         update.__name__ = f"{self.name}_update"
-        self._update = jax.jit(under(resources.placement, update), donate_argnums=1)
+        self._update = jax.jit(under(resources.placement, update), donate_argnums=2)
 
     def init(
         self, params: Mapping[str, Params], key: Array, made: Mapping[str, Params] | None = None
@@ -108,11 +113,14 @@ class SupervisedPhase:
         """Optimizer states of what trains, and the groups that this phase has ``made``."""
         transform = layer_by_layer(self.config.optimizer.transform())
         opt_state = {group: transform.init(params[group]) for group in self.groups}
-        return PhaseInit(made or {}, opt_state, extra=initial_loss_scale(self.resources.model))
+        references = self._frozen.init(params["model"])
+        scale = initial_loss_scale(self.resources.model)
+        return PhaseInit(made or {}, opt_state, extra=scale, references=references)
 
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
         """One update on the next batch."""
         assert self.stream is not None, "a planned phase takes no steps"
+        state = self._frozen.updated(state)
         started = time.perf_counter()
         cursor = state.cursors.get(self.name, 0)
         host, logged = self.batch(state, cursor)
@@ -120,7 +128,7 @@ class SupervisedPhase:
         input_seconds = time.perf_counter() - started
         steps = state.schedule.steps.get(self.name, 0)
         rate = self._rate(*jax.device_put((steps, self.resources.horizon)))
-        train, metrics = self._update(state.base, state.train, batch, key, rate)
+        train, metrics = self._update(state.base, self._frozen.of(state), state.train, batch, key, rate)
         metrics |= {"learning_rate": rate, "input_seconds": input_seconds, **logged}
         cursors = {**state.cursors, self.name: cursor + self.config.batch_size}
         state = replace(state, train=train, cursors=cursors)
@@ -136,18 +144,20 @@ class SupervisedPhase:
         """The update, for a batch of the longest rows."""
         batch, placement = self._shapes(), self.resources.placement
         state, idle = without_idle(state, self)
-        inputs = (state.base, state.train, batch, key_shape(placement), rate_shape(placement))
-        beside = {"optimizer_states": idle, "references": state.references}
+        read = self._frozen.of(state)
+        inputs = (state.base, read, state.train, batch, key_shape(placement), rate_shape(placement))
+        others = {name: tree for name, tree in state.references.items() if name not in self.references}
+        beside = {"optimizer_states": idle, "references": others}
         beside = {name: trees for name, trees in beside.items() if name not in self.resources.offload}
         tokens = tokens_of(batch)["tokens"]
         return [Program(f"{self.name}/update", self._update, inputs, tokens=tokens, learns=True, beside=beside)]
 
     def _learn(
-        self, base: Params, state: TrainState, batch: Any, key: Array, rate: Array
+        self, base: Params, references: Groups, state: TrainState, batch: Any, key: Array, rate: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step, as a pure function of the state."""
         state, metrics, _ = update_state(
-            self._above(base, {g: tree for g, tree in state.params.items() if g not in self.groups}),
+            self._above(base, references, {g: t for g, t in state.params.items() if g not in self.groups}),
             self.config.optimizer,
             state,
             batch,
@@ -160,11 +170,12 @@ class SupervisedPhase:
         )
         return shard_params(state, param_axes), metrics
 
-    def _above(self, base: Params, others: Groups) -> Objective:
-        """The objective as a function of what trains, above a ``base`` (of adapters) and beside ``others``."""
+    def _above(self, base: Params, references: Groups, others: Groups) -> Objective:
+        """The objective as a function of what trains, above a ``base`` (of adapters) and beside all else."""
+        frozen = {f"references/{name}": whole(base, tree) for name, tree in references.items()}
 
         def loss(trained: Groups, batch: Any, key: Array):
-            params = {**others, **trained}
+            params = {**frozen, **others, **trained}
             return self.objective.loss({**params, "model": whole(base, params["model"])}, batch, key)
 
         return replace(self.objective, loss=loss)

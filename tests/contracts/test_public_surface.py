@@ -105,14 +105,15 @@ def test_a_model_gives_logits_and_hidden_states_and_saves_to_the_same_numbers(pr
     model, params = pretrained
     tokens = jnp.asarray([[1, 2, 3, 4], [0, 0, 5, 6]], jnp.int32)
     mask = jnp.asarray([[True] * 4, [False, False, True, True]])
-    output = model.apply(params, tokens, mask)
+    apply = jax.jit(model.apply)
+    output = apply(params, tokens, mask)
     assert (output.logits.shape, output.logits.dtype) == ((2, 4, model.vocab_size), jnp.float32)
     assert output.hidden.shape == (2, 4, model.width)
-    alone = model.apply(params, tokens[1:, 2:], mask[1:, 2:])  # left padding changes nothing
+    alone = apply(params, tokens[1:, 2:], mask[1:, 2:])  # left padding changes nothing
     np.testing.assert_allclose(output.logits[1, 2:], alone.logits[0], rtol=1e-5, atol=1e-6)
     hj.save_pretrained(tmp_path / "again", model, params)
     again, same = hj.load_pretrained(tmp_path / "again")
-    np.testing.assert_array_equal(again.apply(same, tokens, mask).logits, output.logits)
+    np.testing.assert_array_equal(jax.jit(again.apply)(same, tokens, mask).logits, output.logits)
 
 
 def test_samples_come_with_the_log_probs_of_what_was_chosen(pretrained):
@@ -132,9 +133,10 @@ def test_samples_come_with_the_log_probs_of_what_was_chosen(pretrained):
     )
     assert samples.tokens.shape == samples.log_probs.shape == samples.action_mask.shape == (1, 5)
     whole = jnp.concatenate([tokens, samples.tokens], 1)
-    logits = model.apply(params, whole, jnp.concatenate([mask, samples.action_mask], 1)).logits[0] / 0.7
+    read = jnp.concatenate([mask, samples.action_mask], 1)
+    logits = np.asarray(jax.jit(model.apply)(params, whole, read).logits[0], np.float64) / 0.7
     for t in range(int(samples.action_mask.sum())):  # item t + 2 of the logits scores response token t
-        scores = np.asarray(logits[t + 2], np.float64)
+        scores = logits[t + 2]
         expected = scores[int(samples.tokens[0, t])] - np.log(np.exp(scores).sum())
         assert float(samples.log_probs[0, t]) == pytest.approx(expected, abs=1e-5)
 

@@ -52,6 +52,10 @@ def moved(params):
     return jax.tree.map(lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32), params)
 
 
+def scores(scorer, params, tokens=TOKENS, mask=MASK):
+    return jax.jit(scorer.apply)(params, tokens, mask)
+
+
 def equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert jax.tree.structure(a) == jax.tree.structure(b)
@@ -68,7 +72,7 @@ def test_a_scorer_written_and_read_gives_the_same_numbers(name, tmp_path):
     assert isinstance(again, SequenceScorer)
     assert again.labels == LABELS
     assert read_extra(tmp_path) == {"temperature": 1.25}
-    before, after = scorer.apply(params, TOKENS, MASK), again.apply(read, TOKENS, MASK)
+    before, after = scores(scorer, params), scores(again, read)
     if name != "classifier with adapters":  # which are merged: another order of sums
         np.testing.assert_array_equal(after, before)
     np.testing.assert_allclose(after, before, atol=1e-6)
@@ -84,7 +88,7 @@ def test_a_classifier_that_transformers_knows_is_written_for_it(tmp_path):
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         logits = theirs(torch.as_tensor(np.array(TOKENS[:1], np.int64))).logits
-    np.testing.assert_allclose(scorer.apply(params, TOKENS[:1], MASK[:1]), logits, atol=1e-5)
+    np.testing.assert_allclose(scores(scorer, params, TOKENS[:1], MASK[:1]), logits, atol=1e-5)
 
 
 def test_a_head_reads_the_language_model_of_a_folder(tmp_path):
@@ -99,7 +103,7 @@ def test_a_head_reads_the_language_model_of_a_folder(tmp_path):
     again, read = load_scorer(tmp_path / "out")
     assert isinstance(again, Classifier)
     assert "lm_head" not in read
-    np.testing.assert_array_equal(again.apply(read, TOKENS, MASK), scorer.apply(params, TOKENS, MASK))
+    np.testing.assert_array_equal(scores(again, read), scores(scorer, params))
 
 
 def test_a_head_that_trains_alone_gives_the_trunk_no_gradient(tmp_path):
@@ -107,12 +111,12 @@ def test_a_head_that_trains_alone_gives_the_trunk_no_gradient(tmp_path):
     save_encoder(tmp_path, encoder, encoder.init(jax.random.key(1)))
     scorer = scorer_of(TextEncoderSettings(path=str(tmp_path)), trains_trunk=False)
     params = moved(scorer.init(jax.random.key(0)))
-    gradient = jax.grad(lambda p: scorer.apply(p, TOKENS, MASK).sum())(params)
+    gradient = jax.grad(lambda p: scores(scorer, p).sum())(params)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["trunk"]))
     assert any(leaf.any() for leaf in jax.tree.leaves(gradient["head"]))
     save_scorer(tmp_path / "out", scorer, params)
     again, read = load_scorer(tmp_path / "out")
-    np.testing.assert_array_equal(again.apply(read, TOKENS, MASK), scorer.apply(params, TOKENS, MASK))
+    np.testing.assert_array_equal(scores(again, read), scores(scorer, params))
 
 
 def test_an_encoder_classifier_of_transformers_reads_pairs_as_it_does(tmp_path):
@@ -139,7 +143,7 @@ def test_an_encoder_classifier_of_transformers_reads_pairs_as_it_does(tmp_path):
             attention_mask=torch.as_tensor(np.array(MASK, np.int64)),
             token_type_ids=torch.as_tensor(types),
         ).logits
-    np.testing.assert_allclose(scorer.apply(params, TOKENS, MASK), logits, atol=1e-5)
+    np.testing.assert_allclose(scores(scorer, params), logits, atol=1e-5)
 
 
 def test_a_parameter_too_few_or_too_many_is_named(tmp_path):

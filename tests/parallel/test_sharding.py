@@ -51,11 +51,9 @@ def settings(mesh, **changes):
 
 def drawn(experiment, state):
     """What the rollout of a fresh policy samples."""
-    rows = np.random.default_rng(0).integers(1, 200, (16, 64)).astype(np.int32)
-    prompts = put_rows(experiment.placement, (rows, rows > 0))
-    return experiment.phases["ppo"]._sample(
-        state.base, state.train.params["model"], *prompts, jax.random.key(3)
-    )
+    phase = experiment.phases["ppo"]
+    _, prompts = phase._prompt_batch(0)
+    return phase._sample(state.base, state.train.params["model"], *prompts, jax.random.key(3))
 
 
 def trained(mesh, **changes):

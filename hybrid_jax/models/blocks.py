@@ -372,7 +372,7 @@ def normalize(module: nn.Module, c: DecoderConfig, x, shape: tuple[int, ...], us
 
 
 class Embedding(nn.Module):
-    """The token embedding, a table [V D]."""
+    """An embedding: a table [rows D], of tokens or of positions."""
 
     rows: int | None
     width: int

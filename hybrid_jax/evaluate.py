@@ -35,6 +35,7 @@ are the columns that rewards ask for, such as references:
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command on the arguments of a command line."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.evaluate",
         description="Measures what a run has trained on its held-out data, or scores a file by rewards.",

@@ -37,6 +37,7 @@ from hybrid_jax.models.folders.ours import check_has_format
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
+from hybrid_jax.reports.report import write_report
 from hybrid_jax.runs.banner import banner
 from hybrid_jax.runs.changes import Change, record_changes
 from hybrid_jax.runs.contents import Contents, contents
@@ -206,18 +207,22 @@ class Experiment:
 
     @property
     def steps(self) -> int:
+        """How many steps all phases take together."""
         return self.config.steps
 
     @property
     def scheduler(self) -> Any:
+        """It chooses the phase of each step."""
         return self.config.scheduler
 
     @property
     def checkpoint(self) -> CheckpointConfig:
+        """When the run is saved and exported."""
         return self.config.checkpoint
 
     @property
     def offload(self) -> tuple[Idle, ...]:
+        """What waits in the host's memory while no phase uses it."""
         return self.config.offload
 
     def train(self) -> RunState:
@@ -296,6 +301,7 @@ class Experiment:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
+        """Whether to evaluate now: as often as is set, before the first step of a phase, and at the end."""
         every = self.config.evaluation.every
         first_of_phase = next_phase not in state.schedule.steps
         on_time = every is not None and state.step % every == 0
@@ -369,8 +375,6 @@ class Experiment:
 
     def finish(self, state: RunState) -> None:
         """Writes the report of a finished run, and the heads that it has trained."""
-        from hybrid_jax.reports.report import write_report
-
         folder = self.files.folder / ("model" if self.evaluator is None else ".")
         for name, there in self.export_heads(state, folder).items():
             log.info("head %s: %s", name, there)

@@ -14,6 +14,7 @@ EXAMPLES = """\
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command on the arguments of a command line."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.export",
         description="Writes what a run has trained, as it is now: its language model as a Hugging Face folder "

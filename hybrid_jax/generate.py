@@ -26,6 +26,7 @@ EXAMPLES = """\
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command on the arguments of a command line."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.generate",
         description="Samples responses from a run or a folder. Prompts come from --prompt, from a "

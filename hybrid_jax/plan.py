@@ -39,6 +39,7 @@ config (one line on stderr), 130 Ctrl-C
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command on the arguments of a command line."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.plan",
         description="Says before a run whether it fits, and how fast it can be at best.",

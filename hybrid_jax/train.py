@@ -21,6 +21,7 @@ exit codes: 0 done, 2 a mistake in usage, config or data (one line on stderr), 1
 
 
 def main(arguments: list[str]) -> None:
+    """Runs the command on the arguments of a command line."""
     parser = ArgumentParser(
         prog="python -m hybrid_jax.train",
         description="Trains a language model by examples (SFT) and by reward (PPO), as a config file says.",

@@ -16,6 +16,7 @@ from hybrid_jax.core.registry import EVERYTHING, names_in
 from hybrid_jax.data.listed import Listed
 from hybrid_jax.experiment import Experiment, ExperimentConfig, build, has_checkpoint
 from hybrid_jax.parallel.devices import check_devices
+from hybrid_jax.reports.report import write_report
 from hybrid_jax.rewards.base import DeviceReward, StartedReward
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.runs.policy import Policy, load_policy
@@ -128,8 +129,6 @@ class HybridTrainer:
 
     def report(self) -> Path:
         """Writes ``report.html`` into the run directory and returns its path; in a bucket, that of a copy."""
-        from hybrid_jax.reports.report import write_report
-
         return write_report(self.experiment.files.where)
 
     def _last_evaluation(self) -> dict[str, float]:

@@ -10,6 +10,12 @@ from pathlib import Path
 from hybrid_jax.core.errors import UserError
 
 
+def user_cache() -> Path:
+    """The package's own folder among the caches of the user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "hybrid_jax"
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one step: a reader sees the old text or the new one.
 

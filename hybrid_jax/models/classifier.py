@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Parameters
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
@@ -81,7 +82,8 @@ class Classifier:
     def init(self, key: Array) -> Params:
         """Random parameters: the backbone's, and ``score``: kernel [D Y], bias [Y] where there is one."""
         width = self.config.embedding_width or self.config.width
-        kernel = self.config.init_std * jax.random.normal(jax.random.fold_in(key, 1), (width, self.num_labels))
+        noise = jax.random.normal(jax.random.fold_in(key, Parameters.HEADS), (width, self.num_labels))
+        kernel = self.config.init_std * noise
         score = {"kernel": kernel, **({"bias": jnp.zeros(self.num_labels)} if self.has_bias else {})}
         return {**self.backbone.init(key), "score": score}
 

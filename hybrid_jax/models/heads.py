@@ -28,6 +28,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.models.layers import linear
 
 GROUP = "heads/"  # before the name of a head: its group of parameters
+_DENSE, _SCORE = 1, 2  # numbers below a head's key: each map draws its own noise
 
 
 class Head(Protocol):
@@ -87,10 +88,10 @@ class TextHead:
         kernel = jnp.zeros((width, len(self.labels)))
         if self.hidden_width is not None:
             shape = (width, self.hidden_width)
-            dense = jax.random.normal(jax.random.fold_in(key, 1), shape) / jnp.sqrt(width)
+            dense = jax.random.normal(jax.random.fold_in(key, _DENSE), shape) / jnp.sqrt(width)
             params["score_dense"] = {"kernel": dense, "bias": jnp.zeros(self.hidden_width)}
             shape = (self.hidden_width, len(self.labels))
-            kernel = jax.random.normal(jax.random.fold_in(key, 2), shape) / jnp.sqrt(self.hidden_width)
+            kernel = jax.random.normal(jax.random.fold_in(key, _SCORE), shape) / jnp.sqrt(self.hidden_width)
         bias = {"bias": jnp.zeros(len(self.labels))} if self.bias else {}
         return {**params, "score": {"kernel": kernel, **bias}}
 

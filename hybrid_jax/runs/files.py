@@ -24,6 +24,7 @@ from typing import Any
 
 from hybrid_jax.core.config import is_url
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.writing import user_cache
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs import lock
 from hybrid_jax.runs.bucket import BucketLockFile, explained, open_bucket
@@ -259,9 +260,7 @@ class _Uploads:
 
 def _private_folder(name: str) -> Path:
     """A folder of this name for this process alone: one that only reads must not undo what another writes."""
-    from hybrid_jax.training.compilation import cache_folder  # jax, which a report of a folder needs not
-
-    runs = cache_folder().parent / "runs"
+    runs = user_cache() / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
         own = tempfile.mkdtemp(dir=runs)

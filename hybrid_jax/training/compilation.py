@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ _COMPILING = "/jax/core/compile/backend_compile_duration"
 
 _MAPS = Path("/proc/self/maps")  # a line for each memory map of this process
 _MOST_MAPS = Path("/proc/sys/vm/max_map_count")
+
+from hybrid_jax.core.writing import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,7 @@ def summary(compiled: list[Compiled]) -> str:
 
 def cache_folder() -> Path:
     """The folder where compiled programs are kept between runs, unless a config names another."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "hybrid_jax" / "compiled"
+    return user_cache() / "compiled"
 
 
 def keep_compiled(folder: str | Path | None, *, instead: bool = True) -> None:

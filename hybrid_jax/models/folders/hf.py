@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import Rate, settings
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
@@ -120,7 +121,7 @@ def load_adapted(folder: str | Path) -> tuple[PretrainedDecoder, Params]:
     if not (base := read_json(file).get("base_model_name_or_path")):
         raise UserError(f"{file}: base_model_name_or_path must name the adapter's base, got {base!r}")
     model = Pretrained(str(base), lora=Lora(path=str(folder))).build()
-    return model, model.init(jax.random.key(0))
+    return model, model.init(root_key(0, Purpose.MODEL))  # draws nothing: the adapters are read
 
 
 def abstract_params(model: LanguageModel) -> Params:

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import jax.monitoring
 
+from hybrid_jax.core.writing import user_cache
+
 # Lowering to StableHLO, and XLA's work on it (or reading the program from the persistent cache). Tracing is not
 # counted: JAX reports a function and those that it calls each with its own overlapping time.
 _LOWERING = "/jax/core/compile/jaxpr_to_mlir_module_duration"
@@ -18,8 +20,6 @@ _COMPILING = "/jax/core/compile/backend_compile_duration"
 
 _MAPS = Path("/proc/self/maps")  # a line for each memory map of this process
 _MOST_MAPS = Path("/proc/sys/vm/max_map_count")
-
-from hybrid_jax.core.writing import user_cache
 
 log = logging.getLogger(__name__)
 

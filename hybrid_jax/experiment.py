@@ -184,7 +184,7 @@ def plan_phases(
     placement = config.mesh.placement(devices)
     model = config.model.build(getattr(config.tokenizer, "vocab_size", None))  # at most
     phases = _build_phases(config, placement, model, None, None, eos_ids=(0,))
-    names = {name for phase in config.phases.values() for name in getattr(phase, "references", ())}
+    names = {name for phase in phases.values() for name in phase.references}
     return phases, state_shapes(model, phases, placement, sorted(names))
 
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 import yaml
 
-from hybrid_jax import plan
+from hybrid_jax import plan, planner
 from hybrid_jax.core.cli import _exit_code
 from hybrid_jax.experiment import load_config
 from hybrid_jax.models.flops import train_flops
@@ -249,7 +249,7 @@ def test_without_the_hub_a_plan_names_the_folder_of_published_sizes(command, mon
 @pytest.mark.parametrize(("tokenizer", "size"), [("bytes", 257), ("{name: bpe, vocab_size: 400}", 400)])
 def test_a_model_from_scratch_is_planned_with_the_vocabulary_of_its_tokenizer(files, tokenizer, size):
     config = load_config(files / "sft.yaml", ["model.vocab_size=null", f"tokenizer={tokenizer}"])
-    assert plan._with_vocabulary(config).model.vocab_size == size
+    assert planner._with_vocabulary(config).model.vocab_size == size
 
 
 def test_prompts_need_a_length(files, command):

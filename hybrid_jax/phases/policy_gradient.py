@@ -79,7 +79,7 @@ class OnPolicy(RolloutSettings):
     value_init: str | None = None  # a reward model that a separate value network starts from, a folder
     value_warmup_steps: Natural = 0  # steps that train only the value
     sft_mix: SFTMix | None = None  # examples in every update
-    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(  # of policy and value together
         learning_rate=1e-5, schedule=Linear(), epsilon=1e-5, weight_decay=0.0
     )
 
@@ -135,6 +135,7 @@ class OnPolicy(RolloutSettings):
         )
 
     def build(self, resources: Resources) -> PolicyGradientPhase:
+        """The phase, from what the experiment hands out."""
         return PolicyGradientPhase(self, resources)
 
 
@@ -298,6 +299,7 @@ class PolicyGradientPhase:
         self._learn = jax.jit(learn, donate_argnums=1, static_argnames="groups")
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        """Adds the value, if there is one, optimizer states, KL control, references, the reward's state."""
         added = self.functions.init_value(params["model"])
         groups = {"model": params["model"], **added}
         transform = layer_by_layer(self.config.optimizer.transform())
@@ -348,9 +350,11 @@ class PolicyGradientPhase:
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """Tells the reward what the evaluation measured."""
         return self.rollouts.observe(state, numbers)
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        """What a step compiles: sampling, scoring and the updates."""
         config, length = self.config, self.rollouts.longest_prompt(prompt_length)
         state, idle = without_idle(state, self)
         references = self.rollouts.references.of(state)

@@ -29,8 +29,8 @@ class Opponent:
 class RolloutSettings:
     """How a phase makes its rollouts."""
 
-    reward: CompositeReward
-    prompts_per_step: BatchSize = 64
+    reward: CompositeReward  # what a response earns
+    prompts_per_step: BatchSize = 64  # how many prompts a step answers
     samples_per_prompt: BatchSize = 1  # answers to each prompt
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
     long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
@@ -40,7 +40,9 @@ class RolloutSettings:
     )  # how the policy answers; whole distributions only
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
     missing_eos_penalty: NonNegative | None = 1.0  # taken from the score of a response that did not end
-    references: dict[str, Reference] = field(default_factory=lambda: {"sft": Reference()})
+    references: dict[str, Reference] = field(  # copies or folders that the policy is held to
+        default_factory=lambda: {"sft": Reference()}
+    )
     opponent: Opponent | None = None  # who else answers, for rewards that compare
     rollout_weights: Literal["fsdp", "tensor", "replicated"] = "tensor"  # see `parallel.rules.ROLLOUTS`
     rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it

@@ -32,12 +32,11 @@ _SMALLEST_CHUNK = 64  # tokens
 class Ancestral:
     """Settings of `generate`: ``temperature`` 0 is greedy, ``None`` cuts nothing off."""
 
-    max_new_tokens: Count = 64
-    temperature: NonNegative = 1.0
-    top_k: Count | None = None
-    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None
-    # rows decoded at once; one that has ended takes the next prompt (`queue`). All
-    slots: BatchSize | None = None
+    max_new_tokens: Count = 64  # longest response
+    temperature: NonNegative = 1.0  # divisor of the logits; 0 is greedy
+    top_k: Count | None = None  # likeliest tokens that may be chosen; null: all
+    top_p: Annotated[float, Interval(gt=0, le=1)] | None = None  # mass of the likeliest that may be; null: 1
+    slots: BatchSize | None = None  # rows decoded at once; one that has ended takes the next prompt; null: all
 
     @property
     def policy_temperature(self) -> float | None:

@@ -226,13 +226,7 @@ class Experiment:
         return self.config.offload
 
     def train(self) -> RunState:
-        """Trains to the last step and returns the final state; resumes what is in the run directory.
-
-        Raises:
-            NonFiniteError: a loss, gradient or parameter is not finite. The newest checkpoint is from before.
-            Interrupted: SIGINT, SIGTERM or SIGHUP came; the state was saved first.
-            UserError: another process trains in the run directory.
-        """
+        """Trains to the last step and returns the final state; resumes, and raises, as `training.loop.train`."""
         return train(self)
 
     def init(self) -> RunState:

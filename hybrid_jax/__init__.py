@@ -45,7 +45,6 @@ _PUBLIC = {
     "models.families.settings": ["fixed", "require", "same"],
     "models.folders.hf": ["Pretrained"],
     "models.rope": ["ROPE_SCALINGS"],
-    "models.heads": ["HEADS", "Head"],
     # data
     "data.sources": ["SOURCES", "Source"],
     "data.preferences": ["PREFERENCES", "Preference"],

@@ -226,7 +226,7 @@ class Experiment:
         return self.config.offload
 
     def train(self) -> RunState:
-        """Trains to the last step and returns the final state; resumes, and raises, as `training.loop.train`."""
+        """Trains to the last step and returns the final state; resumes and raises as `training.loop.train`."""
         return train(self)
 
     def init(self) -> RunState:

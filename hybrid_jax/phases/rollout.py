@@ -303,7 +303,7 @@ class Rollouts:
         raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
         # A few numbers a row, from every process: statistics are over the whole rollout.
         gather = partial(gather_rows, self._placement, num_rows=len(asked.examples))
-        complete = (np.isin(tokens, eos_ids) & mask).any(axis=1)
+        complete = ended(tokens, mask, eos_ids)
         scores, reward_state = reward.weigh(
             reward_state,
             {name: gather(part) for name, part in raw.items()},

@@ -28,11 +28,12 @@ _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+|$)", re.DOTA
 def token_texts(
     decode: Callable[[Sequence[int]], str], tokens: Int[np.ndarray, "B R"], mask: Bool[np.ndarray, "B R"]
 ) -> TokenTexts:
-    """What each token adds to the text of its response; together they are the text.
+    """What each token adds to the text of its response, up to the last chosen one; together they are the text.
 
-    A token that ends inside a character adds nothing, the one that completes it adds the character.
+    A token that ends inside a character adds nothing, the one that completes it adds the character. One that
+    the policy did not choose (where ``mask`` is False) adds nothing either: it only keeps its place.
     """
-    return [_added(decode, [int(token) for token in row[kept]]) for row, kept in zip(tokens, mask, strict=True)]
+    return [_in_place(decode, row, chosen) for row, chosen in zip(tokens, mask, strict=True)]
 
 
 def response_pieces(
@@ -43,6 +44,14 @@ def response_pieces(
 ) -> TokenTexts:
     """`token_texts` of sampled responses; an end-of-sequence token adds nothing."""
     return token_texts(lambda ids: tokenizer.decode([i for i in ids if i not in eos_ids]), tokens, mask)
+
+
+def _in_place(decode: Callable[[Sequence[int]], str], row: np.ndarray, chosen: np.ndarray) -> list[str]:
+    places = np.flatnonzero(chosen)
+    pieces = [""] * (int(places[-1]) + 1 if len(places) else 0)
+    for place, piece in zip(places, _added(decode, [int(token) for token in row[places]]), strict=True):
+        pieces[place] = piece
+    return pieces
 
 
 def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:

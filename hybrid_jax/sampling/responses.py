@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +21,15 @@ def join(
     return tokens, jnp.concatenate([prompt_mask, samples.attention_mask], axis=1)
 
 
-def ended(
-    tokens: Int[Array, "B R"], action_mask: Bool[Array, "B R"], eos_ids: Sequence[int]
-) -> Bool[Array, "B"]:
-    """Whether a response ended by itself, with an end-of-sequence token, rather than by its length."""
-    is_end = jnp.isin(tokens, jnp.asarray(eos_ids, tokens.dtype))
-    return jnp.any(is_end & action_mask, axis=1)
+def ended(tokens: Any, action_mask: Any, eos_ids: Sequence[int]) -> Any:
+    """Whether a response [B R] ended by itself, its last chosen token being an end, rather than by its length.
+
+    Arrays may be on the host or on the device; the result, bool [B], is where they are.
+    """
+    xp = np if isinstance(tokens, np.ndarray) else jnp
+    chosen_from_here = xp.cumsum(action_mask[:, ::-1], axis=1)[:, ::-1]
+    is_last = action_mask & (chosen_from_here == 1)
+    return xp.any(is_last & xp.isin(tokens, xp.asarray(eos_ids, tokens.dtype)), axis=1)
 
 
 def decode_responses(

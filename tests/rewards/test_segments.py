@@ -129,3 +129,12 @@ def test_a_potential_gives_differences_that_add_up_to_nothing():
         Part(letters, level="potential", clip=(0.0, 1.0))
     with pytest.raises(ValueError, match=r"discount must be 1 for a reward with level: potential, got 0.9"):
         PPO(reward=reward, discount=0.9)
+
+
+def test_a_segment_ends_in_the_column_of_its_token_where_the_policy_was_told_others_between():
+    tokens, mask = np.array([[0, 1, 7, 7, 2, 3, 7]]), np.array([[1, 1, 0, 0, 1, 1, 0]], bool)
+    words = ["Good", " food", ".", " Bad", "", "", "", "told"]
+    (pieces,) = token_texts(lambda ids: "".join(words[i] for i in ids), tokens, mask)
+    assert pieces == ["Good", " food", "", "", ".", " Bad"]
+    assert segments(pieces, "sentence") == [(4, "Good food."), (5, "Bad")]
+    assert segments(pieces, "sequence") == [(5, "Good food. Bad")]

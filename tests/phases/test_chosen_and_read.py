@@ -60,7 +60,7 @@ def _read(params, tokens):
 
 @pytest.fixture(scope="module")
 def loop(rollout):
-    """(column, log-prob, reference's, value, advantage, return) of each chosen token of each row; the scores."""
+    """Of each chosen token (column, log-prob, reference's, value, advantage, return), by row; the scores."""
     params, reference, scored, behaviour = rollout
     head = params["ppo/value"]["head"]
     rows, scores = [], []

@@ -46,6 +46,14 @@ def test_it_names_the_step_it_goes_on_at_the_mesh_the_folder_and_what_an_adapter
     assert lines[6] == "  steps    8, evaluation every 2, checkpoint every 3"
 
 
+def test_a_phase_of_another_name_is_shown_with_its_kind():
+    phases = "phases={teach: {name: sft}}"
+    lines = lines_of(
+        state_of(model=5), phases, "scheduler={name: alternation, warmup: {teach: 1}, cycle: {teach: 1}}"
+    )
+    assert lines[5] == "  phases   teach (sft) 8 steps by alternation"
+
+
 def test_a_scheduler_that_waits_for_a_metric_promises_no_counts():
     lines = lines_of(state_of(model=5), TRIGGERED)
     assert lines[5] == "  phases   sft, ppo by triggered, which waits for sft/loss"

@@ -10,6 +10,7 @@ import jax
 
 from hybrid_jax.core.config import to_dict
 from hybrid_jax.parallel.rules import Placement
+from hybrid_jax.training.loggers import phase_label
 from hybrid_jax.training.scheduler import planned_steps
 from hybrid_jax.training.state import RunState
 
@@ -32,7 +33,7 @@ def banner(
         "devices": _devices(placement),
         "model": _model(named["model"], state),
         "data": f"{named['data']['name']}, {rows['train']:,} rows to learn from, {rows['held_out']:,} held out",
-        "phases": _phases(settings, named["scheduler"]["name"]),
+        "phases": _phases(settings, named),
         "steps": _steps(settings),
     }
     width = max(map(len, lines))
@@ -59,9 +60,13 @@ def _model(model: Mapping[str, Any], state: RunState) -> str:
     return f"{model['name']}{path}, {_short(policy + base)} parameters, {trained}{added}"
 
 
-def _phases(settings: Any, name: str) -> str:
+def _phases(settings: Any, named: Mapping[str, Any]) -> str:
     """Names the phases with their planned steps, where no metric decides them."""
-    planned = planned_steps(settings.scheduler, settings.steps)
+    name = named["scheduler"]["name"]
+    planned = {
+        phase_label(phase, named["phases"][phase]["name"]): steps
+        for phase, steps in planned_steps(settings.scheduler, settings.steps).items()
+    }
     if None in planned.values():
         metric = getattr(settings.scheduler, "metric", "a metric")
         return f"{', '.join(planned)} by {name}, which waits for {metric}"

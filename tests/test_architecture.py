@@ -293,6 +293,11 @@ def test_every_public_name_is_where_the_package_says():
         assert hasattr(importlib.import_module(f"hybrid_jax.{module}"), attribute), name
 
 
+def test_every_public_name_is_listed_where_extensions_are_explained():
+    listed = set(re.findall(r"`(\w+)`", (PACKAGE.parent / "docs" / "extending.md").read_text()))
+    assert not set(hybrid_jax.__all__) - listed
+
+
 def test_each_library_stays_in_its_room():
     wrong = []
     for path in modules():

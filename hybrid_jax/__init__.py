@@ -53,9 +53,9 @@ _PUBLIC = {
     # algorithms
     "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
     "algorithms.log_probs": ["entropy", "token_log_probs"],
-    "algorithms.advantages": ["ADVANTAGES", "Advantage", "gae", "whiten"],
+    "algorithms.advantages": ["ADVANTAGES", "GAE", "Advantage", "gae", "whiten"],
     "algorithms.policy_gradient": [
-        *("OBJECTIVES", "PolicyObjective", "clipped_policy_loss", "clipped_value_loss"),
+        *("OBJECTIVES", "Clipped", "PolicyObjective", "clipped_policy_loss", "clipped_value_loss"),
     ],
     "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],
     # samplers

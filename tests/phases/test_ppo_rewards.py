@@ -338,3 +338,29 @@ def test_what_compares_the_answers_to_one_prompt_needs_two_of_them(reward, setti
     with pytest.raises(ValueError, match=re.escape(f"at least 2 for reward.{setting}, got 1")):
         PPO(reward=reward)
     PPO(reward=reward, samples_per_prompt=2)
+
+
+GROUPED = {
+    "a baseline": "phases.ppo.reward.baseline={kind: others}",
+    "a normaliser": "phases.ppo.reward.parts={a: {reward: {name: length, target: 3}, normalise: group}}",
+}
+
+
+@pytest.mark.parametrize("comparison", GROUPED.values(), ids=GROUPED)
+def test_where_answers_are_compared_the_loss_at_ratio_one_is_about_zero_although_most_pay_a_penalty(
+    tmp_path, comparison
+):
+    """It was 0.97, the share that did not end, when the penalty was taken behind the comparison."""
+    settings = ["samples_per_prompt=4", "epochs=1", "minibatches=1", "whiten_advantages=false", "trace=1"]
+    overrides = [f"phases.ppo.{setting}" for setting in settings]
+    overrides += ["phases.ppo.sampler.max_new_tokens=24", "compilation_cache=null", f"run_dir={tmp_path}"]
+    overrides += ["scheduler={name: alternation, warmup: {sft: 0}, cycle: {sft: 0, ppo: 1}}", comparison]
+    config = Path(__file__).parents[2] / "configs" / "debug" / "hybrid.yaml"
+    built = build(load_config(config, overrides))
+    _, metrics = built.phases["ppo"].step(built.init(), built.key)
+    assert metrics["ppo/first_ratio"] == pytest.approx(1.0, abs=1e-5)
+    assert metrics["ppo/penalty"] > 0.9
+    assert 0 < metrics["ppo/eos_fraction"] < 1
+    assert metrics["ppo/shaped_score"] == pytest.approx(0.0, abs=1e-6)
+    # A loss weighs tokens alike, not responses, and those that ended are shorter: it is not 0 to the last digit.
+    assert metrics["ppo/policy_loss"] == pytest.approx(0.0, abs=0.05)

@@ -362,5 +362,5 @@ def test_where_answers_are_compared_the_loss_at_ratio_one_is_about_zero_although
     assert metrics["ppo/penalty"] > 0.9
     assert 0 < metrics["ppo/eos_fraction"] < 1
     assert metrics["ppo/shaped_score"] == pytest.approx(0.0, abs=1e-6)
-    # A loss weighs tokens alike, not responses, and those that ended are shorter: it is not 0 to the last digit.
+    # A loss weighs tokens alike, not responses, and those that ended are shorter: it is not exactly 0.
     assert metrics["ppo/policy_loss"] == pytest.approx(0.0, abs=0.05)

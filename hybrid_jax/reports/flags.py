@@ -160,7 +160,7 @@ def dead_parts(phase: Rewarded) -> list[str] | None:
         known,
         lambda part, share: (
             f"{part} was clipped in {100 * share:.0f} % of the rows {phase.late}: "
-            "there it tells responses apart no more."
+            "there it no longer tells responses apart."
         ),
         lambda share: share > MAX_CLIPPED,
     )
@@ -180,7 +180,7 @@ def constant_parts(phase: Rewarded) -> list[str] | None:
             f"{part} gives no signal: in all of training every response got "
             f"{short_number(phase.silent_parts[part])}."
             if part in phase.silent_parts
-            else f"{part} gave all responses of a rollout the same {phase.late}: it teaches nothing more."
+            else f"{part} gave all responses of a rollout the same {phase.late}: it no longer teaches anything."
         ),
         lambda seen: seen[0] <= 1e-9 * max(1.0, abs(seen[1])),
     )

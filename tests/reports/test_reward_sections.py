@@ -204,7 +204,7 @@ def test_a_part_that_is_the_same_for_all_is_told():
     late = ppo(20, a=3.0, a_std=lambda i: float(i < 18))
     assert only("constant parts", run(late)) == (
         "a gave all responses of a rollout the same over the last tenth of the ppo steps: "
-        "it teaches nothing more."
+        "it no longer teaches anything."
     )
     assert found(find_flags(run(ppo(20, a=3.0, a_std=lambda i: float(i == 19))))) == []
 

@@ -18,8 +18,7 @@ from jax import Array
 
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.models.base import ModelOutput, Params, RowCache
-from hybrid_jax.models.decoder import Decoder
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.encoder import Encoder, EncoderConfig
 from hybrid_jax.models.folders.encoder import save_encoder
 from hybrid_jax.models.folders.hf import save_pretrained

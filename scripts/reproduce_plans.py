@@ -17,7 +17,7 @@ from pathlib import Path
 
 from hybrid_jax import plan
 from hybrid_jax.experiment import ExperimentConfig, load_config, plan_phases
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.flops import matmul_parameters, train_flops
 from hybrid_jax.planning.step import compile_step, device_bytes
 from hybrid_jax.planning.table import number, size

@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.models.attention.rule import AttentionRule
 from hybrid_jax.models.decoder_cache import LayerCache
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder_config import DecoderSettings
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
 from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, rms_norm
@@ -54,7 +54,7 @@ class Context:
 class Network(nn.Module):
     """The whole decoder: embeddings, layers and the norm before the head, tokens to hidden states [B T D]."""
 
-    config: DecoderConfig
+    config: DecoderSettings
     attend: Attend
 
     @nn.compact
@@ -109,7 +109,7 @@ class Network(nn.Module):
             self.param("lm_head", lambda key: {"bias": jnp.zeros(c.vocab_size or 0)})
 
 
-def _context(c: DecoderConfig, positions, real) -> Context:
+def _context(c: DecoderSettings, positions, real) -> Context:
     if c.position != "rotary":
         return Context(real, None, None)
     table = rotary_table(positions, c.rotary_channels, c.rope_theta, c.rope_scaling)
@@ -121,7 +121,7 @@ def _context(c: DecoderConfig, positions, real) -> Context:
 class Turn(nn.Module):
     """The layers of one turn of the scan."""
 
-    config: DecoderConfig
+    config: DecoderSettings
     attend: Attend
 
     @nn.compact
@@ -134,7 +134,9 @@ class Turn(nn.Module):
         return (x, stacks, turn + 1), None
 
 
-def _layers(c: DecoderConfig, attend: Attend, count: int, x, context: Context, caches: list[LayerCache] | None):
+def _layers(
+    c: DecoderSettings, attend: Attend, count: int, x, context: Context, caches: list[LayerCache] | None
+):
     """``count`` layers, one after the other, within the module that calls."""
     layer, written = _checkpointed(c.execution), []
     for i in range(count):
@@ -158,14 +160,14 @@ def _checkpointed(execution: Execution) -> Any:
     return nn.remat(Layer, policy=policy[execution.remat], prevent_cse=not execution.scan_layers)
 
 
-def _dropout(module: nn.Module, c: DecoderConfig) -> nn.Dropout:
+def _dropout(module: nn.Module, c: DecoderSettings) -> nn.Dropout:
     return nn.Dropout(c.dropout, deterministic=c.dropout == 0.0 or not module.has_rng("dropout"))
 
 
 class Layer(nn.Module):
     """One layer: attention and an MLP or a mixture, each a branch that is added to ``x``."""
 
-    config: DecoderConfig
+    config: DecoderSettings
     index: int
     attend: Attend
 
@@ -198,7 +200,7 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention: projections, positions, `attend`, and the output map."""
 
-    config: DecoderConfig
+    config: DecoderSettings
     index: int
     attend: Attend
 
@@ -237,7 +239,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """An MLP of one hidden layer, plain or gated."""
 
-    config: DecoderConfig
+    config: DecoderSettings
     inner_width: int
 
     @nn.compact
@@ -253,7 +255,7 @@ class Mlp(nn.Module):
 class Mixture(nn.Module):
     """Gated MLPs of which a router chooses some for every token."""
 
-    config: DecoderConfig
+    config: DecoderSettings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: Context):
@@ -291,7 +293,7 @@ class Mixture(nn.Module):
         return dispatch.gather(product("expert_down", inner, c.width, residual_std(c)), weights)
 
 
-def residual_std(config: DecoderConfig) -> float:
+def residual_std(config: DecoderSettings) -> float:
     """GPT-2 shrinks what writes into the residual stream by √(number of residual branches)."""
     return config.init_std / math.sqrt(2 * config.num_layers)
 
@@ -335,7 +337,7 @@ class Stack(nn.Module):
 class Norm(nn.Module):
     """A layer norm or an RMS norm, computed in float32."""
 
-    config: DecoderConfig
+    config: DecoderSettings
 
     @nn.compact
     def __call__(self, x):
@@ -345,7 +347,7 @@ class Norm(nn.Module):
 class HeadNorm(nn.Module):
     """The norm of queries or keys, over the channels of each head or over all of them."""
 
-    config: DecoderConfig
+    config: DecoderSettings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H C"]):
@@ -356,7 +358,7 @@ class HeadNorm(nn.Module):
         return normalize(self, c, x, x.shape[3:] if c.query_key_norm == "head" else x.shape[2:], False)
 
 
-def normalize(module: nn.Module, c: DecoderConfig, x, shape: tuple[int, ...], use_bias: bool):
+def normalize(module: nn.Module, c: DecoderSettings, x, shape: tuple[int, ...], use_bias: bool):
     """Layer or RMS norm over the last axis with the scale, and the bias, that the module keeps."""
     one = nn.initializers.zeros if c.norm_unit_offset else nn.initializers.ones
     scale = module.param("scale", one, shape) if c.norm_scale else jnp.ones(shape)
@@ -376,7 +378,7 @@ class Embedding(nn.Module):
 
     rows: int | None
     width: int
-    config: DecoderConfig
+    config: DecoderSettings
 
     @nn.compact
     def __call__(self, indices):

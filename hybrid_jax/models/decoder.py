@@ -19,19 +19,36 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.arrays import Sum, segment_positions
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Parameters
+from hybrid_jax.core.ranges import settings
 from hybrid_jax.models.attention.choice import causal_attention
 from hybrid_jax.models.attention.einsum import cached_attention
-from hybrid_jax.models.base import ModelOutput, Params
+from hybrid_jax.models.base import BACKBONES, ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_cache import EMPTY, DecoderCache
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder_config import DecoderSettings
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
 from hybrid_jax.parallel.rules import made_in_parts, shard
 
-__all__ = ["Decoder", "DecoderCache", "DecoderConfig"]
+
+@BACKBONES.register("decoder")
+@settings
+class DecoderConfig(DecoderSettings):
+    """The switches of the decoder, and the model of them. ``None`` means the usual choice, named behind it."""
+
+    def build(self, vocab_size: int | None = None) -> Decoder:
+        """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
+        size = self.vocab_size or vocab_size
+        if size is None:
+            raise UserError("vocab_size is missing: the decoder names none and there is no tokenizer")
+        if vocab_size is not None and size < vocab_size:
+            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
+        if self.lora is not None and self.lora.path is not None:
+            raise UserError("lora.path needs the model that it was trained on: model.name pretrained")
+        return Decoder(replace(self, vocab_size=size))
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from annotated_types import Interval
 
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import (
     Count,
     Layers,
@@ -21,14 +20,10 @@ from hybrid_jax.core.ranges import (
     settings,
 )
 from hybrid_jax.models.attention.rule import AttentionRule, alibi_slopes
-from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.lora import Lora
 from hybrid_jax.models.rope import ROPE_SCALINGS
-
-if TYPE_CHECKING:
-    from hybrid_jax.models.decoder import Decoder
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 Activation = Literal["gelu_tanh", "gelu", "silu", "relu"]
@@ -36,9 +31,8 @@ RopeBase = Annotated[float, Interval(gt=0, le=1e12)]
 _PER_LAYER = ("window_layers", "rotary_layers")
 
 
-@BACKBONES.register("decoder")
 @settings
-class DecoderConfig:
+class DecoderSettings:
     """Every switch of the decoder. ``None`` means the usual choice, named behind it."""
 
     num_layers: Layers = 4  # how many
@@ -167,7 +161,7 @@ class DecoderConfig:
         periods = (p for p in range(1, self.num_layers) if self.num_layers % p == 0)
         return next((p for p in periods if kinds == kinds[:p] * (self.num_layers // p)), self.num_layers)
 
-    def resolved(self) -> DecoderConfig:
+    def resolved(self) -> Self:
         """The same decoder with every choice spelled out, so that equal decoders compare equal."""
         layers = range(self.num_layers)
         windowed, rotary = tuple(map(self.is_windowed, layers)), tuple(map(self.is_rotary, layers))
@@ -198,18 +192,5 @@ class DecoderConfig:
         }
         return replace(self, **{**spelled, **unused})
 
-    def build(self, vocab_size: int | None = None) -> Decoder:
-        """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
-        from hybrid_jax.models.decoder import Decoder
 
-        size = self.vocab_size or vocab_size
-        if size is None:
-            raise UserError("vocab_size is missing: the decoder names none and there is no tokenizer")
-        if vocab_size is not None and size < vocab_size:
-            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
-        if self.lora is not None and self.lora.path is not None:
-            raise UserError("lora.path needs the model that it was trained on: model.name pretrained")
-        return Decoder(replace(self, vocab_size=size))
-
-
-_PLAIN = DecoderConfig()
+_PLAIN = DecoderSettings()

@@ -23,13 +23,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.models.base import ModelOutput, Params
+from hybrid_jax.core.ranges import settings
+from hybrid_jax.models.base import BACKBONES, ModelOutput, Params
 from hybrid_jax.models.encoder_blocks import masked_attention
 from hybrid_jax.models.encoder_decoder_blocks import Attend, Network
-from hybrid_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from hybrid_jax.models.encoder_decoder_config import EncoderDecoderSettings
 from hybrid_jax.models.layers import linear
-
-__all__ = ["EncoderDecoder", "EncoderDecoderCache", "EncoderDecoderConfig"]
 
 
 @struct.dataclass
@@ -44,6 +43,21 @@ class EncoderDecoderCache:
     def take(self, rows: Int[Array, "N"]) -> EncoderDecoderCache:
         """`Cache.take`."""
         return jax.tree.map(lambda x: x[rows], self)
+
+
+@BACKBONES.register("encoder_decoder")
+@settings
+class EncoderDecoderConfig(EncoderDecoderSettings):
+    """The switches of the encoder-decoder, and the model of them. ``None`` means the usual choice, named behind it."""
+
+    def build(self, vocab_size: int | None = None) -> EncoderDecoder:
+        """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
+        size = self.vocab_size or vocab_size
+        if size is None:
+            raise UserError("vocab_size is missing: the encoder-decoder names none and there is no tokenizer")
+        if vocab_size is not None and size < vocab_size:
+            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
+        return EncoderDecoder(replace(self, vocab_size=size))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from hybrid_jax.models.blocks import Linear
 from hybrid_jax.models.encoder_blocks import Embedding, Norm
-from hybrid_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from hybrid_jax.models.encoder_decoder_config import EncoderDecoderSettings
 from hybrid_jax.models.layers import ACTIVATIONS
 
 Drop = Callable[[Array], Array]
@@ -50,7 +50,7 @@ def relative_buckets(
 class Network(nn.Module):
     """Encoder and decoder over one embedding."""
 
-    config: EncoderDecoderConfig
+    config: EncoderDecoderSettings
 
     def setup(self):
         """Makes the parts that both methods use."""
@@ -101,7 +101,7 @@ class Network(nn.Module):
 class Layer(nn.Module):
     """Attention, in the decoder cross-attention, and an MLP, each on a residual branch."""
 
-    config: EncoderDecoderConfig
+    config: EncoderDecoderSettings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], attend: Attend, cross: Attend | None, bias, drop: Drop):
@@ -118,7 +118,7 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Projections around an `Attend`."""
 
-    config: EncoderDecoderConfig
+    config: EncoderDecoderSettings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], attend: Attend, bias, drop: Drop):
@@ -142,7 +142,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """An MLP, plain or gated."""
 
-    config: EncoderDecoderConfig
+    config: EncoderDecoderSettings
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], drop: Drop):

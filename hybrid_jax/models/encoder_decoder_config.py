@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from annotated_types import Ge
 
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import (
     Count,
     Layers,
@@ -19,16 +18,11 @@ from hybrid_jax.core.ranges import (
     Width,
     settings,
 )
-from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.decoder_config import Activation
 
-if TYPE_CHECKING:
-    from hybrid_jax.models.encoder_decoder import EncoderDecoder
 
-
-@BACKBONES.register("encoder_decoder")
 @settings
-class EncoderDecoderConfig:
+class EncoderDecoderSettings:
     """Every switch of the encoder-decoder. ``None`` means the usual choice, named behind it."""
 
     num_layers: Layers = 4  # of the encoder
@@ -81,7 +75,7 @@ class EncoderDecoderConfig:
         """Width of an MLP, F."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
-    def resolved(self) -> EncoderDecoderConfig:
+    def resolved(self) -> Self:
         """What a config.json can say, with every choice spelled out.
 
         It cannot say whether the head is the embedding: `transformers` 5 looks whether the weights have one.
@@ -93,14 +87,3 @@ class EncoderDecoderConfig:
             mlp_width=self.inner_width,
             tie_embeddings=True,
         )
-
-    def build(self, vocab_size: int | None = None) -> EncoderDecoder:
-        """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
-        from hybrid_jax.models.encoder_decoder import EncoderDecoder
-
-        size = self.vocab_size or vocab_size
-        if size is None:
-            raise UserError("vocab_size is missing: the encoder-decoder names none and there is no tokenizer")
-        if vocab_size is not None and size < vocab_size:
-            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
-        return EncoderDecoder(replace(self, vocab_size=size))

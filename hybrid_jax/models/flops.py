@@ -22,7 +22,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 
 Map = tuple[str, int, int, int]  # path, inputs, outputs, times that a token goes through such a map
 

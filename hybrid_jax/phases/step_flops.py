@@ -6,7 +6,7 @@ from typing import Any
 
 from jax import Array
 
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.flops import forward_flops, train_flops
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from hybrid_jax.models.base import BACKBONES, Cache, LanguageModel, RefillCache, SlotCache
-from hybrid_jax.models.decoder_config import DecoderConfig
-from hybrid_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
 from hybrid_jax.testing import PrefixTable, tiny_decoder_folder

@@ -81,7 +81,7 @@ def test_numbers_that_are_not_finite_are_not_written(run, tmp_path):
 
 def test_a_model_that_no_folder_can_name_is_refused_before_training_where_it_is_to_be_exported(tiny, tmp_path):
     from hybrid_jax import HybridTrainer
-    from hybrid_jax.models.decoder_config import DecoderConfig
+    from hybrid_jax.models.decoder import DecoderConfig
 
     class Local(DecoderConfig):
         """A class that only this function can find."""

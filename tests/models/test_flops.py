@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.flops import forward_flops, matmul_parameters, train_flops
 from hybrid_jax.models.folders.hf import abstract_params

@@ -19,7 +19,7 @@ from hybrid_jax.core.batches import Example, PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.classifier import Classifier, save_classifier
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.clock import Clock

@@ -12,7 +12,7 @@ from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Rollout, Samples, TokenBatch
 from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.phases import minibatches as minibatches_module
 from hybrid_jax.phases import sft

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Rollout
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.sft_mix import SFTMix

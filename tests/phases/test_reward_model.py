@@ -16,7 +16,7 @@ from hybrid_jax.data.preferences import JsonlPreferences, Preference
 from hybrid_jax.data.scored_text import encode_scored
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment import build, load_config
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder import EncoderConfig
 from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.models.heads import RegressionHead

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Samples
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.sampling.ancestral import Ancestral, generate
 from hybrid_jax.sampling.base import sample
 from hybrid_jax.sampling.engine import Engine

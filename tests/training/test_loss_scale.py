@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.phases.sft import sft_objective
 from hybrid_jax.training.loss_scale import DynamicLossScale, initial_loss_scale, loss_scale_of
 from hybrid_jax.training.nonfinite import FINE

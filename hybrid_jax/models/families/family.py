@@ -16,7 +16,7 @@ import numpy as np
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.decoder_config import DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.families.settings import Part, Settings
 from hybrid_jax.models.families.weights import Row, Table, expand

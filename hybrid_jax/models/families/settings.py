@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.models.decoder_config import Activation, DecoderConfig
+from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.decoder_config import Activation
 from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.rope import Dynamic, Linear, Llama3, LongRope, Yarn, yarn_amplification
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybrid_jax.models.encoder_decoder_config import EncoderDecoderConfig
+from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.settings import Part, Settings, activation, require, same
 from hybrid_jax.models.families.weights import Table

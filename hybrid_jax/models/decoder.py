@@ -37,7 +37,7 @@ from hybrid_jax.parallel.rules import made_in_parts, shard
 @BACKBONES.register("decoder")
 @settings
 class DecoderConfig(DecoderSettings):
-    """The switches of the decoder, and the model of them. ``None`` means the usual choice, named behind it."""
+    """The decoder, and how it is built. ``None`` means the usual choice, named behind it."""
 
     def build(self, vocab_size: int | None = None) -> Decoder:
         """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""

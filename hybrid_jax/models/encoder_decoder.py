@@ -48,7 +48,7 @@ class EncoderDecoderCache:
 @BACKBONES.register("encoder_decoder")
 @settings
 class EncoderDecoderConfig(EncoderDecoderSettings):
-    """The switches of the encoder-decoder, and the model of them. ``None`` means the usual choice, named behind it."""
+    """The encoder-decoder, and how it is built. ``None`` means the usual choice, named behind it."""
 
     def build(self, vocab_size: int | None = None) -> EncoderDecoder:
         """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""

@@ -160,6 +160,7 @@ def _build_phases(
                 eos_ids=eos_ids,
                 offload=config.offload,
                 held_out=held_out,
+                phases={other: config.phases[other] for other in planned},
                 following=partial(phase_after, config.scheduler, phase=name),
                 heads=config.heads,
                 trunk_trains=trunk_trains,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from hybrid_jax.core.batches import PromptBatch
+from hybrid_jax.core.batches import Example, PromptBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.phases.rollout_settings import RolloutSettings
+from hybrid_jax.phases.sft import SFT, sft_stream
 from hybrid_jax.training.phase import Resources
 
 
@@ -19,7 +22,9 @@ def prompt_stream(config: RolloutSettings, resources: Resources) -> PromptStream
             f"phases.{resources.name}: a rollout needs a decoder; an encoder-decoder learns by sft alone"
         )
     assert resources.examples is not None
-    examples = config.source.load("train") if config.source is not None else resources.examples
+    learner = shared_with(config, resources)
+    source = config.source if learner is None else resources.phases[learner].source
+    examples = source.load("train") if source is not None else resources.examples
     most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
     buckets, setting = config.prompt_buckets, f"phases.{resources.name}.prompt_buckets"
     if buckets is not None and most is not None and max(buckets) > most:
@@ -34,7 +39,47 @@ def prompt_stream(config: RolloutSettings, resources: Resources) -> PromptStream
             f"{setting} must hold the longest prompt, of {stream.longest} tokens, got {list(buckets)}; add a "
             f"length, or set phases.{resources.name}.max_prompt_length to {max(buckets)}"
         )
+    if learner is not None:
+        _check_rows_are_examples(learner, resources, examples, stream)
     return stream
+
+
+def shared_with(config: RolloutSettings, resources: Resources) -> str | None:
+    """The phase whose examples are answered as well as learned; None where the prompts are the phase's own.
+
+    Raises:
+        UserError: there is no such phase, or more than one, its batches have another size or no row identity.
+    """
+    if config.prompts == "own":
+        return None
+    here = f"phases.{resources.name}"
+    learners = {name: phase for name, phase in resources.phases.items() if isinstance(phase, SFT)}
+    if len(learners) != 1:
+        found = ", ".join(learners) or "none"
+        raise UserError(f"{here}.prompts: shared needs one phase of sft that takes steps, got {found}")
+    (name, sft), *_ = learners.items()
+    if sft.packing:
+        raise UserError(f"phases.{name}.packing must be false for {here}.prompts: shared, got true")
+    if sft.batch_size != config.prompts_per_step:
+        raise UserError(
+            f"{here}.prompts_per_step must be phases.{name}.batch_size, {sft.batch_size}, for prompts: shared, "
+            f"got {config.prompts_per_step}"
+        )
+    return name
+
+
+def _check_rows_are_examples(
+    learner: str, resources: Resources, examples: Sequence[Example], prompts: PromptStream
+) -> None:
+    """Row i is example i in both streams: then one cursor reads the same examples in both."""
+    rows = {learner: sft_stream(resources.phases[learner], resources, f"phases.{learner}").num_rows}
+    rows[resources.name] = prompts.num_rows
+    for name, count in rows.items():
+        if count != len(examples) or any(example.messages for example in examples):
+            raise UserError(
+                f"phases.{resources.name}.prompts: shared needs one row for each of the {len(examples)} "
+                f"examples, phases.{name} has {count}: none may be a conversation, or left out as too long"
+            )
 
 
 def repeated(prompts: PromptBatch, times: int) -> PromptBatch:

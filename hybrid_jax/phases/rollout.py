@@ -26,7 +26,7 @@ from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, shard_rows, under
 from hybrid_jax.phases.clock import Clock
-from hybrid_jax.phases.prompts import prompt_stream, repeated
+from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.rollout_settings import RolloutSettings
@@ -169,9 +169,10 @@ class Rollouts:
         self._ahead = (
             RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
         )
-        self.prompts = None if resources.examples is None else prompt_stream(config, resources)
-        self._columns = [] if self.prompts is None else column_names(self.prompts.examples)
-        if self.prompts is not None:
+        self.prompts, self._learner, self._columns = None, None, []
+        if resources.examples is not None:
+            self.prompts, self._learner = prompt_stream(config, resources), shared_with(config, resources)
+            self._columns = column_names(self.prompts.examples)
             config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
         sampling = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
         self._sample = jax.jit(under(sampling, program("sample")))
@@ -202,7 +203,7 @@ class Rollouts:
             sample_key: of the policy's answers.
             clock: told what the host waits for.
         """
-        cursor = state.cursors.get(self.name, 0)
+        cursor = self._cursor(state)
         asked, prompts = self._prompt_batch(cursor)
         clock.lap("input")
         samples, following = self._answers(state, cursor, prompts, sample_key)
@@ -210,7 +211,9 @@ class Rollouts:
         rollout = self._score(state.base, state.train.params, references, *prompts, samples)
         opponents = self._opponents(state, prompts, key)
         rollout, reward_state, metrics = self._rewarded(state, asked, samples, rollout, opponents, clock)
-        cursors, waiting = {self.name: cursor + self.config.prompts_per_step}, None
+        # Shared prompts have no cursor of their own: whoever learns them moves on.
+        cursors = {} if self._learner else {self.name: cursor + self.config.prompts_per_step}
+        waiting = None
         if self._ahead is not None:
             metrics["staleness"] = self._ahead.staleness(state)
             waiting = self._ahead.waiting(state) if following is None else following
@@ -245,6 +248,17 @@ class Rollouts:
         """The state once these numbers of the evaluation were measured."""
         remembered = self.config.reward.observe(state.host[self._reward_key], numbers)
         return replace(state, host={**state.host, self._reward_key: remembered})
+
+    def _cursor(self, state: RunState) -> int:
+        """Where the prompts begin: behind the last ones, or with the batch that was learned last."""
+        if self._learner is None:
+            return state.cursors.get(self.name, 0)
+        if not (learned := state.cursors.get(self._learner, 0)):
+            raise UserError(
+                f"phases.{self.name}.prompts: shared needs a step of {self._learner} before the first of "
+                f"{self.name}: begin with it, by scheduler.warmup for instance"
+            )
+        return learned - self.config.prompts_per_step
 
     def _prompt_batch(self, cursor: int) -> tuple[PromptBatch, tuple[Any, Any]]:
         """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""

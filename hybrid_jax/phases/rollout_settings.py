@@ -38,6 +38,7 @@ class RolloutSettings:
     sampler: Annotated[Any, SAMPLERS] = Ancestral(
         max_new_tokens=64
     )  # how the policy answers; whole distributions only
+    prompts: Literal["own", "shared"] = "own"  # shared: those of the batch that the phase of SFT learned last
     source: Annotated[Any, SOURCES] | None = None  # prompts of its own; None takes the run's
     missing_eos_penalty: NonNegative | None = 1.0  # taken from the score of a response that did not end
     references: dict[str, Reference] = field(  # copies or folders that the policy is held to
@@ -50,6 +51,9 @@ class RolloutSettings:
     def __post_init__(self):
         if self.prompt_buckets is not None and len(set(self.prompt_buckets)) < len(self.prompt_buckets):
             raise ValueError(f"prompt_buckets must be different lengths, got {list(self.prompt_buckets)}")
+        if self.prompts == "shared" and (self.source is not None or self.rollout_ahead):
+            given = "a source" if self.source is not None else "rollout_ahead: true"
+            raise ValueError(f"prompts: shared takes neither a source nor rollout_ahead, got {given}")
         in_groups = [f"parts.{n}.normalise: group" for n, p in self.reward.parts.items() if p.is_in_groups]
         if self.reward.baseline is not None and self.reward.baseline.kind == "others":
             in_groups.append("baseline: {kind: others}")

@@ -120,6 +120,7 @@ class Resources:
     eos_ids: tuple[int, ...]  # every token that ends a response
     offload: Sequence[str] = ()  # what waits in the host's memory while no phase uses it
     held_out: Callable[[], Sequence[Example]] | None = None  # loads the held-out split
+    phases: Mapping[str, Any] = field(default_factory=dict)  # the settings of all phases that take steps
     following: Callable[[ScheduleState], str | None] = lambda state: None  # the phase after a step of this one
     heads: Mapping[str, Any] = field(default_factory=dict)  # settings of the run's heads (`HEADS`), by name
     trunk_trains: bool = True  # any phase of the run trains the trunk

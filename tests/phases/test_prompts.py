@@ -1,5 +1,6 @@
 """Prompts on their way to a policy: how many lengths they are padded to, each of which compiles a step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.experiment import build, load_config
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.prompts import prompt_stream
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.training.loop import take_step
 
 REWARD = CompositeReward({"none": Part(lambda responses: [0.0] * len(responses))})
 LENGTHS = (5, 20, 40, 70, 100, 150)  # characters, and so bytes
@@ -67,3 +70,73 @@ def test_lengths_that_do_not_fit_the_prompts_are_one_line(buckets, message):
 def test_lengths_are_different_and_positive(buckets, message):
     with pytest.raises(ValueError, match=message):
         stream(prompt_buckets=buckets)
+
+
+SHARED = [
+    "phases.sft={batch_size: 4, length: 96, packing: false}",
+    "phases.ppo.prompts=shared",
+    "phases.ppo.prompts_per_step=4",
+    "phases.ppo.minibatches=1",
+    "scheduler={name: alternation, warmup: {sft: 0}, cycle: {sft: 1, ppo: 1}}",
+    "evaluation={num_prompts: 0, num_examples: 0}",
+    "compilation_cache=null",
+]
+
+
+def built(folder, *overrides):
+    config = Path(__file__).parents[2] / "configs" / "debug" / "hybrid.yaml"
+    return build(load_config(config, [f"run_dir={folder}", *SHARED, *overrides]))
+
+
+def test_shared_prompts_are_those_of_the_batch_that_was_just_learned(tmp_path, monkeypatch):
+    experiment = built(tmp_path)
+    state, sft, rollouts = experiment.init(), experiment.phases["sft"], experiment.phases["ppo"].rollouts
+    tokenizer, texts = experiment.tokenizer, []
+    asked = rollouts._prompt_batch
+    monkeypatch.setattr(
+        rollouts, "_prompt_batch", lambda cursor: texts.append(asked(cursor)[0]) or asked(cursor)
+    )
+    for step in range(3):
+        learned = sft.stream.batch(4 * step, 4)
+        for _ in range(2):
+            phase = experiment.phases[experiment.scheduler.choose(state.schedule)]
+            state = take_step(experiment, phase, state)
+        answered = texts[step].examples
+        assert len({example.prompt for example in answered}) > 1
+        for row, example in enumerate(answered):
+            whole = tokenizer.decode([int(t) for t in learned.tokens[row][learned.segment_ids[row] > 0][:-1]])
+            assert len(whole) > len(example.prompt)
+            assert (example.prompt + example.response).startswith(whole)  # cut where the row ends
+    assert state.cursors == {"sft": 12}  # all that a run needs to go on with the same prompts
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["phases.sft.packing=true"],
+            "phases.sft.packing must be false for phases.ppo.prompts",
+        ),
+        (
+            ["phases.sft.batch_size=8"],
+            "prompts_per_step must be phases.sft.batch_size, 8, for",
+        ),
+        (
+            ["scheduler={name: alternation, warmup: {sft: 0}, cycle: {sft: 0, ppo: 1}}", "phases.sft=null"],
+            r"prompts: shared needs one phase of sft that takes steps, got none",
+        ),
+        (
+            ["phases.ppo.max_prompt_length=20"],
+            r"shared needs one row for each of the \d+ examples, phases",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_shared_are_one_line(tmp_path, overrides, message):
+    with pytest.raises(UserError, match=message):
+        built(tmp_path, *overrides)
+
+
+def test_a_run_with_shared_prompts_begins_by_learning(tmp_path):
+    experiment = built(tmp_path, "scheduler={name: alternation, warmup: {sft: 0}, cycle: {ppo: 1, sft: 1}}")
+    with pytest.raises(UserError, match="shared needs a step of sft before the first of ppo"):
+        experiment.phases["ppo"].step(experiment.init(), experiment.key)

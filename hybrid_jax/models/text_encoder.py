@@ -48,9 +48,9 @@ class TextEncoder:
     separator_id: int | None = None
 
     @property
-    def settings(self) -> TextEncoderSettings:
+    def settings(self) -> TextEncoderConfig:
         """What builds it, without the folder that it came from."""
-        return TextEncoderSettings(
+        return TextEncoderConfig(
             encoder=self.config,
             pooling=self.pooling.mode,
             normalize=self.pooling.normalize,
@@ -202,7 +202,7 @@ def find_separator(folder: Path) -> int | None:
 
 @BACKBONES.register("encoder")
 @settings(kw_only=True)
-class TextEncoderSettings:
+class TextEncoderConfig:
     """A `TextEncoder` as a trunk, a random or a pretrained one.
 
     Attributes:

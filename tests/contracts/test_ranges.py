@@ -30,7 +30,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Bandit": {"metric": "sft/loss"},
     "Endpoint": {"url": "https://example.com/v1", "model": "m"},
     "ClassificationHead": {"labels": ["a", "b"]},
-    "TextEncoderSettings": {"path": "a"},
+    "TextEncoderConfig": {"path": "a"},
     "Limit": {"at_most": 0.5},
     "Triggered": {"below": 0.5},
     "JsonSchema": {"schema": {}},

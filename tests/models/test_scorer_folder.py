@@ -22,7 +22,7 @@ from hybrid_jax.models.heads import ClassificationHead
 from hybrid_jax.models.lora import Lora
 from hybrid_jax.models.ngrams import NGrams
 from hybrid_jax.models.scorer import SequenceScorer, TextScorer, text_trunk
-from hybrid_jax.models.text_encoder import TextEncoderSettings
+from hybrid_jax.models.text_encoder import TextEncoderConfig
 
 LABELS = ("bad", "good")
 SEPARATOR = 3
@@ -37,8 +37,8 @@ SCORERS = {  # a trunk, and settings of a head
     "classifier with adapters": (replace(DECODER, lora=Lora(rank=2)), {}),
     "unknown to transformers": (replace(DECODER, logit_softcap=2.0), {}),
     "a layer before the map": (DECODER, LAYERED),
-    "encoder": (TextEncoderSettings(encoder=ENCODER), {}),
-    "pairs": (TextEncoderSettings(encoder=ENCODER, pair="features", separator_id=SEPARATOR), LAYERED),
+    "encoder": (TextEncoderConfig(encoder=ENCODER), {}),
+    "pairs": (TextEncoderConfig(encoder=ENCODER, pair="features", separator_id=SEPARATOR), LAYERED),
 }
 
 
@@ -109,7 +109,7 @@ def test_a_head_reads_the_language_model_of_a_folder(tmp_path):
 def test_a_head_that_trains_alone_gives_the_trunk_no_gradient(tmp_path):
     encoder = Encoder(ENCODER)
     save_encoder(tmp_path, encoder, encoder.init(jax.random.key(1)))
-    scorer = scorer_of(TextEncoderSettings(path=str(tmp_path)), trains_trunk=False)
+    scorer = scorer_of(TextEncoderConfig(path=str(tmp_path)), trains_trunk=False)
     params = moved(scorer.init(jax.random.key(0)))
     gradient = jax.grad(lambda p: scores(scorer, p).sum())(params)
     assert all(not leaf.any() for leaf in jax.tree.leaves(gradient["trunk"]))

@@ -16,7 +16,7 @@ from hybrid_jax.models.encoder import Encoder, EncoderConfig
 from hybrid_jax.models.folders.encoder import save_encoder
 from hybrid_jax.models.heads import ClassificationHead, RegressionHead
 from hybrid_jax.models.ngrams import NGrams
-from hybrid_jax.models.text_encoder import TextEncoderSettings
+from hybrid_jax.models.text_encoder import TextEncoderConfig
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases.classifier import Classification
 from hybrid_jax.runs.initial_state import fresh_state
@@ -148,7 +148,7 @@ def test_balanced_weights_make_rare_labels_count_the_same():
 def test_a_frozen_body_learns_on_features_and_stays_as_it_is(tmp_path):
     encoder = Encoder(EncoderConfig(vocab_size=257, num_layers=1, width=16, num_heads=2, max_length=64))
     save_encoder(tmp_path, encoder, encoder.init(jax.random.key(3)))
-    model = TextEncoderSettings(path=str(tmp_path), normalize=True).build(257)
+    model = TextEncoderConfig(path=str(tmp_path), normalize=True).build(257)
     settings = Classification(batch_size=16, calibration_fraction=0.0, optimizer=OPTIMIZER)
     rows = [Example("", word * 4, {"label": i % 2}) for i, word in enumerate(["no", "yes"] * 20)]
     head = ClassificationHead(labels=LABELS, trains_trunk=False)

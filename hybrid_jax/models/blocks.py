@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
@@ -219,7 +220,7 @@ class Attention(nn.Module):
         mixed = checkpoint_name(shard(mixed, "attention_batch", "length", "attention_heads", None), MIXED)
         bias = c.attention_bias if c.output_bias is None else c.output_bias
         out = Linear(c.width, bias, residual_std(c), c.dtype, lora=c.lora, name="output")
-        return out(shard(mixed.reshape(*x.shape[:2], -1), "batch", "length", "heads")), cache
+        return out(shard(rearrange(mixed, "b t h c -> b t (h c)"), "batch", "length", "heads")), cache
 
     def _heads(self) -> dict[str, int]:
         c = self.config
@@ -233,7 +234,7 @@ class Attention(nn.Module):
         # First where the weights lie, then where attention wants it: else the weights would travel.
         y = shard(y, "batch", "length", "heads" if name == "query" else "kv_heads")
         role = "attention_heads" if name == "query" else "attention_kv_heads"
-        return shard(y.reshape(*x.shape[:2], heads, c.channels), "attention_batch", "length", role, None)
+        return shard(rearrange(y, "b t (h c) -> b t h c", h=heads), "attention_batch", "length", role, None)
 
 
 class Mlp(nn.Module):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import segment_positions
@@ -270,11 +271,12 @@ class _Attention(nn.Module):
         c = self.config
         mapped = partial(Linear, c.width, True, c.init_std, c.dtype)
         q, k, v = (
-            mapped(name=name)(x).reshape(*x.shape[:2], c.num_heads, -1) for name in ("query", "key", "value")
+            rearrange(mapped(name=name)(x), "b t (h c) -> b t h c", h=c.num_heads)
+            for name in ("query", "key", "value")
         )
         drop = nn.Dropout(c.attention_dropout, deterministic=deterministic)
         mixed = masked_attention(q, k, v, visible, q.shape[-1] ** -0.5, drop=drop)
-        return mapped(name="output")(mixed.reshape(x.shape))
+        return mapped(name="output")(rearrange(mixed, "b t h c -> b t (h c)"))
 
 
 class _Mlp(nn.Module):

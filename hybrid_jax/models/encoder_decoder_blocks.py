@@ -127,7 +127,7 @@ class Attention(nn.Module):
 
         def heads(name: str, x: Array, std: float) -> Array:
             y = Linear(inner, False, c.init_factor * std, c.dtype, name=name)(x)
-            return y.reshape(*x.shape[:2], c.num_heads, c.channels)
+            return rearrange(y, "b t (h c) -> b t h c", h=c.num_heads)
 
         def project(source: Array) -> tuple[Array, Array]:
             return heads("key", source, c.width**-0.5), heads("value", source, c.width**-0.5)
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         q = heads("query", x, (c.width * c.channels) ** -0.5)
         mixed, kept = attend(q, x, project, bias, drop)
         out = Linear(c.width, False, c.init_factor * inner**-0.5, c.dtype, name="output")
-        return out(mixed.reshape(*x.shape[:2], inner)), kept
+        return out(rearrange(mixed, "b t h c -> b t (h c)")), kept
 
 
 class Mlp(nn.Module):

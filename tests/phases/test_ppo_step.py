@@ -74,7 +74,7 @@ class Stage:
         self.copied.append(self.state.step)
         return trained
 
-    def _update(self, base, train, batch, key, rate):
+    def _update(self, base, references, train, batch, key, rate):
         self.learnt.append({"phase": "sft", "tokens": np.asarray(batch.tokens), "rate": float(rate)})
         return train, {}
 

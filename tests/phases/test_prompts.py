@@ -1,9 +1,12 @@
 """Prompts on their way to a policy: how many lengths they are padded to, each of which compiles a step."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 
 from hybrid_jax.core.batches import Example
@@ -14,7 +17,7 @@ from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.prompts import prompt_stream
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.sampling.ancestral import Ancestral
-from hybrid_jax.training.loop import take_step
+from hybrid_jax.training.loop import take_step, train
 
 REWARD = CompositeReward({"none": Part(lambda responses: [0.0] * len(responses))})
 LENGTHS = (5, 20, 40, 70, 100, 150)  # characters, and so bytes
@@ -140,3 +143,13 @@ def test_a_run_with_shared_prompts_begins_by_learning(tmp_path):
     experiment = built(tmp_path, "scheduler={name: alternation, warmup: {sft: 0}, cycle: {ppo: 1, sft: 1}}")
     with pytest.raises(UserError, match="shared needs a step of sft before the first of ppo"):
         experiment.phases["ppo"].step(experiment.init(), experiment.key)
+
+
+def test_a_resumed_run_answers_the_same_shared_prompts(tmp_path):
+    ends = ["steps=4", "checkpoint={every: 3, keep: 4}"]  # between the batch and its answers
+    whole = train(built(tmp_path, *ends))
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    resumed = train(built(tmp_path, *ends))
+    leaves = [jax.tree.leaves((state.train, dict(state.host))) for state in (whole, resumed)]
+    assert all(np.array_equal(a, b) for a, b in zip(*leaves, strict=True))
+    assert whole.cursors == resumed.cursors == {"sft": 8}

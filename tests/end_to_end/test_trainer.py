@@ -77,7 +77,7 @@ def test_after_a_training_that_was_interrupted_the_policy_is_read_again(trained,
     trainer = HybridTrainer(trained[0].config)
     before = trainer.policy
     assert trainer.policy is before
-    monkeypatch.setattr("hybrid_jax.trainer.train", stop)
+    monkeypatch.setattr("hybrid_jax.experiment.train", stop)
     with pytest.raises(KeyboardInterrupt, match="the run is saved"):
         trainer.train()
     assert trainer.policy is not before

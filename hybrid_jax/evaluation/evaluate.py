@@ -18,6 +18,7 @@ from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.tokenizer import Tokenizer
+from hybrid_jax.evaluation.answer_scores import AnswerScores
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
@@ -25,9 +26,9 @@ from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import current_placement
-from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names, columns_of
+from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names
 from hybrid_jax.rewards.composite import CompositeReward, Part
-from hybrid_jax.rewards.segments import TokenTexts, response_pieces
+from hybrid_jax.rewards.segments import response_pieces
 from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
@@ -73,7 +74,7 @@ class Evaluator:
         examples: Sequence[Example],
         *,
         sampler: Sampler | None,
-        reward: CompositeReward | None,
+        rewards: Mapping[str, CompositeReward],
         seed: int,
         eos_ids: tuple[int, ...],
         length: int | None = None,
@@ -82,11 +83,14 @@ class Evaluator:
     ):
         self.config = config
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
-        self.sampler, self._reward = config.sampler or sampler, config.reward or reward
+        self.sampler = config.sampler or sampler
+        if config.reward is not None:
+            rewards = {"": config.reward}
+        # The first is what the run is about: its numbers have no prefix, however many phases have a reward.
+        prefixes = ("", *(f"{phase}/" for phase in [*rewards][1:]))
+        self._scored = [AnswerScores(*each) for each in zip(rewards.values(), prefixes, strict=False)]
         judges = {name: Part(judge) for name, judge in config.judges.items()}
-        self._judges = CompositeReward(judges) if judges else None
-        placed = {n: part for n, part in self._reward.parts.items() if part.is_placed} if self._reward else {}
-        self._wholes = CompositeReward(placed) if placed else None
+        self._judges = AnswerScores(CompositeReward(judges), "judge/") if judges else None
         self._key = root_key(seed, Purpose.EVALUATION)
         answered = [example for example in examples if example.response is not None][: config.num_examples]
         asked = [example for example in examples if example.prompt][: config.num_prompts]
@@ -105,8 +109,8 @@ class Evaluator:
             self._prompts = PromptStream(asked, tokenizer, self._room(), long_rows=long)
         self._columns = column_names(asked)
         if self._prompts is not None:
-            for scored_by in filter(None, (self._reward, self._judges)):
-                scored_by.check_columns(self._columns)
+            for scored in filter(None, (*self._scored, self._judges)):
+                scored.reward.check_columns(self._columns)
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
@@ -148,34 +152,35 @@ class Evaluator:
             examples += prompts.examples[:count]
         here = [examples[row] for row in answers["row"]]
         pieces = answers.pop("pieces", None)
-        if self._reward is not None and not self._reward.on_device:
-            length = self.sampler.max_new_tokens if self.sampler else None
-            answers |= _raw("raw", self._reward, here, answers["response"], self._columns, pieces, length)
-        for kind, reward in (("whole", self._wholes), ("judge", self._judges)):
-            if reward is not None:
-                answers |= _raw(kind, reward, here, answers["response"], self._columns)
+        length = self.sampler.max_new_tokens if self.sampler else None
+        for scored in self._scored:
+            answers |= scored.of_texts(here, answers["response"], self._columns, pieces, length)
+        if self._judges is not None:
+            answers |= self._judges.of_texts(here, answers["response"], self._columns)
         answers = _in_order(hosts.exchange(answers))
-        responses = answers["response"]
+        responses, prompts = answers["response"], [example.prompt for example in examples]
         numbers = {
             "eos_fraction": float(np.mean(answers["complete"])),
             "response_length": float(np.mean(answers["length"])),
             "distinct_2": float(distinct_n(responses, 2)),
             **_bleu(examples, responses),
         }
-        scores, parts = self._scores(answers, [example.prompt for example in examples])
-        if scores is not None:
-            numbers["score"], numbers["score_std"] = float(scores.mean()), float(scores.std())
-            numbers["score_length_slope"] = _slope(scores, answers["length"])
-        numbers |= {f"reward/{name}": float(np.mean(values)) for name, values in parts.items()}
-        judged = {name: np.asarray(answers[f"judge/{name}"], np.float32) for name in self.config.judges}
-        numbers |= {f"judge/{name}": float(np.mean(values)) for name, values in judged.items()}
-        rows = [
-            self._sample_row(i, examples, responses, scores, {**parts, **judged}) for i in range(len(examples))
-        ]
-        by_prompt = {f"reward/{name}": values for name, values in parts.items()}
-        by_prompt |= {f"judge/{name}": values for name, values in judged.items()}
-        by_prompt |= {} if scores is None else {"score": scores}
-        shown = [*rows[: self.config.num_shown], *self._extremes(rows, {**parts, **judged})]
+        by_prompt, parts = {}, {}
+        for scored in self._scored:
+            scores, values = scored.scores(answers, prompts)
+            named = {f"{scored.prefix}reward/{name}": each for name, each in values.items()}
+            numbers |= {**_of_scores(scored.prefix, scores, answers["length"]), **_means(named)}
+            by_prompt |= {f"{scored.prefix}score": scores, **named}
+            parts |= {f"{scored.prefix}{name}": each for name, each in values.items()}
+        if self._judges is not None:
+            judged = self._judges.scores(answers, prompts)[1]
+            named = {f"judge/{name}": each for name, each in judged.items()}
+            numbers |= _means(named)
+            by_prompt |= named
+            parts |= judged
+        score = by_prompt.get("score")
+        rows = [self._sample_row(i, examples, responses, score, parts) for i in range(len(examples))]
+        shown = [*rows[: self.config.num_shown], *self._extremes(rows, parts)]
         return numbers, shown, {name: _short(values) for name, values in by_prompt.items()}
 
     def _answer(
@@ -203,26 +208,13 @@ class Evaluator:
             "complete": complete.tolist(),
             "length": mask.sum(axis=1).tolist(),
         }
-        if self._wholes is not None:
+        if any(scored.needs_pieces for scored in self._scored):
             answers["pieces"] = response_pieces(self._tokenizer, tokens, mask, self._eos_ids)
-        if self._reward is not None and self._reward.on_device:
-            joined = join(asked, asked_mask, drawn)
-            scores = self._reward.score_tokens(*joined, drawn.action_mask)
-            answers["score"] = fetch_rows(scores)[: len(rows)].tolist()
+        joined = join(asked, asked_mask, drawn)
+        for scored in self._scored:
+            for name, scores in scored.of_tokens(*joined, drawn.action_mask).items():
+                answers[name] = fetch_rows(scores)[: len(rows)].tolist()
         return answers
-
-    def _scores(
-        self, answers: dict[str, list[Any]], prompts: Sequence[str]
-    ) -> tuple[np.ndarray | None, dict[str, np.ndarray]]:
-        """The score, of segments where a part has a level, as in training; the parts, of whole responses."""
-        if self._reward is None:
-            return None, {}
-        if self._reward.on_device:
-            return np.asarray(answers["score"], np.float32), {}
-        raw = {name: np.asarray(answers[f"raw/{name}"], np.float32) for name in self._reward.parts}
-        wholes = self._wholes.parts if self._wholes else {}
-        parts = {n: np.asarray(answers[f"whole/{n}"], np.float32) if n in wholes else raw[n] for n in raw}
-        return self._reward.plain_scores(raw, prompts), parts
 
     def _sample_row(self, index: int, examples, responses, scores, parts) -> dict[str, Any]:
         return {
@@ -265,19 +257,17 @@ class Evaluator:
         return max(self._model.max_length - self.sampler.max_new_tokens, 1)
 
 
-def _raw(
-    kind: str,
-    reward: CompositeReward,
-    examples: Sequence[Example],
-    responses: Sequence[str],
-    columns: Sequence[str],
-    pieces: TokenTexts | None = None,
-    length: int | None = None,
-) -> dict[str, list[Any]]:
-    """``<kind>/<part>``: raw values of the parts, none where this process holds no answers."""
-    prompts = [example.prompt for example in examples]
-    raw = reward.raw(prompts, responses, columns_of(examples, columns), pieces, length) if examples else {}
-    return {f"{kind}/{name}": values.tolist() for name, values in raw.items()}
+def _of_scores(prefix: str, scores: np.ndarray, lengths: Sequence[float]) -> dict[str, float]:
+    """Mean and spread of a score, and what a token more goes with in it."""
+    return {
+        f"{prefix}score": float(scores.mean()),
+        f"{prefix}score_std": float(scores.std()),
+        f"{prefix}score_length_slope": _slope(scores, lengths),
+    }
+
+
+def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.mean(each)) for name, each in values.items()}
 
 
 def _short(values: np.ndarray) -> list[float]:

@@ -62,12 +62,12 @@ class Figures:
 
         Args:
             start: how its name begins, after the phase; left out in the title.
-            of: the phases to look at, "evaluation" among them; None for all.
+            of: the phases whose metrics to look at, "" for held-out ones of no phase; None for all.
         """
         by_name: dict[str, list[Line]] = {}
         for metric in self._run.curves:
             source, (phase, name) = metric.partition("/")[0], self._run.named(metric)
-            if metric not in self._drawn and name.startswith(start) and (of is None or source in of):
+            if metric not in self._drawn and name.startswith(start) and (of is None or phase in of):
                 label = "held-out" if source == EVALUATION else self._run.label(phase)
                 by_name.setdefault(name, []).append(Line(metric, label))
         return [

@@ -166,11 +166,12 @@ def _tiles(run: Run) -> list[tuple[str, str, str]]:
     tiles = []
     if score := run.value("evaluation/score"):
         tiles.append(("Held-out score", _score(score[1]), _score_note(_score_change(run))))
-    tiles += [
-        (f"Score of {escaped(phase.phase, 100)}", _score(score[1]), "in training, at the end")
-        for phase in rewarded_phases(run)
-        if not phase.is_evaluated and (score := run.value(phase.trained("score")))
-    ]
+    for phase in (phase for phase in rewarded_phases(run) if not phase.is_first):
+        whose = escaped(phase.phase, 100)
+        if score := run.value(phase.held_out("score")):
+            tiles.append((f"Held-out score of {whose}", _score(score[1]), "at the end"))
+        elif score := run.value(phase.trained("score")):  # of a run that measured the first reward alone
+            tiles.append((f"Score of {whose}", _score(score[1]), "in training, at the end"))
     for metric in run.curves:
         phase, name = run.named(metric)
         if name == "accuracy" and metric.startswith(EVALUATION) and (accuracy := run.value(metric)):

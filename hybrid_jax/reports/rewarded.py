@@ -17,20 +17,26 @@ class Rewarded:
     Attributes:
         run: whose phase it is.
         phase: its name; "" of a run whose evaluation scores answers though no phase learns from a reward.
-        is_evaluated: whether the evaluation measures the reward of this phase, and not that of another.
+        is_first: whether the evaluation has its numbers under no name of a phase: of the first phase that has
+            a reward, or of all phases together.
     """
 
     run: Run
     phase: str
-    is_evaluated: bool
+    is_first: bool
 
     def trained(self, name: str) -> str:
         """A metric as the phase logs it."""
         return f"{self.phase}/{name}"
 
     def held_out(self, name: str) -> str:
-        """A metric as the evaluation logs it; that of a phase which is not evaluated is in no run."""
-        return f"evaluation/{name}" if self.is_evaluated else ""
+        """A metric as the evaluation logs it."""
+        return f"evaluation/{name}" if self.is_first else f"evaluation/{self.phase}/{name}"
+
+    def owns(self, part: str) -> bool:
+        """Whether what a sample calls so, ``<part>`` or ``<phase>/<part>``, is a part of this reward."""
+        phase = part.partition("/")[0]
+        return phase == self.phase if phase in self.run.rewarded and phase != part else self.is_first
 
     @property
     def late(self) -> str:
@@ -40,7 +46,7 @@ class Rewarded:
     @cached_property
     def parts(self) -> list[str]:
         """Names of the parts of the reward; beside each stand numbers of its distribution, in newer runs."""
-        held_out = self.run.names("evaluation/reward/") if self.is_evaluated else []
+        held_out = self.run.names(self.held_out("reward/"))
         trained = [name for name in self.run.names(self.trained("reward/")) if "~" not in name]
         if described := [name for name in trained if self.trained(f"reward/{name}_std") in self.run.curves]:
             trained = described
@@ -49,7 +55,7 @@ class Rewarded:
     @cached_property
     def judges(self) -> list[str]:
         """Names of the rewards that are measured held-out, and never trained on."""
-        return self.run.names("evaluation/judge/") if self.is_evaluated else []
+        return self.run.names("evaluation/judge/") if self.is_first else []
 
     @cached_property
     def silent_parts(self) -> dict[str, float]:
@@ -91,8 +97,8 @@ class Rewarded:
 def rewarded_phases(run: Run) -> list[Rewarded]:
     """Every phase that learns from a reward, or the held-out numbers alone where none does.
 
-    The evaluation measures the reward of the first such phase of the config.
+    The numbers of the first one in the config have no name of a phase in the evaluation.
     """
     listed = [phase for phase, settings in run.settings.items() if "reward" in settings]
-    evaluated = next((phase for phase in [*listed, *run.rewarded] if phase in run.rewarded), "")
-    return [Rewarded(run, phase, phase == evaluated) for phase in run.rewarded or [""]]
+    first = next((phase for phase in [*listed, *run.rewarded] if phase in run.rewarded), "")
+    return [Rewarded(run, phase, phase == first) for phase in run.rewarded or [""]]

@@ -15,7 +15,6 @@ from hybrid_jax.reports.page import Figures, chart_grid, escaped, folded, sectio
 from hybrid_jax.reports.rewarded import Rewarded, rewarded_phases
 from hybrid_jax.reports.run import Run
 from hybrid_jax.reports.samples import answer_text, score_text
-from hybrid_jax.training.time_left import EVALUATION
 
 _SHOWN_EXTREMES = 2  # of the best and of the worst answers by each part
 _MAX_NAME = 40
@@ -52,7 +51,7 @@ def _charts(phase: Rewarded, figures: Figures) -> Iterator[Chart]:
     yield from (judge_chart(phase, judge) for judge in phase.judges)
     yield from combination_charts(phase)
     # Only now, when all of the above are drawn, is it known which are left.
-    yield from figures.rest("reward/", of=(phase.phase, EVALUATION) if phase.is_evaluated else (phase.phase,))
+    yield from figures.rest("reward/", of=(phase.phase, "") if phase.is_first else (phase.phase,))
 
 
 # --- flags -----------------------------------------------------------------------------------------------
@@ -169,16 +168,15 @@ def _name(name: str) -> str:
 
 def _extremes(phase: Rewarded) -> str:
     """The best and the worst answers by each part and judge at the last evaluation that has any."""
-    if not phase.is_evaluated:
-        return ""
     run = phase.run
     last = max((record["step"] for record in run.extremes), default=0)
     by_part: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for record in run.extremes:
         mark = record["extreme"]
-        if record["step"] == last and isinstance(mark, Mapping) and mark.get("rank") in ("best", "worst"):
-            ranks = by_part.setdefault(str(mark.get("part")), {"best": [], "worst": []})
-            ranks[mark["rank"]].append(record)
+        if record["step"] != last or not isinstance(mark, Mapping) or mark.get("rank") not in ("best", "worst"):
+            continue
+        if phase.owns(part := str(mark.get("part"))):
+            by_part.setdefault(part, {"best": [], "worst": []})[mark["rank"]].append(record)
     if not by_part:
         return ""
     folds = "".join(_extremes_of(part, ranks, part in phase.judges) for part, ranks in by_part.items())

@@ -19,8 +19,9 @@ def make_evaluator(
     eos_ids: tuple[int, ...],
     held_out: Sequence[Example] | None = None,
 ) -> Evaluator:
-    """Makes the evaluator of an experiment, with the sampler and the reward that it trains with."""
-    trained_by = next((c for c in config.phases.values() if hasattr(c, "reward")), None)
+    """Makes the evaluator of an experiment, with the sampler and the rewards that it trains with."""
+    rewarded = {name: phase for name, phase in config.phases.items() if hasattr(phase, "reward")}
+    trained_by = next(iter(rewarded.values()), None)
     length, long_rows = sft.examples_read(config.phases)
     return Evaluator(
         config.evaluation,
@@ -28,7 +29,7 @@ def make_evaluator(
         tokenizer,
         config.data.load("held_out") if held_out is None else held_out,
         sampler=getattr(trained_by, "sampler", None),
-        reward=getattr(trained_by, "reward", None),
+        rewards={name: phase.reward for name, phase in rewarded.items()},
         length=length,
         long_rows=long_rows,
         long_prompts=getattr(trained_by, "long_prompts", "drop"),

@@ -41,7 +41,7 @@ def test_held_out_segments_are_scored_as_in_training_and_shown_as_wholes(level, 
         tokenizer,
         [Example(prompt, None) for prompt in "ab"],
         sampler=Ancestral(max_new_tokens=LENGTH),
-        reward=reward,
+        rewards={"ppo": reward},
         seed=0,
         eos_ids=(tokenizer.eos_id,),
     )

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from hybrid_jax import build, load_config
 from hybrid_jax.testing import TINY
@@ -66,6 +67,15 @@ def test_two_phases_of_one_kind_have_rewards_values_and_references_of_their_own(
     assert {"short/reward", "long/reward"} == set(state.host)
     assert state.host["long/reward"]["many"]["count"] == 2 * 4
     assert {"short/kl_control", "long/kl_control"} <= set(state.train.extra)
+    # Each held-out answer is scored by both: a = -(6 - n) / 6 of n words, and -(30 - n) / 30 = -0.8 + 0.2 a.
+    evaluations = [record for record in run.records if record["phase"] == "evaluation"]
+    assert evaluations
+    for found in evaluations:
+        by_short, by_long = (found["by_prompt"][f"evaluation/{name}"] for name in ("score", "long/score"))
+        np.testing.assert_allclose(by_long, -0.8 + 0.2 * np.array(by_short), rtol=1e-5)
+        assert found["evaluation/long/score"] == pytest.approx(-0.8 + 0.2 * found["evaluation/score"], rel=1e-5)
+        assert found["evaluation/long/reward/many"] == pytest.approx(found["evaluation/long/score"])
+    assert "Held-out score of long" in run.page
 
 
 def _first(tree):

@@ -114,7 +114,8 @@ def test_two_phases_of_one_kind_have_tiles_lines_and_sections_of_their_own(tmp_p
     phases = config_of("sft", "polite")["phases"] | {
         "short": {"name": "ppo", "reward": {"parts": {"brief": {}}}}
     }
-    page = write(tmp_path / "two", [*records, evaluated(21)], {"phases": phases})
+    of_short = {"evaluation/short/score": 0.25, "evaluation/short/reward/brief": -1.5}
+    page = write(tmp_path / "two", [*records, evaluated(21) | of_short], {"phases": phases})
     text = text_of(page)
     assert re.findall("<h2>(.*?)</h2>", page) == [
         *("Progress", "Samples", "Rewards of short (ppo)", "Rewards of polite (ppo)"),
@@ -125,7 +126,7 @@ def test_two_phases_of_one_kind_have_tiles_lines_and_sections_of_their_own(tmp_p
     assert "No signal in training from constant: see Rewards of polite (ppo)." in text
     assert "KL to the reference of short 9.5 nats" in text
     assert "KL to the reference of polite 10 nats" in text
-    assert "Score of short 1.900 in training, at the end" in text  # the evaluation measures the first phase's
+    assert "Held-out score of short 0.250 at the end" in text
     assert "Held-out score 2.100 0.000 before the reward" in text
     # A line for each in the charts of what both log, each in its own colour.
     assert "Score short (ppo) 1.9 polite (ppo) 2 held-out 2.1" in text

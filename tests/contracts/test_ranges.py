@@ -106,7 +106,8 @@ def example_of(hint: Any) -> Any:
 def expected(hint: Any, value: Any) -> bool:
     """Whether a setting with this hint takes a value: the declaration read once more, by other means."""
     if (registry := registry_of(hint)) is not None:
-        return value is True and registry.default is not None  # no text in `VALUES` names a component
+        # No text in `VALUES` names a component: the one that a registry takes without a name is left.
+        return (value is True or value == {}) and registry.default is not None
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if not get_origin(inner[0]):

@@ -87,6 +87,6 @@ def _read(config: Classification, examples: list[Example]) -> tuple[list[np.ndar
 
     phase = ClassifierPhase.__new__(ClassifierPhase)
     phase.config, phase.name, phase._length = config, "mood", config.length
-    phase._resources = Fake(tokenizer=TOKENIZER, examples=examples)
-    phase._model = Fake(labels=("x", "y", "z"))
+    phase.resources = Fake(tokenizer=TOKENIZER, examples=examples)
+    phase._labels = ("x", "y", "z")
     return phase._read(examples, "training")

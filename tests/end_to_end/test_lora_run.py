@@ -190,7 +190,7 @@ def test_the_policy_is_exported_merged_or_as_an_adapter_and_both_go_on(built, ru
         policy.save_pretrained(tmp_path / name, adapter=bool(flags))
     for name, flags in {"merged": (), "adapter": ("--adapter",)}.items():
         code, out, err = command(export.main, "--run", run_dir, "--output", tmp_path / name, *flags)
-        assert (code, out, err) == (0, f"{tmp_path / name}  (step 4)\n", "")
+        assert (code, out, err) == (0, f"{tmp_path / name}  (language model, step 4)\n", "")
     model, params = load_pretrained(tmp_path / "merged")
     assert ADAPTER not in params
     np.testing.assert_allclose(logits(model, params), expected, rtol=1e-5, atol=1e-5)

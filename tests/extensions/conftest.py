@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hybrid_jax import build, evaluate, export, load_config, report, train
+from hybrid_jax import FAMILIES, build, evaluate, export, load_config, report, train
 from hybrid_jax.core.cli import _exit_code
 from hybrid_jax.testing import TINY, tiny_rows
 
@@ -51,7 +51,7 @@ def run_extension(monkeypatch) -> Iterator[Run]:
     The folder is on the path of modules and outside of this checkout; the config is merged over the tiny run of
     `hybrid_jax.testing`, of which it replaces whole settings.
     """
-    known = set(sys.modules)
+    known, families = set(sys.modules), set(FAMILIES)
 
     def run(folder: Path, config: Mapping[str, Any]) -> Extended:
         monkeypatch.chdir(folder)
@@ -76,6 +76,8 @@ def run_extension(monkeypatch) -> Iterator[Run]:
     for name in set(sys.modules) - known:  # another test may have a file of the same name
         if Path(getattr(sys.modules[name], "__file__", None) or HERE).parent == Path.cwd():
             del sys.modules[name]
+    for name in set(FAMILIES) - families:
+        del FAMILIES[name]
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")

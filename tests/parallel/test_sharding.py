@@ -51,9 +51,9 @@ def settings(mesh, **changes):
 
 def drawn(experiment, state):
     """What the rollout of a fresh policy samples."""
-    phase = experiment.phases["ppo"]
-    _, prompts = phase._prompt_batch(0)
-    return phase._sample(state.base, state.train.params["model"], *prompts, jax.random.key(3))
+    rollouts = experiment.phases["ppo"].rollouts
+    _, prompts = rollouts._prompt_batch(0)
+    return rollouts._sample(state.base, state.train.params["model"], *prompts, jax.random.key(3))
 
 
 def trained(mesh, **changes):

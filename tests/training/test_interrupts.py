@@ -11,6 +11,18 @@ import pytest
 from hybrid_jax.training.interrupts import Interrupted, Interrupts, leaving_in_order
 
 
+@pytest.fixture(autouse=True)
+def _signals_are_heard():
+    """Also where the tests were started by ``nohup`` or in the background, whose children ignore signals."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT)}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL))
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_first_signal_is_only_noted_and_handlers_are_put_back(number):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}

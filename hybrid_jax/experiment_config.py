@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -30,6 +31,9 @@ from hybrid_jax.training.offload import Idle
 from hybrid_jax.training.phase import LM, PHASES
 from hybrid_jax.training.profiler import ProfileConfig
 from hybrid_jax.training.scheduler import SCHEDULERS
+
+# Metrics, groups of parameters and folders begin with the name of a phase; these begin other ones.
+_TAKEN = ("compile", "evaluation", "heads", "judge", "memory", "reward", "time")
 
 
 @settings
@@ -68,8 +72,13 @@ class ExperimentConfig:
         for phase in self.scheduler.phases:
             if phase not in self.phases:
                 raise ValueError(f"scheduler chooses {phase!r}, but phases holds {', '.join(self.phases)}")
-        if wrong := [name for name in self.heads if name == LM or "/" in name]:
-            raise ValueError(f"heads must have other names than {LM!r} and no '/', got {wrong[0]!r}")
+        for setting, names, taken in (("phases", self.phases, _TAKEN), ("heads", self.heads, (LM,))):
+            if wrong := [name for name in names if name in taken or not re.fullmatch(r"[\w -]+", name)]:
+                others = ", ".join(map(repr, taken))
+                raise ValueError(
+                    f"{setting} must have other names than {others}, of letters, digits, '_' and '-', got "
+                    f"{wrong[0]!r}"
+                )
         optimizers = [phase.optimizer for phase in self.phases.values()]
         kinds = {(type(optimizer), getattr(optimizer, "state_dtype", None)) for optimizer in optimizers}
         if self.share_optimizer_state and len(kinds) > 1:

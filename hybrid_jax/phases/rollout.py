@@ -161,10 +161,9 @@ class Rollouts:
         resources: Resources,
         program: Callable[[str], Callable[..., Any]],
     ):
-        self.config: RolloutSettings = functions.config
-        self.functions, self.name = functions, functions.name
+        config: RolloutSettings = functions.config
+        self.config, self.functions, self.name = config, functions, functions.name
         self._tokenizer, self._placement = resources.tokenizer, resources.placement
-        config = self.config
         self.references = References(config.references, self.name, functions.model, resources.placement)
         self._ahead = (
             RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
@@ -176,7 +175,8 @@ class Rollouts:
             config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
         sampling = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
         self._sample = jax.jit(under(sampling, program("sample")))
-        self._score = jax.jit(under(self._placement, program("score")))
+        scoring = (jax.jit(under(self._placement, program(name))) for name in ("score", "rewarded"))
+        self._score, self._reward_on_device = scoring
 
     @property
     def _reward_key(self) -> str:
@@ -303,7 +303,7 @@ class Rollouts:
         """The rollout with its scores, what the reward remembers now, and what it says of itself."""
         reward, reward_state = self.config.reward, state.host[self._reward_key]
         if reward.on_device:
-            return self.functions.rewarded(rollout), reward_state, {}
+            return self._reward_on_device(state.base, rollout), reward_state, {}
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
         here = [asked.examples[row] for row in rows_here(samples.tokens)]
         others = [self._texts(other) for other in opponents]

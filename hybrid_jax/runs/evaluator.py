@@ -22,6 +22,8 @@ def make_evaluator(
     """Makes the evaluator of an experiment, with the sampler and the rewards that it trains with."""
     rewarded = {name: phase for name, phase in config.phases.items() if hasattr(phase, "reward")}
     trained_by = next(iter(rewarded.values()), None)
+    # A phase without steps does nothing; but what the first one wants also measures a run of SFT alone.
+    used = [name for name, phase in rewarded.items() if phase is trained_by or name in config.scheduler.phases]
     length, long_rows = sft.examples_read(config.phases)
     return Evaluator(
         config.evaluation,
@@ -29,7 +31,7 @@ def make_evaluator(
         tokenizer,
         config.data.load("held_out") if held_out is None else held_out,
         sampler=getattr(trained_by, "sampler", None),
-        rewards={name: phase.reward for name, phase in rewarded.items()},
+        rewards={name: rewarded[name].reward for name in used},
         length=length,
         long_rows=long_rows,
         long_prompts=getattr(trained_by, "long_prompts", "drop"),

@@ -44,7 +44,7 @@ def save_value(
     if not saved:
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     there = param_groups(saved_progress(files.checkpoints, saved[0]))
-    values = sorted(group for group in there if group.endswith("/value"))
+    values = sorted(group for name in settings["phases"] if (group := f"{name}/value") in there)
     if not values:
         raise UserError(
             f"{run_dir} has no value: none of its phases {', '.join(settings['phases'])} trains one"

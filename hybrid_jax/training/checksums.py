@@ -25,6 +25,7 @@ def weighted_sum(array: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     Args:
         array: of at most 32 bits an element.
     """
+    array = jax.device_put(array, jax.memory.Space.Device)  # what is idle may wait in the host's memory
     if array.dtype == bool:
         bits = array.astype(jnp.uint32)
     else:

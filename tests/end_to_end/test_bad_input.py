@@ -61,6 +61,12 @@ def mistake(command):
         ),
         ("phases.ppo.sampler.top_k=5", "phases.ppo.sampler must not truncate"),
         ("scheduler.cycle.dpo=1", "scheduler chooses 'dpo', but phases holds sft, ppo"),
+        (
+            "phases={evaluation: {name: sft}}",
+            "phases must have other names than 'compile', 'evaluation'",
+        ),
+        ("phases={a/b: {name: sft}}", "of letters, digits, '_' and '-', got 'a/b'"),
+        ("phases={a.b: {name: sft}}", "of letters, digits, '_' and '-', got 'a.b'"),
         ("scheduler.name=zigzag", "scheduler: unknown scheduler 'zigzag'; known: alternation"),
         ("data.train=gone.jsonl", "no data file 'gone.jsonl'"),
         ("data.held_out_fraction=null", "data.jsonl has no held-out data; set held_out"),

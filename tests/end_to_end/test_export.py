@@ -56,7 +56,8 @@ def test_a_separate_value_network_is_written_with_its_own_weights(run_dir, tmp_p
     network = model.init(jax.random.key(7))
     head = {"kernel": jnp.arange(16.0)[:, None], "bias": jnp.ones(1)}
     params = {"ppo/value": {"model": network, "head": head}}
-    monkeypatch.setattr(module, "param_groups", lambda progress: {"model", "ppo/value", "ppo/value/model"})
+    groups = {"model", "ppo/value", "ppo/value/model", "heads/value"}  # a head of that name is none
+    monkeypatch.setattr(module, "param_groups", lambda progress: groups)
     monkeypatch.setattr(module, "newest_params", lambda folder, groups, base: (3, params))
     classifier, params = load_classifier(module.save_value(run_dir, tmp_path))
     tokens = jnp.asarray([[65, 66, 67]])

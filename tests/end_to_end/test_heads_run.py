@@ -96,6 +96,7 @@ def test_evaluate_and_export_do_what_the_phases_allow(trained, command, tmp_path
         (["phases.classifier.head=null"], "phases.classifier.head must name a head of the run, got none"),
         (["phases.classifier.head=mood"], "got 'mood'; heads: quality, tone"),
         (["heads.lm={name: regression}"], "heads must have other names than 'lm'"),
+        (["heads={..: {name: regression}}"], "of letters, digits, '_' and '-', got '..'"),
         (["model={name: ngrams, labels: [a, b]}"], "model has no labels any more, a head on it has"),
         (["model={name: classifier, labels: [a, b]}"], "heads: {NAME: {name: classification"),
         (["model={name: ngrams}"], "phases.classifier trains the next token|phases.sft trains the next token"),

@@ -68,6 +68,7 @@ def test_every_function_compiles_once_for_each_prompt_length_and_every_update_co
     }
     once = {("sft", "_rate"): 1, ("sft", "_update"): 1, ("ppo", "_rate"): 1}
     once |= {("references", "_copy"): 1, ("value", "_copy"): 1}
+    once |= {("ppo", "_reward_on_device"): 0}  # the reward reads texts
     assert compiled == once | {("ppo", f): len(lengths) for f in ("_sample", "_score", "_learn")}
 
 
@@ -87,7 +88,15 @@ def test_references_keep_every_bit_until_they_are_refreshed_and_share_no_buffer_
     assert [r["ppo/recent"] for r in references[3:]] == [policies[2]] * 6 + [policies[8]]
 
 
-def test_after_its_first_step_no_phase_moves_data_that_it_was_not_told_to_move(built):
+TOKENS = (
+    "phases.ppo.reward={parts: {length: {reward: {name: token_length, target: 6}}}, combine: weighted_sum, "
+    "baseline: null}"
+)
+
+
+@pytest.mark.parametrize("reward", [[], [TOKENS]], ids=["texts", "tokens"])
+def test_after_its_first_step_no_phase_moves_data_that_it_was_not_told_to_move(built, tmp_path, reward):
+    built = experiment(tmp_path, *reward) if reward else built
     for step, state in enumerate(states(built, 3)):
         last = state, step
     state = last[0]

@@ -8,6 +8,7 @@ import numpy as np
 
 from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
+from hybrid_jax.training.checkpoint import Checkpoints
 from hybrid_jax.training.loop import take_step
 from hybrid_jax.training.offload import placed_for, with_idle, without_idle
 from hybrid_jax.training.state import RunState, TrainState
@@ -53,6 +54,22 @@ def test_a_run_with_idle_state_on_the_host_computes_the_same_bits():
     assert kinds(state.train.params) == {"device"}
     plain, offloaded = ((s.train, dict(s.references)) for s in states.values())
     jax.tree.map(np.testing.assert_array_equal, plain, offloaded)
+
+
+def test_what_waits_on_the_host_is_saved_and_read_again(tmp_path):
+    settings = {**SETTINGS, "run_dir": str(tmp_path), "offload": ("optimizer_states", "references")}
+    experiment = build(parse(ExperimentConfig, settings))
+    state = experiment.init()
+    for name in ("sft", "ppo", "sft"):
+        state = take_step(experiment, experiment.phases[name], state)
+    assert kinds(state.references) == kinds(state.train.opt_state["ppo"]) == {"pinned_host"}
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(state)
+    checkpoints.close()
+    found = checkpoints.newest(experiment.init())
+    assert found is not None
+    parts = ((s.train, dict(s.references)) for s in (state, found))
+    jax.tree.map(np.testing.assert_array_equal, *parts)
 
 
 @dataclass

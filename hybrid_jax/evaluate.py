@@ -131,9 +131,12 @@ def evaluate(
             raise UserError(f"an override of evaluate must begin with 'evaluation.', got {override!r}")
     measure = SUITES.find(suite, EVERYTHING)
     settings, numbers, step = run_settings(run_dir), {}, None
-    if trains_language_model(settings):
-        config = load_run_config(run_dir, overrides, trust)
-        keep_compiled(config.compilation_cache)
+    config = load_run_config(run_dir, overrides, trust)
+    keep_compiled(config.compilation_cache)
+    answers = trains_language_model(settings)
+    if not answers and suite != "held_out":
+        raise UserError(f"{run_dir} trains heads and no language model: the suite held_out measures heads")
+    if answers:
         policy = load_policy(run_dir, trust=trust)
         evaluator = make_evaluator(config, policy.model, policy.tokenizer, policy.eos_ids)
         numbers, step = dict(measure(evaluator, policy.params)), policy.step

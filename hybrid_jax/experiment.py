@@ -43,7 +43,7 @@ from hybrid_jax.runs.changes import Change, record_changes
 from hybrid_jax.runs.contents import Contents, contents
 from hybrid_jax.runs.evaluator import make_evaluator
 from hybrid_jax.runs.files import RunFiles, run_files
-from hybrid_jax.runs.head_folders import save_heads
+from hybrid_jax.runs.head_folders import check_heads, save_heads
 from hybrid_jax.runs.identity import ENVIRONMENT, check_is_run, environment, keep_earlier, owned
 from hybrid_jax.runs.initial_state import fresh_state, reference_shapes, state_shapes
 from hybrid_jax.runs.origin import (
@@ -109,7 +109,8 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     eos_ids = end_tokens(model, tokenizer, chat=chat)
     phases = _build_phases(config, placement, model, tokenizer, examples, eos_ids, held_out)
     key = root_key(config.seed, Purpose.TRAINING)
-    if config.checkpoint.export_every is not None:
+    check_heads(config.heads, config.phases, phases)
+    if config.heads or config.checkpoint.export_every is not None:
         check_has_format(config.model)
     answers = LM in config.trained_heads
     evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
@@ -384,10 +385,12 @@ def newest_state(run_dir: str | Path, trust: Container[str] = NOTHING) -> tuple[
     Raises:
         UserError: there is no checkpoint, or the data is gone.
     """
+    # Without one, `build` would look at the run that this one names in ``start_from``.
+    if not has_checkpoint(run_dir):
+        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     experiment = build(load_run_config(run_dir, trust=trust))
     state = Checkpoints(experiment.files.checkpoints, keep=1).newest(experiment.init())
-    if state is None:
-        raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
+    assert state is not None, "there is a checkpoint"
     return experiment, state
 
 

@@ -23,7 +23,7 @@ from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.heads import HEADS
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
-from hybrid_jax.runs.policy import run_settings, trust_explained
+from hybrid_jax.runs.policy import check_spelling, run_settings, trust_explained
 from hybrid_jax.training.checkpoint import CheckpointConfig
 from hybrid_jax.training.compilation import cache_folder
 from hybrid_jax.training.loggers import LOGGERS
@@ -106,20 +106,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ExperimentCo
         UserError: one line that says which setting is wrong, what was expected and the nearest valid name.
     """
     settings = load_yaml(path, overrides, ExperimentConfig, EVERYTHING)
-    _check_spelling(settings)
+    check_spelling(settings)
     return parse(ExperimentConfig, settings, trust=EVERYTHING)
-
-
-def _check_spelling(settings: Any) -> None:
-    """Says how a head is spelled now, where a model has the labels that it had before version 0.5."""
-    model = settings.get("model") if isinstance(settings, dict) else None
-    if isinstance(model, dict) and ("labels" in model or model.get("name") == "classifier"):
-        kind = "regression" if len(model.get("labels") or ()) == 1 else "classification"
-        raise UserError(
-            "model has no labels any more, a head on it has: heads: {NAME: {name: "
-            f"{kind}, labels: {model.get('labels')}}}}}; freeze is its trains_trunk: false, hidden_width and "
-            "dropout are the head's, and model: {name: classifier, backbone: …} is the backbone itself"
-        )
 
 
 def load_run_config(

@@ -19,7 +19,7 @@ from hybrid_jax.parallel.devices import check_devices
 from hybrid_jax.reports.report import write_report
 from hybrid_jax.rewards.base import DeviceReward, StartedReward
 from hybrid_jax.rewards.composite import CompositeReward
-from hybrid_jax.runs.policy import Policy, load_policy
+from hybrid_jax.runs.policy import Policy, check_spelling, load_policy
 from hybrid_jax.training.interrupts import Interrupted
 from hybrid_jax.training.loggers import METRICS_FILE, read_records
 from hybrid_jax.training.phase import PHASES
@@ -152,7 +152,9 @@ class HybridTrainer:
 def _settings_of(config: str | Path | ExperimentConfig, overrides: Sequence[str]) -> dict[str, Any]:
     """The top level of an experiment, each setting as a mapping or as the object that it is."""
     if not isinstance(config, ExperimentConfig):
-        return load_yaml(config, overrides, ExperimentConfig, EVERYTHING)
+        settings = load_yaml(config, overrides, ExperimentConfig, EVERYTHING)
+        check_spelling(settings)
+        return settings
     if overrides:
         raise UserError("overrides must be empty for an ExperimentConfig: change it by dataclasses.replace")
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -346,3 +346,20 @@ def test_no_file_outside_phases_goes_by_what_a_phase_is_called():
                 if name in names and (slash or name not in rewards):
                     wrong.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.value!r}")
     assert not wrong, wrong
+
+
+def test_the_readme_leads_from_the_command_to_a_loss_in_at_most_five_hops_and_its_map_is_there():
+    readme = (PACKAGE.parent / "README.md").read_text()
+    assert len(readme.splitlines()) <= 200
+    way = next(text for text in readme.split("\n\n") if text.startswith("From the command to a loss"))
+    of_examples, of_rewards = (part.split("→") for part in way.split("Of a policy gradient"))
+    assert len(of_examples) - 1 <= 5
+    for hop in (*of_examples, *of_rewards):
+        file, *inside = re.findall(r"`([\w./]+)`", hop)
+        text = (PACKAGE / file).read_text()
+        assert all(f"def {name}(" in text for name in inside), hop
+    house = next(text for text in readme.split("```") if "core/batches.py" in text)
+    for name in re.findall(r"\w+/[\w/]+\.py", house):
+        assert (PACKAGE / name).is_file(), name
+    for name in re.findall(r"\w+\.(?:py|sh)", house.partition("scripts/")[2]):
+        assert (PACKAGE.parent / "scripts" / name).is_file(), name

@@ -50,7 +50,7 @@ class Advantage(Protocol):
         ...
 
 
-ADVANTAGES: Registry[Advantage] = Registry("advantage")
+ADVANTAGES: Registry[Advantage] = Registry("advantage", needs=("needs_value", "min_group"))
 
 
 @ADVANTAGES.register("gae")

@@ -224,6 +224,13 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
         entry = registry.find(name, trust)
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
+    component = _component_of(entry, name, settings, path, trust)
+    if missing := [attribute for attribute in registry.needs if not hasattr(component, attribute)]:
+        raise UserError(f"{path}: {name!r} is no {registry.kind}: it has no {missing[0]!r}")
+    return component
+
+
+def _component_of(entry: Any, name: str, settings: Any, path: str, trust: Container[str]) -> Any:
     if dataclasses.is_dataclass(entry):
         return _parse_dataclass(entry, settings, path, trust)
     if inspect.isclass(entry) or not is_definition(entry):

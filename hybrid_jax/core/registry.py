@@ -53,10 +53,11 @@ class Registry(Generic[T]):
     Args:
         kind: what to call an entry in an error.
         default: the entry that a config means by ``true``, and by settings without a name; ``false`` is none.
+        needs: attributes of every component, which code of a user's may have forgotten.
     """
 
-    def __init__(self, kind: str, default: str | None = None):
-        self.kind = kind
+    def __init__(self, kind: str, default: str | None = None, needs: tuple[str, ...] = ()):
+        self.kind, self.needs = kind, needs
         self.default = default
         self._entries: dict[str, Any] = {}
         self._risks: dict[str, str] = {}

@@ -15,7 +15,7 @@ Params = dict[str, Any]  # a nested dict of arrays
 
 
 # Every entry has ``build(vocab_size: int | None) -> LanguageModel``; None keeps the size named by itself.
-BACKBONES: Registry = Registry("backbone")
+BACKBONES: Registry = Registry("backbone", needs=("build",))
 
 
 CacheT = TypeVar("CacheT")

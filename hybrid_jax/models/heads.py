@@ -55,7 +55,7 @@ class Head(Protocol):
         ...
 
 
-HEADS: Registry[Head] = Registry("head")
+HEADS: Registry[Head] = Registry("head", needs=("labels", "trains_trunk", "init", "read"))
 
 
 @settings(kw_only=True)

@@ -28,7 +28,7 @@ ENVIRONMENT = "environment.json"
 # What a training writes beside its checkpoints.
 WRITTEN = (
     *("config.yaml", ENVIRONMENT, CHANGES_FILE, METRICS_FILE, SAMPLES_FILE, "report.html", "wandb_run_id"),
-    *("tokenizer", "tensorboard", "wandb", "profile", "exports", "model"),
+    *("tokenizer", "tensorboard", "wandb", "profile", "exports", "model", "heads"),
 )
 
 

@@ -259,7 +259,31 @@ def run_settings(run_dir: str | Path) -> dict[str, Any]:
     if not (folder / "config.yaml").is_file():
         problem = "it holds no config.yaml" if folder.is_dir() else "there is no such directory"
         raise UserError(f"{run_dir} is no run directory: {problem}")
-    return load_yaml(folder / "config.yaml")
+    settings = load_yaml(folder / "config.yaml")
+    check_spelling(settings, f"{run_dir}/config.yaml is of an older version: ")
+    phases, evaluation = settings.get("phases") or {}, settings.get("evaluation") or {}
+    of_phases = phases.values() if isinstance(phases, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in (evaluation, *of_phases)):
+        raise UserError(f"{run_dir}/config.yaml is not as a run writes it: phases and evaluation hold settings")
+    return settings
+
+
+def check_spelling(settings: Any, where: str = "") -> None:
+    """Says how a head is spelled now, where a model has the labels that it had before version 0.5.
+
+    Raises:
+        UserError: it has.
+    """
+    model = settings.get("model") if isinstance(settings, Mapping) else None
+    if isinstance(model, Mapping) and ("labels" in model or model.get("name") == "classifier"):
+        labels = model.get("labels") or "[…]"
+        kind = "regression" if len(labels) == 1 else "classification"
+        raise UserError(
+            f"{where}since version 0.5 a model has no labels, a head on it has: "
+            f"heads: {{NAME: {{name: {kind}, labels: {labels}}}}}; "
+            "freeze is its trains_trunk: false, hidden_width and dropout are the head's, and "
+            "model: {name: classifier, backbone: …} is the backbone itself"
+        )
 
 
 def names_to_trust(trust: bool, config: str | None) -> Container[str]:

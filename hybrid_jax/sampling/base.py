@@ -12,7 +12,7 @@ from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.models.base import LanguageModel, Params
 
-SAMPLERS: Registry = Registry("sampler", default="ancestral")
+SAMPLERS: Registry = Registry("sampler", default="ancestral", needs=("max_new_tokens",))
 
 
 @runtime_checkable

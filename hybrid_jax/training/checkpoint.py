@@ -55,7 +55,7 @@ class CheckpointConfig:
 
     every: Count = 100  # steps
     keep: Count = 2  # the newest ones
-    export_every: Count | None = None  # steps; writes the policy as a Hugging Face folder
+    export_every: Count | None = None  # steps; writes the language model and each head into exports/step_N
 
 
 class SaveError(UserError):

@@ -47,6 +47,11 @@ def check_sums(arrays: Any, progress: dict[str, Any]) -> None:
 
 def check_structure(wanted: Any, progress: dict[str, Any]) -> None:
     """Settings that were changed on purpose may need another state than there is."""
+    if "value" in param_groups(progress):
+        raise UserError(
+            f"checkpoint {progress['step']} is from before version 0.5, which keeps its state otherwise: "
+            "export the model, and begin another run from that folder"
+        )
     here = shapes(wanted)
     there = progress.get("shapes") or dict.fromkeys(progress.get("sums", here))  # before 0.4.1 without shapes
     for path in {**there, **here}:
@@ -60,7 +65,7 @@ def check_structure(wanted: Any, progress: dict[str, Any]) -> None:
 
 def param_groups(progress: dict[str, Any]) -> set[str]:
     """The groups of parameters that a checkpoint holds; of a network beside a head, ``<group>/model`` too."""
-    paths = (re.findall(r"[^][.']+", path) for path in progress["shapes"])
+    paths = (re.findall(r"[^][.']+", path) for path in progress.get("shapes") or ())
     found = [path[2:4] for path in paths if path[:2] == ["train", "params"]]
     return {group for group, *_ in found} | {f"{group}/model" for group, *rest in found if rest == ["model"]}
 

@@ -134,4 +134,4 @@ class PhaseConfig(Protocol):
         ...
 
 
-PHASES: Registry[PhaseConfig] = Registry("phase")
+PHASES: Registry[PhaseConfig] = Registry("phase", needs=("build",))

@@ -30,7 +30,7 @@ class Scheduler(Protocol):
         ...
 
 
-SCHEDULERS: Registry[Any] = Registry("scheduler")
+SCHEDULERS: Registry[Any] = Registry("scheduler", needs=("phases", "choose", "update"))
 
 
 def planned_steps(scheduler: Scheduler, total: int) -> dict[str, int | None]:

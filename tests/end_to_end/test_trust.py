@@ -1,6 +1,7 @@
 """A file that came from somewhere else never runs code here: only the user's own config may name any."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -179,3 +180,37 @@ def test_the_config_of_the_command_line_and_of_python_is_code(tiny, planted):
     assert planted.exists()
     assert config.phases["ppo"].reward.parts["length"].reward.__name__ == "Thing"
     assert parse(ExperimentConfig, to_dict(config), trust=EVERYTHING) == config
+
+
+def test_a_run_lends_no_names_to_the_one_that_it_starts_from(foreign_run, planted, command, tmp_path):
+    """A text anywhere in a run's config may be the name of code; it trusts none in another run's config."""
+    shutil.copytree(foreign_run("model.name", NAME), tmp_path / "other")
+    (tmp_path / "other" / "checkpoints" / "2").mkdir(parents=True)
+    run = foreign_run("start_from", str(tmp_path / "other"))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"]["response_field"] = NAME
+    settings["heads"] = {"a": {"name": "regression"}}
+    settings |= {
+        "phases": {"classifier": {"head": "a"}},
+        "scheduler": {"name": "alternation", "cycle": {"classifier": 1}},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run / "environment.json").write_text(json.dumps({"packages": {"hybrid_jax": "0.5.0"}}))
+    for main, *more in [(evaluate.main,), (export.main, "--output", tmp_path / "out")]:
+        code, _, error = command(main, "--run", run, *more)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "holds no checkpoint yet" in error
+    assert not planted.exists()
+
+
+@pytest.mark.parametrize("broken", [{"phases": {"sft": None}}, {"phases": ["sft"]}, {"evaluation": "all"}])
+def test_a_run_whose_config_is_not_as_a_run_writes_it_is_one_line(broken, foreign_run, command, tmp_path):
+    run = foreign_run(*next(iter(broken.items())))
+    for main, *more in [
+        (evaluate.main,),
+        (generate.main, "--prompt", "a"),
+        (export.main, "--output", tmp_path / "o"),
+    ]:
+        code, _, error = command(main, "--run", run, *more)
+        assert (code, error.count("\n")) == (2, 1)
+        assert "config.yaml is not as a run writes it: phases and evaluation hold settings" in error

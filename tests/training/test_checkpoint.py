@@ -20,6 +20,7 @@ import pytest
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.training import checkpoint, saving_noise
 from hybrid_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError, newest_policy
+from hybrid_jax.training.checkpoint_note import check_structure
 from hybrid_jax.training.state import RunState, ScheduleState, TrainState
 
 
@@ -28,7 +29,7 @@ def state_at(step, size=2000):
     noise = np.random.default_rng(step).normal(size=size).astype(np.float32)
     policy = {"w": jnp.asarray(noise), "half": jnp.asarray(noise[:7], jnp.bfloat16)}
     train = TrainState(
-        params={"model": policy, "value": {"head": jnp.full((3,), step / 3)}},
+        params={"model": policy, "ppo/value": {"head": jnp.full((3,), step / 3)}},
         opt_state={"sft": {"model": {"count": jnp.asarray(step), "mu": jnp.asarray(noise[::-1])}}},
         extra={"ppo/kl_control": jnp.asarray(0.1 + step, jnp.float32)},
     )
@@ -211,6 +212,14 @@ def test_reading_leaves_alone_what_a_running_run_is_writing_and_the_next_run_cle
     assert sorted(path.name for path in saved.iterdir()) == ["6", "9"]
 
 
+def test_a_state_of_an_older_version_is_refused_in_one_line_that_says_what_to_do():
+    shapes = {"['train'].params['model']['x']": [1], "['train'].params['value']['head']['bias']": [1]}
+    with pytest.raises(
+        UserError, match=r"checkpoint 8 is from before version 0\.5.*: export the model, and begin"
+    ):
+        check_structure({"train": {}}, {"step": 8, "shapes": shapes})
+
+
 def test_the_policy_alone_is_read_and_falls_back_too(saved):
     policy = jax.eval_shape(lambda: state_at(0).train.params["model"])
     flip_a_byte(largest(saved / "6"))
@@ -271,7 +280,7 @@ def test_a_state_split_over_devices_comes_back_where_it_was(tmp_path):
     like = split_over_devices(0)
     restored = newest_of(tmp_path, like)
     assert bits(restored) == bits(state_at(5))
-    for group, name in (("model", "w"), ("value", "head")):
+    for group, name in (("model", "w"), ("ppo/value", "head")):
         leaf, expected = (state.train.params[group][name] for state in (restored, like))
         assert leaf.sharding.is_equivalent_to(expected.sharding, 1)
 

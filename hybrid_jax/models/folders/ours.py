@@ -119,7 +119,7 @@ def load_ours(folder: Path, dtype: str | None = None, trust: Container[str] = NO
     except Untrusted as error:
         raise Untrusted(
             f"{folder / CONFIG}: {error}; if you trust this folder, give --trust, or --config with the "
-            "file that names that code"
+            "file that names that code, to a command that takes them; a reward reads no such folder"
         ) from error
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error

@@ -105,9 +105,7 @@ def test_evaluate_and_export_do_what_the_phases_allow(trained, command, tmp_path
         (["heads.tone={name: 'json:dumps'}"], "heads.tone: 'json:dumps' is no head: it has no 'labels'"),
         (["evaluation.sampler={name: 'json:dumps'}"], "'json:dumps' is no sampler: it has no 'max_new_tokens'"),
         (
-            [
-                "phases.ppo={name: policy_gradient, reward: {parts: {a: length}}, advantage: {name: 'json:dumps'}}"
-            ],
+            ["phases.ppo.name=policy_gradient", "phases.ppo.advantage={name: 'json:dumps'}"],
             "phases.ppo.advantage: 'json:dumps' is no advantage: it has no 'needs_value'",
         ),
         (["heads.third={name: regression}"], "heads.third is trained by no phase: say head: third in one"),

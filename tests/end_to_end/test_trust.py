@@ -198,9 +198,9 @@ def test_a_run_lends_no_names_to_the_one_that_it_starts_from(foreign_run, plante
     (run / "environment.json").write_text(json.dumps({"packages": {"hybrid_jax": "0.5.0"}}))
     for main, *more in [(evaluate.main,), (export.main, "--output", tmp_path / "out")]:
         code, _, error = command(main, "--run", run, *more)
+        assert not planted.exists()
         assert (code, error.count("\n")) == (2, 1)
         assert "holds no checkpoint yet" in error
-    assert not planted.exists()
 
 
 @pytest.mark.parametrize("broken", [{"phases": {"sft": None}}, {"phases": ["sft"]}, {"evaluation": "all"}])

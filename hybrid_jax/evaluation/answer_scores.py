@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Float
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.rewards.base import columns_of
@@ -31,17 +31,6 @@ class AnswerScores:
     def needs_pieces(self) -> bool:
         """Whether `of_texts` needs the text that each token adds."""
         return self._wholes is not None
-
-    def of_tokens(
-        self,
-        tokens: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"],
-        action_mask: Bool[Array, "B R"],
-    ) -> dict[str, Float[Array, "B"]]:
-        """The scores of a reward on tokens; nothing of one on texts."""
-        if not self.reward.on_device:
-            return {}
-        return {f"{self.prefix}score": self.reward.score_tokens(tokens, attention_mask, action_mask)}
 
     def of_texts(
         self,
@@ -76,7 +65,7 @@ class AnswerScores:
         """The score, of segments where a part has a level, as in training; the parts, of whole responses.
 
         Args:
-            answers: what `of_tokens` and `of_texts` gave, of all rows.
+            answers: what `of_texts` gave, of all rows; ``<prefix>score`` of a reward on tokens.
             prompts: of all rows.
         """
         if self.reward.on_device:

@@ -210,10 +210,9 @@ class Evaluator:
         }
         if any(scored.needs_pieces for scored in self._scored):
             answers["pieces"] = response_pieces(self._tokenizer, tokens, mask, self._eos_ids)
-        joined = join(asked, asked_mask, drawn)
-        for scored in self._scored:
-            for name, scores in scored.of_tokens(*joined, drawn.action_mask).items():
-                answers[name] = fetch_rows(scores)[: len(rows)].tolist()
+        for scored in (scored for scored in self._scored if scored.reward.on_device):
+            scores = scored.reward.score_tokens(*join(asked, asked_mask, drawn), drawn.action_mask)
+            answers[f"{scored.prefix}score"] = fetch_rows(scores)[: len(rows)].tolist()
         return answers
 
     def _sample_row(self, index: int, examples, responses, scores, parts) -> dict[str, Any]:

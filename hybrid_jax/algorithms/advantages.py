@@ -100,6 +100,7 @@ def gae(
 
     chex.assert_equal_shape((rewards, values, mask))
 
+    # Backwards, each item from the next valid one: a masked item hands on what it was given.
     def step(later, now):
         later_advantage, later_value = later
         reward, value, valid = now

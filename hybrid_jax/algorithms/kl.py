@@ -72,6 +72,7 @@ def token_rewards(
         (weights[name] * k1(log_probs, reference_log_probs[name]) for name in weights),
         jnp.zeros_like(log_probs),
     )
+    # By counting, since the last token of a response is the last one chosen, wherever the padding begins.
     tokens_left = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1]
     is_last = mask & (tokens_left == 1)
     return jnp.where(mask, -kl_coef * kl, 0.0) + jnp.where(is_last, scores[:, None], 0.0)

@@ -88,6 +88,7 @@ def clipped_policy_loss(
     chex.assert_equal_shape((log_probs, old_log_probs, advantages, mask))
     log_probs, old_log_probs, advantages = _blank(mask, log_probs, old_log_probs, advantages)
     ratio = jnp.exp(log_probs - old_log_probs)
+    # The larger of the two losses: what moved too far in the wrong direction is never clipped.
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1 - clip_range, 1 + clip_range)
     metrics = {"clip_fraction": Sum.of((clipped > plain).astype(jnp.float32), mask)}
@@ -133,6 +134,7 @@ def explained_variance(
     """1 − Var(G − V)/Var(G) over the valid tokens: 1 is perfect, 0 like a constant (or Var(G) = 0)."""
     variance = masked_variance(returns, mask)
     unexplained = masked_variance(returns - values, mask)
+    # The inner `where` keeps 0/0 out of a gradient, which the outer one would not.
     return jnp.where(variance > 0, 1.0 - unexplained / jnp.where(variance > 0, variance, 1.0), 0.0)
 
 

@@ -14,7 +14,7 @@ from hybrid_jax.core.batches import Rollout, TokenBatch
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.heads import value
 from hybrid_jax.models.scoring import shift_states, states_before, target_log_probs
-from hybrid_jax.phases.rollout import RolloutFunctions
+from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.phases.sft import num_targets, sft_losses
 from hybrid_jax.phases.value_network import init_value
 from hybrid_jax.training.update import Objective
@@ -44,11 +44,13 @@ class PolicyLosses(RolloutFunctions):
         """The loss of the groups that are not ``frozen``."""
         coefs = self._coefs(value_only="model" in frozen)
 
+        # Frozen groups enter beside the gradient's arguments, so that no gradient of them is ever made.
         def loss(trained, batch, key):
             return self.losses({**frozen, **trained}, *batch)
 
         def weights(batch) -> dict[str, Any]:
             rollout, examples = batch
+            # Of the whole batch, not of a microbatch: a mean of means would weigh short responses more.
             weights = dict.fromkeys(coefs, rollout.action_mask.sum())
             weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
             return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}

@@ -1,128 +1,37 @@
 """Rollouts: prompts → samples → scored by the models → rewarded. What every on-policy phase learns from.
 
-`RolloutFunctions` are the pure functions, `Rollouts` is the host's side of them, which reads the prompts, gives
+The pure functions are in `rollout_functions`; here is the host's side of them, which reads the prompts, gives
 the texts to the reward and keeps what the reward remembers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Int
 
 from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Branch
-from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.models.lora import whole
-from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
-from hybrid_jax.parallel.rules import ROLLOUTS, shard_rows, under
+from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
+from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.rewards.segments import response_pieces
-from hybrid_jax.sampling.base import sample
-from hybrid_jax.sampling.responses import decode_responses, ended, join
+from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.shapes import key_shape, row_shape
 from hybrid_jax.training.state import RunState, TrainState
-
-
-@dataclass(frozen=True)
-class RolloutFunctions:
-    """The pure functions of a rollout, for one model and one setting.
-
-    Policy, references and the trunk of a value network are given as what trains of them; ``base`` are the
-    parameters that they share, below adapters.
-    """
-
-    config: Any  # RolloutSettings, and those of a method
-    model: LanguageModel
-    eos_ids: tuple[int, ...]
-    name: str  # of the phase
-    base: Params = field(default_factory=dict, kw_only=True)
-
-    def sample(
-        self,
-        policy: Params,
-        prompt_tokens: Int[Array, "B P"],
-        prompt_mask: Bool[Array, "B P"],
-        key: Array,
-    ) -> Samples:
-        """Answers of a policy."""
-        policy = self.whole(policy)
-        inputs = (self.model, policy, prompt_tokens, prompt_mask, key)
-        return sample(self.config.sampler, *inputs, eos_ids=self.eos_ids)
-
-    def score(
-        self,
-        params: dict[str, Params],
-        references: Mapping[str, Params],
-        prompt_tokens: Int[Array, "B P"],
-        prompt_mask: Bool[Array, "B P"],
-        samples: Samples,
-    ) -> Rollout:
-        """The rollout, with the values of the states and the references' log-probabilities of the tokens."""
-        prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
-        assert samples.log_probs is not None, "the sampler has a policy_temperature"
-        tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
-        length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
-        # Answers to one prompt lie one after the other: they are known by their place, never by their text.
-        group = jnp.arange(len(tokens), dtype=jnp.int32) // self.config.samples_per_prompt
-        return Rollout(
-            tokens=tokens,
-            attention_mask=attention_mask,
-            action_mask=samples.action_mask,
-            log_probs=samples.log_probs,
-            group=group,
-            values=self.values(params, tokens, attention_mask, length),
-            reference_log_probs={
-                name: response_log_probs(
-                    self.model, self.whole(references[name]), tokens, attention_mask, length, temperature
-                )
-                for name in self.config.references
-            },
-        )
-
-    def values(
-        self,
-        params: dict[str, Params],
-        tokens: Int[Array, "B T"],
-        attention_mask: Bool[Array, "B T"],
-        length: int,
-    ) -> Any:
-        """The values of the states before each response token, [B R]; None for a method without."""
-        return None
-
-    def rewarded(self, rollout: Rollout) -> Rollout:
-        """The rollout with its scores, for a reward on the device."""
-        reward = self.config.reward
-        plain = reward.score_tokens(rollout.tokens, rollout.attention_mask, rollout.action_mask)
-        return replace(rollout, plain_scores=plain, scores=plain - self.penalties(self.complete(rollout)))
-
-    def complete(self, rollout: Rollout) -> Bool[Array, "B"]:
-        """Whether a response ended by itself, not by its length."""
-        length = rollout.action_mask.shape[1]
-        return ended(rollout.tokens[:, -length:], rollout.action_mask, self.eos_ids)
-
-    def penalties(self, complete: Any) -> Any:
-        """What a response that did not end pays, float32 [B]; of arrays on the host or on the device."""
-        return np.float32(self.config.missing_eos_penalty or 0.0) * ~complete
-
-    def whole(self, trained: Params) -> Params:
-        """All parameters of a model, of those that train of it."""
-        return whole(self.base, trained)
 
 
 @dataclass(frozen=True)
@@ -206,9 +115,11 @@ class Rollouts:
         cursor = self._cursor(state)
         asked, prompts = self._prompt_batch(cursor)
         clock.lap("input")
+        # Both are only started. The device works on them while the host reads and rewards the texts.
         samples, following = self._answers(state, cursor, prompts, sample_key)
         references = self.references.of(state)
         rollout = self._score(state.base, state.train.params, references, *prompts, samples)
+        # Before the reward is asked, which waits: the device then goes on with the opponent's answers.
         opponents = self._opponents(state, prompts, key)
         rollout, reward_state, metrics = self._rewarded(state, asked, samples, rollout, opponents, clock)
         # Shared prompts have no cursor of their own: whoever learns them moves on.
@@ -276,7 +187,7 @@ class Rollouts:
             return sample(*prompts, key), None
         now_key, next_key = jax.random.split(key)
         samples = self._ahead.of(state)
-        if samples is None:
+        if samples is None:  # the first step, or one after another phase: what waits is of too old a policy
             samples = sample(*prompts, now_key)
         if not self._ahead.is_wanted(state):
             return samples, None

@@ -118,6 +118,7 @@ def update(
     terms = jnp.stack([metrics[name] for name in losses])
     bad = nonfinite.first_nonfinite(state.params, squares, terms)
     finite = bad == nonfinite.FINE
+    # Decided on the device: the host hears of it with the metrics, and does not wait for it.
     taken = finite if accept is None else finite & accept(metrics)
 
     def step(old: tuple[Groups, dict[str, Any]], grads: Groups) -> tuple[Groups, dict[str, Any]]:
@@ -155,6 +156,7 @@ def gradients(
 
     Returns the gradient and the mean of each term and metric over the whole batch.
     """
+    # A batch without a valid token has total 0, and its loss is 0, not NaN.
     weights = {name: jnp.maximum(weight, 1) for name, weight in objective.weights(batch).items()}
 
     def part(params: Groups, batch: Any, key: Array):
@@ -170,7 +172,7 @@ def gradients(
         grads, sums = grad(params, batch, key)
     else:
         grads, sums = _accumulate(grad, params, batch, key, microbatches)
-    if scale is not None:
+    if scale is not None:  # in float32, where what was scaled up to survive float16 does not vanish again
         grads = jax.tree.map(lambda g: g.astype(jnp.float32) / scale, grads)
     return grads, {name: value.mean() for name, value in sums.items()}
 

@@ -1,0 +1,107 @@
+"""The pure functions of a rollout: sampled, scored by the models, rewarded on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Int
+
+from hybrid_jax.core.batches import Rollout, Samples
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.lora import whole
+from hybrid_jax.models.scoring import response_log_probs
+from hybrid_jax.parallel.rules import shard_rows
+from hybrid_jax.sampling.base import sample
+from hybrid_jax.sampling.responses import ended, join
+
+
+@dataclass(frozen=True)
+class RolloutFunctions:
+    """The pure functions of a rollout, for one model and one setting.
+
+    Policy, references and the trunk of a value network are given as what trains of them; ``base`` are the
+    parameters that they share, below adapters.
+    """
+
+    config: Any  # RolloutSettings, and those of a method
+    model: LanguageModel
+    eos_ids: tuple[int, ...]
+    name: str  # of the phase
+    base: Params = field(default_factory=dict, kw_only=True)
+
+    def sample(
+        self,
+        policy: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+    ) -> Samples:
+        """Answers of a policy."""
+        policy = self.whole(policy)
+        inputs = (self.model, policy, prompt_tokens, prompt_mask, key)
+        return sample(self.config.sampler, *inputs, eos_ids=self.eos_ids)
+
+    def score(
+        self,
+        params: dict[str, Params],
+        references: Mapping[str, Params],
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        samples: Samples,
+    ) -> Rollout:
+        """The rollout, with the values of the states and the references' log-probabilities of the tokens."""
+        prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
+        assert samples.log_probs is not None, "the sampler has a policy_temperature"
+        tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
+        # The temperature that sampled: else the ratio of a fresh policy would not be 1, nor its KL to itself 0.
+        length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
+        # Answers to one prompt lie one after the other: they are known by their place, never by their text.
+        group = jnp.arange(len(tokens), dtype=jnp.int32) // self.config.samples_per_prompt
+        return Rollout(
+            tokens=tokens,
+            attention_mask=attention_mask,
+            action_mask=samples.action_mask,
+            log_probs=samples.log_probs,
+            group=group,
+            values=self.values(params, tokens, attention_mask, length),
+            reference_log_probs={
+                name: response_log_probs(
+                    self.model, self.whole(references[name]), tokens, attention_mask, length, temperature
+                )
+                for name in self.config.references
+            },
+        )
+
+    def values(
+        self,
+        params: dict[str, Params],
+        tokens: Int[Array, "B T"],
+        attention_mask: Bool[Array, "B T"],
+        length: int,
+    ) -> Any:
+        """The values of the states before each response token, [B R]; None for a method without."""
+        return None
+
+    def rewarded(self, rollout: Rollout) -> Rollout:
+        """The rollout with its scores, for a reward on the device."""
+        reward = self.config.reward
+        plain = reward.score_tokens(rollout.tokens, rollout.attention_mask, rollout.action_mask)
+        return replace(rollout, plain_scores=plain, scores=plain - self.penalties(self.complete(rollout)))
+
+    def complete(self, rollout: Rollout) -> Bool[Array, "B"]:
+        """Whether a response ended by itself, not by its length."""
+        length = rollout.action_mask.shape[1]
+        return ended(rollout.tokens[:, -length:], rollout.action_mask, self.eos_ids)
+
+    def penalties(self, complete: Any) -> Any:
+        """What a response that did not end pays, float32 [B]; of arrays on the host or on the device."""
+        return np.float32(self.config.missing_eos_penalty or 0.0) * ~complete
+
+    def whole(self, trained: Params) -> Params:
+        """All parameters of a model, of those that train of it."""
+        return whole(self.base, trained)

@@ -47,12 +47,12 @@ def check_sums(arrays: Any, progress: dict[str, Any]) -> None:
 
 def check_structure(wanted: Any, progress: dict[str, Any]) -> None:
     """Settings that were changed on purpose may need another state than there is."""
-    if "value" in param_groups(progress):
+    here = shapes(wanted)
+    if "value" in param_groups(progress) - param_groups({"shapes": here}):
         raise UserError(
             f"checkpoint {progress['step']} is from before version 0.5, which keeps its state otherwise: "
             "export the model, and begin another run from that folder"
         )
-    here = shapes(wanted)
     there = progress.get("shapes") or dict.fromkeys(progress.get("sums", here))  # before 0.4.1 without shapes
     for path in {**there, **here}:
         if path not in there or path not in here or there[path] not in (None, here[path]):

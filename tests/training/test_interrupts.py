@@ -158,7 +158,10 @@ def test_a_closed_terminal_stops_a_run_that_can_still_save(tmp_path):
     command = [sys.executable, "-c", CLOSED, str(tmp_path / "end")]
     with subprocess.Popen(command, stdin=side, stdout=side, stderr=side, start_new_session=True) as process:
         os.close(side)
-        assert os.read(terminal, 5) == b"begun"
+        said = b""
+        while not said.endswith(b"\n"):  # the whole line: the rest of a write would fail once it is closed
+            said += os.read(terminal, 16)
+        assert said == b"begun\r\n"
         os.close(terminal)
     assert process.returncode == 0
     assert (tmp_path / "end").read_text() == "saved after 1"

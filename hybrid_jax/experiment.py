@@ -186,8 +186,7 @@ def plan_phases(
     placement = config.mesh.placement(devices)
     model = config.model.build(getattr(config.tokenizer, "vocab_size", None))  # at most
     phases = _build_phases(config, placement, model, None, None, eos_ids=(0,))
-    names = {name for phase in phases.values() for name in phase.references}
-    return phases, state_shapes(model, phases, placement, sorted(names))
+    return phases, state_shapes(model, phases, placement)
 
 
 @dataclass(frozen=True)
@@ -254,8 +253,7 @@ class Experiment:
         files, folder = self.files, self.files.folder
         files.fetch()  # another process may have trained here since this was built
         changes = self.changes()
-        names = sorted({name for phase in self.phases.values() for name in phase.references})
-        shapes = state_shapes(self.model, self.phases, self.placement, names)
+        shapes = state_shapes(self.model, self.phases, self.placement)
         if hosts.is_first():
             at = max(saved_steps(files.checkpoints), default=None)
             log.info("%s", banner(self.config, self.placement, shapes, self.num_rows, at))

@@ -18,17 +18,11 @@ from hybrid_jax.models.layers import linear
 _TRUNK_DROPOUT = 1  # below a key whose own numbers the head draws
 
 
-@runtime_checkable
-class SequenceScorer(Protocol):
-    """A map from a row of tokens to one number a label, as pure functions over a parameter tree.
+class Reader(Protocol):
+    """A model that reads rows of tokens, as pure functions over a parameter tree.
 
-    Hashable, so that it can be a static argument of `jax.jit`. What `data.scored_text` encodes, it reads.
+    Hashable, so that it can be a static argument of `jax.jit`.
     """
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Names of the numbers: classes of logits, or what a regression predicts."""
-        ...
 
     @property
     def vocab_size(self) -> int:
@@ -37,7 +31,7 @@ class SequenceScorer(Protocol):
 
     @property
     def max_length(self) -> int | None:
-        """Longest row the scorer can read; None has no bound."""
+        """Tokens of the longest row that it can read; None has no bound."""
         ...
 
     def init(self, key: Array) -> Params:
@@ -46,6 +40,16 @@ class SequenceScorer(Protocol):
 
     def cast(self, params: Params) -> Params:
         """The parameters as the computation reads them; see `LanguageModel.cast`."""
+        ...
+
+
+@runtime_checkable
+class SequenceScorer(Reader, Protocol):
+    """A map from a row of tokens to one number a label; what `data.scored_text` encodes, it reads."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the numbers: classes of logits, or what a regression predicts."""
         ...
 
     def apply(
@@ -61,30 +65,12 @@ class SequenceScorer(Protocol):
 
 
 @runtime_checkable
-class TextTrunk(Protocol):
+class TextTrunk(Reader, Protocol):
     """A trunk that gives one vector a text, for heads to read."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Tokens that it knows, V."""
-        ...
-
-    @property
-    def max_length(self) -> int | None:
-        """Tokens of the longest row that it can read; None has no bound."""
-        ...
 
     @property
     def num_features(self) -> int:
         """F, numbers a text."""
-        ...
-
-    def init(self, key: Array) -> Params:
-        """Random parameters."""
-        ...
-
-    def cast(self, params: Params) -> Params:
-        """The parameters as the computation reads them."""
         ...
 
     def features(

@@ -88,16 +88,17 @@ def reference_shapes(model: LanguageModel, placement: Placement, trained: Params
     return placement.shapes(jax.eval_shape(model.cast, trained), param_axes)
 
 
-def state_shapes(model: LanguageModel, phases: Phases, placement: Placement, references: list[str]) -> RunState:
+def state_shapes(model: LanguageModel, phases: Phases, placement: Placement) -> RunState:
     """The shapes of a state that has all its references: nothing is read, made or compiled."""
-    return under(placement, _shapes)(model, phases, placement, references)
+    return under(placement, _shapes)(model, phases, placement)
 
 
-def _shapes(model: LanguageModel, phases: Phases, placement: Placement, references: list[str]) -> RunState:
+def _shapes(model: LanguageModel, phases: Phases, placement: Placement) -> RunState:
     trained, base = _split(hf.abstract_params(model), phases)
     host: dict[str, Any] = {}
     train, _ = jax.eval_shape(partial(_begin, phases, host), trained, jax.random.key(0))
     reference = reference_shapes(model, placement, trained)
+    references = sorted({name for phase in phases.values() for name in phase.references})
     state = RunState(step=0, train=placement.shapes(train, param_axes), host=host)
     base = placement.shapes(jax.eval_shape(model.cast, base), param_axes)
     return replace(state, references=dict.fromkeys(references, reference), base=base)

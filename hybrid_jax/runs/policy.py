@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,16 +27,13 @@ from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
-from hybrid_jax.models.encoder_decoder import EncoderDecoder
-from hybrid_jax.models.families import FAMILIES
-from hybrid_jax.models.families.t5 import ENCODER_DECODERS
 from hybrid_jax.models.folders import hf
-from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
-from hybrid_jax.models.folders.family_folder import Dtype, family_of
+from hybrid_jax.models.folders.family_folder import Dtype
 from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
+from hybrid_jax.models.folders.pretrained import has_format, load_pretrained, save_pretrained
 from hybrid_jax.models.lora import split, whole
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import claim_export_folder
@@ -149,11 +146,9 @@ class Policy:
     def _save_weights(self, folder: Path, adapter: bool, dtype: Dtype) -> None:
         if adapter:
             return save_adapter(folder, self.model, self.params)
-        settings: dict[str, Any] = {"eos_ids": self.eos_ids, "pad_id": self.eos_ids[0], "dtype": dtype}
-        if isinstance(self.model, EncoderDecoder):
-            save_encoder_decoder(folder, self.model, self.params, **settings)
-        elif isinstance(self.model, Decoder) and _has_family(self.model):
-            hf.save_pretrained(folder, self.model, self.params, **settings)
+        if has_format(self.model):
+            end = self.eos_ids
+            save_pretrained(folder, self.model, self.params, eos_ids=end, pad_id=end[0], dtype=dtype)
         else:
             log.info("Hugging Face has no format for this model, it is written for hybrid_jax alone")
             save_ours(folder, self.model, self.params, self.component, dtype)
@@ -204,15 +199,6 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     return Policy(model, params, tokenizer, sampler, eos_ids, step, component)
 
 
-def _has_family(model: Decoder) -> bool:
-    """Whether Hugging Face knows such a decoder; one that the config names is held to be right."""
-    config = replace(model.as_list().config, lora=None)
-    try:
-        return config.family is not None or bool(family_of(config, FAMILIES))
-    except UserError:
-        return False
-
-
 def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
     """A model as files and a single device want it: its layers one by one."""
     return (model.as_list(), model.listed(params)) if isinstance(model, Decoder) else (model, params)
@@ -234,12 +220,8 @@ def load_pretrained_policy(
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
-        kind = read_json(folder / CONFIG).get("model_type")
-        if kind == MODEL_TYPE:
-            model, params = load_ours(folder, trust=trust)
-        else:
-            paired = kind in ENCODER_DECODERS
-            model, params = load_encoder_decoder(folder) if paired else hf.load_pretrained(folder)
+        ours = read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
+        model, params = load_ours(folder, trust=trust) if ours else load_pretrained(folder)
         if not isinstance(model, LanguageModel):
             raise UserError(f"{folder} holds a {type(model).__name__}, which gives no answers")
     elif (folder / ADAPTER_CONFIG).is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,24 @@ from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.decoder_config import ComputeDtype
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.t5 import ENCODER_DECODERS
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
-from hybrid_jax.models.folders.family_folder import Dtype, Shardings
+from hybrid_jax.models.folders.family_folder import Dtype, Shardings, family_of
 from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
+
+
+def has_format(model: LanguageModel) -> bool:
+    """Tells whether Hugging Face has a format for a model; a family that its config names is trusted."""
+    if not isinstance(model, Decoder):
+        return isinstance(model, EncoderDecoder)
+    config = replace(model.as_list().config, lora=None)
+    try:
+        return config.family is not None or bool(family_of(config, FAMILIES))
+    except UserError:
+        return False
 
 
 def load_pretrained(

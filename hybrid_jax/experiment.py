@@ -223,7 +223,7 @@ class Experiment:
 
     @property
     def offload(self) -> tuple[Idle, ...]:
-        """What waits in the host's memory while no phase uses it."""
+        """The parts of the state that wait in the host's memory while no phase uses them."""
         return self.config.offload
 
     def train(self) -> RunState:
@@ -295,7 +295,7 @@ class Experiment:
             raise UserError(f"the logs in {folder} cannot be opened: {error.strerror}") from error
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
-        """Whether to evaluate now: as often as is set, before the first step of a phase, and at the end."""
+        """Tells whether to evaluate now: as often as set, before the first step of a phase, and at the end."""
         every = self.config.evaluation.every
         first_of_phase = next_phase not in state.schedule.steps
         on_time = every is not None and state.step % every == 0
@@ -393,5 +393,5 @@ def newest_state(run_dir: str | Path, trust: Container[str] = NOTHING) -> tuple[
 
 
 def has_checkpoint(run_dir: str | Path) -> bool:
-    """Whether training has left anything there to go on from."""
+    """Tells whether training has left anything there to go on from."""
     return bool(saved_steps(run_files(run_dir).checkpoints))

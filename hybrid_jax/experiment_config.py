@@ -95,7 +95,7 @@ class ExperimentConfig:
 
     @property
     def trunk_trains(self) -> bool:
-        """Whether any phase trains the model that the heads read."""
+        """Tells whether any phase trains the model that the heads read."""
         return any(getattr(self.heads.get(name or ""), "trains_trunk", True) for name in self.trained_heads)
 
 

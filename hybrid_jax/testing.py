@@ -1,4 +1,4 @@
-"""What tests, CI and benches share: the 27-sequence language model, on which every optimum is a closed form.
+"""Shared by tests, CI and benches: the 27-sequence language model, on which every optimum is a closed form.
 
 Three tokens, three steps, so 27 responses that can be enumerated. KL-regularised reward maximisation has the
 optimum π*(s) ∝ π_ref(s) exp(r(s)/β), and every algorithm that claims to find it is checked against its numbers.
@@ -96,7 +96,7 @@ class PrefixTable:
         return ModelOutput(self.logits(params, hidden), hidden)
 
     def init_cache(self, batch: int, length: int):
-        """Of rows that have read nothing."""
+        """The cache of rows that have read nothing."""
         return RowCache(jnp.full(batch, -1))
 
     def extend(self, params, tokens, attention_mask, cache):

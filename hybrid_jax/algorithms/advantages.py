@@ -24,7 +24,7 @@ class Advantage(Protocol):
 
     @property
     def needs_value(self) -> bool:
-        """Whether it reads values. A value head, or network, exists only where this is true."""
+        """Tells whether it reads values. A value head, or network, exists only where this is true."""
         ...
 
     @property

@@ -11,7 +11,7 @@ from hybrid_jax.core.arrays import Sum
 def next_token_targets(
     tokens: Int[Array, "B T"], loss_mask: Bool[Array, "B T"]
 ) -> tuple[Int[Array, "B T-1"], Bool[Array, "B T-1"]]:
-    """What ``logits[:, :-1]`` should predict, and which of it counts: the one place where the shift lives.
+    """The targets of ``logits[:, :-1]``, and which of them count: the one place where the shift lives.
 
     Item ``t`` of the results is token ``t + 1``. The first token of a row is never a target.
     """

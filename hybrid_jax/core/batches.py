@@ -100,7 +100,7 @@ _LATER: Any = None  # what a later stage adds, or nobody
 
 @struct.dataclass
 class Rollout:
-    """What a policy did, from sampling to loss: every stage adds its fields by ``replace``.
+    """The record of a rollout, from sampling to loss: every stage adds its fields by ``replace``.
 
     A [B R] array holds anything where the action mask is False.
     """

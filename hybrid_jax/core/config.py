@@ -35,7 +35,7 @@ class Url(str):
 
 
 def is_url(value: object) -> bool:
-    """Whether a text or a path is a URL; ``Path("gs://a/b")``, which has lost a slash, counts as one, too."""
+    """Tells whether a text or a path is a URL; ``Path("gs://a/b")``, which has lost a slash, is one too."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(value)) is not None
 
 

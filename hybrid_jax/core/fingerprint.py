@@ -71,7 +71,7 @@ def file_digest(path: Path) -> str:
 
 
 def is_own_code(value: Any) -> bool:
-    """Whether a function, a class or a module is the user's: not of this package or an installed one."""
+    """Tells whether a function, a class or a module is the user's: not of this package or an installed one."""
     name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None) or "builtins"
     if name.partition(".")[0] in ("hybrid_jax", *sys.builtin_module_names):
         return False

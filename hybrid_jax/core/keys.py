@@ -11,7 +11,7 @@ from jax import Array
 
 
 class Purpose(IntEnum):
-    """What the random numbers of a seed are for. A number that results depend on is never given to another."""
+    """The purposes that random numbers of a seed are drawn for. No number here is ever reassigned."""
 
     MODEL = 0  # the parameters at the start
     TRAINING = 1  # every step folds its number in

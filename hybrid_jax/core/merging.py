@@ -50,7 +50,7 @@ class Place:
 
     @property
     def is_collection(self) -> bool:
-        """Whether entries under names of the user's own stand here."""
+        """Tells whether entries under names of the user's own stand here."""
         return get_origin(without_extras(self.hint)) in (dict, Mapping)
 
     def child(self, key: str, settings: Settings) -> Place:

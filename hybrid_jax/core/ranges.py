@@ -163,7 +163,7 @@ def _check_number(kind: type, markers: tuple, value: Any, name: str) -> None:
 
 
 def _holds(bound: Any, value: Any) -> bool:
-    """Whether a value is within a bound. NaN never is; without a bound every value is."""
+    """Tells whether a value is within a bound. NaN never is; without a bound every value is."""
     match bound:
         case Gt(gt=limit):
             return value > limit

@@ -160,7 +160,7 @@ def _lives_only_in_python(name: str) -> bool:
 
 
 def is_definition(entry: Any) -> bool:
-    """Whether it is a class or a function (a compiled or decorated one, too), rather than an instance."""
+    """Tells whether it is a class or a function (a compiled or decorated one, too), rather than an instance."""
     return inspect.isclass(entry) or (callable(entry) and hasattr(entry, "__qualname__"))
 
 

@@ -22,7 +22,7 @@ _HEADER = re.compile(r"(?i)\b(bearer|basic)\s+(?=\S*\d)[^\s'\",;]{6,}")
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a setting of this name holds a credential: ``api-key`` does, ``eos_token`` does not."""
+    """Tells whether a setting of this name holds a credential: ``api-key`` does, ``eos_token`` does not."""
     return _secret_word(name) is not None
 
 

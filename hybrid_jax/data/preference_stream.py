@@ -89,7 +89,7 @@ class Reading:
 
 @struct.dataclass
 class Labels:
-    """What people said of B prompts, each with up to K responses."""
+    """The judgements of people on B prompts, each with up to K responses."""
 
     ranks: Int[Array, "B K"]  # 0 is the best; equal ranks are a tie
     present: Bool[Array, "B K"]  # which of the K there are
@@ -224,7 +224,7 @@ def _encode(
 
 
 def _alike(responses: Sequence[ScoredRow], places: Sequence[int]) -> bool:
-    """Whether two responses of different ranks have the same tokens, which contradicts itself."""
+    """Tells whether two responses of different ranks have the same tokens, which contradicts itself."""
     known: dict[bytes, int] = {}
     return any(
         known.setdefault(response.tokens.tobytes(), place) != place

@@ -57,7 +57,7 @@ class Tokenizer(Protocol):
 
     @property
     def template_variables(self) -> Mapping[str, Any]:
-        """What a chat template may name beside the messages, ``eos_token`` for one."""
+        """The names that a chat template may use beside the messages, such as ``eos_token``."""
         ...
 
     @property

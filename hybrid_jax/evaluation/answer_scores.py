@@ -1,4 +1,4 @@
-"""What a reward says of the answers to held-out prompts."""
+"""The scores that a reward gives to the answers to held-out prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnswerScores:
 
     @property
     def needs_pieces(self) -> bool:
-        """Whether `of_texts` needs the text that each token adds."""
+        """Tells whether `of_texts` needs the text that each token adds."""
         return self._wholes is not None
 
     def of_texts(

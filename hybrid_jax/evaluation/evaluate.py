@@ -37,7 +37,7 @@ WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
 
 @settings
 class EvaluationConfig:
-    """What is measured on the held-out split, and when.
+    """Settings of the evaluation: what is measured on the held-out split, and when.
 
     It always runs at the start, at the end, and before the first step of each phase.
     """
@@ -275,7 +275,7 @@ def _short(values: np.ndarray) -> list[float]:
 
 
 def _slope(scores: np.ndarray, lengths: Sequence[float]) -> float:
-    """What a token more goes with in the score: the least-squares slope; 0 where all are as long."""
+    """The least-squares slope of the score over the length, a token; 0 where all lengths are equal."""
     x = np.asarray(lengths, np.float64) - np.mean(lengths)
     return float(x @ np.asarray(scores, np.float64) / (x @ x)) if x.any() else 0.0
 

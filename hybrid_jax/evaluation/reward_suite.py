@@ -135,7 +135,7 @@ def score_texts(rewards: Mapping[str, Part | CompositeReward], texts: Texts) -> 
 
 
 def summary(scores: Scores, texts: Texts) -> dict[str, Any]:
-    """What the table shows, as plain values.
+    """The numbers of the table, as plain values.
 
     Returns:
         ``num_texts``; ``rewards``: of each n, mean, standard deviation (biased), minimum, quartiles and
@@ -218,7 +218,7 @@ def _pearson(one: np.ndarray, other: np.ndarray) -> float | None:
 
 
 def _after(names: Sequence[str], one: str, other: str) -> bool:
-    """Whether ``other`` stands to the right of ``one``: each pair is shown once."""
+    """Tells whether ``other`` stands to the right of ``one``: each pair is shown once."""
     return other == LENGTH or names.index(other) > names.index(one)
 
 

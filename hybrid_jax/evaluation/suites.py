@@ -1,4 +1,4 @@
-"""What `python -m hybrid_jax.evaluate` can measure: each suite is a function of an evaluator and a policy."""
+"""The suites of `python -m hybrid_jax.evaluate`: each is a function of an evaluator and a policy."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class Number(NamedTuple):
     percent: bool
 
     def agrees(self, other: Number) -> bool:
-        """Whether both mean the same number; with a sign on one side only, 50% is 50 or 0.5."""
+        """Tells whether both mean the same number; with a sign on one side only, 50% is 50 or 0.5."""
         if self.value == other.value:
             return True
         if self.percent == other.percent:

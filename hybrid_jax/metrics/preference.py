@@ -59,7 +59,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 def length_report(
     differences: np.ndarray, better_lengths: np.ndarray, worse_lengths: np.ndarray, matched_ratio: float
 ) -> dict[str, float]:
-    """Whether a reward knows more than length, from pairs that are no tie.
+    """Tells whether a reward knows more than length, from pairs that are no tie.
 
     Args:
         differences: r(better) − r(worse), [N].

@@ -23,7 +23,7 @@ CacheT = TypeVar("CacheT")
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a model remembers of the tokens of some rows: keys and values, a hidden state, the last k tokens.
+    """The memory that a model has of some rows: keys and values, a hidden state, or the last k tokens.
 
     A pytree. Row ``b`` is what `LanguageModel.init_cache` made for row ``b`` of the batch, wherever the axis of
     the rows lies in the arrays inside: only the cache itself needs to know that.
@@ -89,7 +89,7 @@ def put_rows(array: Shaped[Array, "B ..."], rows: Int[Array, "G M"], new: Any) -
 
 @struct.dataclass
 class ModelOutput:
-    """What `LanguageModel.apply` returns."""
+    """The result of `LanguageModel.apply`."""
 
     logits: Float[Array, "B T V"]  # float32; item t scores token t + 1
     hidden: Float[Array, "B T D"]  # what the heads read

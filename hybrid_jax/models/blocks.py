@@ -45,7 +45,7 @@ MIXED = "mixed"  # what attention hands to its output map, by the name that ``re
 
 @struct.dataclass
 class Context:
-    """What every layer knows of the tokens."""
+    """The facts about the tokens that every layer reads."""
 
     real: Bool[Array, "B T"]  # False is padding
     rotary: tuple[Array, Array] | None

@@ -72,13 +72,13 @@ class DecoderCache:
         )
 
     def layers(self) -> list[LayerCache]:
-        """What each layer, or each layer of a turn, reads and writes."""
+        """The cache of each layer, or of each layer of a turn."""
         return [LayerCache(k, v) for k, v in zip(self.keys, self.values, strict=True)]
 
 
 @struct.dataclass
 class LayerCache:
-    """What one layer reads and writes; ``turn`` says where it is in a stack."""
+    """Keys and values of one layer; ``turn`` says where it is in a stack."""
 
     keys: Float[Array, "*n B K S C"]
     values: Float[Array, "*n B K S C"]

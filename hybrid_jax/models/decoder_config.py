@@ -133,7 +133,7 @@ class DecoderSettings:
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     def attention_rule(self, layer: int) -> AttentionRule:
-        """What the attention of a layer does to its scores."""
+        """The rule for the attention scores of a layer."""
         slopes = None
         if self.position == "alibi":
             slopes = alibi_slopes(self.num_heads, self.alibi_exponent)
@@ -143,15 +143,15 @@ class DecoderSettings:
         return AttentionRule(self.attention_scale, window, self.attention_softcap, slopes)
 
     def is_windowed(self, layer: int) -> bool:
-        """Whether a layer sees only the tokens of the window."""
+        """Tells whether a layer sees only the tokens of the window."""
         return self.window is not None and (self.window_layers is None or self.window_layers[layer])
 
     def is_rotary(self, layer: int) -> bool:
-        """Whether a layer turns queries and keys by their positions."""
+        """Tells whether a layer turns queries and keys by their positions."""
         return self.position == "rotary" and (self.rotary_layers is None or self.rotary_layers[layer])
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer has experts in place of one MLP."""
+        """Tells whether a layer has experts in place of one MLP."""
         return self.experts is not None and (self.experts.layers is None or self.experts.layers[layer])
 
     @property

@@ -89,12 +89,12 @@ class EncoderConfig:
 
     @property
     def head_name(self) -> str:
-        """What the head is called among the parameters."""
+        """The name of the head among the parameters."""
         return "qa_outputs" if self.head == "question" else "classifier"
 
     @property
     def has_dense(self) -> bool:
-        """Whether the head has a map of its own before its last one."""
+        """Tells whether the head has a map of its own before its last one."""
         return self.head == "sequence" and self.head_reads != "pooler"
 
     def resolved(self) -> EncoderConfig:

@@ -1,4 +1,4 @@
-"""What encoders and encoder-decoders are built of: embeddings, norms, attention under any mask."""
+"""Building blocks of encoders and encoder-decoders: embeddings, norms, attention under any mask."""
 
 from __future__ import annotations
 

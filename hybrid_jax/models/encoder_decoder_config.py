@@ -76,7 +76,7 @@ class EncoderDecoderSettings:
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
     def resolved(self) -> Self:
-        """What a config.json can say, with every choice spelled out.
+        """The settings of a config.json, with every choice spelled out.
 
         It cannot say whether the head is the embedding: `transformers` 5 looks whether the weights have one.
         """

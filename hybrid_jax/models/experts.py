@@ -105,7 +105,7 @@ def clamped_swiglu(gate: Array, up: Array, limit: float = 7.0, slope: float = 1.
 def router_losses(
     router_logits: Float[Array, "B T E"], chosen: Int[Array, "B T K"], real: Bool[Array, "B T"]
 ) -> dict[str, Sum]:
-    """What keeps a router healthy, as sums over real tokens.
+    """Losses that keep a router balanced, as sums over real tokens.
 
     ``router_balance``: E Σ_e f_e P_e with f_e the share of a row's tokens sent to expert e (times K) and P_e
     its mean probability (Fedus et al. 2021, eq. 4, taken over each row by itself as in DeepSeek-V3, eq. 17);

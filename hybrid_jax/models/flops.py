@@ -52,7 +52,7 @@ def matmul_parameters(config: DecoderConfig) -> int:
 
 
 def _multiply_adds(config: DecoderConfig, tokens: int, head_tokens: int | None) -> tuple[int, int]:
-    """Of the base and of the adapter, for one reading."""
+    """FLOPs of the base and of the adapter, for one reading."""
     head_tokens = tokens if head_tokens is None else head_tokens
     base = adapter = 0
     for path, inputs, outputs, times in _maps(config):

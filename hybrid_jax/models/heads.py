@@ -41,7 +41,7 @@ class Head(Protocol):
 
     @property
     def trains_trunk(self) -> bool:
-        """Whether the trunk trains with it; else it reads the trunk as it is."""
+        """Tells whether the trunk trains with it; else it reads the trunk as it is."""
         ...
 
     def init(self, key: Array, width: int) -> Params:

@@ -21,7 +21,7 @@ from hybrid_jax.parallel.rules import target_platform
 
 
 def on_cpu() -> bool:
-    """Whether the hand-written CPU formulations are used; decided while tracing."""
+    """Tells whether the hand-written CPU formulations are used; decided while tracing."""
     return target_platform() == "cpu"
 
 

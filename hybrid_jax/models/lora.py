@@ -75,7 +75,7 @@ def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """What trains and what stays as it is: the adapter and its base, or everything and nothing."""
+    """Splits parameters into those that train and those that stay: adapter and base, or all and none."""
     if ADAPTER not in params:
         return params, {}
     return {ADAPTER: params[ADAPTER]}, {name: part for name, part in params.items() if name != ADAPTER}

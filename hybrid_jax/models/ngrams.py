@@ -61,7 +61,7 @@ class NGramTrunk:
 
     @property
     def settings(self) -> NGrams:
-        """What builds it."""
+        """The settings that build it."""
         return self.config
 
     @property
@@ -71,7 +71,7 @@ class NGramTrunk:
 
     @property
     def num_rows(self) -> int:
-        """Of the table."""
+        """Rows of the table."""
         return self.vocab_size + (2**self.config.bucket_bits if self.config.orders[-1] > 1 else 0)
 
     def init(self, key: Array) -> Params:

@@ -47,12 +47,12 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def is_vector(path: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter shifts or scales features and maps none to others, however many axes it has."""
+    """Tells whether a parameter shifts or scales features and maps none to others, however many axes it has."""
     return path.rpartition("/")[2] in VECTORS or len(shape) < 2
 
 
 def is_matrix(path: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is a linear map, or a stack of them with one for each expert."""
+    """Tells whether a parameter is a linear map, or a stack of them with one for each expert."""
     matrices = len(shape) - (param_axes(path, shape)[0] == "experts") if shape else 0
     return not is_vector(path, shape) and matrices == 2
 

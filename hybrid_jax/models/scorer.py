@@ -139,7 +139,7 @@ def at_last_token(
 
 
 def text_trunk(model: Any) -> TextTrunk:
-    """What of a run's model the heads read.
+    """The trunk that heads read, out of a run's model.
 
     Raises:
         UserError: it is no trunk for texts.
@@ -202,7 +202,7 @@ class TextScorer:
         *,
         dropout_key: Array | None = None,
     ) -> Float[Array, "B F"]:
-        """What the head reads; of a trunk that does not train constants, without dropout or gradient."""
+        """The features that the head reads; where the trunk does not train, without its dropout or gradient."""
         trunk = params["trunk"]
         if not self.head.trains_trunk:
             trunk, dropout_key = jax.lax.stop_gradient(trunk), None

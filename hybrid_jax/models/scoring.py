@@ -84,7 +84,7 @@ def states_before(
 
 
 def shift_states(hidden: Float[Array, "B T D"], response_length: int) -> Float[Array, "B R D"]:
-    """Of all hidden states, those before the response tokens."""
+    """The hidden states before the response tokens, out of all of them."""
     return hidden[:, -response_length - 1 : -1]
 
 

@@ -49,7 +49,7 @@ class TextEncoder:
 
     @property
     def settings(self) -> TextEncoderConfig:
-        """What builds it, without the folder that it came from."""
+        """The settings that build it, without the folder that it came from."""
         return TextEncoderConfig(
             encoder=self.config,
             pooling=self.pooling.mode,

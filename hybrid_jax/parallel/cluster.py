@@ -177,12 +177,12 @@ def _number(environment: Environment, name: str) -> int:
 
 
 def _has_tpu() -> bool:
-    """Whether this machine has a TPU, and JAX the library to use it."""
+    """Tells whether this machine has a TPU, and JAX the library to use it."""
     return importlib.util.find_spec("libtpu") is not None and has_tpu_device()
 
 
 def has_tpu_device() -> bool:
-    """Whether this machine has a TPU."""
+    """Tells whether this machine has a TPU."""
     vendors = (Path(path) for path in glob.glob("/sys/bus/pci/devices/*/vendor"))
     return any(vendor.read_text().strip() == _GOOGLE for vendor in vendors)
 

@@ -90,7 +90,7 @@ def missed_accelerator() -> str | None:
 
 
 def has_cuda_plugin() -> bool:
-    """Whether JAX's package for NVIDIA GPUs is installed."""
+    """Tells whether JAX's package for NVIDIA GPUs is installed."""
     return any(map(_is_installed, _CUDA_PLUGINS))
 
 

@@ -185,7 +185,7 @@ def joined() -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes logs and files, and shows progress."""
+    """Tells whether this is the process that writes logs and files, and shows progress."""
     return index() == 0
 
 

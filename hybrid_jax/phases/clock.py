@@ -1,4 +1,4 @@
-"""What the host waited for in one step."""
+"""A clock of what the host waits for in one step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 class Clock:
-    """What the host waited for in one step, in turn: ``<part>_seconds``."""
+    """Seconds that the host waited in one step, by part: ``<part>_seconds``."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

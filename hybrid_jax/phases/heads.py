@@ -73,7 +73,7 @@ class HeadPhase(SupervisedPhase):
         return super().init({**params, **made}, key, made)
 
     def extra(self, state: RunState) -> dict[str, Any]:
-        """What is saved beside the exported head, as JSON: how to read texts, calibrate or normalise."""
+        """The data saved beside the exported head, as JSON: how to read texts, calibrate or normalise."""
         return {}
 
     def params_of(self, state: RunState) -> Params:

@@ -88,7 +88,7 @@ def update_in_minibatches(
 
 
 def _too_far(target: float | None, metrics: Mapping[str, Array]) -> Array:
-    """Whether the policy has moved as far as one step may."""
+    """Tells whether the policy has moved as far as one step may."""
     return jnp.asarray(False) if target is None else metrics["approx_kl"] > target
 
 

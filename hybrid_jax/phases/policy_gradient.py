@@ -64,7 +64,7 @@ from hybrid_jax.training.state import RunState, TrainState
 
 @settings
 class OnPolicy(RolloutSettings):
-    """What every method is told; one adds ``advantage`` and ``objective``, as settings or as properties."""
+    """Settings of every method; one adds ``advantage`` and ``objective``, as settings or as properties."""
 
     epochs: Count = 4  # times that the updates of a step read its rollout
     minibatches: Count = 1  # updates an epoch
@@ -110,7 +110,7 @@ class OnPolicy(RolloutSettings):
 
     @property
     def objective(self) -> PolicyObjective:
-        """What the log-probabilities are to become, given the advantages."""
+        """The loss of the log-probabilities, given the advantages."""
         raise NotImplementedError
 
     @property
@@ -354,7 +354,7 @@ class PolicyGradientPhase:
         return self.rollouts.observe(state, numbers)
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
-        """What a step compiles: sampling, scoring and the updates."""
+        """The programs that a step compiles: sampling, scoring and the updates."""
         config, length = self.config, self.rollouts.longest_prompt(prompt_length)
         state, idle = without_idle(state, self)
         references = self.rollouts.references.of(state)

@@ -82,7 +82,7 @@ class ReferenceSamples:
 
 
 def _distinct(preferences: Sequence[Preference]) -> list[Example]:
-    """What is asked, each once, in the order of the data."""
+    """The prompts, each once, in the order of the data."""
     found = {
         repr(row.messages) if row.messages else row.prompt: Example(row.prompt, messages=row.messages)
         for row in preferences

@@ -40,7 +40,7 @@ class Reference:
             raise ValueError("refresh_every_cycles must be null for a reference with a path: it never changes")
 
     def is_due(self, cycle: int, entered: bool) -> bool:
-        """Whether to copy the policy again at the start of a step; ``cycle`` counts the entries before it."""
+        """Tells whether to copy the policy again before a step; ``cycle`` counts the entries so far."""
         return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
 
 

@@ -1,4 +1,4 @@
-"""What a reward model is measured by: rewards of held-out preferences to numbers."""
+"""Measures of a reward model: from the rewards of held-out preferences to numbers."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ from hybrid_jax.training.state import RunState, TrainState
 
 @dataclass(frozen=True)
 class Played:
-    """What one step has to learn from, and what the state of the run becomes by it.
+    """A rollout to learn from, and the changes that it makes to the state of the run.
 
     Attributes:
         rollout: rewarded.
@@ -93,11 +93,11 @@ class Rollouts:
         return f"{self.name}/reward"
 
     def init_host(self) -> dict[str, Any]:
-        """What it adds to ``RunState.host``."""
+        """The entries that it adds to ``RunState.host``."""
         return {self._reward_key: self.config.reward.init()}
 
     def init_extra(self) -> dict[str, Any]:
-        """What it adds to ``TrainState.extra``."""
+        """The entries that it adds to ``TrainState.extra``."""
         return {} if self._ahead is None else self._ahead.init(self.config)
 
     def play(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Played:
@@ -132,7 +132,7 @@ class Rollouts:
         return Played(rollout, samples, reward_state, metrics, waiting, cursors)
 
     def lent(self, train: TrainState) -> TrainState:
-        """What an update is given, and so deletes: not the responses that wait."""
+        """The state for an update, which deletes it: without the responses that wait."""
         return train if self._ahead is None else self._ahead.without(train)
 
     def kept(self, state: RunState, train: TrainState, played: Played, clock: Clock) -> RunState:

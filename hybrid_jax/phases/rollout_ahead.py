@@ -36,11 +36,11 @@ class RolloutAhead:
         self._split = jax.jit(under(placement, shard_rows))
 
     def init(self, settings: RolloutSettings) -> dict[str, Samples]:
-        """What the phase adds to ``TrainState.extra``."""
+        """The entries that the phase adds to ``TrainState.extra``."""
         return {self._key: Samples.empty(settings.rows, settings.sampler.max_new_tokens)}
 
     def is_wanted(self, state: RunState) -> bool:
-        """Whether the step after this one may be of the same phase."""
+        """Tells whether the step after this one may be of the same phase."""
         return self._following(state.schedule) in (self._phase, None)
 
     def staleness(self, state: RunState) -> int:
@@ -65,7 +65,7 @@ class RolloutAhead:
         return self._split(samples)
 
     def without(self, train: TrainState) -> TrainState:
-        """What an update is given: it would delete responses that are still read."""
+        """The state for an update, which would delete responses that are still read."""
         return replace(train, extra={name: x for name, x in train.extra.items() if name != self._key})
 
     def keep(self, train: TrainState, samples: Samples) -> TrainState:

@@ -94,12 +94,12 @@ class RolloutFunctions:
         return replace(rollout, plain_scores=plain, scores=plain - self.penalties(self.complete(rollout)))
 
     def complete(self, rollout: Rollout) -> Bool[Array, "B"]:
-        """Whether a response ended by itself, not by its length."""
+        """Tells whether a response ended by itself, not by its length."""
         length = rollout.action_mask.shape[1]
         return ended(rollout.tokens[:, -length:], rollout.action_mask, self.eos_ids)
 
     def penalties(self, complete: Any) -> Any:
-        """What a response that did not end pays, float32 [B]; of arrays on the host or on the device."""
+        """The penalty of a response that did not end, float32 [B]; for arrays on the host or on the device."""
         return np.float32(self.config.missing_eos_penalty or 0.0) * ~complete
 
     def whole(self, trained: Params) -> Params:

@@ -1,4 +1,4 @@
-"""What a policy is asked, how it answers, and what its answers are worth: settings of every on-policy phase."""
+"""Settings of every on-policy phase: the prompts, how they are answered, and the reward of the answers."""
 
 from __future__ import annotations
 

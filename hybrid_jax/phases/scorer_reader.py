@@ -56,7 +56,7 @@ class ScorerReader:
         return self._run(self._score, params, rows)
 
     def features(self, params: Params, rows: Sequence[np.ndarray], name: str) -> np.ndarray:
-        """What the trunk makes of the rows called ``name``, [N F]: computed once."""
+        """The trunk's features of the rows called ``name``, [N F]: computed once."""
         if name not in self._features:
             self._features[name] = self._run(self._embed, params, rows)
         return self._features[name]

@@ -52,9 +52,9 @@ class MixedExamples:
         return put_rows(self._placement, self.stream.batch(cursors.get(self._cursor, 0), self.rows))
 
     def advanced(self, cursors: Mapping[str, int]) -> dict[str, int]:
-        """What a step adds to the cursors of a run."""
+        """The cursors after one more step."""
         return {self._cursor: cursors.get(self._cursor, 0) + self.rows}
 
     def shapes(self) -> TokenBatch:
-        """Of a batch, for a plan."""
+        """Shapes of a batch, for a plan."""
         return example_shapes(self._placement, self.rows, self.length)

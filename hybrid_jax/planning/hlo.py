@@ -48,12 +48,12 @@ class Shape:
 
     @property
     def is_integer_scalar(self) -> bool:
-        """Whether it is one integer or truth value, as a loop's counter is."""
+        """Tells whether it is one integer or truth value, as a loop's counter is."""
         return not self.dims and (self.dtype == "pred" or self.dtype[0] in "su")
 
     @property
     def is_real(self) -> bool:
-        """Whether its elements are floating-point numbers."""
+        """Tells whether its elements are floating-point numbers."""
         return self.dtype.startswith(("f", "bf"))
 
 

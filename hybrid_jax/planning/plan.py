@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether every program fits into a device; None where the memory of the device is not known."""
+        """Tells whether every program fits into a device; None where the memory of the device is not known."""
         each = [step.fits(self.topology.accelerator) for step in self.steps]
         return False if False in each else None if None in each else True
 

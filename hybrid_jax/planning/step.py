@@ -101,7 +101,7 @@ class Step:
         return None if needed is None else needed + self.beside
 
     def fits(self, chip: Accelerator | None) -> bool | None:
-        """Whether a device can hold it; None where the memory of the device is not known."""
+        """Tells whether a device can hold it; None where the memory of the device is not known."""
         if self.memory is None:
             return False
         return None if chip is None or self.peak is None else self.peak <= chip.memory_bytes

@@ -133,14 +133,14 @@ class Traffic:
 
 
 def _is_passing(called: Computation, user: Instruction) -> bool:
-    """Whether ``user`` moves nothing: a tuple, or a collective in steps that has begun before."""
+    """Tells whether ``user`` moves nothing: a tuple, or a collective in steps that has begun before."""
     if user.opcode in ("tuple", "get-tuple-element"):
         return True
     return is_later_part(called, user) or user.text("custom_call_target") == "AsyncCollectiveDone"
 
 
 def is_later_part(computation: Computation, instruction: Instruction) -> bool:
-    """Whether this is a TPU's collective in steps, which counts where it starts.
+    """Tells whether this is a TPU's collective in steps, which counts where it starts.
 
     Each fusion that it runs beside names it again, under the same ``chain_id``.
     """

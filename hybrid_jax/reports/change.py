@@ -47,7 +47,7 @@ class Change:
 
     @property
     def is_exactly_zero(self) -> bool:
-        """Whether no prompt scored differently."""
+        """Tells whether no prompt scored differently."""
         return self.interval == (0.0, 0.0)
 
     @property

@@ -102,7 +102,7 @@ def loss_charts(run: Run) -> list[Chart]:
 
 
 def judges(run: Run, phase: str) -> bool:
-    """Whether a phase learns to tell texts apart, by their labels or by preferences."""
+    """Tells whether a phase learns to tell texts apart, by their labels or by preferences."""
     return f"{phase}/accuracy" in run.curves
 
 

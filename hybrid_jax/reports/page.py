@@ -46,11 +46,11 @@ class Figures:
         return f'<figure class="chart">{title}{drawing}{_note(chart.glossary)}</figure>'
 
     def has_drawn(self, chart: Chart) -> bool:
-        """Whether the page shows a line of the chart already."""
+        """Tells whether the page shows a line of the chart already."""
         return any(line.metric in self._drawn for lines, _ in chart.panels for line in lines)
 
     def can_draw(self, chart: Chart) -> bool:
-        """Whether the run has any of a chart's numbers."""
+        """Tells whether the run has any of a chart's numbers."""
         return any(line.metric in self._run.curves for lines, _ in chart.panels for line in lines)
 
     def count_as_drawn(self, metrics: Iterable[str]) -> None:

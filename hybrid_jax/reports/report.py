@@ -135,7 +135,7 @@ def _change_sentence(run: Run, change: Change) -> str:
 
 
 def _is_pretrained(run: Run) -> bool:
-    """Whether the model came out of a folder."""
+    """Tells whether the model came out of a folder."""
     model = run.config.get("model")
     return isinstance(model, Mapping) and bool(model.get("path"))
 

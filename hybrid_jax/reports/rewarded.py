@@ -34,7 +34,7 @@ class Rewarded:
         return f"evaluation/{name}" if self.is_first else f"evaluation/{self.phase}/{name}"
 
     def owns(self, part: str) -> bool:
-        """Whether what a sample calls so, ``<part>`` or ``<phase>/<part>``, is a part of this reward."""
+        """Tells whether what a sample calls so, ``<part>`` or ``<phase>/<part>``, is a part of this reward."""
         phase = part.partition("/")[0]
         return phase == self.phase if phase in self.run.rewarded and phase != part else self.is_first
 
@@ -73,7 +73,7 @@ class Rewarded:
 
     @cached_property
     def has_signal(self) -> bool:
-        """Whether the reward ever told two responses of a rollout apart; true where that was not logged."""
+        """Tells whether the reward ever told two responses of a rollout apart; true where it is not logged."""
         if any(self.trained(f"reward/{part}_std") in self.run.curves for part in self.parts):
             return len(self.silent_parts) < len(self.parts)
         spreads = self.run.points(self.trained("score_std"))

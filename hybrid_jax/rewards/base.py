@@ -1,4 +1,4 @@
-"""What a reward is: a callable on texts, or a pure function on tokens that stays on the device.
+"""Rewards: callables on texts, or pure functions on tokens that stay on the device.
 
 A text reward is any callable ``reward(prompts, responses, **columns) -> scores``, one number a row: a plain
 function, or a frozen dataclass registered in `REWARDS` whose fields are its settings. Its arguments are passed

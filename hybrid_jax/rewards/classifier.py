@@ -54,7 +54,7 @@ class LoadedScorer(NamedTuple):
 @REWARDS.register("classifier")
 @settings
 class ClassifierReward:
-    """What a classifier thinks of a label: its log-odds, or its (log-)probability.
+    """The log-odds, or the (log-)probability, that a classifier gives to a label.
 
         p = softmax(logits / temperature)[label], or sigmoid where labels are independent or there is only one
         log_odds = log p - log(1 - p)

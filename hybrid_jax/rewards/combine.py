@@ -78,7 +78,7 @@ class FittedCombiner(Protocol):
         ...
 
     def is_fitted(self, state: Any) -> bool:
-        """Whether `fit` has made the state."""
+        """Tells whether `fit` has made the state."""
         ...
 
     def fit(

@@ -119,12 +119,12 @@ class CompositeReward:
 
     @property
     def on_device(self) -> bool:
-        """Whether every part scores tokens: then `score_tokens` is the reward, else `score`."""
+        """Tells whether every part scores tokens: then `score_tokens` is the reward, else `score`."""
         return all(part.on_device for part in self.parts.values())
 
     @property
     def is_placed(self) -> bool:
-        """Whether a part scores segments, for which `raw` needs the text that each token adds."""
+        """Tells whether a part scores segments, for which `raw` needs the text that each token adds."""
         return any(part.is_placed for part in self.parts.values())
 
     def init(self) -> RewardState:
@@ -238,7 +238,7 @@ class CompositeReward:
         return Scores(totals, plain, dense, baseline, metrics), state
 
     def _penalties(self, penalties: np.ndarray | None, groups: Groups) -> Any:
-        """What is taken from each score: in groups, if a part is, less what all answers to the prompt pay."""
+        """The penalty taken from each score; in groups, if a part is, less the mean of its group."""
         if penalties is None or not any(part.is_in_groups for part in self.parts.values()):
             return np.float32(0.0) if penalties is None else penalties.astype(np.float32)
         means = np.bincount(groups, penalties) / np.maximum(np.bincount(groups), 1)
@@ -290,7 +290,7 @@ class CompositeReward:
         return {**state, COMBINER: self.combine.measured(state[COMBINER], evaluation[name])}
 
     def _fitted(self, state: RewardState) -> Any:
-        """What the combiner remembers; one that learns from preferences has learnt."""
+        """The state of the combiner, fitted first where it learns from preferences."""
         remembered, combiner = state.get(COMBINER, {}), self.combine
         if not isinstance(combiner, FittedCombiner) or combiner.is_fitted(remembered):
             return remembered

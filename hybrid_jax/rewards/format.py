@@ -214,7 +214,7 @@ def _error(message: str) -> Any:
 
 
 def _is_pattern(text: Any) -> bool:
-    """Whether a pattern compiles, for the format checker of jsonschema."""
+    """Tells whether a pattern compiles, for the format checker of jsonschema."""
     import regex
 
     return not isinstance(text, str) or bool(regex.compile(text))

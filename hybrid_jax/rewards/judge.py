@@ -177,7 +177,7 @@ class Judge:
                 self.counts[name] = self.counts.get(name, 0.0) + number
 
     def take_counts(self) -> dict[str, float]:
-        """What was counted since the last call: asked, cached, retries, failures, tokens, dollars."""
+        """The counts since the last call: asked, cached, retries, failures, tokens, dollars."""
         with self._lock:
             taken, self.counts = self.counts, {}
         return taken

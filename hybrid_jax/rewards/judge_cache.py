@@ -64,7 +64,7 @@ class JudgeCache:
         _write(self._path(key), {"value": value})
 
     def spent(self) -> Spent:
-        """What all runs with this folder have paid.
+        """The sum that all runs with this folder have paid.
 
         Raises:
             UserError: the file is damaged; since the amount is not known, nothing more is paid.

@@ -73,7 +73,7 @@ class Gated:
         return zeros | {name: np.zeros(()) for name in ("fitted", "accuracy", "loss")}
 
     def is_fitted(self, state: State) -> bool:
-        """Whether `fit` has been called: before the first rollout it has to be."""
+        """Tells whether `fit` has been called: before the first rollout it has to be."""
         return bool(state and state["fitted"])
 
     def fit(

@@ -60,17 +60,17 @@ class Part:
 
     @property
     def on_device(self) -> bool:
-        """Whether it scores tokens on the device."""
+        """Tells whether it scores tokens on the device."""
         return isinstance(self.reward, DeviceReward)
 
     @property
     def is_placed(self) -> bool:
-        """Whether it scores segments of a response."""
+        """Tells whether it scores segments of a response."""
         return self.level != "sequence"
 
     @property
     def is_in_groups(self) -> bool:
-        """Whether values are comparable only among the responses to one prompt."""
+        """Tells whether values are comparable only among the responses to one prompt."""
         return isinstance(self.normalise, Group)
 
     def unclipped(self, state: Any, raw: np.ndarray, groups: Groups) -> np.ndarray:

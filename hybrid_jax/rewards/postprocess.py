@@ -1,4 +1,4 @@
-"""What is done to the raw values of one reward before they are weighed: a transform, then a normaliser.
+"""Changes to the raw values of one reward before they are weighed: a transform, then a normaliser.
 
 A transform is a plain function of one number. A normaliser sees a whole rollout and may remember: an
 ``init``/``update`` pair over a pytree of numpy scalars, which goes into the checkpoint.

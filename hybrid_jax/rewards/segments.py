@@ -28,7 +28,7 @@ _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+|$)", re.DOTA
 def token_texts(
     decode: Callable[[Sequence[int]], str], tokens: Int[np.ndarray, "B R"], mask: Bool[np.ndarray, "B R"]
 ) -> TokenTexts:
-    """What each token adds to the text of its response, up to the last chosen one; together they are the text.
+    """The text that each token adds to its response, up to the last chosen one; joined they are the response.
 
     A token that ends inside a character adds nothing, the one that completes it adds the character. One that
     the policy did not choose (where ``mask`` is False) adds nothing either: it only keeps its place.
@@ -65,7 +65,7 @@ def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:
 
 
 def segments(pieces: Sequence[str], level: Level) -> list[tuple[int, str]]:
-    """Of one response: the last token of each segment, and the segment's text. Blank ones are left out."""
+    """The last token and the text of each segment of one response. Blank segments are left out."""
     if level == "sequence":
         return [(len(pieces) - 1, "".join(pieces))] if pieces else []
     if level == "token":

@@ -174,7 +174,7 @@ def contradicted_slots(slots: dict[str, str], response: str) -> set[str]:
 
 
 def _texts(slots: dict[str, str], response: str) -> dict[str, str]:
-    """What to search for each slot: without the names, for Café Brazil is no café."""
+    """The text to search for each slot: without the names, since Café Brazil is no café."""
     text = response.lower()
     names = [slots[slot].lower() for slot in ("name", "near") if slot in slots]
     others = functools.reduce(lambda rest, name: rest.replace(name, "it"), names, text)

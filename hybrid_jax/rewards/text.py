@@ -117,7 +117,7 @@ class Distinct:
 
 
 def mentions(text: str, phrases: Sequence[str]) -> bool:
-    """Whether one of the phrases occurs in ``text``: at word boundaries, in any case and spacing."""
+    """Tells whether one of the phrases occurs in ``text``: at word boundaries, in any case and spacing."""
     return bool(phrases) and _phrase_pattern(tuple(phrases)).search(text) is not None
 
 

@@ -107,7 +107,7 @@ def _differences(there: Any, here: Any, name: str) -> Iterator[Change]:
 
 
 def _is_same_file(there: Any, here: Any) -> bool:
-    """Whether two texts are paths of one file or folder; "/" and "." may be separators."""
+    """Tells whether two texts are paths of one file or folder; "/" and "." may be separators."""
     texts = isinstance(there, str) and isinstance(here, str)
     try:
         return texts and all(Path(text).name for text in (there, here)) and os.path.samefile(there, here)

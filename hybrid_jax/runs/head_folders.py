@@ -1,4 +1,4 @@
-"""What a run writes of the heads that it has trained: folders that a reward reads by ``path``."""
+"""Folders of the heads that a run has trained, which a reward reads by ``path``."""
 
 from __future__ import annotations
 

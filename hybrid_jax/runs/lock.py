@@ -80,11 +80,11 @@ class Holder:
     beat: int = 0
 
     def is_near(self) -> bool:
-        """Whether this process can see if that one lives."""
+        """Tells whether this process can see if that one lives."""
         return self.started != "" and (self.host, self.system) == (socket.gethostname(), _system())
 
     def is_alive(self) -> bool:
-        """Whether the process of a lock on this machine still runs."""
+        """Tells whether the process of a lock on this machine still runs."""
         started = _started(self.pid)
         return started == self.started or (started == "" and _is_hidden(self.pid))
 
@@ -156,7 +156,7 @@ class _Lock:
         self._beats.start()
 
     def look(self) -> bool:
-        """Whether the lock is no longer there, or another one's."""
+        """Tells whether the lock is no longer there, or another one's."""
         with contextlib.suppress(OSError, UserError):  # a network that is away for a moment
             found = self._read()[0]
             self.is_lost = found is None or found.mark != self.holder.mark
@@ -341,7 +341,7 @@ def _system() -> str:
 
 
 def _is_hidden(pid: int) -> bool:
-    """Whether a process of this number exists, also one of another user that the system hides."""
+    """Tells whether a process of this number exists, also one of another user that the system hides."""
     try:
         os.kill(pid, 0)
     except PermissionError:

@@ -37,7 +37,7 @@ class Origin:
 
     @property
     def is_branch(self) -> bool:
-        """Whether the checkpoint is another run's."""
+        """Tells whether the checkpoint is another run's."""
         return self.note is not None and not self.is_own
 
 
@@ -157,5 +157,5 @@ def tell_origin(
 
 
 def _note(checkpoints: Any, step: int) -> dict[str, Any]:
-    """What the run noted in a checkpoint; empty before version 0.4.1."""
+    """The note that a run kept in a checkpoint; empty before version 0.4.1."""
     return saved_progress(checkpoints, step).get("note", {})

@@ -314,12 +314,12 @@ def run_model(
 
 
 def trains_language_model(settings: Mapping[str, Any]) -> bool:
-    """Whether any phase of a run trains its language model; the others say which ``head`` they train."""
+    """Tells whether any phase of a run trains its language model; the others say which ``head`` they train."""
     return any("head" not in phase for phase in (settings.get("phases") or {}).values())
 
 
 def trains_heads(settings: Mapping[str, Any]) -> bool:
-    """Whether any phase of a run trains a head."""
+    """Tells whether any phase of a run trains a head."""
     return any("head" in phase for phase in (settings.get("phases") or {}).values())
 
 

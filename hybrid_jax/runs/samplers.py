@@ -19,7 +19,7 @@ class _SamplerSettings:
 
 
 def run_sampler(settings: dict[str, Any], context: int | None, trust: Container[str]) -> Sampler:
-    """What the run samples with: for its evaluation, or for the first phase that samples."""
+    """The sampler of the run: that of its evaluation, or of the first phase that samples."""
     components = [settings.get("evaluation"), *(settings.get("phases") or {}).values()]
     found = (component.get("sampler") for component in components if component)
     sampler = next((sampler for sampler in found if sampler), None)

@@ -1,4 +1,4 @@
-"""What a sampler is: a policy, prompts and a key to the responses."""
+"""The contract of samplers: from a policy, prompts and a key to responses."""
 
 from __future__ import annotations
 

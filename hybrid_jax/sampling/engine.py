@@ -29,7 +29,7 @@ from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
 
 @struct.dataclass
 class Rows:
-    """What each row of the engine answers, and how far it is."""
+    """The response that each row of the engine is writing, and how far it is."""
 
     noise: Float[Array, "B R 2"]  # that draws its tokens
     tokens: Int[Array, "B R"]  # of its response; behind ``length`` they mean nothing

@@ -128,7 +128,7 @@ def response_noise(keys: Shaped[Array, "B"], num_tokens: int) -> Float[Array, "B
 
 
 def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
-    """Whether a token is one of those that end a response."""
+    """Tells whether a token is one of those that end a response."""
     return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
 
 
@@ -141,7 +141,7 @@ def _invert(weights: Float[Array, "B X"], uniform: Float[Array, "B"]) -> Int[Arr
 
 
 def _sorts() -> bool:
-    """Whether the function being traced sorts; measured faster on a CPU."""
+    """Tells whether the function being traced sorts; measured faster on a CPU."""
     return target_platform() == "cpu"
 
 
@@ -193,7 +193,7 @@ def _ranks(logits: Float[Array, "... V"]) -> Int[Array, "... V"]:
 
 
 def _inside(descending: Float[Array, "... V"], top_p: float) -> Array:
-    """Whether what comes before a token is still less than ``top_p``; always true of the first."""
+    """Tells whether what comes before a token is still less than ``top_p``; always true of the first."""
     cumulative = jnp.cumsum(jax.nn.softmax(descending, axis=-1), axis=-1)
     return jnp.pad(
         cumulative[..., :-1] < top_p, [(0, 0)] * (descending.ndim - 1) + [(1, 0)], constant_values=True

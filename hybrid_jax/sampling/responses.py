@@ -1,4 +1,4 @@
-"""What is read of sampled responses: rows with their prompts, whether they ended, their texts."""
+"""Reading sampled responses: rows with their prompts, whether they ended, their texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def join(
 
 
 def ended(tokens: Any, action_mask: Any, eos_ids: Sequence[int]) -> Any:
-    """Whether a response [B R] ended by itself, its last chosen token being an end, rather than by its length.
+    """Tells whether each response ended by itself, with an end as its last chosen token, and not by length.
 
     Arrays may be on the host or on the device; the result, bool [B], is where they are.
     """

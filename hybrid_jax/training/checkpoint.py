@@ -215,7 +215,7 @@ def saved_steps(folder: Folder) -> list[int]:
 
 
 def saved_progress(folder: Folder, step: int) -> dict[str, Any]:
-    """What a checkpoint holds beside its arrays (`progress_of`), with the ``note`` of the run."""
+    """The data that a checkpoint holds beside its arrays (`progress_of`), with the ``note`` of the run."""
     with _checkpointer(_absolute(folder)) as reader:
         return _read_progress(reader, step)
 

@@ -103,7 +103,7 @@ class JsonLines:
 
 
 def _is_before(record: Mapping[str, Any], step: int | None) -> bool:
-    """Whether a run that goes on at ``step`` keeps the record, since it may not write it again."""
+    """Tells whether a run that goes on at ``step`` keeps the record, since it may not write it again."""
     evaluated = record["step"] == step and record.get("phase") == "evaluation"
     return step is not None and (record["step"] < step or evaluated)
 

@@ -78,7 +78,7 @@ class Run(Protocol):
         ...
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
-        """Whether the state is to be evaluated before the next step."""
+        """Tells whether the state is to be evaluated before the next step."""
         ...
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:

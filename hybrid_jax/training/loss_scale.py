@@ -62,7 +62,7 @@ class DynamicLossScale:
         )
 
     def can_shrink(self, state: LossScaleState) -> Bool[Array, ""]:
-        """Whether an overflow may still be the scale's doing."""
+        """Tells whether an overflow may still be the scale's doing."""
         return state.scale > self.minimum
 
 

@@ -141,7 +141,7 @@ def _progress(step, start, stop):
 
 
 def waits_for_horizon(schedule: Schedule, horizon: float) -> bool:
-    """Whether a schedule stays constant because its horizon is not known."""
+    """Tells whether a schedule stays constant because its horizon is not known."""
     return isinstance(schedule, _ToHorizon) and schedule.steps is None and math.isinf(horizon)
 
 

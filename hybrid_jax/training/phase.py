@@ -20,7 +20,7 @@ Metrics = Mapping[str, Any]  # "<phase>/<metric>": a number, on the device or th
 
 @dataclass(frozen=True)
 class PhaseInit:
-    """What a phase adds to the state of a fresh run."""
+    """The parts that a phase adds to the state of a fresh run."""
 
     params: Mapping[str, Params] = field(default_factory=dict)  # further parameter groups
     opt_state: Mapping[str, Any] = field(default_factory=dict)  # group -> optimizer state
@@ -106,7 +106,7 @@ class StagedPhase(Phase, Protocol):
 
 @dataclass(frozen=True)
 class Resources:
-    """What an experiment hands to a phase config when it builds the phase."""
+    """The objects that an experiment hands to a phase config when it builds the phase."""
 
     name: str  # under which the config lists the phase
     kind: str  # the name of its settings in `PHASES`

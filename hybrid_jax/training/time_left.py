@@ -66,7 +66,7 @@ class TimeLeft:
 
     @property
     def is_guess(self) -> bool:
-        """Whether some phase that is still to come has not been measured yet."""
+        """Tells whether some phase that is still to come has not been measured yet."""
         return any(n > 0 and name not in self._seconds for name, n in self._left.items() if name != EVALUATION)
 
     def _cost(self, name: str) -> float:
@@ -82,7 +82,7 @@ class TimeLeft:
 
 
 class Ahead(Protocol):
-    """What decides the rest of a run."""
+    """The facts that decide the rest of a run."""
 
     @property
     def steps(self) -> int:
@@ -95,7 +95,7 @@ class Ahead(Protocol):
         ...
 
     def evaluation_is_due(self, state: RunState, next_phase: str) -> bool:
-        """Whether there is an evaluation before the next step."""
+        """Tells whether there is an evaluation before the next step."""
         ...
 
 

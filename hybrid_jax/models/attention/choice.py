@@ -154,7 +154,7 @@ def _describe(q, k, segment_ids, rule, sinks) -> AttentionCall:
 
 
 def _capability() -> tuple[int, int] | None:
-    """Of the NVIDIA GPUs that the function being traced will run on."""
+    """The compute capability of the NVIDIA GPUs that the function being traced will run on."""
     placement = current_placement()
     device = jax.devices()[0] if placement is None else placement.mesh.devices.flat[0]
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")

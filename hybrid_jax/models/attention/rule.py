@@ -1,4 +1,4 @@
-"""What a family does to the scores of attention, and what an implementation must know of a call to serve it."""
+"""Rules for the scores of attention, by family, and the facts of a call that an implementation decides by."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def splash_attention(
 
 
 def _kernel(length: int, heads: int, rule: AttentionRule, interpret: bool) -> Callable[..., Any]:
-    """What maps q [H T C], k and v [K T C], segment ids and sinks to [H T C], with a gradient of its own."""
+    """The function from q [H T C], k and v [K T C], segment ids and sinks to [H T C], with its own gradient."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     shape = (length, length)

@@ -120,7 +120,7 @@ class Family:
         return name if self._is_head(name) else self.prefix + name
 
     def is_transposed(self, name: str) -> bool:
-        """Whether a linear map of theirs is [out, in]."""
+        """Tells whether a linear map of theirs is [out, in]."""
         return self.transposed or self._is_head(name)
 
     def _is_head(self, name: str) -> bool:

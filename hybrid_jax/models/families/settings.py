@@ -38,7 +38,7 @@ def same(**names: str) -> Part:
 
 
 def fixed(**ours: Any) -> Part:
-    """What every model of the family is."""
+    """Settings that every model of the family shares."""
     return Part(lambda theirs: ours, lambda config: {})
 
 

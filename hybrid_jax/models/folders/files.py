@@ -57,7 +57,7 @@ class StoredTensor:
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite."""
+    """Tells whether no number is NaN or infinite."""
     with np.errstate(invalid="ignore"):  # ml_dtypes warns at the very NaN that is asked for
         return bool(np.isfinite(array).all())
 
@@ -100,7 +100,7 @@ def _open_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -
 
 
 def open_safetensors(path: Path, check_finite: bool = False) -> dict[str, StoredTensor]:
-    """What reads each tensor of one safetensors file.
+    """Readers of the tensors of one safetensors file, by name.
 
     Raises:
         UserError: it is missing or damaged.
@@ -150,7 +150,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _is_array(shape: list[int]) -> bool:
-    """Whether numpy can have such an array, one without elements too."""
+    """Tells whether numpy can have such an array, one without elements too."""
     return len(shape) <= MOST_AXES and math.prod(max(size, 1) for size in shape) < 2**48
 
 

@@ -37,7 +37,7 @@ _SHARD_BYTES = 5e9
 
 @dataclass(frozen=True)
 class _Settings:
-    """What config.json holds beside the kind."""
+    """The entries of config.json beside the kind."""
 
     vocab_size: int | None
     model: Annotated[Any, BACKBONES]

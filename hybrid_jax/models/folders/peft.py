@@ -177,7 +177,7 @@ def _settings(
 
 
 def _short_names(chosen: list[str], known: list[str]) -> list[str]:
-    """What names these modules and no others: names within a layer, where those of all layers are chosen."""
+    """The names that match these modules and no others; within a layer, where all layers have them."""
     within = {name: re.sub(r".*\.\d+\.", "", name) for name in known}
     partly = {within[name] for name in set(known) - set(chosen)}
     return sorted({name if within[name] in partly else within[name] for name in chosen})

@@ -112,7 +112,7 @@ def save_scorer(
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
-    """What was saved beside a scorer; nothing for a folder of others."""
+    """The extra data that was saved beside a scorer; empty for a folder that others wrote."""
     path = Path(folder) / EXTRA
     return read_json(path) if path.is_file() else {}
 
@@ -128,7 +128,7 @@ def _save_trunk_and_head(folder: Path, scorer: Classifier | TextScorer, params: 
 
 
 def _is_known(classifier: Classifier) -> bool:
-    """Whether `transformers` has a class for it."""
+    """Tells whether `transformers` has a class for it."""
     try:
         return bool(architecture_of(family_of(classifier.config, FAMILIES)[0].model_type))
     except UserError as error:

@@ -156,7 +156,7 @@ GLOSSARY = {
         "Held-out rising while training falls: overfitting.",
     ),
     "score_length_slope": (
-        "What a token more goes with in the held-out score: the least-squares slope.",
+        "How much the held-out score changes with one more token: the least-squares slope.",
         "Far from 0, and growing: the score pays for length (above 0) or for brevity (below).",
     ),
     "reward/gate_open_fraction": (

@@ -257,7 +257,7 @@ class Evaluator:
 
 
 def _of_scores(prefix: str, scores: np.ndarray, lengths: Sequence[float]) -> dict[str, float]:
-    """Mean and spread of a score, and what a token more goes with in it."""
+    """Mean and spread of a score, and its slope over the length."""
     return {
         f"{prefix}score": float(scores.mean()),
         f"{prefix}score_std": float(scores.std()),

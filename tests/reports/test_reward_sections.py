@@ -492,7 +492,7 @@ def test_a_band_is_filled_between_its_curves():
         ("ppo/reward/a~response_length", "Correlation over a rollout"),
         ("ppo/reward/a", "One part of the score"),
         ("evaluation/judge/taste", "A held-out judge"),
-        ("evaluation/score_length_slope", "What a token more"),
+        ("evaluation/score_length_slope", "How much the held-out score"),
     ],
 )
 def test_the_glossary_knows_the_metrics_of_rewards(metric, start):

@@ -16,7 +16,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-Message = Mapping[str, Any]  # {"role": …, "content": …}, and what else a chat template reads
+# {"role": …, "content": …}, and what else a chat template reads. ``"train": False``, which no template sees,
+# marks an answer that is read and never learned.
+Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Example:
     """One row of a data source: a prompt, its response if there is one, and every other column as it came.
 
     A conversation is its messages: they are what a model reads and learns. Its prompt is then the text of the
-    message that the last answer replies to, its response the text of that answer.
+    message that the last answer replies to, its response the text of that answer. Its template variables are
+    what a chat template reads beside the messages, such as ``tools`` and ``documents``.
     """
 
     prompt: str
@@ -32,6 +35,7 @@ class Example:
     columns: Mapping[str, Any] = field(default_factory=dict)
     messages: tuple[Message, ...] = ()
     where: str = field(default="", repr=False, compare=False)  # its file and line, for messages
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # ``tools`` and the like
 
     @property
     def question(self) -> tuple[Message, ...]:

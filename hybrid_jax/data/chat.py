@@ -45,12 +45,19 @@ class Conversation(NamedTuple):
     straddled: int
 
 
-def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> list[Conversation]:
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None
+) -> list[Conversation]:
     """Encodes all messages once, with a mask of every turn of the assistant.
 
     Where the template writes an answer in another way once something follows it (without its thinking, or with
     another end), the conversation is given once for each answer: up to it, and only that answer is learned. So
     every answer is taught as the policy will be asked for it.
+
+    Args:
+        messages: of the conversation.
+        tokenizer: whose chat template renders them.
+        variables: what the template reads beside the messages, such as ``tools``.
 
     Raises:
         UserError: there is no answer, the template refuses the messages, or it writes them so that what the
@@ -59,7 +66,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> li
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise UserError("no message of the assistant to learn from; use the data for prompts only")
-    chat = _Chat(messages, tokenizer)
+    chat = _Chat(messages, tokenizer, variables)
     whole, marks = chat.render(chat.messages)
     earlier = [chat.render(chat.messages[: index + 1])[0] for index in answers[:-1] if marks is None]
     if all(whole.startswith(text) for text in earlier):
@@ -67,9 +74,11 @@ def encode_conversation(messages: Sequence[Message], tokenizer: Tokenizer) -> li
     return [_encode(chat, chat.messages[: index + 1], [index]) for index in answers]
 
 
-def encode_question(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
-    """Encodes the messages and the header of the answer that is to come."""
-    chat = _Chat(messages, tokenizer)
+def encode_question(
+    messages: Sequence[Message], tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Encodes the messages and the header of the answer that is to come; ``variables`` as in training."""
+    chat = _Chat(messages, tokenizer, variables)
     return chat.encode(chat.render(chat.messages, ask=True)[0]).ids
 
 
@@ -99,13 +108,19 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 class _Chat:
     """The messages of one conversation, with stand-ins for the special tokens that are written in them."""
 
-    def __init__(self, messages: Sequence[Message], tokenizer: Tokenizer):
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Tokenizer,
+        variables: Mapping[str, Any] | None = None,
+    ):
         if tokenizer.chat_template is None:
             raise UserError(
                 "the tokenizer has no chat template; set tokenizer.chat_template to 'chatml', 'plain' or a file"
             )
         self.tokenizer = tokenizer
         self._template = tokenizer.chat_template
+        self._variables = variables or {}
         self._stand_ins: dict[str, str] = {}  # a special token -> as many private characters
         self.messages = [
             {key: value if key == "role" else self._guarded(value) for key, value in message.items()}
@@ -115,7 +130,7 @@ class _Chat:
     def render(self, messages: Sequence[Message], ask: bool = False) -> tuple[str, list[Span] | None]:
         """The text, and the spans that the template marks if it marks any."""
         marks = MARKS.search(self._template) is not None
-        variables = self.tokenizer.template_variables
+        variables = {**self.tokenizer.template_variables, **self._variables}
         return render_template(self._template, messages, ask=ask, marks=marks, variables=variables)
 
     def encode(self, text: str) -> Tokens:

@@ -58,7 +58,7 @@ def encode_examples(
     for place, example in zip(places_of(examples), examples, strict=True):
         try:
             if example.messages:
-                conversations = encode_conversation(example.messages, tokenizer)
+                conversations = encode_conversation(example.messages, tokenizer, example.template_variables)
                 encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
                 straddled += sum(conversation.straddled for conversation in conversations)
             else:
@@ -109,9 +109,9 @@ def _cut(sequence: Encoded, most: int, policy: Policy) -> Encoded | None:
 
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
     """The tokens to answer: the prompt as it is, or a conversation up to the header of its last answer."""
-    return (
-        encode_question(example.question, tokenizer) if example.messages else tokenizer.encode(example.prompt)
-    )
+    if not example.messages:
+        return tokenizer.encode(example.prompt)
+    return encode_question(example.question, tokenizer, example.template_variables)
 
 
 def _encode_pair(example: Example, tokenizer: Tokenizer) -> Encoded:

@@ -352,11 +352,11 @@ class HeadNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T H C"]):
-        c = self.config
+        c, bias = self.config, self.config.has_query_key_norm_bias
         if c.query_key_norm == "all_heads":
             flat = x.reshape(*x.shape[:2], -1)
-            return normalize(self, c, flat, flat.shape[2:], False).reshape(x.shape)
-        return normalize(self, c, x, x.shape[3:] if c.query_key_norm == "head" else x.shape[2:], False)
+            return normalize(self, c, flat, flat.shape[2:], bias).reshape(x.shape)
+        return normalize(self, c, x, x.shape[3:] if c.query_key_norm == "head" else x.shape[2:], bias)
 
 
 def normalize(module: nn.Module, c: DecoderSettings, x, shape: tuple[int, ...], use_bias: bool):

@@ -56,11 +56,13 @@ class DecoderSettings:
     alibi_scaled: bool = False  # the bias is scaled like the scores
 
     attention_scale: Positive | None = None  # factor on the scores; null: 1 / √head_width
+    attention_scale_by_layer: bool = False  # the scores of layer n = 1, 2, … are divided by n
     attention_softcap: Positive | None = None  # bound c of scores, by c · tanh(score / c); null: none
     attention_sinks: bool = False  # a learned score a head that no value answers
     window: Count | None = None  # tokens that a windowed layer sees, itself included; null: all
     window_layers: tuple[bool, ...] | None = None  # which layers have the window; null: all
     query_key_norm: Literal["head", "each_head", "all_heads"] | None = None  # scale [C], [H C], or one over H·C
+    query_key_norm_bias: bool = False  # a learned bias beside that scale, of a layer norm
     clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±; null: not
 
     norm: Literal["layer", "rms"] = "layer"  # with or without the mean
@@ -106,11 +108,19 @@ class DecoderSettings:
             raise ValueError(f"width must be a multiple of num_heads={self.num_heads}, got {self.width}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads={self.num_heads}, got {self.num_kv_heads}")
-        if self.position == "rotary" and (self.rotary_channels % 2 or self.rotary_channels > self.channels):
-            name = "head_width" if self.rotary_width is None else "rotary_width"
-            raise ValueError(f"{name} must be even for rotary positions, got {self.rotary_channels}")
+        if self.position == "rotary":
+            self._check_rotary_width()
         if self.embedding_width is not None and not self.tie_embeddings:
             raise ValueError("embedding_width needs tie_embeddings")
+
+    def _check_rotary_width(self) -> None:
+        """An odd width turns one channel more than it says (`rope.rotary_table`)."""
+        width, is_odd = self.rotary_channels, self.rotary_channels % 2 == 1
+        name = "head_width" if self.rotary_width is None else "rotary_width"
+        if width > self.channels:
+            raise ValueError(f"{name} must be at most head_width={self.channels}, got {width}")
+        if is_odd and (width == self.channels or self.rotary_interleaved or self.rope_scaling is not None):
+            raise ValueError(f"{name} must be even for such rotary positions, got {width}")
 
     @property
     def kv_heads(self) -> int:
@@ -132,6 +142,12 @@ class DecoderSettings:
         """Width of an MLP, F."""
         return 4 * self.width if self.mlp_width is None else self.mlp_width
 
+    @property
+    def has_query_key_norm_bias(self) -> bool:
+        """Whether the norms of queries and keys have a bias."""
+        has_layer_norm = self.query_key_norm is not None and self.norm == "layer" and self.norm_scale
+        return self.query_key_norm_bias and has_layer_norm
+
     def attention_rule(self, layer: int) -> AttentionRule:
         """The rule for the attention scores of a layer."""
         slopes = None
@@ -140,7 +156,10 @@ class DecoderSettings:
             if self.alibi_scaled:
                 slopes = tuple(slope / math.sqrt(self.channels) for slope in slopes)
         window = self.window if self.is_windowed(layer) else None
-        return AttentionRule(self.attention_scale, window, self.attention_softcap, slopes)
+        scale = self.attention_scale
+        if self.attention_scale_by_layer:
+            scale = (self.channels**-0.5 if scale is None else scale) / (layer + 1)
+        return AttentionRule(scale, window, self.attention_softcap, slopes)
 
     def is_windowed(self, layer: int) -> bool:
         """Tells whether a layer sees only the tokens of the window."""
@@ -157,7 +176,11 @@ class DecoderSettings:
     @property
     def period(self) -> int:
         """After how many layers their kinds repeat: what a scan computes in one turn."""
-        kinds = [(self.is_windowed(i), self.is_rotary(i), self.has_experts(i)) for i in range(self.num_layers)]
+        scaled = self.attention_scale_by_layer
+        kinds = [
+            (self.is_windowed(i), self.is_rotary(i), self.has_experts(i), i if scaled else 0)
+            for i in range(self.num_layers)
+        ]
         periods = (p for p in range(1, self.num_layers) if self.num_layers % p == 0)
         return next((p for p in periods if kinds == kinds[:p] * (self.num_layers // p)), self.num_layers)
 
@@ -185,6 +208,7 @@ class DecoderSettings:
             "attention_scale": self.attention_rule(0).score_scale(self.channels),
             "window": self.window if any(windowed) else None,
             "window_layers": None if all(windowed) or not any(windowed) else windowed,
+            "query_key_norm_bias": self.has_query_key_norm_bias,
             "norm_bias": self.norm_bias and self.norm == "layer" and self.norm_scale,
             "output_bias": self.attention_bias if self.output_bias is None else self.output_bias,
             "embedding_width": None if self.embedding_width == self.width else self.embedding_width,

@@ -153,12 +153,15 @@ class LongRope:
 def rotary_table(
     positions: Int[Array, "B T"], channels: int, theta: float, scaling: RopeScaling | None = None
 ) -> tuple[Float[Array, "B T 1 C/2"], Float[Array, "B T 1 C/2"]]:
-    """Cosine and sine by which `rotate` turns, amplified as the scaling says."""
+    """Cosine and sine by which `rotate` turns, amplified as the scaling says.
+
+    An odd number of ``channels`` gives pairs for one channel more, as `transformers` turns it.
+    """
     frequencies: np.ndarray | Array = theta ** (-np.arange(0, channels, 2) / channels)
     if scaling is not None:
         row_lengths = jnp.max(positions, axis=1, keepdims=True) + 1
         frequencies = scaling.frequencies(frequencies, theta, row_lengths)
-    frequencies = jnp.asarray(frequencies, jnp.float32).reshape(-1, 1, channels // 2)
+    frequencies = jnp.asarray(frequencies, jnp.float32).reshape(-1, 1, math.ceil(channels / 2))
     angles = positions[..., None].astype(jnp.float32) * frequencies
     amplification = 1.0 if scaling is None else scaling.amplification
     return amplification * jnp.cos(angles)[:, :, None], amplification * jnp.sin(angles)[:, :, None]

@@ -155,7 +155,7 @@ def test_the_value_head_starts_at_zero_and_is_linear():
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads=4, got 3"),
         ({"num_layers": 0}, "num_layers must be in \\[1, 1024\\], got 0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"head_width": 5, "position": "rotary"}, "head_width must be even for rotary positions, got 5"),
+        ({"head_width": 5, "position": "rotary"}, "head_width must be even for such rotary positions, got 5"),
     ],
 )
 def test_impossible_settings_say_what_they_must_be(setting, message):

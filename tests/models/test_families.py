@@ -8,6 +8,7 @@ import pytest
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.families import FAMILIES
+from hybrid_jax.models.families.settings import ROPE
 from hybrid_jax.models.families.weights import Fused, Stacked, Tensor, expand, with_fused
 
 FAMILY_NAMES = (
@@ -73,8 +74,8 @@ def test_a_family_says_which_setting_it_cannot_express():
     assert FAMILIES["mistral"].write_config(llama)["hidden_size"] == 32
     with pytest.raises(UserError, match=r"attention_softcap must be None for a llama export, got 30\.0"):
         FAMILIES["llama"].write_config(replace(llama, attention_softcap=30.0))
-    with pytest.raises(UserError, match="pretraining_tp must be 1, got 2: not supported"):
-        FAMILIES["llama"].read_config({"pretraining_tp": 2})
+    with pytest.raises(UserError, match="add_cross_attention must be False, got True: not supported"):
+        FAMILIES["gpt2"].read_config({"add_cross_attention": True})
     with pytest.raises(UserError, match="rope_type must be default, linear"):
         FAMILIES["llama"].read_config({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}})
 
@@ -93,7 +94,7 @@ def test_settings_spelled_differently_are_the_same_decoder():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rotary_width": 10, "position": "rotary"}, "rotary_width must be even for rotary positions, got 10"),
+        ({"rotary_width": 10, "position": "rotary"}, "rotary_width must be at most head_width=8, got 10"),
         ({"window_layers": (True,)}, "window_layers must name 4 layers, got 1"),
         ({"embedding_width": 8, "tie_embeddings": False}, "embedding_width needs tie_embeddings"),
         ({"window": 0}, "window must be at least 1, got 0"),
@@ -118,3 +119,23 @@ def test_an_impossible_decoder_is_refused(settings, message):
 def test_a_size_beyond_any_models_is_refused_before_a_list_is_made_of_it(family, content, message):
     with pytest.raises((UserError, ValueError), match=message):
         FAMILIES[family].read_config(content)
+
+
+def test_every_number_of_rotary_channels_comes_back_from_the_written_fraction():
+    """`transformers` reads int(channels · fraction), which rounds 0.58 · 100 down to 57."""
+    for channels in range(2, 130):
+        for rotary in range(1, channels):
+            config = DecoderConfig(
+                num_heads=1, width=channels, head_width=channels, position="rotary", rotary_width=rotary
+            )
+            fraction = ROPE.write(config)["rope_parameters"]["partial_rotary_factor"]
+            assert int(channels * fraction) == rotary
+
+
+def test_an_odd_number_of_rotary_channels_is_refused_where_transformers_fails_with_it():
+    sizes = {"hidden_size": 40, "num_attention_heads": 4, "rope_parameters": {"partial_rotary_factor": 0.5}}
+    for name in ("phi", "stablelm"):
+        with pytest.raises(
+            UserError, match="partial_rotary_factor must give an even number of channels, got 5"
+        ):
+            FAMILIES[name].read_config(sizes)

@@ -21,6 +21,9 @@ def _rope(kind="default", theta=500.0, **settings):
 CASES = {
     "gpt2": _GPT2,
     "gpt2 untied, exact gelu": {**_GPT2, "activation_function": "gelu", "tie_word_embeddings": False},
+    "gpt2 scores divided by layer": {
+        **_GPT2, "scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True,
+    },
     "gpt_neo": {
         **_SIZES, "attention_types": [[["global", "local"], 1]], "window_size": 7, "intermediate_size": 40,
     },
@@ -29,8 +32,11 @@ CASES = {
     "gpt_neox sequential": {
         **_SIZES, "intermediate_size": 48, "use_parallel_residual": False, "attention_bias": False,
     },
+    "gpt_neox odd rotary width": {
+        **_SIZES, "hidden_size": 40, "intermediate_size": 48, **_rope(partial_rotary_factor=0.5),
+    },
     "gpt_bigcode": {**_GPT2, "n_inner": 40},
-    "gpt_bigcode multi-head": {**_GPT2, "multi_query": False},
+    "gpt_bigcode multi-head, scores not scaled": {**_GPT2, "multi_query": False, "scale_attn_weights": False},
     "opt": {**_SIZES, "ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 32},
     "opt post-norm, narrow embedding": {
         **_SIZES, "ffn_dim": 48, "dropout": 0.0, "word_embed_proj_dim": 16, "do_layer_norm_before": False,
@@ -51,7 +57,7 @@ CASES = {
                 original_max_position_embeddings=24),
     },
     "llama tied, with biases, dynamic rope": {
-        **_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True,
+        **_LLAMA, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "pretraining_tp": 2,
         **_rope("dynamic", factor=2.0),
     },
     "mistral": {**_LLAMA, "sliding_window": 7},
@@ -82,6 +88,10 @@ CASES = {
         },
     },
     "phi": {**_GPT2, "intermediate_size": 48, "num_key_value_heads": 2, **_rope(partial_rotary_factor=0.5)},
+    "phi head norms": {
+        **_GPT2, "intermediate_size": 48, "num_key_value_heads": 2, "qk_layernorm": True,
+        **_rope(partial_rotary_factor=0.5),
+    },
     "phi3 longrope": {
         **_LLAMA, "resid_pdrop": 0.0, "original_max_position_embeddings": 64,
         **_rope("longrope", short_factor=[1.0, 1.5, 2.0, 4.0], long_factor=[1.0, 2.0, 8.0, 16.0],

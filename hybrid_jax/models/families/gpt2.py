@@ -26,7 +26,11 @@ GPT2_SETTINGS = (
         lambda theirs: {"dropout": theirs.resid_pdrop},
         lambda config: {"resid_pdrop": config.dropout, "embd_pdrop": config.dropout, "attn_pdrop": 0.0},
     ),
-    require(scale_attn_weights=True, add_cross_attention=False),
+    Part(
+        lambda theirs: {"attention_scale": None if theirs.scale_attn_weights else 1.0},
+        lambda config: {"scale_attn_weights": config.attention_rule(0).scale != 1.0},
+    ),
+    require(add_cross_attention=False),
 )
 
 GPT2 = Family(
@@ -35,7 +39,7 @@ GPT2 = Family(
     settings=(
         *GPT2_SETTINGS,
         activation("activation_function", "gelu_new"),
-        require(scale_attn_by_inverse_layer_idx=False),
+        same(attention_scale_by_layer="scale_attn_by_inverse_layer_idx"),
     ),
     table=GPT2_TABLE,
     prefix="transformer.",

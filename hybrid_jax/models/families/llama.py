@@ -14,7 +14,6 @@ from hybrid_jax.models.families.settings import (
     WINDOW,
     activation,
     fixed,
-    require,
     same,
 )
 from hybrid_jax.models.families.weights import Table
@@ -48,7 +47,6 @@ LLAMA = Family(
     settings=(
         *(*LLAMA_SIZES, HEAD_WIDTH, ROPE, RMS_NORM, GATED),
         same(attention_bias="attention_bias", mlp_bias="mlp_bias"),
-        require(pretraining_tp=1),
     ),
     table=LLAMA_TABLE,
 )

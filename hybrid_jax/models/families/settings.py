@@ -246,7 +246,10 @@ def _longrope_amplification(factor: float, original: int) -> float:
 def _write_rope(config: DecoderConfig) -> Settings:
     rope: Settings = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rotary_channels != config.channels:
-        rope["partial_rotary_factor"] = config.rotary_channels / config.channels
+        fraction = config.rotary_channels / config.channels
+        if int(config.channels * fraction) != config.rotary_channels:  # rounded down below it: 0.58 · 100
+            fraction = (config.rotary_channels + 0.5) / config.channels
+        rope["partial_rotary_factor"] = fraction
     return rope | _write_scaling(config.rope_scaling)
 
 
@@ -274,6 +277,17 @@ ROPE = Part(
     lambda theirs: {"position": "rotary", **_read_rope(theirs.rope_parameters, theirs)},
     lambda config: {"rope_parameters": _write_rope(config)},
 )
+
+
+def _read_even_rope(theirs: Any) -> Settings:
+    settings = ROPE.read(theirs)
+    if (width := settings.get("rotary_width", 0)) % 2:
+        raise UserError(f"partial_rotary_factor must give an even number of channels, got {width}")
+    return settings
+
+
+# For the families in which `transformers` itself fails with an odd number of rotary channels.
+EVEN_ROPE = Part(_read_even_rope, ROPE.write)
 
 
 def _read_local_rope(theirs: Any) -> Settings:

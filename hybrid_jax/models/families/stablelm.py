@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.llama import LLAMA_SIZES, LLAMA_TABLE
-from hybrid_jax.models.families.settings import ROPE, Part, fixed, same
+from hybrid_jax.models.families.settings import EVEN_ROPE, Part, fixed, same
 from hybrid_jax.models.families.weights import Stacked
 
 STABLELM = Family(
     "stablelm",
     "StableLmForCausalLM",
     settings=(
-        *(*LLAMA_SIZES, ROPE),
+        *(*LLAMA_SIZES, EVEN_ROPE),
         same(norm_epsilon="layer_norm_eps", attention_bias="use_qkv_bias"),
         fixed(norm="layer", mlp="gated", output_bias=False, mlp_bias=False),
         Part(

@@ -55,8 +55,18 @@ class Sum:
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The position of each token within its segment, from 0; padding to its left does not count."""
+    """The position of each token within its segment, from 0; padding (segment 0) never counts."""
+    real = segment_ids > 0
     index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    before = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    starts = jnp.where(segment_ids != before, index, 0)
-    return index - jax.lax.cummax(starts, axis=1)
+    last = jax.lax.cummax(jnp.where(real, index, -1), axis=1)  # real token up to here
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    its_segment = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
+    starts = real & ((before < 0) | (its_segment != segment_ids))
+    count = jnp.cumsum(real, axis=1) - 1
+    return jnp.where(real, count - jax.lax.cummax(jnp.where(starts, count, 0), axis=1), 0)
+
+
+def segment_lengths(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The number of tokens of each token's own segment; padding is one of 1."""
+    to_the_end = segment_positions(segment_ids[:, ::-1])[:, ::-1]
+    return segment_positions(segment_ids) + to_the_end + 1

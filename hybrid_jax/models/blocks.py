@@ -64,8 +64,10 @@ class Network(nn.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         real: Bool[Array, "B T"],
+        lengths: Int[Array, "B T"],
         caches: list[LayerCache] | None = None,
     ):
+        """``lengths`` counts the tokens of each token's sequence so far, padding not counted."""
         c = self.config
         x = Embedding(c.vocab_size, c.embedding_width or c.width, c, name="token_embedding")(tokens)
         if c.embedding_scale != 1.0:
@@ -79,7 +81,7 @@ class Network(nn.Module):
             x = Norm(c, name="embedding_norm")(x)
         x = shard(_dropout(self, c)(x), "batch", "length", "width")
         run = self._scan if c.execution.scan_layers else self._run
-        x, caches = run(x, _context(c, positions, real), caches)
+        x, caches = run(x, _context(c, positions, real, lengths), caches)
         if self.is_initializing():
             self._init_head(x)
         return Norm(c, name="final_norm")(x) if c.final_norm else x, caches
@@ -110,10 +112,10 @@ class Network(nn.Module):
             self.param("lm_head", lambda key: {"bias": jnp.zeros(c.vocab_size or 0)})
 
 
-def _context(c: DecoderSettings, positions, real) -> Context:
+def _context(c: DecoderSettings, positions, real, lengths) -> Context:
     if c.position != "rotary":
         return Context(real, None, None)
-    table = rotary_table(positions, c.rotary_channels, c.rope_theta, c.rope_scaling)
+    table = rotary_table(positions, c.rotary_channels, c.rope_theta, c.rope_scaling, lengths)
     if c.local_rope_theta is None:
         return Context(real, table, table)
     return Context(real, table, rotary_table(positions, c.rotary_channels, c.local_rope_theta))
@@ -211,6 +213,8 @@ class Attention(nn.Module):
         q, k, v = (self._project(x, name, n) for name, n in self._heads().items())
         if c.query_key_norm is not None:
             q, k = (HeadNorm(c, name=name)(y) for name, y in (("query_norm", q), ("key_norm", k)))
+        if c.clip_qkv is not None:
+            q, k, v = (jnp.clip(y, -c.clip_qkv, c.clip_qkv) for y in (q, k, v))
         if c.is_rotary(self.index):
             table = context.local_rotary if c.is_windowed(self.index) else context.rotary
             assert table is not None
@@ -229,8 +233,6 @@ class Attention(nn.Module):
     def _project(self, x, name: str, heads: int) -> Float[Array, "B T H C"]:
         c = self.config
         y = Linear(heads * c.channels, c.attention_bias, c.init_std, c.dtype, lora=c.lora, name=name)(x)
-        if c.clip_qkv is not None:
-            y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
         # First where the weights lie, then where attention wants it: else the weights would travel.
         y = shard(y, "batch", "length", "heads" if name == "query" else "kv_heads")
         role = "attention_heads" if name == "query" else "attention_kv_heads"

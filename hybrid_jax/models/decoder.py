@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.core.arrays import Sum, segment_positions
+from hybrid_jax.core.arrays import Sum, segment_lengths, segment_positions
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Parameters
 from hybrid_jax.core.ranges import settings
@@ -120,15 +120,16 @@ class Decoder:
         """`LanguageModel.hidden_and_losses`."""
         if attention_mask is None:
             segment_ids, positions = None, jnp.arange(tokens.shape[1])[None]
-            real = jnp.ones(tokens.shape, bool)
+            real, lengths = jnp.ones(tokens.shape, bool), jnp.full_like(positions, tokens.shape[1])
         else:
             segment_ids = attention_mask.astype(jnp.int32)
-            positions, real = segment_positions(segment_ids), segment_ids > 0
+            positions, lengths = segment_positions(segment_ids), segment_lengths(segment_ids)
+            real = segment_ids > 0
 
         def attend(q, k, v, rule, sinks, cache):
             return self._attention(q, k, v, segment_ids, rule, sinks), cache
 
-        hidden, _, losses = self._run(params, tokens, positions, real, attend, None, dropout_key)
+        hidden, _, losses = self._run(params, tokens, positions, real, lengths, attend, None, dropout_key)
         return hidden, {name: losses[name] for name in self.loss_coefs}
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
@@ -186,7 +187,7 @@ class Decoder:
             positions=jnp.sum(segment_ids, axis=1),
             slot=jnp.int32(tokens.shape[1]),
         )
-        return self._read(params, tokens, positions, attend, cache)
+        return self._read(params, tokens, positions, segment_lengths(segment_ids), attend, cache)
 
     def extend(
         self, params, tokens, attention_mask, cache: DecoderCache
@@ -214,7 +215,8 @@ class Decoder:
             positions=jnp.minimum(after_each[:, -1], last),
             slot=cache.slot + count,
         )
-        return self._read(params, tokens, positions, attend, after)
+        lengths = jnp.broadcast_to(positions[:, -1:] + 1, positions.shape)
+        return self._read(params, tokens, positions, lengths, attend, after)
 
     def step(
         self, params, token: Int[Array, "B"], cache: DecoderCache
@@ -233,24 +235,24 @@ class Decoder:
         # A row that has ended may wait for a new prompt, and reads on meanwhile.
         positions = jnp.minimum(cache.positions + 1, self.config.max_length - 1)
         after = replace(cache, key_positions=key_positions, positions=positions, slot=cache.slot + 1)
-        return self._read(params, token[:, None], written, attend, after)
+        return self._read(params, token[:, None], written, written + 1, attend, after)
 
     def _attention(self, q, k, v, segment_ids, rule, sinks) -> Float[Array, "B T H C"]:
         return causal_attention(q, k, v, segment_ids, rule, sinks, self.config.execution.attention)
 
-    def _read(self, params, tokens, positions, attend: Attend, cache: DecoderCache):
+    def _read(self, params, tokens, positions, lengths, attend: Attend, cache: DecoderCache):
         """Reads tokens into the keys and values of the cache; returns the scores after the last one."""
         real = jnp.ones(tokens.shape, bool)
-        hidden, layers, _ = self._run(params, tokens, positions, real, attend, cache.layers())
+        hidden, layers, _ = self._run(params, tokens, positions, real, lengths, attend, cache.layers())
         cache = replace(cache, keys=tuple(x.keys for x in layers), values=tuple(x.values for x in layers))
         return self.logits(params, hidden[:, -1]), cache
 
-    def _run(self, params, tokens, positions, real, attend: Attend, caches, dropout_key=None):
+    def _run(self, params, tokens, positions, real, lengths, attend: Attend, caches, dropout_key=None):
         """Hidden states, the caches after, and the losses of the routers, averaged over the layers."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         adapter, base = split(params) if ADAPTER in params else ({}, params)
         (hidden, caches), written = Network(self.config, attend).apply(
-            {"params": base, **adapter}, tokens, positions, real, caches, rngs=rngs, mutable=[LOSSES]
+            {"params": base, **adapter}, tokens, positions, real, lengths, caches, rngs=rngs, mutable=[LOSSES]
         )
         return hidden, caches, _mean_losses(written)
 
@@ -268,5 +270,5 @@ def _init(model: Decoder, key: Array) -> Params:
     """As a list: the same numbers, however the layers are arranged then."""
     attend: Attend = lambda q, k, v, rule, sinks, cache: (q, cache)  # noqa: E731
     tokens = jnp.zeros((1, 1), jnp.int32)
-    variables = Network(model.as_list().config, attend).init(key, tokens, tokens, tokens == 0)
+    variables = Network(model.as_list().config, attend).init(key, tokens, tokens, tokens == 0, tokens + 1)
     return dict(variables["params"])

@@ -63,7 +63,7 @@ class DecoderSettings:
     window_layers: tuple[bool, ...] | None = None  # which layers have the window; null: all
     query_key_norm: Literal["head", "each_head", "all_heads"] | None = None  # scale [C], [H C], or one over H·C
     query_key_norm_bias: bool = False  # a learned bias beside that scale, of a layer norm
-    clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±; null: not
+    clip_qkv: Positive | None = None  # queries, keys and values are clipped to ±, behind their norms; null: not
 
     norm: Literal["layer", "rms"] = "layer"  # with or without the mean
     norm_epsilon: Positive = 1e-5  # added to the variance

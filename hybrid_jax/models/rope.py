@@ -2,9 +2,10 @@
 
 Channel pair ``i`` of ``C`` rotary channels turns by ``position · θ^(-2i/C)``. A scaling changes these
 frequencies and may also amplify queries and keys by one factor. Frequencies are computed once, in float64,
-while the program is traced; only `Dynamic` and `LongRope` depend on the length of a row, which they read as
-the number of its tokens so far. Beyond their original length a row's frequencies therefore change as it
-grows, so that a cached decode no longer equals one pass over the whole row, in `transformers` as here.
+while the program is traced; only `Dynamic` and `LongRope` depend on the length of a sequence: the number of
+its tokens so far, without padding and without the sequences packed beside it. Beyond their original length
+the frequencies therefore change as a sequence grows, so that a cached decode no longer equals one pass over
+the whole, in `transformers` as here; a rollout refuses to go there (`RopeScaling.steady_length`).
 """
 
 from __future__ import annotations
@@ -26,9 +27,14 @@ class RopeScaling(Protocol):
     """Settings that change the frequencies of rotary positions, an entry of `ROPE_SCALINGS`."""
 
     def frequencies(
-        self, plain: Frequencies, theta: float, row_lengths: Int[Array, "B 1"]
-    ) -> Float[Array, "*B C/2"] | Frequencies:
-        """Frequencies by which channel pairs turn, for rows of these lengths."""
+        self, plain: Frequencies, theta: float, lengths: Int[Array, "B T 1"]
+    ) -> Float[Array, "B T C/2"] | Frequencies:
+        """Frequencies by which channel pairs turn, for tokens of sequences of these lengths."""
+        ...
+
+    @property
+    def steady_length(self) -> int | None:
+        """Tokens up to which the frequencies stay as they are while a sequence grows; None is for ever."""
         ...
 
     @property
@@ -47,8 +53,9 @@ class Linear:
 
     factor: Positive  # how many times longer than in training rows may be
     amplification = 1.0
+    steady_length = None
 
-    def frequencies(self, plain, theta, row_lengths):
+    def frequencies(self, plain, theta, lengths):
         """All frequencies divided by the factor."""
         return plain / self.factor
 
@@ -62,10 +69,15 @@ class Dynamic:
     original_length: Count  # tokens of the longest row in training
     amplification = 1.0
 
-    def frequencies(self, plain, theta, row_lengths):
-        """Frequencies of the base that each row needs."""
+    @property
+    def steady_length(self) -> int:
+        """The original length."""
+        return self.original_length
+
+    def frequencies(self, plain, theta, lengths):
+        """Frequencies of the base that each sequence needs."""
         channels = 2 * len(plain)
-        stretch = jnp.maximum(row_lengths, self.original_length) / self.original_length
+        stretch = jnp.maximum(lengths, self.original_length) / self.original_length
         base = theta * (self.factor * stretch - (self.factor - 1)) ** (channels / (channels - 2))
         return base ** (-np.arange(0, channels, 2) / channels)
 
@@ -80,8 +92,9 @@ class Llama3:
     high_freq_factor: Positive  # turns from which on a pair is kept
     original_length: Count  # tokens of the longest row in training
     amplification = 1.0
+    steady_length = None
 
-    def frequencies(self, plain, theta, row_lengths):
+    def frequencies(self, plain, theta, lengths):
         """Each frequency kept, divided or between the two, by its turns in the original context."""
         turns = self.original_length * plain / (2 * math.pi)  # in the original context
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -107,13 +120,14 @@ class Yarn:
     beta_slow: Positive = 1.0
     truncate: bool = True
     attention_factor: Positive | None = None
+    steady_length = None
 
     @property
     def amplification(self) -> float:
         """The attention factor, or the one of the paper."""
         return yarn_amplification(self.factor) if self.attention_factor is None else self.attention_factor
 
-    def frequencies(self, plain, theta, row_lengths):
+    def frequencies(self, plain, theta, lengths):
         """Each frequency kept, divided or between the two, by the ramp over pairs."""
         channels = 2 * len(plain)
 
@@ -144,24 +158,35 @@ class LongRope:
     original_length: Count  # tokens of the longest row in training
     amplification: Positive = 1.0  # factor on the rotated queries and keys
 
-    def frequencies(self, plain, theta, row_lengths):
+    @property
+    def steady_length(self) -> int:
+        """The original length."""
+        return self.original_length
+
+    def frequencies(self, plain, theta, lengths):
         """Frequencies divided pair by pair, by those for short or for long rows."""
         short, long = plain / np.asarray(self.short_factor), plain / np.asarray(self.long_factor)
-        return jnp.where(row_lengths > self.original_length, long, short)
+        return jnp.where(lengths > self.original_length, long, short)
 
 
 def rotary_table(
-    positions: Int[Array, "B T"], channels: int, theta: float, scaling: RopeScaling | None = None
+    positions: Int[Array, "B T"],
+    channels: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
+    lengths: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T 1 C/2"], Float[Array, "B T 1 C/2"]]:
     """Cosine and sine by which `rotate` turns, amplified as the scaling says.
 
-    An odd number of ``channels`` gives pairs for one channel more, as `transformers` turns it.
+    An odd number of ``channels`` gives pairs for one channel more, as `transformers` turns it. ``lengths``
+    counts the tokens of each token's sequence so far; None is a row that ends with its largest position.
     """
     frequencies: np.ndarray | Array = theta ** (-np.arange(0, channels, 2) / channels)
     if scaling is not None:
-        row_lengths = jnp.max(positions, axis=1, keepdims=True) + 1
-        frequencies = scaling.frequencies(frequencies, theta, row_lengths)
-    frequencies = jnp.asarray(frequencies, jnp.float32).reshape(-1, 1, math.ceil(channels / 2))
+        if lengths is None:
+            lengths = jnp.max(positions, axis=1, keepdims=True) + 1
+        frequencies = scaling.frequencies(frequencies, theta, lengths[..., None])
+    frequencies = jnp.asarray(frequencies, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * frequencies
     amplification = 1.0 if scaling is None else scaling.amplification
     return amplification * jnp.cos(angles)[:, :, None], amplification * jnp.sin(angles)[:, :, None]

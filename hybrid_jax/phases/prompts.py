@@ -39,9 +39,25 @@ def prompt_stream(config: RolloutSettings, resources: Resources) -> PromptStream
             f"{setting} must hold the longest prompt, of {stream.longest} tokens, got {list(buckets)}; add a "
             f"length, or set phases.{resources.name}.max_prompt_length to {max(buckets)}"
         )
+    _check_rotary_positions(config, resources, stream.longest)
     if learner is not None:
         _check_rows_are_examples(learner, resources, examples, stream)
     return stream
+
+
+def _check_rotary_positions(config: RolloutSettings, resources: Resources, longest: int) -> None:
+    """Refuses rows whose tokens would be sampled with other rotary positions than they are scored with."""
+    scaling = getattr(getattr(resources.model, "config", None), "rope_scaling", None)
+    steady = None if scaling is None else scaling.steady_length
+    rows = longest + config.sampler.max_new_tokens
+    if steady is not None and rows > steady:
+        here = f"phases.{resources.name}"
+        raise UserError(
+            f"{here}: rows must have at most {steady} tokens, got prompts of {longest} and "
+            f"{here}.sampler.max_new_tokens {config.sampler.max_new_tokens}: beyond that the model's "
+            "rope_scaling turns all tokens by other angles, so that a response would be scored otherwise than "
+            f"it was sampled; lower max_new_tokens or {here}.max_prompt_length"
+        )
 
 
 def shared_with(config: RolloutSettings, resources: Resources) -> str | None:

@@ -104,7 +104,7 @@ CASES = {
     "starcoder2": {**_LLAMA, "sliding_window": 9},
     "olmo": {**_LLAMA, "clip_qkv": 0.2},
     "olmo2": _LLAMA,
-    "olmoe": {**_LLAMA, **_EXPERTS, "num_experts": 4, "intermediate_size": 12},
+    "olmoe clipped": {**_LLAMA, **_EXPERTS, "num_experts": 4, "intermediate_size": 12, "clip_qkv": 0.5},
     "granite": {
         **_LLAMA, "embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4,
         "logits_scaling": 6.0,

@@ -13,6 +13,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.experiment import build, load_config
+from hybrid_jax.models.rope import Linear, LongRope
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.prompts import prompt_stream
 from hybrid_jax.rewards.composite import CompositeReward, Part
@@ -23,12 +24,12 @@ REWARD = CompositeReward({"none": Part(lambda responses: [0.0] * len(responses))
 LENGTHS = (5, 20, 40, 70, 100, 150)  # characters, and so bytes
 
 
-def stream(**settings):
+def stream(rope_scaling=None, **settings):
     tokenizer = Bytes().build([])
     extra = len(tokenizer.encode("")) if hasattr(tokenizer, "encode") else 0
     examples = [Example("a" * (length - extra)) for length in LENGTHS]
     config = PPO(reward=REWARD, sampler=Ancestral(max_new_tokens=56), **settings)
-    model = SimpleNamespace(max_length=256)
+    model = SimpleNamespace(max_length=256, config=SimpleNamespace(rope_scaling=rope_scaling))
     resources: Any = SimpleNamespace(name="ppo", model=model, examples=examples, tokenizer=tokenizer, seed=0)
     return prompt_stream(config, resources)
 
@@ -60,6 +61,17 @@ def test_lengths_that_do_not_fit_the_prompts_are_one_line(buckets, message):
     with pytest.raises(UserError) as refused:
         stream(prompt_buckets=buckets)
     assert str(refused.value) == message
+
+
+def test_rows_in_which_rotary_angles_would_change_between_sampling_and_scoring_are_refused():
+    assert stream(rope_scaling=LongRope((1.0,), (2.0,), 206)).longest == 150  # and 56 new tokens
+    assert stream(rope_scaling=Linear(2.0)).longest == 150
+    with pytest.raises(UserError) as refused:
+        stream(rope_scaling=LongRope((1.0,), (2.0,), 205))
+    assert str(refused.value).startswith(
+        "phases.ppo: rows must have at most 205 tokens, got prompts of 150 and "
+        "phases.ppo.sampler.max_new_tokens 56: beyond that the model's rope_scaling turns all tokens by other "
+    )
 
 
 @pytest.mark.parametrize(

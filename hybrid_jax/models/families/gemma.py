@@ -19,6 +19,7 @@ from hybrid_jax.models.families.settings import (
     Part,
     activation,
     fixed,
+    off,
     same,
 )
 from hybrid_jax.models.families.weights import Table
@@ -27,6 +28,7 @@ _COMMON = (
     *(SIZES, MAX_LENGTH, INIT_STD, MLP_WIDTH, KV_HEADS, HEAD_WIDTH, RMS_NORM),
     fixed(norm="rms", norm_unit_offset=True, mlp="gated", mlp_bias=False),
     same(attention_bias="attention_bias"),
+    off("use_bidirectional_attention"),  # an encoder of texts (EmbeddingGemma), which cannot go on with one
     Part(lambda theirs: {"embedding_scale": math.sqrt(theirs.hidden_size)}, lambda config: {}),
 )
 _SOFTCAPS = (

@@ -54,6 +54,18 @@ def require(**expected: Any) -> Part:
     return Part(read, lambda config: dict(expected))
 
 
+def off(*names: str) -> Part:
+    """Switches of theirs that must be off, or absent: what they switch on is not built."""
+
+    def read(theirs: Any) -> Settings:
+        for setting in names:
+            if got := getattr(theirs, setting, None):
+                raise UserError(f"{setting} must be false, got {got!r}: not supported")
+        return {}
+
+    return Part(read, lambda config: {})
+
+
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
     "swish": "silu",

@@ -24,6 +24,7 @@ from hybrid_jax.core.secrets import without_secrets
 from hybrid_jax.core.writing import write_folder, write_text
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import Evaluator
@@ -34,6 +35,7 @@ from hybrid_jax.models import decoder, ngrams, text_encoder  # noqa: F401  these
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.folders.ours import check_has_format
+from hybrid_jax.models.vocabulary import RESIZE
 from hybrid_jax.parallel import hosts
 from hybrid_jax.parallel.rules import Placement, under
 from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
@@ -99,11 +101,12 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     examples = config.data.load("train")
     held_out = functools.cache(partial(config.data.load, "held_out"))
     saved = saved_tokenizer(files, config.start_from)
-    tokenizer = (
+    own_tokenizer = (
         config.tokenizer.build(t for e in examples for t in e.texts) if saved is None else load_tokenizer(saved)
     )
-    _check_hosts(config, tokenizer, examples)
-    model = config.model.build(tokenizer.vocab_size)
+    _check_hosts(config, own_tokenizer, examples)
+    model = config.model.build(own_tokenizer.vocab_size)
+    tokenizer = bounded(own_tokenizer, model.vocab_size, RESIZE)
     sources = [getattr(phase, "source", None) for phase in config.phases.values()]
     chat = any(example.messages for example in examples) or any(isinstance(s, Chat) for s in sources)
     eos_ids = end_tokens(model, tokenizer, chat=chat)
@@ -116,7 +119,7 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     evaluator = make_evaluator(config, model, tokenizer, eos_ids, held_out()) if answers else None
     rows = {"train": len(examples), "held_out": len(held_out())}
     components = {"phases": config.phases, "scheduler": config.scheduler}
-    made_of = contents(components, tokenizer, examples, held_out)
+    made_of = contents(components, own_tokenizer, examples, held_out)
     found = (config, files, model, tokenizer, phases, evaluator, key, eos_ids, placement, rows)
     return Experiment(*found, made_of, changes)
 

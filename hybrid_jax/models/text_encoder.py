@@ -236,7 +236,8 @@ class TextEncoderConfig:
         body = Encoder(self.encoder) if self.encoder else load_encoder(folder or "", dtype=self.dtype)[0]
         if vocab_size is not None and body.config.vocab_size < vocab_size:
             raise UserError(
-                f"the tokenizer has {vocab_size} tokens, more than the encoder's {body.config.vocab_size}"
+                f"the tokenizer has {vocab_size} tokens, more than the encoder's {body.config.vocab_size}: "
+                "take the tokenizer that belongs to it"
             )
         separator = self.separator_id
         if separator is None and folder is not None:

@@ -16,11 +16,13 @@ from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose
 from hybrid_jax.core.ranges import BatchSize, settings
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.preferences import Preference
 from hybrid_jax.data.tokenizer import load_tokenizer
 from hybrid_jax.models.folders.hf import load_pretrained
+from hybrid_jax.models.vocabulary import own_tokenizer_of
 from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.base import SAMPLERS, sample
 from hybrid_jax.sampling.generation_config import read_eos_ids
@@ -54,7 +56,7 @@ class ReferenceSamples:
             UserError: the folder holds no policy, or fewer than two prompts leave room for an answer.
         """
         model, params = load_pretrained(self.path)
-        tokenizer = load_tokenizer(self.path)
+        tokenizer = bounded(load_tokenizer(self.path), model.vocab_size, own_tokenizer_of(self.path))
         eos_ids = read_eos_ids(self.path) or (tokenizer.eos_id,)
         room = 2**30 if model.max_length is None else model.max_length - self.sampler.max_new_tokens
         asked = _distinct(preferences)

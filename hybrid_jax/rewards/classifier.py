@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Natural, settings
 from hybrid_jax.core.registry import suggest
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.scored_text import Cut, encode_scored
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -25,6 +26,7 @@ from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.scorer import load_scorer, read_extra
 from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.models.vocabulary import own_tokenizer_of
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     COUNTED,
@@ -155,7 +157,7 @@ def _loaded_scorer(folder: Path) -> LoadedScorer:
         raise UserError(f"{folder}: temperature must be a number above 0, got {temperature!r}")
     independent = read_json(folder / CONFIG).get("problem_type") == "multi_label_classification"
     params = jax.tree.map(jnp.asarray, params)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = bounded(load_tokenizer(folder), model.vocab_size, own_tokenizer_of(folder))
     return LoadedScorer(model, params, tokenizer, float(temperature), longest, independent, reading.cut)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.data.tokenizer_files import VOCABULARY, check_tokenizer_files
 from hybrid_jax.models.base import LanguageModel, Params
@@ -27,6 +28,7 @@ from hybrid_jax.models.folders.encoder import load_encoder
 from hybrid_jax.models.folders.hf import load_adapted, load_pretrained
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
+from hybrid_jax.models.vocabulary import own_tokenizer_of
 
 SHORTEST = 16  # tokens of the shortest batch; the others are 32, 64, …
 TEXTS_AT_A_TIME = 32  # tokenised before the next full batch is sent off
@@ -107,6 +109,11 @@ class TextEncoder(NamedTuple):
         """
         for start in range(0, len(texts), TEXTS_AT_A_TIME):
             for encoding in self.tokenizer.encode_batch(encodable(texts[start : start + TEXTS_AT_A_TIME])):
+                if (largest := max(encoding.ids, default=0)) >= (rows := self.model.config.vocab_size):
+                    raise UserError(
+                        f"a text holds the token {largest}, but the encoder has {rows} rows: its folder "
+                        "needs the tokenizer that belongs to it"
+                    )
                 yield np.array(encoding.ids), np.where(encoding.special_tokens_mask, CONTEXT, COUNTED)
 
 
@@ -149,11 +156,7 @@ def _text_encoder(folder: Path) -> TextEncoder:
 @functools.cache
 def _text_model(folder: Path) -> TextModel:
     model, params = (load_adapted if (folder / ADAPTER_CONFIG).is_file() else load_pretrained)(folder)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {model.vocab_size}"
-        )
+    tokenizer = bounded(load_tokenizer(folder), model.vocab_size, own_tokenizer_of(folder))
     return TextModel(model, jax.tree.map(jnp.asarray, params), tokenizer)
 
 

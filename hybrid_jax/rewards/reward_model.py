@@ -17,12 +17,14 @@ from jaxtyping import Array, Float, Int
 from hybrid_jax.core.batches import Message
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, NonNegative, settings
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.preference_stream import Reading
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.scorer import load_scorer, read_extra
 from hybrid_jax.models.scorer import SequenceScorer
+from hybrid_jax.models.vocabulary import own_tokenizer_of
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.model_based import (
     COUNTED,
@@ -166,7 +168,8 @@ class _RewardModel(NamedTuple):
 def _reward_model(folder: Path) -> _RewardModel:
     scorer, params = load_scorer(folder)
     params = jax.tree.map(jnp.asarray, params)
-    return _RewardModel(folder, scorer, params, load_tokenizer(folder), read_extra(folder))
+    tokenizer = bounded(load_tokenizer(folder), scorer.vocab_size, own_tokenizer_of(folder))
+    return _RewardModel(folder, scorer, params, tokenizer, read_extra(folder))
 
 
 @functools.partial(jax.jit, static_argnames="scorer")

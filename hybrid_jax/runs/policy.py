@@ -20,6 +20,7 @@ from hybrid_jax.core.errors import Untrusted, UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.registry import EVERYTHING, NOTHING, names_in
 from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.conversations import chat_example, check_messages
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.packing import encode_prompt
@@ -35,6 +36,7 @@ from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
 from hybrid_jax.models.folders.pretrained import has_format, load_pretrained, save_pretrained
 from hybrid_jax.models.lora import split, whole
+from hybrid_jax.models.vocabulary import RESIZE, own_tokenizer_of
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import claim_export_folder
 from hybrid_jax.runs.files import RunFiles, fetched
@@ -154,7 +156,7 @@ class Policy:
             save_ours(folder, self.model, self.params, self.component, dtype)
 
     def _longest_prompt(self, prompts: Sequence[Example]) -> int:
-        lengths = [len(encode_prompt(prompt, self.tokenizer)) for prompt in prompts]
+        lengths = [self._prompt_length(prompt, row) for row, prompt in enumerate(prompts, start=1)]
         context, new = self.model.max_length, self.sampler.max_new_tokens
         room = 2**30 if context is None else context - new
         if room < 1:
@@ -171,6 +173,12 @@ class Policy:
                     f"sampler.max_new_tokens {new}), got {length}; shorten it or lower sampler.max_new_tokens"
                 )
         return max(room, 2)
+
+    def _prompt_length(self, prompt: Example, row: int) -> int:
+        try:
+            return len(encode_prompt(prompt, self.tokenizer))
+        except UserError as error:
+            raise UserError(f"prompt {row}: {error}") from error
 
 
 def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Container[str] = NOTHING) -> Policy:
@@ -194,6 +202,7 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
         raise UserError(f"{run_dir} holds no checkpoint yet: train it up to its first checkpoint")
     step, params = found
     model, params = as_list(model, whole(base, params))
+    tokenizer = bounded(tokenizer, model.vocab_size, RESIZE)
     sampler = overridden(own, overrides)
     eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
     return Policy(model, params, tokenizer, sampler, eos_ids, step, component)
@@ -230,7 +239,7 @@ def load_pretrained_policy(
     else:
         hint = "; it is a run directory, which --run takes" if (folder / "config.yaml").is_file() else ""
         raise UserError(f"{folder} is no Hugging Face folder: it holds no config.json{hint}")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = bounded(load_tokenizer(folder), model.vocab_size, own_tokenizer_of(folder))
     sampler, eos_ids = read_generation_config(folder, default_sampler(model.max_length).max_new_tokens)
     return Policy(model, params, tokenizer, overridden(sampler, overrides), eos_ids or (tokenizer.eos_id,))
 

@@ -26,6 +26,7 @@ from hybrid_jax.models.folders.family_folder import (
 )
 from hybrid_jax.models.folders.files import CONFIG, open_weights
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.vocabulary import grown, vocabulary_of
 
 _COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of the embedding, in old files
 
@@ -105,12 +106,14 @@ class PretrainedEncoderDecoder:
         dtype: of the computation; parameters are float32.
         dropout: None keeps the folder's.
         check_finite: refuse weights with NaN or infinity.
+        resize_vocabulary: as of `hf.Pretrained`.
     """
 
     path: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout: Rate | None = None
     check_finite: bool = False
+    resize_vocabulary: bool = False
 
     def build(self, vocab_size: int | None = None) -> LoadedEncoderDecoder:
         """The model of the folder, whose `init` reads the weights.
@@ -121,10 +124,8 @@ class PretrainedEncoderDecoder:
         folder = find_folder(self.path)
         config = _open(folder, self.dtype, check_finite=False)[0].config
         config = replace(config, dropout=config.dropout if self.dropout is None else self.dropout)
-        if vocab_size is not None and (config.vocab_size or 0) < vocab_size:
-            raise UserError(
-                f"the tokenizer has {vocab_size} tokens, more than the {config.vocab_size} of {self.path!r}"
-            )
+        size = vocabulary_of(config.vocab_size or 0, vocab_size, self.path, resize=self.resize_vocabulary)
+        config = replace(config, vocab_size=size)
         return LoadedEncoderDecoder(config, str(folder), self.check_finite)
 
 
@@ -137,4 +138,4 @@ class LoadedEncoderDecoder(EncoderDecoder):
 
     def init(self, key) -> Params:
         """Reads the weights; ``key`` is not used."""
-        return load_encoder_decoder(self.folder, check_finite=self.check_finite)[1]
+        return grown(load_encoder_decoder(self.folder, check_finite=self.check_finite)[1], self.vocab_size)

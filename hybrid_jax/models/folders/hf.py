@@ -35,6 +35,7 @@ from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, read_adapter, read_settings
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
 from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.models.vocabulary import grown, vocabulary_of
 from hybrid_jax.parallel.rules import current_placement
 
 log = logging.getLogger(__name__)
@@ -146,6 +147,8 @@ class Pretrained:
         dtype: Of the computation; parameters are float32.
         dropout: None keeps the folder's.
         check_finite: Refuse weights with NaN or infinity.
+        resize_vocabulary: Where the tokenizer has more tokens than the model has rows, give those rows: each
+            the mean of the others, in the embedding and in the head.
         lora: Adapters that train in place of the parameters; ``{path: ...}`` starts from those of a folder.
         execution: How the model is computed.
     """
@@ -154,6 +157,7 @@ class Pretrained:
     dtype: ComputeDtype = "float32"
     dropout: Rate | None = None
     check_finite: bool = False
+    resize_vocabulary: bool = False
     lora: Lora | None = None
     execution: Execution = Execution()
 
@@ -164,10 +168,17 @@ class Pretrained:
             UserError: the folder cannot be read, or the tokenizer is larger than the model.
         """
         folder = find_folder(self.path)
-        config = _read_model(folder, self.dtype)[1].config
+        model = _read_model(folder, self.dtype)[1]
+        config = model.config
         if self.dropout is not None:
             config = replace(config, dropout=self.dropout)
-        _check_vocabulary(config.vocab_size, vocab_size, self.path)
+        size = vocabulary_of(model.vocab_size, vocab_size, self.path, resize=self.resize_vocabulary)
+        if size > model.vocab_size and self.lora is not None:
+            log.warning(
+                "lora leaves the embedding as it is: the %d new rows stay the mean of the others",
+                size - model.vocab_size,
+            )
+        config = replace(config, vocab_size=size)
         lora = read_settings(self.lora, Decoder(config))
         config = replace(config, lora=lora, execution=self.execution)
         return PretrainedDecoder(config, str(folder), self.check_finite)
@@ -183,7 +194,7 @@ class PretrainedDecoder(Decoder):
     def init(self, key) -> Params:
         """Reads the weights; ``key`` draws new adapters."""
         params = load_pretrained(self.folder, check_finite=self.check_finite, sharding=_sharding())[1]
-        return self.arranged(self.with_adapter(params, key))
+        return self.arranged(self.with_adapter(grown(params, self.vocab_size), key))
 
     def with_adapter(self, params: Params, key: jax.Array) -> Params:
         """The base's ``params`` and the adapters to start from: those of a folder, or fresh ones."""
@@ -198,16 +209,6 @@ def _sharding() -> Shardings | None:
     if (placement := current_placement()) is None:
         return None
     return lambda path, shape: placement.sharding(shape, param_axes(path, shape))
-
-
-def _check_vocabulary(model: int | None, tokenizer: int | None, path: str) -> None:
-    """A published tokenizer may have a few tokens that its model never reads (Gemma 3's mark of an image)."""
-    if model is None or tokenizer is None or tokenizer <= model:
-        return
-    message = f"the tokenizer has {tokenizer} tokens, more than the {model} of {path!r}"
-    if tokenizer > 1.001 * model:
-        raise UserError(message)
-    log.warning("%s: a text that holds one of the last %d cannot be learned from", message, tokenizer - model)
 
 
 def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:

@@ -19,8 +19,13 @@ MOST_BYTES = 32 * MEBIBYTE  # in a JSON file: the index of a model with 150,000 
 MOST_TOKENIZER = 128 * MEBIBYTE  # in a vocabulary: one with 260,000 tokens takes 35 MiB
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str, where: str, first_line: int = 1) -> Any:
     """Reads the value that a JSON text holds.
+
+    Args:
+        text: of the value.
+        where: it stands, for errors.
+        first_line: the number of the text's first line in its file, for errors.
 
     Raises:
         UserError: one line that begins with ``where``: it is not JSON, an object has a key twice, a number is
@@ -29,7 +34,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        number = first_line + error.lineno - 1
+        line = f"line {number} " if number > 1 else ""
         raise UserError(f"{where}: not JSON: {error.msg} at {line}column {error.colno}") from error
     except RecursionError:
         raise _too_deep(where) from None

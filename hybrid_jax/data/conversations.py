@@ -12,6 +12,7 @@ from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import suggest
 from hybrid_jax.data.files import json_rows
+from hybrid_jax.data.filtering import Filtered
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -20,7 +21,7 @@ RESPONSE_FIELDS = ("completion", "response")
 
 @SOURCES.register("chat")
 @settings(kw_only=True)
-class Chat:
+class Chat(Filtered):
     """Conversations, rows like ``{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}``.
 
     A row may also be split, ``{"prompt": [messages], "completion": [messages]}`` (or "response"), and either
@@ -54,7 +55,8 @@ class Chat:
         if split == "held_out":
             path, name = Path(self.held_out or self.train), self.held_out_split or name
         own = self.held_out is not None or self.held_out_split is not None
-        examples = [conversation(row, where, self.messages_field) for where, row in _rows(path, name)]
+        rows = self.kept(_rows(path, name), str(path))
+        examples = [conversation(row, where, self.messages_field) for where, row in rows]
         return choose(examples, split, own, self.held_out_fraction, str(path))
 
 

@@ -21,6 +21,7 @@ from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import Registry, suggest
 from hybrid_jax.data.conversations import check_messages
 from hybrid_jax.data.files import json_rows
+from hybrid_jax.data.filtering import Filtered
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 
 _COLUMNS = ("chosen", "rejected", "responses", "ranks", "margin", "tie")  # of the example of a preference
@@ -101,7 +102,7 @@ PREFERENCES: Registry[PreferenceSource] = Registry("source of preferences")
 
 
 @settings(kw_only=True)
-class PreferenceRows:
+class PreferenceRows(Filtered):
     """How a row of named fields becomes a preference; shared by the sources.
 
     Attributes:
@@ -213,13 +214,13 @@ class PreferenceRows:
         return tie
 
 
-_FIELDS = tuple(PreferenceRows.__dataclass_fields__)
+_FIELDS = tuple(name for name in PreferenceRows.__dataclass_fields__ if name.endswith("_field"))
 
 
 @PREFERENCES.register("jsonl")
 @settings(kw_only=True)
 class JsonlPreferences(PreferenceRows):
-    """One JSON object a line; plain, or gzip where the name ends in ``.gz``.
+    """One JSON object a line, or one list of objects; plain, or gzip where the name ends in ``.gz``.
 
     Attributes:
         train: the training file.
@@ -238,7 +239,8 @@ class JsonlPreferences(PreferenceRows):
     def load(self, split: Split) -> Sequence[Preference]:
         """Reads the preferences of the split."""
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
-        rows = [self.preference(row, where) for where, row in json_rows(Path(path))]
+        given = self.kept(json_rows(Path(path)), str(path))
+        rows = [self.preference(row, where) for where, row in given]
         return _chosen(rows, split, self.held_out is not None, self.held_out_fraction, str(path))
 
 
@@ -270,8 +272,8 @@ class HuggingFacePreferences(PreferenceRows):
         """Reads the preferences of the split out of the data set."""
         name = self.held_out_split if split == "held_out" and self.held_out_split else self.train_split
         dataset = HuggingFaceDataset(path=self.path, subset=self.subset, data_files=self.data_files)
-        numbered = enumerate(dataset.rows(name), start=1)
-        rows = [self.preference(row, f"{self.path}, row {number}") for number, row in numbered]
+        placed = ((f"{self.path}, row {i}", row) for i, row in enumerate(dataset.rows(name), start=1))
+        rows = [self.preference(row, where) for where, row in self.kept(placed, self.path)]
         return _chosen(rows, split, self.held_out_split is not None, self.held_out_fraction, self.path)
 
 

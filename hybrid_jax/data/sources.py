@@ -9,18 +9,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import string
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Count, Fraction, Seed, Share, settings
-from hybrid_jax.core.registry import Registry, suggest
+from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.files import json_rows, read_data
+from hybrid_jax.data.filtering import Filtered
+from hybrid_jax.data.row_templates import check_template, text_of
 
 Split = Literal["train", "held_out"]
 
@@ -38,7 +38,7 @@ SOURCES: Registry[Source] = Registry("data source")
 
 @SOURCES.register("restaurants")
 @settings
-class Restaurants:
+class Restaurants(Filtered):
     """The embedded corpus: restaurant facts to short reviews (`hybrid_jax.data.corpora`).
 
     Attributes:
@@ -51,11 +51,16 @@ class Restaurants:
 
     def load(self, split: Split) -> Sequence[Example]:
         """Makes the split anew, the same one every time."""
-        return restaurants(split, self.omission, self.seed)
+        examples = restaurants(split, self.omission, self.seed)
+        rows = (
+            (str(number), {"prompt": example.prompt, "completion": example.response, **example.columns})
+            for number, example in enumerate(examples)
+        )
+        return [examples[int(number)] for number, _ in self.kept(rows, "restaurants")]
 
 
 @settings(kw_only=True)
-class Rows:
+class Rows(Filtered):
     """How a row of named fields becomes an example; shared by the sources that have such rows.
 
     Attributes:
@@ -70,12 +75,12 @@ class Rows:
 
     prompt_field: str | None = "prompt"
     response_field: str | None = "completion"
-    prompt_template: str | None = None
-    response_template: str | None = None
+    prompt_template: str | tuple[str, ...] | None = None
+    response_template: str | tuple[str, ...] | None = None
 
     def __post_init__(self):
         for name in ("prompt_template", "response_template"):
-            _check_template(name, getattr(self, name))
+            check_template(name, getattr(self, name))
         nothing = (
             self.prompt_field is self.response_field is self.prompt_template is self.response_template is None
         )
@@ -84,8 +89,8 @@ class Rows:
 
     def example(self, row: Mapping[str, Any], where: str) -> Example:
         """Makes an example of a row."""
-        prompt = _text(row, self.prompt_field, self.prompt_template, where)
-        response = _text(row, self.response_field, self.response_template, where)
+        prompt = text_of(row, self.prompt_field, self.prompt_template, where)
+        response = text_of(row, self.response_field, self.response_template, where)
         used = {
             field
             for field, template in (
@@ -101,7 +106,7 @@ class Rows:
 @SOURCES.register("jsonl")
 @settings(kw_only=True)
 class Jsonl(Rows):
-    """One JSON object a line; plain, or gzip where the name ends in ``.gz``.
+    """One JSON object a line, or one list of objects; plain, or gzip where the name ends in ``.gz``.
 
     Attributes:
         train: the training file.
@@ -121,14 +126,15 @@ class Jsonl(Rows):
     def load(self, split: Split) -> Sequence[Example]:
         """Reads the rows of the split."""
         path = self.held_out if split == "held_out" and self.held_out is not None else self.train
-        examples = [self.example(row, where) for where, row in json_rows(Path(path))]
+        rows = self.kept(json_rows(Path(path)), str(path))
+        examples = [self.example(row, where) for where, row in rows]
         return choose(examples, split, self.held_out is not None, self.held_out_fraction, str(path))
 
 
 @SOURCES.register("text")
 @settings(kw_only=True)
-class Text:
-    """Plain text, UTF-8; gzip where the name ends in ``.gz``. One document, or one a line.
+class Text(Filtered):
+    """Plain text, UTF-8; gzip where the name ends in ``.gz``. One document, or one a line: a filter's "text".
 
     Attributes:
         train: the text.
@@ -155,11 +161,12 @@ class Text:
             text = self._part(text, split, path)
         documents = text.split("\n") if self.lines else [text]
         places = (f"{path}:{line}" if self.lines else str(path) for line in itertools.count(1))
-        examples = [
-            Example("", document, where=where)
+        rows = (
+            (where, {"text": document})
             for document, where in zip(documents, places, strict=False)
             if document.strip()
-        ]
+        )
+        examples = [Example("", row["text"], where=where) for where, row in self.kept(rows, str(path))]
         return _not_empty(examples, split, str(path))
 
     def _part(self, text: str, split: Split, path: Path) -> str:
@@ -206,9 +213,8 @@ class HuggingFaceDataset(Rows):
         name = (
             self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
         )
-        examples = [
-            self.example(row, f"{self.path}, row {i}") for i, row in enumerate(self.rows(name), start=1)
-        ]
+        rows = ((f"{self.path}, row {i}", row) for i, row in enumerate(self.rows(name), start=1))
+        examples = [self.example(row, where) for where, row in self.kept(rows, self.path)]
         return choose(examples, split, own, self.held_out_fraction, self.path)
 
     def rows(self, split: str) -> Iterable[Any]:
@@ -257,8 +263,9 @@ class TensorFlowDataset(Rows):
         name = (
             self.held_out_split if split == "held_out" and self.held_out_split is not None else self.train_split
         )
-        rows = self._rows(name)
-        examples = [self.example(_plain(rows[i]), f"{self.dataset}, row {i + 1}") for i in range(len(rows))]
+        given = self._rows(name)
+        rows = ((f"{self.dataset}, row {i + 1}", _plain(given[i])) for i in range(len(given)))
+        examples = [self.example(row, where) for where, row in self.kept(rows, self.dataset)]
         return choose(examples, split, own, self.held_out_fraction, self.dataset)
 
     def _rows(self, split: str) -> Sequence[Mapping[str, Any]]:
@@ -276,39 +283,6 @@ class TensorFlowDataset(Rows):
             raise UserError(
                 f"split {split!r} of the tfds dataset {self.dataset!r} cannot be loaded: {reason}"
             ) from error
-
-
-def _text(row: Mapping[str, Any], field: str | None, template: str | None, where: str) -> str | None:
-    if template is not None:
-        wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        for name in wanted:
-            _check_field(row, name, where)
-            if not isinstance(row[name], str | int | float):
-                raise UserError(
-                    f"{where}: field {name!r} must be a text or a number for a template, got {shown(row[name])}"
-                )
-        return template.format(**row)
-    if field is None:
-        return None
-    _check_field(row, field, where)
-    if not isinstance(row[field], str):
-        raise UserError(f"{where}: field {field!r} must be a text, got {shown(row[field])}")
-    return row[field]
-
-
-def _check_field(row: Mapping[str, Any], field: str, where: str) -> None:
-    if field not in row:
-        named = "prompt_field and response_field name them, or prompt_template and response_template"
-        raise UserError(f"{where}: no field {field!r}; {suggest(field, list(row))}; {named}")
-
-
-def _check_template(name: str, template: str | None) -> None:
-    try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template or "") if field is not None]
-    except ValueError as error:
-        raise ValueError(f"{name} must be a format of the row's fields, got {template!r}: {error}") from error
-    if template is not None and not all(field.isidentifier() for field in fields):
-        raise ValueError(f"{name} must name plain fields such as {{question}}, got {template!r}")
 
 
 def check_held_out(fraction: float | None, **others: Any) -> None:

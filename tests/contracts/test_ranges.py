@@ -27,6 +27,8 @@ VALUES = (
 )
 # Needed beside the required settings, or instead of what `example` would give.
 GIVEN: dict[str, dict[str, Any]] = {
+    "LengthOf": {"least": 1},
+    "OneOf": {"values": [1]},
     "Bandit": {"metric": "sft/loss"},
     "Endpoint": {"url": "https://example.com/v1", "model": "m"},
     "ClassificationHead": {"labels": ["a", "b"]},

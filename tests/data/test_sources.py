@@ -207,7 +207,8 @@ def test_without_its_package_tfds_names_the_extra(monkeypatch):
     [
         ("", "data.jsonl has no train examples: the data is empty"),
         ('{"prompt": "a", "completion": "b"}\n{"prompt": ', r"data.jsonl:2: not JSON: .* at column 12"),
-        ('\n["a"]', "data.jsonl:2: expected an object of fields, got list"),
+        ("\n3", "data.jsonl:2: expected an object of fields, got int"),
+        ('\n["a"]', "data.jsonl, row 1: expected an object of fields, got '\"'"),
         ('{"promt": "a", "completion": "b"}', "data.jsonl:1: no field 'prompt'; did you mean 'promt'"),
         ('{"prompt": "a", "completion": 3}', "data.jsonl:1: field 'completion' must be a text, got 3"),
     ],
@@ -276,3 +277,34 @@ def test_a_template_takes_texts_and_numbers_alone(tmp_path, value):
     source = Jsonl(train=path, prompt_template="Q: {q}")
     with pytest.raises(UserError, match="jsonl:1: field 'q' must be a text or a number for a template, got"):
         source.load("train")
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "problem"),
+    [
+        ("{q!r}", {"q": None}, "must write its fields as they are"),
+        ("{q:{n}}", {"q": "a", "n": None}, "must write its fields as they are"),
+        ("{q}", {"q": True}, "must be a text or a number for a template, got True"),
+        ("{q}", {"q": float("nan")}, "must be a text or a number for a template, got nan"),
+        ("{q:.2f}", {"q": "a"}, "the template '{q:.2f}' does not fit the row"),
+        ("{q}", {"q": None}, r"got null; leave such rows out by filter: .* or give a list of templates"),
+        (["{q} {n}", "{n}"], {"q": "a", "n": None}, "field 'n' must be a text or a number .* got null"),
+        ([], {}, "must hold a template"),
+    ],
+)  # fmt: skip
+def test_no_template_writes_the_name_of_a_value_of_python(template, row, problem):
+    with pytest.raises((UserError, ValueError), match=problem):
+        Jsonl(train=Path("a"), prompt_template=template, response_field=None).example(row, "here")
+
+
+def test_of_a_list_of_templates_the_first_whose_fields_are_all_there_makes_the_text(tmp_path):
+    rows = [
+        {"q": "Add.", "input": "1 2"},
+        {"q": "Sing.", "input": ""},
+        {"q": "Sit.", "input": None},
+        {"q": "Go."},
+    ]
+    path = write_rows(tmp_path / "alpaca.jsonl", [{**row, "completion": "ok"} for row in rows])
+    settings = {"train": str(path), "prompt_template": ["{q}\nInput: {input}\n", "{q}\n"]}
+    prompts = [example.prompt for example in parse(Jsonl, settings, "data").load("train")]
+    assert prompts == ["Add.\nInput: 1 2\n", "Sing.\n", "Sit.\n", "Go.\n"]

@@ -10,7 +10,8 @@ import numpy as np
 
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.data.chat import encode_conversation, encode_question
+from hybrid_jax.core.long_work import shown
+from hybrid_jax.data.chat import encode_conversations, encode_question
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.tokenizer import Tokenizer
@@ -55,10 +56,12 @@ def encode_examples(
     encoded: list[Encoded] = []
     places: list[str] = []
     straddled = 0
+    chats = [(example.messages, example.template_variables) for example in examples if example.messages]
+    encoded_chats = shown(encode_conversations(chats, tokenizer), len(chats), "encoding", "conversations")
     for place, example in zip(places_of(examples), examples, strict=True):
         try:
             if example.messages:
-                conversations = encode_conversation(example.messages, tokenizer, example.template_variables)
+                conversations = next(encoded_chats)
                 encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
                 straddled += sum(conversation.straddled for conversation in conversations)
             else:

@@ -16,65 +16,92 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat_templates import CHAT_TEMPLATES, MOST_LETTERS
+from hybrid_jax.data.template_worker import render_job
 
 SECONDS = 5.0  # for one conversation; a template of the hub takes a millisecond
 MOST_OUTPUT = 2**26  # bytes of one reply
 _START_SECONDS = 120.0  # transformers is imported, on a busy machine
+# What `transformers` is called with for every conversation, which no variable may replace.
+_RESERVED = {"messages", "conversations", "chat_template", "add_generation_prompt", "continue_final_message"}
+_RESERVED |= {"return_assistant_tokens_mask"}
 _OURS = frozenset(template.source for template in CHAT_TEMPLATES.values())
 
 Span = tuple[int, int]  # characters [start, end)
 
 
-def render_template(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    ask: bool,
-    marks: bool,
-    variables: Mapping[str, Any],
-) -> tuple[str, list[Span] | None]:
-    """The text of a conversation, and the spans that the template marks as generated.
+class Part(NamedTuple):
+    """The first ``count`` messages of a conversation; ``ask`` writes the header of an answer behind them."""
+
+    count: int
+    ask: bool = False
+
+
+class Job(NamedTuple):
+    """One conversation, what its template may name beside the messages, and the parts of it to render."""
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any]
+    parts: Sequence[Part]
+
+
+class Rendering(NamedTuple):
+    """The text of a part, and the spans that the template marks as generated."""
+
+    text: str
+    spans: list[Span]
+
+
+def render_jobs(
+    template: str, jobs: Sequence[Job], *, marks: bool = False
+) -> list[list[Rendering | UserError]]:
+    """The renderings of each job, part by part, in order; an error of the template stands in place of its text.
 
     Args:
         template: jinja.
-        messages: of the conversation.
-        ask: writes the header of an answer at the end.
+        jobs: the conversations.
         marks: asks for the spans.
-        variables: what the template may name beside the messages.
 
     Raises:
-        UserError: the template cannot be read or raises, or takes too much time, memory or output.
+        UserError: a variable has the name of an argument of rendering, a value is none that JSON has, or a
+            conversation takes too much time, memory or output.
     """
-    request = {
-        "conversations": [[dict(message) for message in messages]],
-        "chat_template": template,
-        "add_generation_prompt": ask,
-        "return_assistant_tokens_mask": marks,
-        **variables,
-    }
     if len(template) > MOST_LETTERS:
         raise UserError(f"the chat template must have at most {MOST_LETTERS:,} letters, got {len(template):,}")
-    reply = _render_here(request) if template in _OURS else _WORKER.render(request)
-    if "error" in reply:
-        raise UserError(f"the chat template refuses the messages: {' '.join(reply['error'].split())[:500]}")
-    spans = reply["spans"]
-    return reply["text"], [(start, end) for start, end in spans or ()] if marks else None
+    for job in jobs:
+        if taken := _RESERVED & job.variables.keys():
+            raise UserError(
+                f"a template variable must not be called {min(taken)!r}, which the chat template gets from the "
+                "conversation itself; rename or remove it"
+            )
+    render = _render_here if template in _OURS else _WORKER.render
+    return [[_rendering(part) for part in reply] for reply in render(template, jobs, marks)]
 
 
-def _render_here(request: dict[str, Any]) -> dict[str, Any]:
+def _rendering(reply: Any) -> Rendering | UserError:
+    if isinstance(reply, dict):
+        return UserError(f"the chat template refuses the messages: {' '.join(reply['error'].split())[:500]}")
+    text, spans = reply
+    return Rendering(text, [(start, end) for start, end in spans or ()])
+
+
+def _requested(job: Job) -> dict[str, Any]:
+    return {
+        "messages": [dict(message) for message in job.messages],
+        "variables": dict(job.variables),
+        "parts": list(job.parts),
+    }
+
+
+def _render_here(template: str, jobs: Sequence[Job], marks: bool) -> list[list[Any]]:
     try:
         from transformers.utils.chat_template_utils import render_jinja_template
-
-        texts, spans = render_jinja_template(**request)
     except ImportError as error:
         raise UserError(f"chat templates need a package: pip install 'jinja2>=3.1.6' ({error})") from error
-    except Exception as error:  # a template may raise anything
-        return {"error": str(error) or type(error).__name__}
-    return {"text": texts[0], "spans": spans[0] if spans else None}
+    return [render_job(render_jinja_template, template, marks, _requested(job)) for job in jobs]
 
 
 class _Worker:
@@ -85,7 +112,9 @@ class _Worker:
         self._lock = threading.Lock()
         atexit.register(self.close)
 
-    def render(self, request: dict[str, Any]) -> dict[str, Any]:
+    def render(self, template: str, jobs: Sequence[Job], marks: bool) -> list[list[Any]]:
+        """The replies to the jobs, each within its own time."""
+        request = {"template": template, "marks": marks, "jobs": [_requested(job) for job in jobs]}
         try:
             data = json.dumps(request).encode()
         except (TypeError, ValueError, RecursionError) as error:
@@ -96,9 +125,9 @@ class _Worker:
                 assert process.stdin is not None
                 process.stdin.write(len(data).to_bytes(8, "little") + data)
                 process.stdin.flush()
-                return self._reply(process, SECONDS)
+                return [self._reply(process, SECONDS) for _ in jobs]
             except BaseException as error:
-                self.close()  # its answer to this request must not be taken for that to another
+                self.close()  # what it still answers must not be taken for answers to another request
                 if isinstance(error, TimeoutError):
                     problem = f"takes more than {SECONDS:g} s for one conversation"
                 elif isinstance(error, OverflowError):
@@ -144,7 +173,7 @@ class _Worker:
             ) from error
         return self._process
 
-    def _reply(self, process: subprocess.Popen[bytes], seconds: float) -> dict[str, Any]:
+    def _reply(self, process: subprocess.Popen[bytes], seconds: float) -> Any:
         deadline = time.monotonic() + seconds
         length = int.from_bytes(_read(process, 8, deadline), "little")
         if length > MOST_OUTPUT:

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as Backend
 
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.data.chat import encode_conversation, encode_question, end_of_turn
+from hybrid_jax.data.chat import encode_conversation, encode_conversations, encode_question, end_of_turn
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.packing import encode_examples
 from hybrid_jax.data.tokenizer import Bpe, Bytes, HuggingFace, Tokens, load_tokenizer
@@ -42,8 +42,8 @@ def answer(text: str, marks: bool) -> str:
 def chatml(marks: bool) -> str:
     return (
         "{% for m in messages %}<|im_start|>{{ m.role }}{{ '\\n' }}{% if m.role == 'assistant' %}"
-        + answer("{{ m.content }}<|im_end|>", marks)
-        + "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+        + answer("{{ m.content }}<|im_end|>{{ '\\n' }}", marks)
+        + "{% else %}{{ m.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
     )
 
@@ -73,8 +73,9 @@ def gemma(marks: bool) -> str:
         "{{ bos_token }}{% for m in messages %}"
         "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}{{ '\\n' }}"
-        "{% if m.role == 'assistant' %}" + answer("{{ m.content | trim }}<end_of_turn>", marks) + "{% else %}"
-        "{{ m.content | trim }}<end_of_turn>{% endif %}{{ '\\n' }}{% endfor %}"
+        "{% if m.role == 'assistant' %}"
+        + answer("{{ m.content | trim }}<end_of_turn>{{ '\\n' }}", marks)
+        + "{% else %}{{ m.content | trim }}<end_of_turn>{{ '\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<start_of_turn>model{{ '\\n' }}{% endif %}"
     )
 
@@ -82,8 +83,8 @@ def gemma(marks: bool) -> str:
 def zephyr(marks: bool) -> str:
     return (
         "{% for m in messages %}<|{{ m.role }}|>{{ '\\n' }}{% if m.role == 'assistant' %}"
-        + answer("{{ m.content + eos_token }}", marks)
-        + "{% else %}{{ m.content + eos_token }}{% endif %}{{ '\\n' }}{% endfor %}"
+        + answer("{{ m.content + eos_token + '\\n' }}", marks)
+        + "{% else %}{{ m.content + eos_token + '\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{{ '\\n' }}{% endif %}"
     )
 
@@ -97,11 +98,11 @@ def thinking(marks: bool) -> str:
         "{% if m.role == 'assistant' and loop.index0 > ns.last %}"
         + answer(
             "<think>{{ m.reasoning_content | default('') }}</think>{{ '\\n' }}"
-            "{{ m.content.split('</think>')[-1] }}<|im_end|>",
+            "{{ m.content.split('</think>')[-1] }}<|im_end|>{{ '\\n' }}",
             marks,
         )
-        + "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{% else %}"
-        "{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
+        + "{% elif m.role == 'assistant' %}{{ m.content.split('</think>')[-1] }}<|im_end|>{{ '\\n' }}{% else %}"
+        "{{ m.content }}<|im_end|>{{ '\\n' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant{{ '\\n' }}{% endif %}"
     )
 
@@ -111,8 +112,8 @@ FAMILIES = {
     "chatml": (
         chatml,
         ("<|endoftext|>", "<|im_end|>", "<|im_start|>"),
-        f"<|im_start|>user\n{U1}<|im_end|>\n<|im_start|>assistant\n⟦{A1}<|im_end|>⟧\n"
-        f"<|im_start|>user\n{U2}<|im_end|>\n<|im_start|>assistant\n⟦{A2}<|im_end|>⟧\n",
+        f"<|im_start|>user\n{U1}<|im_end|>\n<|im_start|>assistant\n⟦{A1}<|im_end|>\n⟧"
+        f"<|im_start|>user\n{U2}<|im_end|>\n<|im_start|>assistant\n⟦{A2}<|im_end|>\n⟧",
     ),
     "llama3": (
         llama3,
@@ -130,13 +131,13 @@ FAMILIES = {
     "gemma": (
         gemma,
         ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"),
-        f"<bos><start_of_turn>user\n{U1}<end_of_turn>\n<start_of_turn>model\n⟦{A1}<end_of_turn>⟧\n"
-        f"<start_of_turn>user\n{U2}<end_of_turn>\n<start_of_turn>model\n⟦{A2}<end_of_turn>⟧\n",
+        f"<bos><start_of_turn>user\n{U1}<end_of_turn>\n<start_of_turn>model\n⟦{A1}<end_of_turn>\n⟧"
+        f"<start_of_turn>user\n{U2}<end_of_turn>\n<start_of_turn>model\n⟦{A2}<end_of_turn>\n⟧",
     ),
     "zephyr": (
         zephyr,
         ("<s>", "</s>"),
-        f"<|user|>\n{U1}</s>\n<|assistant|>\n⟦{A1}</s>⟧\n<|user|>\n{U2}</s>\n<|assistant|>\n⟦{A2}</s>⟧\n",
+        f"<|user|>\n{U1}</s>\n<|assistant|>\n⟦{A1}</s>\n⟧<|user|>\n{U2}</s>\n<|assistant|>\n⟦{A2}</s>\n⟧",
     ),
 }
 # What is one word: a line break belongs to the signs before it, line breaks to one another (as in Llama 3).
@@ -250,9 +251,9 @@ def test_a_special_token_written_in_a_message_stays_plain_text(name, marks, make
     end = special[1] if name != "gemma" else "<end_of_turn>"
     said = theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False)
     assert said.strip() == f"No {special[1]} here{end}"
-    assert encoded.loss_mask.sum() == len(
-        theirs.encode(f"No {special[1]} here", split_special_tokens=True)
-    ) + 1 + (name == "mistral") * (len(theirs.encode(" No")) - len(theirs.encode("No")))
+    text = f"{' ' * (name == 'mistral')}No {special[1]} here"
+    behind = 1 + (name in ("chatml", "gemma", "zephyr"))  # the end token, and the line break of the turn
+    assert encoded.loss_mask.sum() == len(theirs.encode(text, split_special_tokens=True)) + behind
     question = encode_question(messages[:1], ours)
     assert theirs.decode(question, skip_special_tokens=False) == theirs.apply_chat_template(
         messages[:1], tokenize=False, add_generation_prompt=True
@@ -335,17 +336,17 @@ def test_a_tokenizer_that_changes_letters_is_no_mistake_but_one_that_misplaces_t
     _, ours, theirs = make("lower", template(False), special, lower_case)
     encoded = encode(TWO_TURNS, ours)
     said = theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False)
-    assert said == f"{A1}<|im_end|>{A2}<|im_end|>".lower()
+    assert said == f"{A1}<|im_end|>\n{A2}<|im_end|>\n".lower()
 
-    right = type(ours).encode_rendered
+    right = type(ours).encode_all_rendered
 
-    def shifted(self, text, *, plain=False):
-        ids, offsets = right(self, text, plain=plain)
+    def shifted(self, texts, *, plain=False):
         special = self.special_tokens.values()
-        return Tokens(ids, [(a if i in special else max(a - 3, 0), b if i in special else max(b - 3, 0))
-                            for i, (a, b) in zip(ids, offsets, strict=True)])  # fmt: skip
+        return [Tokens(ids, [(a if i in special else max(a - 3, 0), b if i in special else max(b - 3, 0))
+                             for i, (a, b) in zip(ids, offsets, strict=True)])
+                for ids, offsets in right(self, texts, plain=plain)]  # fmt: skip
 
-    monkeypatch.setattr(type(ours), "encode_rendered", shifted)
+    monkeypatch.setattr(type(ours), "encode_all_rendered", shifted)
     with pytest.raises(UserError, match="this tokenizer does not say exactly where its tokens stand"):
         encode(TWO_TURNS, ours)
 
@@ -375,8 +376,8 @@ def test_a_token_across_the_end_of_the_header_is_not_learned_and_counted(marks, 
     (encoded,) = encode_examples([Example(U1, "\nHello", messages=tuple(messages))], ours, None)
     assert encoded.tokens.tolist() == ids
     learned = np.flatnonzero(encoded.loss_mask)
-    assert learned.tolist() == list(range(across + 1, len(ids) - 1))
-    assert theirs.decode(encoded.tokens[learned], skip_special_tokens=False) == "Hello</s>"
+    assert learned.tolist() == list(range(across + 1, len(ids)))
+    assert theirs.decode(encoded.tokens[learned], skip_special_tokens=False) == "Hello</s>\n"
     assert "1 answers begin inside a token of their header, which is not learned" in caplog.text
     if marks:  # where `transformers` learns the header's line break, too
         own = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
@@ -425,8 +426,8 @@ def test_where_an_earlier_answer_loses_its_thinking_each_answer_is_learned_as_th
     _, ours, theirs = make("thinking-False", thinking(False), FAMILIES["chatml"][1])
     both = encode_conversation(messages, ours)
     expected = [
-        FIRST + f"⟦<think>{thoughts[0]}</think>\n{A1}<|im_end|>⟧\n",
-        FIRST + SECOND + f"⟦<think>{thoughts[1]}</think>\n{A2}<|im_end|>⟧\n",
+        FIRST + f"⟦<think>{thoughts[0]}</think>\n{A1}<|im_end|>\n⟧",
+        FIRST + SECOND + f"⟦<think>{thoughts[1]}</think>\n{A2}<|im_end|>\n⟧",
     ]
     for encoded, text, end in zip(both, expected, (2, 4), strict=True):
         ids, mask = learned_by_hand(text, theirs)
@@ -439,7 +440,7 @@ def test_where_an_earlier_answer_loses_its_thinking_each_answer_is_learned_as_th
 
 def test_generation_marks_may_leave_out_an_earlier_answer_that_loses_its_thinking(make):
     _, ours, theirs = make("thinking-True", thinking(True), FAMILIES["chatml"][1])
-    ids, mask = learned_by_hand(FIRST + SECOND + f"⟦<think>Well.</think>\n{A2}<|im_end|>⟧\n", theirs)
+    ids, mask = learned_by_hand(FIRST + SECOND + f"⟦<think>Well.</think>\n{A2}<|im_end|>\n⟧", theirs)
     encoded = encode(THOUGHTS, ours)
     assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == (ids, mask)
 
@@ -471,20 +472,18 @@ MARKED = (
     "{% for m in messages %}<{{ m.role }}>{% generation %}{{ m.content }}{% endgeneration %}</s>{% endfor %}"
 )
 BROKEN = {
-    "thinks-first": (
-        BASE.replace("<assistant>", "<assistant><think>"),
-        r"messages\[1\]: the chat template writes what stands before this answer in another way",
-    ),
     "counts": (
         "{{ messages | length }}" + BASE,
         r"messages\[1\]: the chat template writes what stands before this answer in another way",
     ),
-    "twice": (
-        BASE.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"),
-        "does not write every answer once",
+    "measures": (
+        "{{ messages[1].content | length }}" + BASE,
+        "refuses the messages: list object has no element 1",
     ),
-    "measures": ("{{ messages[1].content | length }}" + BASE, "does not write every answer once"),
-    "drops": (BASE.replace("{{ m.content }}", ""), "does not write every answer once"),
+    "drops": (
+        BASE.replace("{{ m.content }}", ""),
+        r"messages\[1\]: the chat template does not write the whole answer",
+    ),
     "no-end": (
         BASE.replace("</s>", "<end>"),
         r"messages\[1\]: the chat template writes '<end>.*' behind the answer, which is no special token",
@@ -652,3 +651,184 @@ def test_a_conversation_too_long_is_cut_and_refused_where_no_answer_is_left(capl
     )
     with pytest.raises(UserError, match=r"so that none is left; raise max_length$"):
         encode_examples([chat("Hi", "Yo")], tokenizer, question)
+
+
+WEATHER = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+WITH_TOOLS = (
+    "{% if tools %}<tools>{{ tools | tojson }}{% endif %}"
+    "{% for d in documents or [] %}<doc>{{ d.text }}{% endfor %}"
+    "{{ mood or '' }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ m.train }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}{{ c.function.arguments | tojson }}"
+    "{% endfor %}"
+    "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def called(**arguments):
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def test_tools_documents_and_other_variables_reach_the_template_as_in_transformers(make):
+    _, ours, theirs = make("with-tools", WITH_TOOLS, ("<s>", "</s>"))
+    variables = {"tools": WEATHER, "documents": [{"text": "It snows."}], "mood": "calm"}
+    (encoded,) = encode_conversation(TWO_TURNS, ours, variables)
+    assert encoded.tokens.tolist() == ids_of(theirs, TWO_TURNS, **variables)
+    assert "<tools>[{" in theirs.decode(encoded.tokens)
+    asked = encode_question(TWO_TURNS[:1], ours, variables)
+    assert asked == ids_of(theirs, TWO_TURNS[:1], add_generation_prompt=True, **variables)
+    example = Example(U2, A2, messages=tuple(TWO_TURNS), template_variables=variables)
+    assert encode_examples([example], ours, None)[0].tokens.tolist() == encoded.tokens.tolist()
+
+
+def test_a_special_token_in_a_tool_or_a_document_or_a_key_of_an_argument_stays_text(make):
+    _, ours, theirs = make("with-tools", WITH_TOOLS, ("<s>", "</s>"))
+    tools = [{"type": "function", "function": {"name": "w", "description": "a</s>", "parameters": {"</s>": 1}}}]
+    messages = [TWO_TURNS[0], {"role": "assistant", "content": "", "tool_calls": [called(**{"</s>": "</s>"})]}]
+    variables = {"tools": tools, "documents": [{"text": "</s><s>"}], "mood": "</s>"}
+    (encoded,) = encode_conversation(messages, ours, variables)
+    ends = [place for place, token in enumerate(encoded.tokens) if token == theirs.eos_token_id]
+    assert len(ends) == 2  # those of the template
+    assert ends[-1] == len(encoded.tokens) - 1
+    assert theirs.decode(encoded.tokens).count("</s>") == 8
+    assert not (encoded.tokens == theirs.bos_token_id).any()
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "chat_template"])
+def test_a_variable_cannot_stand_in_for_the_conversation(name, make):
+    _, ours, _ = make("with-tools", WITH_TOOLS, ("<s>", "</s>"))
+    with pytest.raises(UserError, match=f"a template variable must not be called '{name}'"):
+        encode_conversation(TWO_TURNS, ours, {name: []})
+
+
+@pytest.mark.parametrize("content", [{"content": ""}, {"content": "I look."}, {}])
+def test_of_a_turn_that_calls_tools_all_is_learned_from_its_header_to_its_end(content, make):
+    template = WITH_TOOLS.replace("{{ m.content }}", "{{ m.content or '' }}")
+    _, ours, theirs = make("with-calls", template, ("<s>", "</s>"))
+    messages = [
+        TWO_TURNS[0],
+        {"role": "assistant", **content, "tool_calls": [called(city="Oslo"), called(city="Rome")]},
+        {"role": "tool", "content": "-9"},
+        TWO_TURNS[3],
+    ]
+    encoded = encode(messages, ours)
+    assert encoded.tokens.tolist() == ids_of(theirs, messages)
+    said = content.get("content", "")
+    assert theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False) == (
+        said + '<call>weather{"city": "Oslo"}<call>weather{"city": "Rome"}</s>' + f"{A2}</s>"
+    )
+
+
+def test_calls_that_the_template_leaves_out_are_refused(make):
+    _, ours, _ = make("no-calls", BASE, ("<s>", "</s>"))
+    messages = [TWO_TURNS[0], {"role": "assistant", "content": "", "tool_calls": [called(city="Oslo")]}]
+    with pytest.raises(UserError, match=r"^messages\[1\]: the chat template does not write the tool calls"):
+        encode(messages, ours)
+
+
+def test_an_answer_that_is_not_to_be_learned_is_read_and_its_mark_is_hidden_from_the_template(marks, make):
+    template = WITH_TOOLS.replace(
+        "<{{ m.role }}>{{ m.content }}{{ m.train }}",
+        "<{{ m.role }}>" + answer("{{ m.content }}{{ m.train }}</s>", marks),
+    ).replace("</s>{% endfor %}{% if add", "{% endfor %}{% if add")
+    if marks:
+        template = template.replace(
+            "{% generation %}", "{% if m.role == 'assistant' %}{% generation %}"
+        ).replace("{% endgeneration %}", "{% endgeneration %}{% else %}{{ m.content }}</s>{% endif %}")
+    _, ours, theirs = make(f"untrained-{marks}", template, ("<s>", "</s>"))
+    plain = [dict(message) for message in TWO_TURNS]
+    for number, kept in ((1, A2), (3, A1)):
+        messages = [{**m, "train": False} if i == number else m for i, m in enumerate(plain)]
+        encoded = encode(messages, ours)
+        assert encoded.tokens.tolist() == ids_of(theirs, plain)
+        assert theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False) == f"{kept}</s>"
+        assert encode_question(messages, ours) == encode_question(plain, ours)
+    with pytest.raises(UserError, match=r"all have train: false \(or weight: 0\)"):
+        encode([{**message, "train": False} for message in plain], ours)
+
+
+THINKS_FIRST = BASE.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
+
+
+def test_what_a_header_opens_is_not_learned_and_what_follows_it_is(make):
+    _, ours, theirs = make("thinks-first", THINKS_FIRST, ("<s>", "</s>"))
+    messages = [TWO_TURNS[0], {"role": "assistant", "content": f"<think>Hmm.</think>{A1}"}]
+    encoded = encode(messages, ours)
+    assert encoded.tokens.tolist() == ids_of(theirs, messages)
+    said = theirs.decode(encoded.tokens[encoded.loss_mask], skip_special_tokens=False)
+    assert said == f"Hmm.</think>{A1}</s>"
+    without = encode(TWO_TURNS, ours)  # its header was written without the thinking that asks for some
+    assert theirs.decode(without.tokens[without.loss_mask], skip_special_tokens=False) == f"{A1}</s>{A2}</s>"
+
+
+def test_reasoning_that_the_template_cuts_off_is_kept_where_its_header_asks_for_it(make):
+    cuts = THINKS_FIRST.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    _, ours, theirs = make("cuts", cuts, ("<s>", "</s>"))
+    thoughts = [
+        {**m, "content": f"<think>Hmm.</think>{m['content']}"} if m["role"] == "assistant" else m
+        for m in TWO_TURNS
+    ]
+    texts = [
+        f"<user>{U1}</s><assistant><think>⟦Hmm.</think>{A1}</s>⟧",
+        f"<user>{U1}</s><assistant>{A1}</s><user>{U2}</s><assistant><think>⟦Hmm.</think>{A2}</s>⟧",
+    ]
+    for encoded, text in zip(encode_conversation(thoughts, ours), texts, strict=True):
+        assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == learned_by_hand(text, theirs)
+
+
+def test_an_answer_before_any_question_is_learned_where_the_template_allows_it(make):
+    messages = [TWO_TURNS[1], *TWO_TURNS[2:]]
+    _, ours, theirs = make("base", BASE, ("<s>", "</s>"))
+    encoded = encode(messages, ours)
+    ids, mask = learned_by_hand(f"<assistant>⟦{A1}</s>⟧<user>{U2}</s><assistant>⟦{A2}</s>⟧", theirs)
+    assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == (ids, mask)
+    _, ours, _ = make("no-header", BASE.replace("<{{ m.role }}>", ""), ("<s>", "</s>"))
+    with pytest.raises(
+        UserError, match=r"^messages\[0\]: no user message stands before this answer, and the chat"
+    ):
+        encode(messages, ours)
+    alternates = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + BASE
+    _, ours, _ = make("alternates", alternates, ("<s>", "</s>"))
+    with pytest.raises(UserError, match=r"^the chat template refuses the messages: user first"):
+        encode(messages, ours)
+
+
+def test_all_tokens_that_close_an_answer_are_learned(make):
+    """As Phi-3 does: the text ends with one, the conversation with another."""
+    closes = BASE.replace("{% if add", "{% if not add_generation_prompt %}<s>{% endif %}{% if add")
+    _, ours, theirs = make("two-ends", closes, ("<s>", "</s>"))
+    encoded = encode(TWO_TURNS, ours)
+    text = f"<user>{U1}</s><assistant>⟦{A1}</s>⟧<user>{U2}</s><assistant>⟦{A2}</s><s>⟧"
+    assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == learned_by_hand(text, theirs)
+    assert end_of_turn(ours) == theirs.convert_tokens_to_ids("</s>")
+
+
+def test_an_answer_that_goes_on_with_the_one_before_it_has_no_header_of_its_own(make):
+    merges = (
+        "{% for m in messages %}{% if loop.first or messages[loop.index0 - 1].role != m.role %}<{{ m.role }}>"
+        "{% endif %}{{ m.content }}"
+        "{% if loop.last or messages[loop.index0 + 1].role != m.role %}</s>{% endif %}"
+        "{% endfor %}{% if add_generation_prompt and messages[-1].role != 'assistant' %}<assistant>{% endif %}"
+    )
+    _, ours, theirs = make("merges", merges, ("<s>", "</s>"))
+    messages = [*TWO_TURNS[:2], TWO_TURNS[3]]
+    texts = [f"<user>{U1}</s><assistant>⟦{A1}</s>⟧", f"<user>{U1}</s><assistant>{A1}⟦{A2}</s>⟧"]
+    for encoded, text in zip(encode_conversation(messages, ours), texts, strict=True):
+        assert (encoded.tokens.tolist(), encoded.loss_mask.tolist()) == learned_by_hand(text, theirs)
+
+
+def test_many_conversations_at_once_are_those_of_each_alone(make, monkeypatch):
+    from hybrid_jax.data import chat as module
+
+    monkeypatch.setattr(module, "AT_ONCE", 3)
+    _, ours, _ = make("thinking-False", thinking(False), FAMILIES["chatml"][1])
+    rows = [([{**m, "content": f"{m['content']} {number}"} for m in (THOUGHTS, TWO_TURNS)[number % 2]], {})
+            for number in range(8)]  # fmt: skip
+    for row, encoded in zip(rows, encode_conversations(rows, ours), strict=True):
+        alone = encode_conversation(*row[:1], ours)
+        assert [e.tokens.tolist() for e in encoded] == [e.tokens.tolist() for e in alone]
+        assert [e.loss_mask.tolist() for e in encoded] == [e.loss_mask.tolist() for e in alone]
+    slow = [*rows[:4], ([{"role": "user", "content": "x"}, {"role": "assistant", "content": object()}], {})]
+    found = encode_conversations(slow, ours)
+    assert len([next(found) for _ in range(4)]) == 4  # those before the one that cannot be sent are there
+    with pytest.raises(UserError, match="the messages must be plain values"):
+        next(found)

@@ -11,7 +11,8 @@ import pytest
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data import rendering
 from hybrid_jax.data.chat_templates import CHAT_TEMPLATES
-from hybrid_jax.data.rendering import render_template
+from hybrid_jax.data.chat_text import rendered
+from hybrid_jax.data.rendering import Job, Part, render_jobs
 
 HI = [{"role": "user", "content": "Hi"}]
 HONEST = (
@@ -38,7 +39,10 @@ HOSTILE = {
 
 
 def render(template: str, messages=HI) -> str:
-    return render_template(template, messages, ask=True, marks=False, variables={"eos_token": "</s>"})[0]
+    ((result,),) = render_jobs(
+        template, [Job(messages, {"eos_token": "</s>"}, [Part(len(messages), ask=True)])]
+    )
+    return rendered(result).text
 
 
 @pytest.mark.parametrize("template", HOSTILE, ids=lambda template: template[:40])
@@ -57,13 +61,14 @@ def test_a_hostile_template_is_one_line_within_seconds_and_the_next_one_renders(
 def test_the_templates_of_this_package_render_here_and_all_the_same(monkeypatch):
     ours = CHAT_TEMPLATES["chatml"].source
     messages = [*HI, {"role": "assistant", "content": "Yo"}]
-    settings = {"ask": False, "marks": True, "variables": {"eos_token": "</s>"}}
-    text, spans = render_template(ours, messages, **settings)
+    job = Job(messages, {"eos_token": "</s>"}, [Part(2), Part(1, ask=True)])
+    ((whole, question),) = both = render_jobs(ours, [job], marks=True)
+    text, spans = rendered(whole)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYo<|im_end|>\n"
-    assert spans is not None
     assert [text[start:end] for start, end in spans] == ["Yo<|im_end|>"]
+    assert rendered(question) == ("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", [])
     monkeypatch.setattr(rendering, "_OURS", frozenset())
-    assert render_template(ours, messages, **settings) == (text, spans)
+    assert render_jobs(ours, [job], marks=True) == both
 
 
 def test_messages_that_are_no_plain_values_are_refused():
@@ -73,7 +78,8 @@ def test_messages_that_are_no_plain_values_are_refused():
 
 def test_a_hostile_template_does_not_outlive_a_parent_that_was_killed():
     start = "from hybrid_jax.data import template_worker as w; w.SECONDS = 1; w.main()"
-    request = {"conversations": [HI], "chat_template": "{{ 10 ** (10 ** 10) }}"}
+    job = {"messages": HI, "variables": {}, "parts": [[1, False]]}
+    request = {"template": "{{ 10 ** (10 ** 10) }}", "marks": False, "jobs": [job]}
     data = json.dumps(request).encode()
     worker = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:

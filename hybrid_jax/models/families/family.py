@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -18,13 +17,12 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.experts import Experts
+from hybrid_jax.models.families.names import Reader, Tensors, canonical, described
 from hybrid_jax.models.families.settings import Part, Settings
 from hybrid_jax.models.families.weights import Row, Table, expand
 from hybrid_jax.models.folders.host_copy import packed
 from hybrid_jax.parallel.mesh import whole_array
 
-Reader = Callable[[], np.ndarray]  # of one tensor; its ``file``, if it has one, is named in messages
-Tensors = dict[str, Reader]  # by name
 Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, where and as it is wanted
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
@@ -139,7 +137,7 @@ def load_weights(family: Family, model: Any, tensors: Tensors, place: Place, sou
     The largest go first, so that what a row needs beside its parameters is small by the time that most of
     them are in memory. ``source`` is where the tensors should be, for messages.
     """
-    tensors = _canonical(family, model, family.unpack(tensors))
+    tensors = canonical(family, family.unpack(tensors), getattr(model.config, "tie_embeddings", False))
     shapes = parameter_shapes(model)
     rows = family.rows(model, shapes)
     rows.sort(key=lambda row: -sum(math.prod(shapes[path].shape) for path in row.ours))
@@ -159,16 +157,21 @@ def _check_complete(family: Family, rows: list[Row], tensors: Tensors, source: s
     wanted = [name for row in rows for name in row.theirs]
     if missing := [name for name in wanted if name not in tensors]:
         where = f": it is not in {source}" if source else ""
+        if missing == [family.head]:
+            where += (
+                ", and tie_word_embeddings is false; take the folder of the *ForCausalLM, or set "
+                "tie_word_embeddings: true in config.json to train only heads on the model"
+            )
         name = family.full_name(missing[0])
         raise UserError(f"tensor {name!r} is missing from the {family.model_type} weights{where}")
     if left := tensors.keys() - set(wanted):
-        what = _name(family.full_name(min(left)), tensors[min(left)])
+        what = described(family.full_name(min(left)), tensors[min(left)])
         raise UserError(f"{what} has no place in a {family.model_type} model")
 
 
 def _load_row(family: Family, row: Row, readers: list[Reader], shapes, place: Place) -> dict[str, Any]:
     theirs = [read() for read in readers]
-    what = f"{_name(family.full_name(row.theirs[0]), readers[0])} {list(theirs[0].shape)}"
+    what = f"{described(family.full_name(row.theirs[0]), readers[0])} {list(theirs[0].shape)}"
     try:
         ours = row.load(theirs)
     except ValueError as error:
@@ -182,12 +185,6 @@ def _load_row(family: Family, row: Row, readers: list[Reader], shapes, place: Pl
     return {path: place(path, array) for path, array in zip(row.ours, ours, strict=True)}
 
 
-def _name(name: str, read: Reader) -> str:
-    """With the file that it is in, where the reader says so."""
-    file = getattr(read, "file", None)
-    return f"tensor {name!r}" if file is None else f"{file}: tensor {name!r}"
-
-
 def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """(their name, tensor) for all our parameters, row by row."""
     flat, shapes = flatten(params), parameter_shapes(model)
@@ -197,27 +194,6 @@ def dump_weights(family: Family, model: Any, params: Params) -> Iterator[tuple[s
         theirs = row.save([whole_array(flat[path]) for path in row.ours])
         for name, array in zip(row.theirs, theirs, strict=True):
             yield family.full_name(name), array if array.flags.c_contiguous else packed(array, array.dtype)
-
-
-def _canonical(family: Family, model: Any, tensors: Tensors) -> Tensors:
-    """Names without prefix, without buffers, and without the copy of a tied embedding."""
-    canonical: Tensors = {}
-    for full_name, read in tensors.items():
-        name = full_name.removeprefix(family.prefix)
-        if re.fullmatch(family.ignored, name):
-            continue
-        if name in canonical:
-            what = _name(name, read)
-            raise UserError(f"{what} is there twice, with and without {family.prefix!r}")
-        canonical[name] = read
-    tied = getattr(model.config, "tie_embeddings", False)
-    if tied and {family.head, family.embedding} <= canonical.keys():
-        head = canonical.pop(family.head)
-        if not np.array_equal(head(), canonical[family.embedding]()):
-            raise UserError(
-                f"{_name(family.head, head)} differs from {family.embedding!r}, but the config ties them"
-            )
-    return canonical
 
 
 def _their_config(model_type: str, content: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from hybrid_jax.models.families.family import Tensors
+from hybrid_jax.models.families.names import Tensors
 
 _POSITIVE = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
 _VALUES = np.concatenate([_POSITIVE, -_POSITIVE])

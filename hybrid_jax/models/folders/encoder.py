@@ -13,7 +13,8 @@ from hybrid_jax.core.json_text import MOST_BYTES, parse_json
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.families.encoders import ENCODERS
-from hybrid_jax.models.families.family import Tensors, load_weights
+from hybrid_jax.models.families.family import load_weights
+from hybrid_jax.models.families.names import Tensors
 from hybrid_jax.models.folders.family_folder import (
     Dtype,
     Shardings,

@@ -13,7 +13,8 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Rate, settings
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
-from hybrid_jax.models.families.family import Family, Tensors, load_weights
+from hybrid_jax.models.families.family import Family, load_weights
+from hybrid_jax.models.families.names import Tensors
 from hybrid_jax.models.families.t5 import ENCODER_DECODERS
 from hybrid_jax.models.folders.family_folder import (
     GENERATION,
@@ -57,6 +58,9 @@ def _open(folder: Path, dtype, check_finite: bool) -> tuple[EncoderDecoder, Fami
     family, config, _ = read_config(folder, ENCODER_DECODERS)
     file, stored = open_weights(folder, check_finite)
     tensors: Tensors = dict(stored)
+    for name in (*_COPIES, family.head):
+        if family.embedding not in tensors and name in tensors:  # a file may hold one of the copies alone
+            tensors[family.embedding] = tensors[name]
     for name in _COPIES:
         if name in tensors and not _same(tensors, name, family.embedding):
             raise UserError(f"{file}: tensor {name!r} differs from {family.embedding!r}: not supported")

@@ -24,6 +24,7 @@ import numpy as np
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import MEBIBYTE, decode, open_regular
 from hybrid_jax.core.json_text import parse_json, read_json
+from hybrid_jax.models.families.names import unwrapped
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -65,6 +66,11 @@ def is_finite(array: np.ndarray) -> bool:
 # ------------------------------------------------------------------------------------------------ reading
 
 
+def has_weights(folder: Path) -> bool:
+    """Tells whether a folder holds a file of weights, or an index of such files."""
+    return any((folder / name).is_file() for name in (INDEX, WEIGHTS, TORCH_INDEX, TORCH))
+
+
 def open_weights(folder: Path, check_finite: bool = False) -> tuple[Path, dict[str, StoredTensor]]:
     """The file that holds or lists a folder's weights, and what reads each tensor.
 
@@ -75,8 +81,18 @@ def open_weights(folder: Path, check_finite: bool = False) -> tuple[Path, dict[s
         file = folder / name
         if file.is_file():
             read = partial(open_safetensors if name in (INDEX, WEIGHTS) else _torch, check_finite=check_finite)
-            return file, _open_shards(file, read) if name in (INDEX, TORCH_INDEX) else read(file)
+            tensors = _open_shards(file, read) if name in (INDEX, TORCH_INDEX) else read(file)
+            return file, _unwrapped(tensors)
     raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {INDEX} or {TORCH}")
+
+
+def _unwrapped(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    named: dict[str, StoredTensor] = {}
+    for full_name, tensor in tensors.items():
+        if (name := unwrapped(full_name)) in named:
+            raise UserError(f"{tensor.file}: tensor {name!r} is also there as {named[name].name!r}")
+        named[name] = tensor
+    return named
 
 
 def _open_shards(index: Path, read: Callable[[Path], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:

@@ -20,6 +20,7 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family
+from hybrid_jax.models.families.names import are_tied
 from hybrid_jax.models.folders.encoder_decoder import LoadedEncoderDecoder
 from hybrid_jax.models.folders.family_folder import (
     GENERATION,
@@ -30,7 +31,7 @@ from hybrid_jax.models.folders.family_folder import (
     read_params,
     write_folder,
 )
-from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.files import CONFIG, has_weights, open_weights, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, read_adapter, read_settings
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
@@ -40,6 +41,8 @@ from hybrid_jax.parallel.rules import current_placement
 
 log = logging.getLogger(__name__)
 
+_OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering")  # of which the trunk is read
+_HEADS_LEFT_OUT = ("score", "classifier", "qa_outputs")  # first parts of their tensors' names
 CLASSIFIER = "ForSequenceClassification"  # how the architectures with such a head end
 
 
@@ -213,9 +216,22 @@ def _sharding() -> Shardings | None:
 
 def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:
     family, config, content = read_config(folder, FAMILIES)
-    if str(next(iter(content.get("architectures") or ()), "")).endswith(CLASSIFIER):
+    architecture = str(next(iter(content.get("architectures") or ()), ""))
+    if architecture.endswith(CLASSIFIER):
         raise UserError(f"{folder} holds a classifier, not a language model: read it with load_classifier")
-    return family, Decoder(replace(config, dtype=dtype))
+    if architecture.endswith(_OTHER_HEADS):
+        log.warning("%s: only the trunk of the %s is read, its head is left out", folder, architecture)
+        family = replace(family, ignored=rf"{family.ignored}|({'|'.join(_HEADS_LEFT_OUT)})\..*")
+    config = replace(config, dtype=dtype)
+    if config.tie_embeddings and has_weights(folder) and not are_tied(family, dict(open_weights(folder)[1])):
+        log.warning(
+            "%s: the head differs from the embedding, so both are kept though its config ties them", folder
+        )
+        try:
+            config = replace(config, tie_embeddings=False)
+        except ValueError as error:
+            raise UserError(f"{folder}: {family.head!r} differs from {family.embedding!r}: {error}") from error
+    return family, Decoder(config)
 
 
 def _content(like: str | Path | None, name: str, family: str | None) -> dict[str, Any]:

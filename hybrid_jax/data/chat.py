@@ -26,7 +26,7 @@ from hybrid_jax.data.turns import MARKS, Written, find_marked, find_turns, learn
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 256  # conversations that are rendered while as many others become tokens
+AT_ONCE = 128  # conversations that are rendered while as many others become tokens
 
 Row = tuple[Sequence[Message], Mapping[str, Any] | None]
 
@@ -202,12 +202,21 @@ class _Batch:
         tokens = self._tokenizer.encode_all_rendered([one.text for _, one in known]) if known else []
         chats: list[Any] = self._prepared
         results: list[Any] = [[] if isinstance(found, list) else found for found in texts]
+        drafts: list[tuple[int, _Draft]] = []
         for (number, one), read in zip(known, tokens, strict=True):
-            if isinstance(results[number], list):
-                try:
-                    results[number].append(_conversation(chats[number].chat, one, read))
-                except UserError as error:
-                    results[number] = error
+            try:
+                drafts.append((number, _draft(chats[number].chat, one, read)))
+            except UserError as error:
+                results[number] = error
+        right = _reads_as_written(self._tokenizer, [draft for _, draft in drafts])
+        for number, draft in drafts:
+            try:
+                if not right:
+                    _check_identity(draft)
+                if isinstance(results[number], list):
+                    results[number].append(draft.conversation)
+            except UserError as error:
+                results[number] = error
         return results
 
     def _written(self, item: _Prepared, reply: list[Rendering | UserError] | UserError) -> Any:
@@ -221,14 +230,36 @@ class _Batch:
             return error
 
 
-def _conversation(chat: Chat, written: Written, whole: Tokens) -> Conversation:
+class _Draft(NamedTuple):
+    """An encoded conversation, its learned tokens but for special ones, and the text that they stand for."""
+
+    chat: Chat
+    conversation: Conversation
+    learned: list[int]
+    said: str
+
+
+def _draft(chat: Chat, written: Written, whole: Tokens) -> _Draft:
     tokens = chat.encode(written.text, whole)
     offsets = _covering(tokens)
     mask, straddled = _inside(offsets, written.spans)
-    _check_identity(chat, tokens.ids, offsets, mask, written.text)
     end = [chat.tokenizer.eos_id] if written.unended else []  # as behind a plain response
-    loss_mask = np.append(mask, [True] * len(end)).astype(bool)
-    return Conversation(np.asarray(tokens.ids + end, np.int32), loss_mask, straddled)
+    ids = np.asarray(tokens.ids + end, np.int32)
+    conversation = Conversation(ids, np.append(mask, [True] * len(end)).astype(bool), straddled)
+    plain = mask & ~np.isin(ids[: len(mask)], list(chat.tokenizer.special_tokens.values()))
+    said = chat.restored(_text_at(written.text, offsets, plain))
+    return _Draft(chat, conversation, ids[: len(mask)][plain].tolist(), said)
+
+
+def _text_at(text: str, offsets: np.ndarray, chosen: np.ndarray) -> str:
+    """The text of the chosen tokens; several may share a character."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    parts, done = [], 0
+    for first, behind in edges.reshape(-1, 2).tolist():
+        start, end = max(int(offsets[first, 0]), done), int(offsets[first:behind, 1].max())
+        parts.append(text[start:end])
+        done = max(done, end)
+    return "".join(parts)
 
 
 def _covering(tokens: Tokens) -> np.ndarray:
@@ -249,23 +280,25 @@ def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> tuple[np.ndarray, int
     return mask, straddled
 
 
-def _check_identity(chat: Chat, ids: list[int], offsets: np.ndarray, mask: np.ndarray, text: str) -> None:
+def _reads_as_written(tokenizer: Tokenizer, drafts: Sequence[_Draft]) -> bool:
+    """Whether all learned tokens together decode to the texts in their places, which saves looking at each."""
+    decoded = tokenizer.decode([token for draft in drafts for token in draft.learned])
+    return _squashed(decoded) == _squashed("".join(draft.said for draft in drafts))
+
+
+def _check_identity(draft: _Draft) -> None:
     """Checks that the learned tokens decode to the text in their place, but for spaces and dropped letters."""
-    special = set(chat.tokenizer.special_tokens.values())
-    written, learned, done = [], [], 0
-    for place in np.flatnonzero(mask).tolist():
-        if ids[place] not in special:
-            start, end = offsets[place].tolist()
-            learned.append(ids[place])
-            written.append(text[max(start, done) : end])
-            done = max(done, end)
-    said = chat.restored("".join(written))
-    decoded = chat.tokenizer.decode(learned)
-    if "".join(decoded.split()) == "".join(said.split()):
+    tokenizer = draft.chat.tokenizer
+    decoded = tokenizer.decode(draft.learned)
+    if _squashed(decoded) == _squashed(draft.said):
         return
-    again = chat.tokenizer.decode(chat.tokenizer.encode_rendered(said, plain=True).ids)
-    if "".join(decoded.split()) != "".join(again.split()):
+    again = tokenizer.decode(tokenizer.encode_rendered(draft.said, plain=True).ids)
+    if _squashed(decoded) != _squashed(again):
         raise UserError(
             f"the tokens of the assistant read {decoded[:60]!r} where the chat template writes "
-            f"{said[:60]!r}: this tokenizer does not say exactly where its tokens stand"
+            f"{draft.said[:60]!r}: this tokenizer does not say exactly where its tokens stand"
         )
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())

@@ -68,6 +68,14 @@ class Chat:
         found = [token for token in self._special if text.startswith(token)]
         return max(found, key=len, default=None)
 
+    def whole_tokens(self, text: str, end: int) -> int:
+        """The last place up to ``end`` that lies inside no special token of the text."""
+        for token in self._special:
+            place = text.rfind(token, 0, end + len(token) - 1)
+            if 0 <= place < end < place + len(token):
+                return place
+        return end
+
     def last_special(self, text: str, start: int, end: int) -> int | None:
         """Where the last special token ends that lies in ``text[start:end]``."""
         places = [(text.rfind(token, start, end), token) for token in self._special]

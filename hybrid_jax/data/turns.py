@@ -18,7 +18,7 @@ from hybrid_jax.data.chat_text import Chat, rendered
 from hybrid_jax.data.rendering import Part, Rendering, Span
 
 MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-END_OF_REASONING = "</think>"
+REASONING, END_OF_REASONING = "<think>", "</think>"
 HIDDEN_END = "\U0010fffd" * len(END_OF_REASONING)  # what stands in its place where a template would cut there
 
 Renderings = Mapping[Part, Rendering | UserError]
@@ -136,14 +136,15 @@ def _turn(chat: Chat, index: int, parts: Renderings, whole: str) -> _Turn:
     start = _start(chat, index, text, parts)
     end = len(text) if text != whole or index + 1 == len(chat.messages) else _closing(chat, text, start, index)
     message = chat.messages[index]
-    if not _says(text[start:end], message, calls=False):
+    headed = chat.last_special(text, 0, start) or 0  # a header may write the first words, such as <think>
+    if not _says(text[headed:end], message, calls=False):
         if (kept := _with_reasoning(chat, index, parts)) is not None:
             return kept
         raise UserError(
             f"messages[{index}]: the chat template does not write the whole answer (it drops its thinking, "
             "perhaps), so it would teach another one; change the answer or the template"
         )
-    if not _says(text[start:end], message, calls=True):
+    if not _says(text[headed:end], message, calls=True):
         raise UserError(
             f"messages[{index}]: the chat template does not write the tool calls of this answer, so it would "
             "teach another one; take a template for tools"
@@ -162,12 +163,15 @@ def _start(chat: Chat, index: int, text: str, parts: Renderings) -> int:
     before = chat.render(index)
     content = str(chat.messages[index].get("content", "")).strip()
     # The header writes what the answer itself begins with, or leaves out, such as the start of its reasoning.
-    if text.startswith(before) and (shared := _common(asked, text)) > len(before):
+    if text.startswith(before) and (shared := chat.whole_tokens(text, _common(asked, text))) > len(before):
         written = text.find(content, len(before)) if content else -1
         return min(shared, written) if written > len(before) else shared
     if chat.messages[index - 1]["role"] in ("assistant", "tool"):  # one turn goes on, without another header
         if text.startswith(before):
             return len(before)
+        header = asked[len(before) :] if asked.startswith(before) else ""
+        if header.strip() and (place := text.rfind(header, 0, text.rfind(content))) >= 0:
+            return place + len(header)
         if (closed := chat.last_special(text, 0, _common(before, text))) is not None and content:
             return max(closed, text.find(content, closed))
     raise UserError(
@@ -181,21 +185,20 @@ def _behind_header(chat: Chat, index: int, text: str) -> int:
     """The start of an answer that no question precedes: behind the header that follows any question."""
     asked = [{"role": "user", "content": "1"}]
     before, header = chat.render(1, messages=asked), chat.render(1, ask=True, messages=asked)
-    header = header[len(before) :] if header.startswith(before) else ""
-    # Behind its last special token a header may open a reasoning that the answer itself writes, or leaves out.
-    shorter = header[: chat.last_special(header, 0, len(header))]
+    header = header[chat.whole_tokens(header, _common(before, header)) :]
+    # It may open a reasoning that an earlier answer is written without.
+    headers = [words for words in (header, header.partition(REASONING)[0]) if words.strip()]
     start = 0
     for message in chat.messages[: index + 1]:
         if message["role"] == "assistant":
-            found = next(
-                (words for words in (header, shorter) if words.strip() and words in text[start:]), None
-            )
-            if found is None:
+            found = [(text.find(words, start), -len(words)) for words in headers if words in text[start:]]
+            if not found:
                 raise UserError(
                     f"messages[{index}]: no user message stands before this answer, and the chat template "
                     "writes no header that says where it begins; let the conversation begin with a question"
                 )
-            start = text.index(found, start) + len(found)
+            place, length = min(found)
+            start = place - length
     return start
 
 
@@ -257,8 +260,8 @@ def _ended(chat: Chat, text: str, spans: list[Span], answers: Sequence[int]) -> 
 
 def _behind(turn: str, message: Message) -> str:
     """What the turn has behind the text of the message; nothing where tool calls may stand there."""
-    content = str(message.get("content", "")).strip()
-    return "" if message.get("tool_calls") or not content else turn.rpartition(content)[2]
+    last_line = str(message.get("content", "")).strip().rpartition("\n")[2]
+    return "" if message.get("tool_calls") or not last_line else turn.rpartition(last_line)[2]
 
 
 def _closing(chat: Chat, text: str, start: int, index: int) -> int:

@@ -139,3 +139,36 @@ def test_an_odd_number_of_rotary_channels_is_refused_where_transformers_fails_wi
             UserError, match="partial_rotary_factor must give an even number of channels, got 5"
         ):
             FAMILIES[name].read_config(sizes)
+
+
+@pytest.mark.parametrize(
+    ("family", "content", "message"),
+    [
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention must be false, got",
+        ),
+        (
+            "gemma2",
+            {"use_bidirectional_attention": True},
+            "use_bidirectional_attention must be false, got True",
+        ),
+        ("llama", {"is_causal": False}, "is_causal must be true for llama, got False: not supported"),
+    ],
+)
+def test_a_switch_that_would_change_the_model_is_refused_by_its_name(family, content, message):
+    with pytest.raises(UserError, match=message):
+        FAMILIES[family].read_config(content)
+
+
+def test_what_transformers_does_not_read_changes_nothing():
+    read = FAMILIES["gemma3_text"].read_config
+    assert read({"attn_logit_softcapping": 2.0}) == read({})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 100.0}
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    within, beside = (
+        read({"rope_parameters": {"full_attention": full, "sliding_attention": plain, **more}}).rope_scaling
+        for full, more in (({**yarn, "truncate": False}, {}), (yarn, {"truncate": False}))
+    )
+    assert (within.truncate, beside.truncate) == (True, False)

@@ -29,7 +29,7 @@ def head(prefix: str, pooled: bool = False) -> Part:
     """The head, by the name of their class; ``pooled`` families have a pooler where nothing else is said."""
 
     def read(theirs: Any) -> Settings:
-        name = (theirs.architectures or [f"{prefix}Model"])[0]
+        name = str((theirs.architectures or [f"{prefix}Model"])[0])
         kind = name.removeprefix(prefix)
         if kind not in (*_BODIES, *_HEADS):
             known = ", ".join(f"{prefix}{known}" for known in ("Model", *_HEADS))
@@ -53,7 +53,7 @@ def head(prefix: str, pooled: bool = False) -> Part:
 
 
 def _read_head_dropout(theirs: Any) -> Settings:
-    if (theirs.architectures or [""])[0].endswith("ForQuestionAnswering"):
+    if str((theirs.architectures or [""])[0]).endswith("ForQuestionAnswering"):
         return {"head_dropout": 0.0}
     rate = theirs.classifier_dropout
     return {"head_dropout": theirs.hidden_dropout_prob if rate is None else rate}
@@ -96,4 +96,5 @@ BERT = Family(
     heads=("classifier", "qa_outputs"),
     ignored=r"embeddings\.position_ids|cls\..*",
     config=EncoderConfig,
+    causal=False,
 )

@@ -33,7 +33,7 @@ _RATES = {"ForSequenceClassification": "seq_classif_dropout", "ForQuestionAnswer
 
 
 def _read_head_dropout(theirs: Any) -> Settings:
-    kind = (theirs.architectures or [""])[0].removeprefix("DistilBert")
+    kind = str((theirs.architectures or [""])[0]).removeprefix("DistilBert")
     return {"head_dropout": getattr(theirs, _RATES.get(kind, "dropout"))}
 
 
@@ -60,4 +60,5 @@ DISTILBERT = Family(
     heads=("classifier", "pre_classifier", "qa_outputs"),
     ignored=r"embeddings\.position_ids|vocab_(transform|layer_norm|projector)\..*",
     config=EncoderConfig,
+    causal=False,
 )

@@ -49,6 +49,7 @@ class Family:
         unpack: makes tensors of floats out of that format's.
         embedding: whose copy a file may also hold as ``head``, where they are tied.
         config: the class of our settings.
+        causal: no token sees a later one, of the decoder at least.
     """
 
     model_type: str
@@ -64,6 +65,7 @@ class Family:
     embedding: str = "embed_tokens.weight"
     head: str = "lm_head.weight"
     config: type = DecoderConfig
+    causal: bool = True
 
     def read_config(self, content: Mapping[str, Any]) -> Any:
         """Our settings, out of a config.json."""
@@ -99,6 +101,8 @@ class Family:
         return [(name, ours, other) for name, ours, other in pairs if not _same_setting(ours, other)]
 
     def _read(self, theirs: Any) -> Any:
+        if self.causal and not (is_causal := getattr(theirs, "is_causal", True)):
+            raise UserError(f"is_causal must be true for {self.model_type}, got {is_causal!r}: not supported")
         settings: Settings = {}
         for part in self.settings:
             settings |= part.read(theirs)

@@ -31,13 +31,11 @@ _COMMON = (
     off("use_bidirectional_attention"),  # an encoder of texts (EmbeddingGemma), which cannot go on with one
     Part(lambda theirs: {"embedding_scale": math.sqrt(theirs.hidden_size)}, lambda config: {}),
 )
-_SOFTCAPS = (
-    same(attention_softcap="attn_logit_softcapping", logit_softcap="final_logit_softcapping"),
-    Part(
-        lambda theirs: {"attention_scale": theirs.query_pre_attn_scalar**-0.5},
-        lambda config: {"query_pre_attn_scalar": _whole(config.attention_rule(0).score_scale(config.channels))},
-    ),
+_SCALE = Part(
+    lambda theirs: {"attention_scale": theirs.query_pre_attn_scalar**-0.5},
+    lambda config: {"query_pre_attn_scalar": _whole(config.attention_rule(0).score_scale(config.channels))},
 )
+_SOFTCAP = same(logit_softcap="final_logit_softcapping")
 _AROUND: Table = {
     **LLAMA_TABLE,
     "layer_*/attention_output_norm": "layers.*.post_attention_layernorm",
@@ -61,7 +59,8 @@ GEMMA2 = Family(
     "gemma2",
     "Gemma2ForCausalLM",
     settings=(
-        *(*_COMMON, ROPE, *_SOFTCAPS, LAYER_TYPES, fixed(norm_placement="around")),
+        *(*_COMMON, ROPE, _SCALE, _SOFTCAP, LAYER_TYPES, fixed(norm_placement="around")),
+        same(attention_softcap="attn_logit_softcapping"),  # which Gemma 3 has in its file and never reads
         activation("hidden_activation", "gelu_pytorch_tanh"),
     ),
     table=_AROUND,
@@ -71,7 +70,7 @@ GEMMA3_TEXT = Family(
     "gemma3_text",
     "Gemma3ForCausalLM",
     settings=(
-        *(*_COMMON, LOCAL_ROPE, *_SOFTCAPS, LAYER_TYPES),
+        *(*_COMMON, LOCAL_ROPE, _SCALE, _SOFTCAP, LAYER_TYPES),
         fixed(norm_placement="around", query_key_norm="head"),
         activation("hidden_activation", "gelu_pytorch_tanh"),
     ),

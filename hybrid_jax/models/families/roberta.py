@@ -40,6 +40,7 @@ ROBERTA = Family(
     heads=("classifier", "qa_outputs"),
     ignored=r"embeddings\.position_ids|(roberta\.)?lm_head\..*",
     config=EncoderConfig,
+    causal=False,
 )
 XLM_ROBERTA = replace(
     ROBERTA,

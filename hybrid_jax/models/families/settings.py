@@ -141,11 +141,13 @@ def _read_layer_types(theirs: Any) -> Settings:
     return {"window": theirs.sliding_window, "window_layers": windowed} if any(windowed) else {}
 
 
+def _write_layer_types(config: DecoderConfig) -> Settings:
+    types = _layer_types(config)  # without a window, the family's own stays: some need a number
+    return {"layer_types": types, **({} if config.window is None else {"sliding_window": config.window})}
+
+
 # Layers with and without a window, by name.
-LAYER_TYPES = Part(
-    _read_layer_types,
-    lambda config: {"layer_types": _layer_types(config), "sliding_window": config.window},
-)
+LAYER_TYPES = Part(_read_layer_types, _write_layer_types)
 # One window for all layers.
 WINDOW = Part(
     lambda theirs: {"window": theirs.sliding_window},
@@ -307,7 +309,9 @@ def _read_local_rope(theirs: Any) -> Settings:
     local = ropes["sliding_attention"]
     if local.get("rope_type", "default") != "default":
         raise UserError(f"rope_type of sliding layers must be default, got {local['rope_type']!r}")
-    settings = {"position": "rotary", **_read_rope(ropes["full_attention"], theirs)}
+    # transformers looks for `truncate` beside the two, not in them.
+    full = {**ropes["full_attention"], "truncate": ropes.get("truncate", True)}
+    settings = {"position": "rotary", **_read_rope(full, theirs)}
     return settings | {"local_rope_theta": float(local["rope_theta"])}
 
 

@@ -155,6 +155,12 @@ def test_an_odd_number_of_rotary_channels_is_refused_where_transformers_fails_wi
             "use_bidirectional_attention must be false, got True",
         ),
         ("llama", {"is_causal": False}, "is_causal must be true for llama, got False: not supported"),
+        (
+            "llama",
+            {"hidden_size": 32, "num_attention_heads": 4, "partial_rotary_factor": 0.5},
+            "partial_rotary_factor must be 1, got 4 channels: not supported",
+        ),
+        ("mpt", {"attn_config": {"alibi_bias_max": 16}}, "attn_config.alibi_bias_max must be 8, got 16"),
     ],
 )
 def test_a_switch_that_would_change_the_model_is_refused_by_its_name(family, content, message):

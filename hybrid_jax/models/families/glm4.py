@@ -5,14 +5,14 @@ from __future__ import annotations
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.llama import GATED, LLAMA_SIZES, LLAMA_TABLE, RMS_NORM
 from hybrid_jax.models.families.phi3 import FUSED_GATE
-from hybrid_jax.models.families.settings import HEAD_WIDTH, ROPE, fixed, same
+from hybrid_jax.models.families.settings import HEAD_WIDTH, PARTIAL_ROPE, fixed, same
 from hybrid_jax.models.families.weights import with_fused
 
 GLM4 = Family(
     "glm4",
     "Glm4ForCausalLM",
     settings=(
-        *(*LLAMA_SIZES, HEAD_WIDTH, ROPE, RMS_NORM, GATED),
+        *(*LLAMA_SIZES, HEAD_WIDTH, PARTIAL_ROPE, RMS_NORM, GATED),
         same(attention_bias="attention_bias"),
         fixed(norm_placement="around", rotary_interleaved=True, output_bias=False, mlp_bias=False),
     ),

@@ -7,7 +7,7 @@ from hybrid_jax.models.families.settings import (
     INIT_STD,
     MAX_LENGTH,
     MLP_WIDTH,
-    ROPE,
+    PARTIAL_ROPE,
     SIZES,
     Part,
     activation,
@@ -19,7 +19,7 @@ GPT_NEOX = Family(
     "gpt_neox",
     "GPTNeoXForCausalLM",
     settings=(
-        *(SIZES, MAX_LENGTH, INIT_STD, MLP_WIDTH, ROPE),
+        *(SIZES, MAX_LENGTH, INIT_STD, MLP_WIDTH, PARTIAL_ROPE),
         activation("hidden_act", "gelu"),
         same(norm_epsilon="layer_norm_eps", attention_bias="attention_bias"),
         Part(

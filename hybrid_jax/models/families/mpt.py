@@ -12,16 +12,16 @@ def _read_attention(theirs):
     attention = theirs.attn_config
     if attention.qk_ln or attention.prefix_lm or not attention.alibi:
         raise UserError("attn_config must have alibi, and neither qk_ln nor prefix_lm: not supported")
+    if attention.alibi_bias_max != 8:  # the published code reads it, transformers computes with 8
+        raise UserError(f"attn_config.alibi_bias_max must be 8, got {attention.alibi_bias_max}: not supported")
     return {
         "attention_scale": attention.softmax_scale,
-        "alibi_exponent": float(attention.alibi_bias_max),
         "clip_qkv": attention.clip_qkv,
     }
 
 
 def _write_attention(config):
-    attention = {"alibi_bias_max": int(config.alibi_exponent), "clip_qkv": config.clip_qkv}
-    return {"attn_config": {**attention, "softmax_scale": config.attention_scale}}
+    return {"attn_config": {"clip_qkv": config.clip_qkv, "softmax_scale": config.attention_scale}}
 
 
 MPT = Family(

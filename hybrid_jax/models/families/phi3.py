@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.llama import GATED, LLAMA_SIZES, LLAMA_TABLE, RMS_NORM
-from hybrid_jax.models.families.settings import ROPE, WINDOW, Part, fixed
+from hybrid_jax.models.families.settings import PARTIAL_ROPE, WINDOW, Part, fixed
 from hybrid_jax.models.families.weights import Fused, with_fused
 
 FUSED_GATE = {("layer_*/mlp/gate", "layer_*/mlp/up"): Fused("layers.*.mlp.gate_up_proj")}
@@ -19,7 +19,7 @@ PHI3 = Family(
     "phi3",
     "Phi3ForCausalLM",
     settings=(
-        *(*LLAMA_SIZES, ROPE, RMS_NORM, GATED, WINDOW),
+        *(*LLAMA_SIZES, PARTIAL_ROPE, RMS_NORM, GATED, WINDOW),
         Part(lambda theirs: {}, _write_original_length),
         fixed(attention_bias=False, mlp_bias=False),
         Part(

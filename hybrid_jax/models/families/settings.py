@@ -287,21 +287,35 @@ def _write_scaling(scaling: Any) -> Settings:
     return {}
 
 
-ROPE = Part(
+# Some channels of a head may not turn.
+PARTIAL_ROPE = Part(
     lambda theirs: {"position": "rotary", **_read_rope(theirs.rope_parameters, theirs)},
     lambda config: {"rope_parameters": _write_rope(config)},
 )
 
 
+def _whole(settings: Settings) -> Settings:
+    """Refuses heads that turn in part: most families of `transformers` ignore that, or fail with a scaling."""
+    if "rotary_width" in settings:
+        raise UserError(
+            f"partial_rotary_factor must be 1, got {settings['rotary_width']} channels: not supported"
+        )
+    return settings
+
+
+# All channels turn.
+ROPE = Part(lambda theirs: _whole(PARTIAL_ROPE.read(theirs)), PARTIAL_ROPE.write)
+
+
 def _read_even_rope(theirs: Any) -> Settings:
-    settings = ROPE.read(theirs)
+    settings = PARTIAL_ROPE.read(theirs)
     if (width := settings.get("rotary_width", 0)) % 2:
         raise UserError(f"partial_rotary_factor must give an even number of channels, got {width}")
     return settings
 
 
 # For the families in which `transformers` itself fails with an odd number of rotary channels.
-EVEN_ROPE = Part(_read_even_rope, ROPE.write)
+EVEN_ROPE = Part(_read_even_rope, PARTIAL_ROPE.write)
 
 
 def _read_local_rope(theirs: Any) -> Settings:
@@ -311,7 +325,7 @@ def _read_local_rope(theirs: Any) -> Settings:
         raise UserError(f"rope_type of sliding layers must be default, got {local['rope_type']!r}")
     # transformers looks for `truncate` beside the two, not in them.
     full = {**ropes["full_attention"], "truncate": ropes.get("truncate", True)}
-    settings = {"position": "rotary", **_read_rope(full, theirs)}
+    settings = {"position": "rotary", **_whole(_read_rope(full, theirs))}
     return settings | {"local_rope_theta": float(local["rope_theta"])}
 
 

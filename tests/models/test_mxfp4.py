@@ -4,11 +4,12 @@ import numpy as np
 
 from hybrid_jax.models.families.gpt_oss import GPT_OSS
 from hybrid_jax.models.families.mxfp4 import unpack_mxfp4
+from hybrid_jax.models.folders.quantised import unpacker
 
 
 def _unpacked(blocks, scales):
     tensors = {"x.w_blocks": lambda: blocks, "x.w_scales": lambda: scales, "x.bias": lambda: np.zeros(1)}
-    read = GPT_OSS.unpack(tensors)
+    read = unpacker({"quant_method": "mxfp4"})(tensors)
     assert read.keys() == {"x.w", "x.bias"}
     return read["x.w"]()
 

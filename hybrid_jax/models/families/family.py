@@ -45,8 +45,8 @@ class Family:
         heads: first parts of the names that never have the prefix.
         ignored: names (without prefix) that hold no weights, as a regular expression.
         transposed: their linear maps are [out, in].
-        quantization: the format that the family is published in, if `unpack` reads it.
-        unpack: makes tensors of floats out of that format's.
+        unpack: makes plain tensors out of quantised ones: set for a folder that has such
+            (`folders.quantised`).
         embedding: whose copy a file may also hold as ``head``, where they are tied.
         config: the class of our settings.
         causal: no token sees a later one, of the decoder at least.
@@ -60,7 +60,6 @@ class Family:
     heads: tuple[str, ...] = ("lm_head", "score")
     ignored: str = r".*\.rotary_emb\.inv_freq"
     transposed: bool = True
-    quantization: str | None = None
     unpack: Callable[[Tensors], Tensors] = lambda tensors: tensors
     embedding: str = "embed_tokens.weight"
     head: str = "lm_head.weight"

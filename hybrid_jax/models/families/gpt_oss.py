@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.llama import GATED, LLAMA_SIZES, LLAMA_TABLE, RMS_NORM
-from hybrid_jax.models.families.mxfp4 import unpack_mxfp4
 from hybrid_jax.models.families.settings import HEAD_WIDTH, LAYER_TYPES, ROPE, experts, fixed, require, same
 from hybrid_jax.models.families.weights import Tensor
 
@@ -46,6 +45,4 @@ GPT_OSS = Family(
         "layer_*/mlp/expert_down/kernel": Tensor(f"{_EXPERTS}.down_proj"),
         "layer_*/mlp/expert_down/bias": Tensor(f"{_EXPERTS}.down_proj_bias"),
     },
-    quantization="mxfp4",
-    unpack=unpack_mxfp4,
 )

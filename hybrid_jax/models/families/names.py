@@ -54,7 +54,7 @@ def canonical(family: Any, tensors: Tensors, tied: bool) -> Tensors:
 def are_tied(family: Any, tensors: Tensors) -> bool:
     """Tells whether the head is the embedding, for a config that ties them: not where a file has two tensors
     that differ. So does `transformers` 5."""
-    by_name = canonical(family, tensors, tied=False)
+    by_name = canonical(family, family.unpack(tensors), tied=False)
     if not {family.head, family.embedding} <= by_name.keys():
         return True
     return np.array_equal(by_name[family.head](), by_name[family.embedding]())

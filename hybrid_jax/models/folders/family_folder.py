@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.models.families.family import Family, Place, dump_weights, load_weights
 from hybrid_jax.models.folders.files import CONFIG, is_finite, open_weights, read_json, write_model
 from hybrid_jax.models.folders.host_copy import packed
+from hybrid_jax.models.folders.quantised import unpacker
 from hybrid_jax.parallel import hosts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -27,21 +29,22 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
     """The family that a folder's config.json names, our settings, and the file's content.
 
     Raises:
-        UserError: the family is unknown, the weights are quantised, or a setting is missing or not supported.
+        UserError: the family is unknown, the weights are quantised in a format that is not read, or a setting
+            is missing or not supported.
     """
     content = read_json(folder / CONFIG)
     model_type = str(content.get("model_type"))
     if model_type not in families:
         known = suggest(model_type, list(families))
         raise UserError(f"{folder}: unknown model_type {model_type!r}; {known}")
-    if quantization := content.pop("quantization_config", None):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method is None or method != families[model_type].quantization:
-            raise UserError(
-                f"{folder / CONFIG}: weights quantised by {method!r} are not supported: take the original"
-            )
+    family, quantization = families[model_type], content.pop("quantization_config", None)
     try:
-        return families[model_type], families[model_type].read_config(content), content
+        if quantization:
+            unpack = unpacker(quantization)
+            if not family.transposed:  # whose maps lie the other way round, in formats that nobody publishes
+                raise UserError(f"quantised weights of a {model_type} are not supported: take the original")
+            family = replace(family, unpack=unpack)
+        return family, family.read_config(content), content
     except KeyError as error:
         raise UserError(f"{folder / CONFIG}: {error.args[0]!r} is missing") from error
     except (ValueError, TypeError, AttributeError, UserError) as error:

@@ -14,7 +14,7 @@ from hybrid_jax.models.families.weights import Fused, Stacked, Tensor, expand, w
 FAMILY_NAMES = (
     "gpt2 gpt_neo gptj gpt_neox gpt_bigcode opt bloom mpt falcon llama mistral mixtral qwen2 qwen2_moe qwen3 "
     "qwen3_moe gemma gemma2 gemma3_text phi phi3 stablelm starcoder2 olmo olmo2 olmoe granite cohere glm4 "
-    "smollm3 gpt_oss"
+    "smollm3 gpt_oss ernie4_5"
 )
 
 

@@ -111,6 +111,7 @@ CASES = {
     },
     "cohere": _LLAMA,
     "cohere head norms": {**_LLAMA, "use_qk_norm": True, "logit_scale": 0.5},
+    "ernie4_5": {**_LLAMA, "head_dim": 10, "use_bias": True},
     "glm4": {**_LLAMA, "head_dim": 8, **_rope(partial_rotary_factor=0.5)},
     "smollm3": {**_LLAMA, "no_rope_layers": [1, 0]},
     "gpt_oss": {

@@ -5,6 +5,7 @@ A decoder from scratch is exported as the first family that can express it.
 
 from hybrid_jax.models.families.bloom import BLOOM
 from hybrid_jax.models.families.cohere import COHERE
+from hybrid_jax.models.families.ernie4_5 import ERNIE4_5
 from hybrid_jax.models.families.falcon import FALCON
 from hybrid_jax.models.families.family import Family
 from hybrid_jax.models.families.gemma import GEMMA, GEMMA2, GEMMA3_TEXT
@@ -31,6 +32,6 @@ from hybrid_jax.models.families.starcoder2 import STARCODER2
 _ALL = (
     *(GPT2, LLAMA, MISTRAL, GPT_NEO, GPTJ, GPT_NEOX, GPT_BIGCODE, OPT, BLOOM, MPT, FALCON),
     *(MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, GEMMA, GEMMA2, GEMMA3_TEXT, PHI, PHI3, STABLELM),
-    *(STARCODER2, OLMO, OLMO2, OLMOE, GRANITE, COHERE, GLM4, SMOLLM3, GPT_OSS),
+    *(STARCODER2, OLMO, OLMO2, OLMOE, GRANITE, COHERE, GLM4, SMOLLM3, GPT_OSS, ERNIE4_5),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}

@@ -102,7 +102,7 @@ def _read_prompts(file: str | None, chat: bool) -> Sequence[Any]:
     elif file.endswith(".jsonl") and chat:
         from hybrid_jax.data.conversations import Chat
 
-        prompts = [example.question for example in Chat(train=Path(file)).load("train")]
+        prompts = Chat(train=Path(file)).load("train")
     elif file.endswith(".jsonl"):
         from hybrid_jax.data.sources import Jsonl
 

@@ -8,33 +8,36 @@ from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
-from hybrid_jax.core.registry import suggest
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.filtering import Filtered
+from hybrid_jax.data.messages import check_messages
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
+from hybrid_jax.data.template_inputs import TemplateInputs
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+CONVERSATIONS = "conversations"  # the field that ShareGPT calls them by
 RESPONSE_FIELDS = ("completion", "response")
+_INPUTS = TemplateInputs()
 
 
 @SOURCES.register("chat")
 @settings(kw_only=True)
-class Chat(Filtered):
+class Chat(TemplateInputs, Filtered):
     """Conversations, rows like ``{"messages": [{"role": "user", "content": …}, {"role": "assistant", …}]}``.
 
-    A row may also be split, ``{"prompt": [messages], "completion": [messages]}`` (or "response"), and either
-    part may be a plain text. SFT learns all turns of the assistant; PPO and the evaluation answer what stands
-    before the last one. All other fields are columns for the rewards; "messages" is the column with what was
-    asked.
+    Messages may also be ShareGPT's, ``{"conversations": [{"from": "human", "value": …}, …]}``, or the JSON of a
+    list. A row may also be split, ``{"prompt": [messages], "completion": [messages]}`` (or "response"), and
+    either part may be a plain text. SFT learns all turns of the assistant but those with ``train: false`` or
+    ``weight: 0``, which it reads; PPO and the evaluation answer what stands before the last one. All other
+    fields are columns for the rewards; "messages" is the column with what was asked.
 
     Attributes:
-        train: a JSON-lines file, or a folder that `datasets` reads (a saved dataset, or parquet or JSON files).
+        train: a file of JSON lines, of one JSON list or of parquet, or a folder that `datasets` reads (a saved
+            dataset, or parquet or JSON files).
         held_out: the same for the held-out data.
         held_out_fraction: instead of it, the share in (0, 1) of the conversations to hold out, chosen by a hash
             of what is asked: equal questions stay on one side.
-        messages_field: the field with the messages.
+        messages_field: the field with the messages; "conversations" where a row has none.
         train_split: in a folder with several splits, the one to train on.
         held_out_split: in such a folder, the held-out one.
     """
@@ -47,6 +50,7 @@ class Chat(Filtered):
     held_out_split: str | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_held_out(self.held_out_fraction, held_out=self.held_out, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Example]:
@@ -56,50 +60,57 @@ class Chat(Filtered):
             path, name = Path(self.held_out or self.train), self.held_out_split or name
         own = self.held_out is not None or self.held_out_split is not None
         rows = self.kept(_rows(path, name), str(path))
-        examples = [conversation(row, where, self.messages_field) for where, row in rows]
+        examples = [conversation(row, where, self.messages_field, self) for where, row in rows]
         return choose(examples, split, own, self.held_out_fraction, str(path))
 
 
-def conversation(row: Mapping[str, Any], where: str, messages_field: str = "messages") -> Example:
+def conversation(
+    row: Mapping[str, Any],
+    where: str,
+    messages_field: str = "messages",
+    inputs: TemplateInputs = _INPUTS,
+) -> Example:
     """Makes the example of one row.
+
+    Args:
+        row: of the data.
+        where: it stands, for errors.
+        messages_field: the field with the messages.
+        inputs: what the template reads beside them.
 
     Raises:
         UserError: the row has no messages, or one of them is not a role that we know with a text.
     """
-    if messages_field in row:
-        messages, used = _messages(row[messages_field], where, messages_field), {messages_field}
-    elif "prompt" in row:
-        response = next((field for field in RESPONSE_FIELDS if field in row), None)
+    name = next((name for name in (messages_field, CONVERSATIONS) if row.get(name) is not None), None)
+    if name is not None:
+        messages, used = check_messages(row[name], where, name), {name}
+    elif row.get("prompt") is not None:
+        response = next((field for field in RESPONSE_FIELDS if row.get(field) is not None), None)
         messages = _messages(row["prompt"], where, "prompt", "user")
         messages += _messages(row[response], where, response, "assistant") if response else ()
-        used = {"prompt", response}
+        used = {"prompt", *RESPONSE_FIELDS[: RESPONSE_FIELDS.index(response) + 1 if response else 2]}
     else:
         raise UserError(
             f"{where}: no field {messages_field!r} and no 'prompt'; fields: {', '.join(row) or 'none'}"
         )
-    columns = {key: value for key, value in row.items() if key not in used}
-    return chat_example(messages, where, columns)
+    variables = inputs.template_variables(row, where)
+    columns = {key: value for key, value in inputs.columns(row, variables).items() if key not in used}
+    return chat_example(messages, where, columns, variables)
 
 
-def chat_example(messages: Sequence[Message], where: str, columns: Mapping[str, Any] | None = None) -> Example:
-    """Makes an example of checked messages."""
+def chat_example(
+    messages: Sequence[Message],
+    where: str,
+    columns: Mapping[str, Any] | None = None,
+    variables: Mapping[str, Any] | None = None,
+) -> Example:
+    """Makes an example of checked messages, and of what the template reads beside them."""
     asked = Example("", messages=tuple(messages)).question
     if not any(message["role"] == "user" for message in asked):
         raise UserError(f"{where}: no user message before an answer; a conversation begins with a question")
     response = messages[-1]["content"] if len(asked) < len(messages) else None
     columns = {**(columns or {}), "messages": list(asked)}
-    return Example(asked[-1]["content"], response, columns, tuple(messages), where)
-
-
-def check_messages(value: Any, where: str, field: str = "messages") -> tuple[Message, ...]:
-    """Checks a list of messages: each must have a known role and a text.
-
-    Raises:
-        UserError: one line with the message's number, what was expected and got.
-    """
-    if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{where}: {field!r} must be a list of messages, got {shown(value)}")
-    return tuple(_message(item, f"{where}: {field}[{index}]") for index, item in enumerate(value))
+    return Example(asked[-1]["content"], response, columns, tuple(messages), where, variables or {})
 
 
 def _messages(value: Any, where: str, field: str, role: str | None = None) -> tuple[Message, ...]:
@@ -109,21 +120,11 @@ def _messages(value: Any, where: str, field: str, role: str | None = None) -> tu
     return check_messages(value, where, field)
 
 
-def _message(item: Any, where: str) -> Message:
-    if not isinstance(item, Mapping):
-        raise UserError(f"{where} must be {{role: …, content: …}}, got {shown(item)}")
-    for key in ("role", "content"):
-        if key not in item:
-            raise UserError(f"{where} has no {key!r}; {suggest(key, list(map(str, item)))}")
-    if item["role"] not in ROLES:
-        raise UserError(f"{where}.role is {item['role']!r}; {suggest(str(item['role']), ROLES)}")
-    if not isinstance(item["content"], str):
-        raise UserError(f"{where}.content must be a text, got {shown(item['content'])}")
-    return {key: value for key, value in item.items() if value is not None}
-
-
 def _rows(path: Path, split: str) -> Iterable[tuple[str, Mapping[str, Any]]]:
-    if not path.is_dir():
+    if path.suffix == ".parquet" and not path.is_dir():
+        dataset = HuggingFaceDataset(path="parquet", data_files={split: str(path)}).rows(split)
+    elif path.is_dir():
+        dataset = HuggingFaceDataset(path=str(path)).rows(split)
+    else:
         return json_rows(path)
-    dataset = HuggingFaceDataset(path=str(path)).rows(split)
     return ((f"{path}, row {number}", row) for number, row in enumerate(dataset, start=1))

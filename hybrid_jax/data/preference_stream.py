@@ -190,10 +190,23 @@ def bootstrap_weights(num_rows: int, members: int, seed: int) -> np.ndarray:
     return generator.poisson(1.0, (num_rows, members)).astype(np.float32)
 
 
+def _check_read_whole(preferences: Sequence[Preference]) -> None:
+    """Refuses rows whose chat template reads what the reward, later, is not given: a model of other prompts."""
+    for place, row in zip(places_of(preferences), preferences, strict=True):
+        if row.template_variables:
+            names = ", ".join(row.template_variables)
+            raise UserError(
+                f"{place}: a reward model reads messages alone, got also {names}; set tools_field and "
+                "documents_field of the source to null and leave out chat_template_kwargs"
+            )
+
+
 def _encode(
     preferences: Sequence[Preference], tokenizer: Tokenizer, reading: Reading, long_rows: LongRows
 ) -> tuple[list[Preference], list[np.ndarray]]:
     """The preferences that are learned, and the rows of all their responses, one preference after the other."""
+    if reading.chat and reading.prompt:
+        _check_read_whole(preferences)
     flat = [(row, response) for row in preferences for response in row.ranking[0]]
     encoded = iter(
         reading.measured(

@@ -19,10 +19,11 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import shown
 from hybrid_jax.core.ranges import Fraction, settings
 from hybrid_jax.core.registry import Registry, suggest
-from hybrid_jax.data.conversations import check_messages
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.filtering import Filtered
+from hybrid_jax.data.messages import check_messages
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
+from hybrid_jax.data.template_inputs import TemplateInputs
 
 _COLUMNS = ("chosen", "rejected", "responses", "ranks", "margin", "tie")  # of the example of a preference
 
@@ -41,6 +42,7 @@ class Preference:
         columns: every other field of the row.
         responses: all of them, where there are more than two.
         ranks: the place of each of ``responses``, from 0; equal places are a tie.
+        template_variables: what a chat template reads beside the messages, such as ``tools``.
     """
 
     prompt: str
@@ -53,6 +55,7 @@ class Preference:
     responses: tuple[str, ...] = ()
     ranks: tuple[int, ...] = ()
     where: str = field(default="", repr=False, compare=False)  # its file and line, for messages
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ranking(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -70,7 +73,7 @@ class Preference:
         if messages:
             columns["messages"] = list(messages)
             messages = (*messages, {"role": "assistant", "content": self.chosen})
-        return Example(self.prompt, self.chosen, columns, messages, self.where)
+        return Example(self.prompt, self.chosen, columns, messages, self.where, self.template_variables)
 
     @staticmethod
     def of(example: Example) -> Preference:
@@ -87,7 +90,15 @@ class Preference:
         own = {name: example.columns[name] for name in _COLUMNS}
         others = {n: value for n, value in example.columns.items() if n not in (*_COLUMNS, "messages")}
         asked = example.question
-        return Preference(example.prompt, messages=asked, columns=others, where=example.where, **own)
+        variables = example.template_variables
+        return Preference(
+            example.prompt,
+            messages=asked,
+            columns=others,
+            where=example.where,
+            template_variables=variables,
+            **own,
+        )
 
 
 class PreferenceSource(Protocol):
@@ -102,7 +113,7 @@ PREFERENCES: Registry[PreferenceSource] = Registry("source of preferences")
 
 
 @settings(kw_only=True)
-class PreferenceRows(Filtered):
+class PreferenceRows(TemplateInputs, Filtered):
     """How a row of named fields becomes a preference; shared by the sources.
 
     Attributes:
@@ -150,9 +161,13 @@ class PreferenceRows(Filtered):
             raise UserError(f"{where}: no prompt; give it, or set prompt_field to null for texts without one")
         fields = (getattr(self, name) for name in _FIELDS)
         used = {name for name in fields if name is not None}
-        columns = {key: value for key, value in row.items() if key not in used}
+        variables = self.template_variables(row, where) if messages else {}
+        given = self.columns(row, variables) if messages else row
+        columns = {key: value for key, value in given.items() if key not in used}
         margin = self._margin(row, where)
-        return Preference(prompt, chosen, rejected, messages, margin, tie, columns, responses, ranks, where)
+        return Preference(
+            prompt, chosen, rejected, messages, margin, tie, columns, responses, ranks, where, variables
+        )
 
     def _asked(self, row: Mapping[str, Any], where: str) -> tuple[str | None, tuple[Message, ...]]:
         """The prompt and the conversation of a row, as far as they stand beside the answers."""
@@ -214,7 +229,11 @@ class PreferenceRows(Filtered):
         return tie
 
 
-_FIELDS = tuple(name for name in PreferenceRows.__dataclass_fields__ if name.endswith("_field"))
+_FIELDS = tuple(
+    name
+    for name in PreferenceRows.__dataclass_fields__
+    if name.endswith("_field") and name not in TemplateInputs.__dataclass_fields__  # these stay columns
+)
 
 
 @PREFERENCES.register("jsonl")
@@ -234,6 +253,7 @@ class JsonlPreferences(PreferenceRows):
     held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_held_out(self.held_out_fraction, held_out=self.held_out)
 
     def load(self, split: Split) -> Sequence[Preference]:
@@ -266,6 +286,7 @@ class HuggingFacePreferences(PreferenceRows):
     held_out_fraction: Fraction | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         check_held_out(self.held_out_fraction, held_out_split=self.held_out_split)
 
     def load(self, split: Split) -> Sequence[Preference]:

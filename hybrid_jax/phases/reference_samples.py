@@ -86,7 +86,9 @@ class ReferenceSamples:
 def _distinct(preferences: Sequence[Preference]) -> list[Example]:
     """The prompts, each once, in the order of the data."""
     found = {
-        repr(row.messages) if row.messages else row.prompt: Example(row.prompt, messages=row.messages)
+        repr((row.messages, row.template_variables)) if row.messages else row.prompt: Example(
+            row.prompt, messages=row.messages, template_variables=row.template_variables
+        )
         for row in preferences
     }
     return list(found.values())

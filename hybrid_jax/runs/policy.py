@@ -6,7 +6,7 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +21,11 @@ from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.registry import EVERYTHING, NOTHING, names_in
 from hybrid_jax.core.seeds import check_seed
 from hybrid_jax.data.bounded_tokenizer import bounded
-from hybrid_jax.data.conversations import chat_example, check_messages
+from hybrid_jax.data.conversations import chat_example
 from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.data.messages import check_messages
 from hybrid_jax.data.packing import encode_prompt
+from hybrid_jax.data.template_inputs import KWARGS
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.models import ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
@@ -77,14 +79,20 @@ class Policy:
     eos_ids: tuple[int, ...]
     step: int | None = None  # of the run that it comes from
     component: Any = None  # the settings of the model
+    template_variables: Mapping[str, Any] = field(default_factory=dict)  # of its data, for a chat template
 
     def generate(
-        self, prompts: Sequence[str | Sequence[Mapping[str, Any]]], *, seed: int = 0, num_samples: int = 1
+        self,
+        prompts: Sequence[str | Sequence[Mapping[str, Any]] | Example],
+        *,
+        seed: int = 0,
+        num_samples: int = 1,
     ) -> list[Answer]:
         """Gives ``num_samples`` answers to every prompt, those to one prompt one after the other.
 
         A prompt is a text, or a conversation: a list of ``{"role": …, "content": …}`` that the tokenizer's
-        chat template renders, with the header of an answer behind it.
+        chat template renders, with the header of an answer behind it. An example is its question, with what
+        the template reads beside the messages.
 
         Raises:
             UserError: a prompt is empty, or leaves no room for ``sampler.max_new_tokens`` in the context.
@@ -95,7 +103,7 @@ class Policy:
             check_seed(seed)
         except ValueError as error:
             raise UserError(str(error)) from None
-        asked = [_example(prompt, row) for row, prompt in enumerate(prompts, start=1)]
+        asked = [_example(prompt, row, self.template_variables) for row, prompt in enumerate(prompts, start=1)]
         examples = [example for example in asked for _ in range(num_samples)]
         if not examples:
             return []
@@ -205,7 +213,8 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
     tokenizer = bounded(tokenizer, model.vocab_size, RESIZE)
     sampler = overridden(own, overrides)
     eos_ids = read_eos_ids(files.folder / "tokenizer") or (tokenizer.eos_id,)
-    return Policy(model, params, tokenizer, sampler, eos_ids, step, component)
+    variables = (settings.get("data") or {}).get(KWARGS) or {}
+    return Policy(model, params, tokenizer, sampler, eos_ids, step, component, variables)
 
 
 def as_list(model: LanguageModel, params: Params) -> tuple[LanguageModel, Params]:
@@ -332,7 +341,13 @@ def trains_heads(settings: Mapping[str, Any]) -> bool:
     return any("head" in phase for phase in (settings.get("phases") or {}).values())
 
 
-def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
+def _example(
+    prompt: str | Sequence[Mapping[str, Any]] | Example, row: int, variables: Mapping[str, Any]
+) -> Example:
+    """The example that asks for an answer; what a row gives its template goes before ``variables``."""
+    if isinstance(prompt, Example):
+        variables = {**variables, **prompt.template_variables}
+        return replace(prompt, messages=prompt.question, template_variables=variables)
     if isinstance(prompt, str):
         return Example(prompt)
     messages = check_messages(prompt, f"prompt {row}")
@@ -340,4 +355,4 @@ def _example(prompt: str | Sequence[Mapping[str, Any]], row: int) -> Example:
         raise UserError(
             f"prompt {row} ends with a message of the assistant; end it with what is to be answered"
         )
-    return chat_example(messages, f"prompt {row}")
+    return chat_example(messages, f"prompt {row}", None, variables)

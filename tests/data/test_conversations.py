@@ -7,8 +7,9 @@ import pytest
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.data.conversations import Chat, check_messages
+from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.listed import Listed
+from hybrid_jax.data.messages import check_messages
 
 
 def user(text: str) -> dict:
@@ -116,7 +117,7 @@ def test_a_saved_dataset_and_a_folder_of_files_are_read(tmp_path):
         ({"messages": [{"from": "human", "content": "a"}]}, r"messages\[0\] has no 'role'; known: content"),
         ({"messages": [{"role": "user", "contents": "a"}]}, r"no 'content'; did you mean 'contents'"),
         ({"messages": [user("a"), {"role": "asistant", "content": "b"}]}, r"'asistant'; did you mean 'assist"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content must be a text, got \[\{"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content\[0\]\.text must be a text"),
         ({"messages": [assistant("a"), user("b")][:1]}, r"no user message before an answer"),
         ({"prompt": [user("a")], "completion": [{"role": "user"}]}, r"completion\[0\] has no 'content'"),
     ],

@@ -58,7 +58,7 @@ def test_the_length_of_a_conversation_is_that_of_its_texts_and_its_items_are_mes
     rows = [
         {"messages": [{"role": "user", "content": "a" * n}, {"role": "assistant", "content": "b"}]}
         for n in (1, 5)
-    ]
+    ] + [{"messages": [{"role": "user", "content": [{"type": "text", "text": "abcd"}]}]}]
     path = write(tmp_path, rows)
 
     def lengths(**settings):
@@ -67,7 +67,7 @@ def test_the_length_of_a_conversation_is_that_of_its_texts_and_its_items_are_mes
         return [len(example.prompt) for example in source.load("train")]
 
     assert lengths(most=2) == [1]
-    assert lengths(least=4) == [5]
+    assert lengths(least=4) == [5, 4]
     assert lengths(unit="items", least=2) == [1, 5]
 
 

@@ -77,7 +77,11 @@ def encode_examples(
 def _report_empty(examples: Sequence[Example]) -> None:
     """Says how many rows have an empty text: a response that ends at once, or a document instead of a pair."""
     places = places_of(examples)
-    if found := some_of([example.response == "" for example in examples], places):
+    silent = [
+        example.response == "" and not any("tool_calls" in message for message in example.messages[-1:])
+        for example in examples
+    ]
+    if found := some_of(silent, places):
         log.warning("%s have an empty response, which teaches to end at once", found)
     alone = [not example.prompt and not example.messages for example in examples]
     if not all(alone) and (found := some_of(alone, places)):

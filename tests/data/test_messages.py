@@ -9,6 +9,7 @@ from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.conversations import Chat
 from hybrid_jax.data.messages import check_messages
+from hybrid_jax.data.packing import encode_examples
 from hybrid_jax.data.preference_stream import PreferenceStream, Reading
 from hybrid_jax.data.preferences import JsonlPreferences, Preference
 from hybrid_jax.data.tokenizer import Bytes
@@ -201,3 +202,20 @@ def test_prompts_alone_bring_what_their_template_reads(tmp_path):
     assert example.response is None
     assert example.template_variables == {"tools": [TOOL]}
     assert Path(example.where).name == "rows.jsonl:1"
+
+
+def test_a_call_without_words_is_no_empty_answer(tmp_path, caplog):
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role + ':' + m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls else '' }}"
+        "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    tokenizer = Bytes(chat_template=str(template)).build([])
+    calling, silent = load(
+        tmp_path, {"messages": [ASK, CALLING]}, {"messages": [ASK, {**ANSWER, "content": ""}]}
+    )
+    encode_examples([calling], tokenizer, None)
+    assert caplog.messages == []
+    encode_examples([silent], tokenizer, None)
+    assert "have an empty response" in caplog.text

@@ -26,7 +26,6 @@ from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.conversations import Chat
-from hybrid_jax.data.template_inputs import KWARGS
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
 from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
@@ -363,9 +362,8 @@ class Experiment:
             raise UserError(f"{self.files.name} {NO_ANSWERS}")
         sampler = self.evaluator.sampler or default_sampler(self.model.max_length)
         model, params = as_list(self.model, state.policy)
-        variables = getattr(self.config.data, KWARGS, {})
-        rest = self.tokenizer, sampler, self.eos_ids, state.step, self.config.model, variables
-        return Policy(model, params, *rest)
+        rest = self.tokenizer, sampler, self.eos_ids, state.step, self.config.model
+        return Policy(model, params, *rest, getattr(self.config.data, "chat_template_kwargs", {}))
 
     def _save_tokenizer(self, folder: Path) -> None:
         """With the end tokens, which a policy of the run needs too."""

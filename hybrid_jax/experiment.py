@@ -26,7 +26,7 @@ from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.data import e2e, labelled, preferences  # noqa: F401  these register sources
 from hybrid_jax.data.bounded_tokenizer import bounded
 from hybrid_jax.data.conversations import Chat
-from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
 from hybrid_jax.experiment_config import load_config as load_config
@@ -52,8 +52,8 @@ from hybrid_jax.runs.origin import (
     Origin,
     changes_since,
     find_origin,
+    known_tokenizer,
     pinned,
-    saved_tokenizer,
     split,
     tell_origin,
 )
@@ -100,10 +100,9 @@ def build(config: ExperimentConfig, *, allow_change: bool = False) -> Experiment
     placement = config.mesh.placement()  # are there so many devices?
     examples = config.data.load("train")
     held_out = functools.cache(partial(config.data.load, "held_out"))
-    saved = saved_tokenizer(files, config.start_from)
-    own_tokenizer = (
-        config.tokenizer.build(t for e in examples for t in e.texts) if saved is None else load_tokenizer(saved)
-    )
+    own_tokenizer = known_tokenizer(files, config.start_from)
+    if own_tokenizer is None:
+        own_tokenizer = config.tokenizer.build(t for e in examples for t in e.texts)
     _check_hosts(config, own_tokenizer, examples)
     model = config.model.build(own_tokenizer.vocab_size)
     tokenizer = bounded(own_tokenizer, model.vocab_size, RESIZE)

@@ -7,7 +7,7 @@ Item ``t`` of a response array belongs to response token ``t``: ``log_probs[b, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,11 @@ class PromptBatch:
     tokens: np.ndarray  # int32 [B P]
     mask: np.ndarray  # bool [B P], True at the right
     examples: tuple[Example, ...]  # length B, for the rewards
+
+    def unpadded(self, rows: Iterable[int] | None = None) -> list[list[int]]:
+        """The tokens of each prompt, or of those ``rows``, without padding."""
+        chosen = range(len(self.tokens)) if rows is None else rows
+        return [self.tokens[row][self.mask[row]].tolist() for row in chosen]
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.data.continuations import start_ids
 from hybrid_jax.data.tokenizer import Tokenizer
 
 
@@ -20,12 +21,13 @@ def bounded(tokenizer: Tokenizer, size: int | None, remedy: str) -> Tokenizer:
         remedy: the end of the message, after a colon.
 
     Raises:
-        UserError: the end token itself has no row.
+        UserError: the end token or a start token has no row.
     """
     if size is None or tokenizer.vocab_size <= size:
         return tokenizer
     found = _Bounded(tokenizer, size, remedy)
     found.check([tokenizer.eos_id], "its end token")
+    found.check(start_ids(tokenizer), "what it puts in front of a text")
     return cast(Tokenizer, found)
 
 
@@ -42,7 +44,8 @@ class _Bounded:
 
         def encode(*args: Any, **kwargs: Any) -> Any:
             encoded = found(*args, **kwargs)
-            self.check(getattr(encoded, "ids", encoded), "the text")
+            texts = encoded if name in ("encode_batch", "encode_all_rendered") else [encoded]
+            self.check([token for text in texts for token in getattr(text, "ids", text)], "the text")
             return encoded
 
         return encode

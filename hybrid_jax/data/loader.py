@@ -18,9 +18,11 @@ import numpy as np
 from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.seeds import check_seed
+from hybrid_jax.data.continuations import start_ids
 from hybrid_jax.data.long_rows import DEFAULT, LongRows
 from hybrid_jax.data.packing import (
     Encoded,
+    cut_start,
     encode_examples,
     encode_prompt,
     number_pairs,
@@ -41,7 +43,8 @@ class SFTStream:
     Prompts and responses, and short documents, are packed several to a row (``packing``), once and for all,
     or stand one to a row, a batch being padded to the smallest of ``buckets`` that holds it. Where all
     examples are documents and one is longer than ``max_length``, the documents are joined and cut into
-    windows of exactly ``max_length`` tokens, and every epoch moves the cuts: nothing of them is lost.
+    windows of exactly ``max_length`` tokens, and every epoch moves the cuts: nothing of them is lost. A window
+    begins with the tokenizer's start tokens, which are never learned, so that it reads like a text.
 
     Args:
         examples: rows of a source, each with a response (a document is a response to an empty prompt).
@@ -131,8 +134,11 @@ class PromptStream:
         kept = [len(prompt) <= most or long_rows.policy.startswith("truncate") for prompt in prompts]
         long_rows.report([len(prompt) for prompt in prompts], [not keep for keep in kept], places, most)
         self.examples = tuple(itertools.compress(examples, kept))
-        part = slice(most) if long_rows.policy == "truncate_end" else slice(-most, None)
-        self._prompts = [prompt[part] for prompt in itertools.compress(prompts, kept)]
+        prompts = itertools.compress(prompts, kept)
+        if long_rows.policy == "truncate_end":
+            self._prompts = [prompt[:most] for prompt in prompts]
+        else:
+            self._prompts = [cut_start(prompt, most, start_ids(tokenizer)) for prompt in prompts]
         self.longest = max(map(len, self._prompts))
         self._buckets = sorted(buckets) if buckets else length_buckets(self.longest, max_prompt_length)
         self._seed = seed
@@ -239,16 +245,23 @@ class _Bucketed:
 
 
 class _Windows:
-    """Row i of epoch e is ``tokens[r_e + i·T : r_e + (i+1)·T]``, the offset r_e drawn anew each epoch."""
+    """Row i of epoch e is ``start + tokens[r_e + i·N : r_e + (i+1)·N]``, the offset r_e drawn anew each epoch.
 
-    def __init__(self, documents: Sequence[Encoded], length: int, seed: int):
+    N is the length of a row less the start tokens, which are in front of every window. They belong to the
+    document that the window begins in, unless it begins with that document's own start.
+    """
+
+    def __init__(self, documents: Sequence[Encoded], length: int, seed: int, start: tuple[int, ...] = ()):
+        if length - len(start) < 2:
+            raise UserError(f"max_length must be at least {len(start) + 2} tokens, got {length}")
         self._tokens = np.concatenate([document.tokens for document in documents])
         self._document = np.repeat(np.arange(len(documents)), [len(document.tokens) for document in documents])
-        self._length = length
+        self._start = np.asarray(start, np.int32)
+        self._length = length - len(start)
         self._seed = seed
 
     def __len__(self) -> int:
-        # As many windows as fit behind any offset below T; a text too short for that has one window.
+        # As many windows as fit behind any offset below N; a text too short for that has one window.
         return max((len(self._tokens) - self._length + 1) // self._length, 1)
 
     def take(self, epochs: np.ndarray, rows: np.ndarray) -> TokenBatch:
@@ -272,11 +285,17 @@ class _Windows:
         document = self._document[index]
         continues = np.zeros(index.shape, bool)
         continues[:, 1:] = document[:, 1:] == document[:, :-1]
-        segment_ids = document - document[:, :1] + 1
+        # Start tokens before a document's own are a sequence by themselves: nothing else reads them.
+        apart = (starts == 0) | (self._document[starts - 1] != self._document[starts])
+        apart &= len(self._start) > 0
+        segment_ids = np.where(inside, document - document[:, :1] + 1 + apart[:, None], 0)
+        shape = len(starts), len(self._start)
         return token_batch(
-            np.where(inside, self._tokens[index], 0).astype(np.int32),
-            np.where(inside, segment_ids, 0).astype(np.int32),
-            inside & continues,
+            np.hstack([np.broadcast_to(self._start, shape), np.where(inside, self._tokens[index], 0)]).astype(
+                np.int32
+            ),
+            np.hstack([np.ones(shape, np.int32), segment_ids]).astype(np.int32),
+            np.hstack([np.zeros(shape, bool), inside & continues]),
         )
 
 
@@ -292,7 +311,7 @@ def _arrange(
     if all(e.prompt == "" and e.response is not None and not e.messages for e in examples):
         documents = encode_examples(examples, tokenizer, None)
         if max(len(document.tokens) for document in documents) > max_length:
-            return _Windows(documents, max_length, seed)
+            return _Windows(documents, max_length, seed, start_ids(tokenizer))
     sequences = encode_examples(examples, tokenizer, max_length, long_rows)
     if packing:
         return _Packed(pack(sequences, max_length))

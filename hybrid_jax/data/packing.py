@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.long_work import shown
 from hybrid_jax.data.chat import encode_conversations, encode_question
+from hybrid_jax.data.continuations import Continuation, encode_continuations, encode_prompts, start_ids
 from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.tokenizer import Tokenizer
@@ -39,8 +41,10 @@ def encode_examples(
 ) -> list[Encoded]:
     """Encodes every example with its loss mask: prompt, response, end token; or a whole conversation.
 
-    The prompt is read but not learned; the response and the end token are. A document (an empty prompt) is
-    learned from its second token on, for nothing precedes the first. Of a conversation, all turns of the
+    The prompt is read but not learned; the response and the end token are. It begins with the tokenizer's start
+    tokens and is what the policy is asked with; the response is encoded behind it (see
+    `hybrid_jax.data.continuations`). A document (an empty prompt) is learned from its second token on, for
+    nothing precedes the first. Of a conversation, all turns of the
     assistant are learned; it may become several sequences (see `hybrid_jax.data.chat`).
 
     What becomes of a sequence of more than ``max_length`` tokens is said by ``long_rows``. Cut at its end, it
@@ -58,6 +62,7 @@ def encode_examples(
     straddled = 0
     chats = [(example.messages, example.template_variables) for example in examples if example.messages]
     encoded_chats = shown(encode_conversations(chats, tokenizer), len(chats), "encoding", "conversations")
+    pairs = iter(_encode_pairs(examples, tokenizer))
     for place, example in zip(places_of(examples), examples, strict=True):
         try:
             if example.messages:
@@ -65,13 +70,15 @@ def encode_examples(
                 encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
                 straddled += sum(conversation.straddled for conversation in conversations)
             else:
-                encoded.append(_encode_pair(example, tokenizer))
+                encoded.append(next(pairs))
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
         places += [place] * (len(encoded) - len(places))
     if straddled:
         log.warning("%d answers begin inside a token of their header, which is not learned", straddled)
-    return encoded if max_length is None else _fitted(encoded, max_length, long_rows, places)
+    if max_length is None:
+        return encoded
+    return _fitted(encoded, max_length, long_rows, places, start_ids(tokenizer))
 
 
 def _report_empty(examples: Sequence[Example]) -> None:
@@ -89,45 +96,98 @@ def _report_empty(examples: Sequence[Example]) -> None:
 
 
 def _fitted(
-    sequences: Sequence[Encoded], most: int, long_rows: LongRows, places: Sequence[str]
+    sequences: Sequence[Encoded],
+    most: int,
+    long_rows: LongRows,
+    places: Sequence[str],
+    start: tuple[int, ...],
 ) -> list[Encoded]:
     """The sequences, those of more than ``most`` tokens cut or left out."""
     fitted: list[Encoded | None] = []
     for sequence in sequences:
         long = len(sequence.tokens) > most
-        fitted.append(_cut(sequence, most, long_rows.policy) if long else sequence)
+        fitted.append(_cut(sequence, most, long_rows.policy, start) if long else sequence)
     lengths = [len(sequence.tokens) for sequence in sequences]
     long_rows.report(lengths, [sequence is None for sequence in fitted], places, most)
     return [sequence for sequence in fitted if sequence is not None]
 
 
-def _cut(sequence: Encoded, most: int, policy: Policy) -> Encoded | None:
+def _cut(sequence: Encoded, most: int, policy: Policy, start: tuple[int, ...]) -> Encoded | None:
     tokens, mask = sequence.tokens, sequence.loss_mask
     if policy == "truncate_end":
         tokens, mask = tokens[:most], mask[:most]
     elif policy == "truncate_start":
-        tokens, mask = tokens[-most:], mask[-most:].copy()
+        kept = kept_start(tokens, most, start)
+        tokens, mask = cut_start(tokens, most, start), mask[len(mask) - (most - kept) :].copy()
         # What begins without its own start, or without any prompt, would be taught as a beginning.
         mask[: 1 if sequence.is_document else int(np.argmin(np.append(mask, False)))] = False
+        mask = np.append(np.zeros(kept, bool), mask)
     else:
         return None
     return Encoded(tokens, mask) if mask.any() else None
 
 
+def cut_start(tokens: np.ndarray, most: int, start: tuple[int, ...]) -> np.ndarray:
+    """The last of ``most`` tokens, behind the tokenizer's start tokens where ``tokens`` begin with them."""
+    kept = kept_start(tokens, most, start)
+    return np.append(tokens[:kept], tokens[max(len(tokens) - (most - kept), kept) :])
+
+
+def kept_start(tokens: np.ndarray, most: int, start: tuple[int, ...]) -> int:
+    """How many start tokens stay in front of at most ``most`` tokens: all, or none without room behind them."""
+    begins = tuple(tokens[: len(start)]) == start
+    return len(start) if begins and len(start) < most else 0
+
+
 def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """The tokens to answer: the prompt as it is, or a conversation up to the header of its last answer."""
+    """The tokens to answer: start tokens and prompt, or a conversation up to the header of its last answer."""
     if not example.messages:
-        return tokenizer.encode(example.prompt)
+        return encode_prompts(tokenizer, [example.prompt])[0]
     return encode_question(example.question, tokenizer, example.template_variables)
 
 
-def _encode_pair(example: Example, tokenizer: Tokenizer) -> Encoded:
-    if example.response is None:
-        raise UserError("no response to learn from; set response_field, or use it for prompts only")
-    prompt = tokenizer.encode(example.prompt)
-    tokens = [*prompt, *tokenizer.encode(example.response), tokenizer.eos_id]
+def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Encoded]:
+    """The rows that are no conversations; says how many have a token of both prompt and response."""
+    chosen = [not example.messages for example in examples]
+    rows, places = list(compress(examples, chosen)), list(compress(places_of(examples), chosen))
+    for place, row in zip(places, rows, strict=True):
+        if row.response is None:
+            raise UserError(
+                f"{place}: no response to learn from; set response_field, or use it for prompts only"
+            )
+    try:
+        pairs = _continuations(rows, tokenizer)
+    except UserError:
+        for place, row in zip(places, rows, strict=True):  # which one is it?
+            try:
+                _continuations([row], tokenizer)
+            except UserError as error:
+                raise UserError(f"{place}: {error}") from error
+        raise
+    if found := some_of([pair.joined for pair in pairs], places):
+        log.info(
+            "%s have a prompt whose end the tokenizer would join with the response into one token (a space at "
+            "the end, as a rule): they are learned as the policy is asked, with the prompt's own tokens",
+            found,
+        )
+    start = start_ids(tokenizer)
+    return [
+        _encoded(pair.prompt, pair.response, tokenizer.eos_id, is_document=tuple(pair.prompt) == start)
+        for pair in pairs
+    ]
+
+
+def _continuations(rows: Sequence[Example], tokenizer: Tokenizer) -> list[Continuation]:
+    responses = [row.response or "" for row in rows]
+    return encode_continuations(tokenizer, [row.prompt for row in rows], responses)
+
+
+def _encoded(prompt: list[int], response: list[int], end: int, is_document: bool) -> Encoded:
+    tokens = [*prompt, *response]
+    if response[-1:] != [end]:  # the response may write it
+        tokens.append(end)
     mask = np.arange(len(tokens)) >= max(len(prompt), 1)
-    return Encoded(np.asarray(tokens, np.int32), mask, is_document=not prompt)
+    return Encoded(np.asarray(tokens, np.int32), mask, is_document)
 
 
 def pack(sequences: Sequence[Encoded], length: int) -> TokenBatch:

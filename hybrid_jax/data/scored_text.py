@@ -9,6 +9,7 @@ import numpy as np
 
 from hybrid_jax.core.batches import Message
 from hybrid_jax.data.chat import encode_question, end_of_turn
+from hybrid_jax.data.continuations import continued, encode_continuations, start_ids
 from hybrid_jax.data.long_rows import Policy
 from hybrid_jax.data.tokenizer import Tokenizer
 
@@ -32,7 +33,8 @@ def encode_scored(
 ) -> list[np.ndarray]:
     """The row of tokens of each text, int32 [T].
 
-    With the tokenizer of a decoder: prompt, response, end token. With that of an encoder, which has marks for
+    With the tokenizer of a decoder: its start tokens, prompt, response, end token; the response is encoded
+    behind the prompt (see `hybrid_jax.data.continuations`). With that of an encoder, which has marks for
     the start of a row and between its texts: ``[CLS] response [SEP]``, or ``[CLS] prompt [SEP] response [SEP]``
     (RoBERTa's relatives write the mark in the middle twice). Marks that are written in a text are letters.
 
@@ -114,15 +116,13 @@ class _Frame:
         max_length: int | None,
         cut: Cut,
     ) -> ScoredRow:
-        text = self._plain(response)
-        if messages:
-            before = encode_question(messages, self._tokenizer)
+        if self._start is None or self._separator is None:
+            start, before, text = self._following(prompt, response, messages)
+            middle, end = [], [self._end_token(bool(messages))]
         else:
             before = None if prompt is None else self._plain(prompt)
-        if self._start is None or self._separator is None:
-            start, middle, end = [], [], [self._end_token(bool(messages))]
-        else:
-            start, end = [self._start], [self._separator]
+            before = encode_question(messages, self._tokenizer) if messages else before
+            start, text, end = [self._start], self._plain(response), [self._separator]
             middle = [] if before is None else end * (2 if self._doubled() else 1)
         whole = sum(map(len, (start, before or (), middle, text, end)))
         if max_length is not None:
@@ -132,6 +132,17 @@ class _Frame:
             text = text[:room] if cut == "truncate_end" else text[-room:]
             before = before and before[max(len(before) - (room - len(text)), 0) :]
         return ScoredRow(np.asarray([*start, *(before or ()), *middle, *text, *end], np.int32), whole)
+
+    def _following(
+        self, prompt: str | None, response: str, messages: Sequence[Message]
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """Start tokens, prompt, and the response behind it; a conversation writes its own start."""
+        if messages:
+            before = encode_question(messages, self._tokenizer)
+            return [], before, continued(self._tokenizer, [before], [response], plain=True)[0]
+        (pair,) = encode_continuations(self._tokenizer, [prompt or ""], [response], plain=True)
+        count = len(start_ids(self._tokenizer))
+        return pair.prompt[:count], pair.prompt[count:], pair.response
 
     def _plain(self, text: str) -> list[int]:
         """Encodes a text as plain letters: special tokens written in it do not count."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Protocol
+from typing import Annotated, Any, Protocol
 
 from annotated_types import Interval
 
@@ -18,72 +18,20 @@ from hybrid_jax.core.json_text import read_json
 from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
-from hybrid_jax.data.tokenizer_files import CONFIG, VOCABULARY, check_tokenizer_files
+from hybrid_jax.data.huggingface_tokenizer import HuggingFaceTokenizer, end_id
+from hybrid_jax.data.start_tokens import AddBos, force_bos
+from hybrid_jax.data.tokenizer_base import Tokenizer, Tokens, encodable
+from hybrid_jax.data.tokenizer_files import (
+    CONFIG,
+    SENTENCEPIECE,
+    VOCABULARY,
+    check_tokenizer_files,
+    missing_package,
+)
 
 EOS_TOKEN = "<|endoftext|>"
 KIND_KEY = "hybrid_jax_kind"  # in tokenizer_config.json; transformers ignores it
 BYTES = 256
-
-
-class Tokens(NamedTuple):
-    """Ids, and the characters ``[start, end)`` of the text that each stands for."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-class Tokenizer(Protocol):
-    """Turns texts into token ids and back. It needs no pad token, since masks come from lengths."""
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, special ones included."""
-        ...
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a response."""
-        ...
-
-    @property
-    def vocabulary(self) -> Mapping[str, int]:
-        """The ids of all tokens, special ones included."""
-        ...
-
-    @property
-    def chat_template(self) -> str | None:
-        """The jinja source that renders a conversation, if there is one."""
-        ...
-
-    @property
-    def template_variables(self) -> Mapping[str, Any]:
-        """The names that a chat template may use beside the messages, such as ``eos_token``."""
-        ...
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        """The special tokens and their ids."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; no special token is added."""
-        ...
-
-    def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
-        """The ids of a rendered chat: written special tokens become those tokens, unless ``plain``."""
-        ...
-
-    def encode_all_rendered(self, texts: Sequence[str], *, plain: bool = False) -> list[Tokens]:
-        """The ids of many rendered chats at once, which takes less time."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; special tokens and ids outside the vocabulary are skipped."""
-        ...
-
-    def save(self, folder: str | Path) -> None:
-        """Writes a folder that `load_tokenizer` and ``transformers.AutoTokenizer`` load, chat template too."""
-        ...
 
 
 class TokenizerBuilder(Protocol):
@@ -99,6 +47,8 @@ TOKENIZERS: Registry[TokenizerBuilder] = Registry("tokenizer")
 
 class FastTokenizer:
     """A ``tokenizers.Tokenizer`` with an end token. In a text, special tokens are ordinary letters."""
+
+    start_ids = ()
 
     def __init__(self, backend: Any, kind: str, chat_template: str | None = None):
         backend.encode_special_tokens = True
@@ -126,7 +76,12 @@ class FastTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; special tokens written in it are ordinary letters."""
-        return self._backend.encode(_encodable(text), add_special_tokens=False).ids
+        return self._backend.encode(encodable(text), add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
+        """The ids of each text; special tokens are ordinary letters, ``plain`` or not."""
+        encodings = self._backend.encode_batch_fast([*map(encodable, texts)], add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
         """The ids of a rendered chat, whose special tokens count unless ``plain``."""
@@ -159,84 +114,6 @@ class FastTokenizer:
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-class HuggingFaceTokenizer:
-    """Any tokenizer of ``transformers`` that has an end token; its pad token may be the same one.
-
-    Special tokens that are written in a text are those tokens, as in ``transformers``.
-    """
-
-    def __init__(self, backend: Any):
-        self._backend = backend
-        added = backend.added_tokens_decoder.items()
-        special = {token.content: id for id, token in added if token.special}
-        self.special_tokens = special | dict(
-            zip(backend.all_special_tokens, backend.all_special_ids, strict=True)
-        )
-        self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have gaps
-
-    @property
-    def chat_template(self) -> str | None:
-        """The template called default, or the only one.
-
-        Raises:
-            UserError: there are several and none is the default.
-        """
-        templates = self._backend.chat_template
-        if isinstance(templates, dict) and "default" not in templates:
-            raise UserError(
-                f"the tokenizer has chat templates called {', '.join(sorted(templates))} and none called "
-                "default; set tokenizer.chat_template to a file with the one to use"
-            )
-        return templates["default"] if isinstance(templates, dict) else templates
-
-    @property
-    def template_variables(self) -> Mapping[str, Any]:
-        """The special tokens by their roles, such as ``eos_token``."""
-        return self._backend.special_tokens_map
-
-    @property
-    def eos_id(self) -> int:
-        """The id of the end token."""
-        return int(_end_id(self._backend))
-
-    @property
-    def vocabulary(self) -> Mapping[str, int]:
-        """The ids of all tokens."""
-        return self._backend.get_vocab()
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of ``text``; no special token is added."""
-        return self._backend.encode(_encodable(text), add_special_tokens=False)
-
-    def encode_rendered(self, text: str, *, plain: bool = False) -> Tokens:
-        """The ids of a rendered chat, with their places in it; see `encode_all_rendered`."""
-        return self.encode_all_rendered([text], plain=plain)[0]
-
-    def encode_all_rendered(self, texts: Sequence[str], *, plain: bool = False) -> list[Tokens]:
-        """The ids of rendered chats, with their places in them.
-
-        Raises:
-            UserError: the tokenizer is a slow one, which does not know the places.
-        """
-        if not self._backend.is_fast:
-            raise UserError(
-                f"chat needs a fast tokenizer, which knows where its tokens stand in a text; "
-                f"{type(self._backend).__name__} is a slow one: convert it into a tokenizer.json"
-            )
-        places: Any = {"return_offsets_mapping": True, "return_attention_mask": False}
-        found = self._backend(list(texts), add_special_tokens=False, split_special_tokens=plain, **places)
-        return [Tokens(*one) for one in zip(found["input_ids"], found["offset_mapping"], strict=True)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids`` as they are, without special tokens."""
-        known = [int(i) for i in ids if i < self.vocab_size]
-        return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def save(self, folder: str | Path) -> None:
-        """Writes the folder as `transformers` does."""
-        self._backend.save_pretrained(folder)
 
 
 @TOKENIZERS.register("bytes")
@@ -289,7 +166,7 @@ class Bpe:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator((_encodable(text) for text in texts), trainer)
+        backend.train_from_iterator((encodable(text) for text in texts), trainer)
         return FastTokenizer(backend, "bpe", template.source or None)
 
 
@@ -302,23 +179,26 @@ class HuggingFace:
         path: the folder or the name.
         chat_template: instead of the folder's own template, as in `Bytes`, but no token is added: the
             vocabulary must have those that the template writes.
+        add_bos: whether a text outside chat templates begins with the BOS token: "auto" as transformers does
+            by default with this folder; true or false instead, also in what is exported.
     """
 
     path: str
     chat_template: str | None = None
+    add_bos: AddBos = "auto"
 
     def build(self, texts: Iterable[str] = ()) -> Tokenizer:
         """Reads the folder; it reads no texts."""
-        return _load_huggingface(self.path, self.chat_template)
+        return _load_huggingface(self.path, self.chat_template, self.add_bos)
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder."""
+def load_tokenizer(folder: str | Path, add_bos: AddBos = "auto") -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote, or that of any Hugging Face folder, with or without BOS."""
     folder = Path(folder)
     check_tokenizer_files(folder)
     config = read_json(folder / CONFIG) if (folder / CONFIG).exists() else {}
     if KIND_KEY not in config:
-        return _load_huggingface(str(folder))
+        return _load_huggingface(str(folder), add_bos=add_bos)
     from tokenizers import Tokenizer as Backend
 
     try:
@@ -333,7 +213,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return FastTokenizer(backend, kind, template)
 
 
-def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
+def _load_huggingface(path: str, chat_template: str | None = None, add_bos: AddBos = "auto") -> Tokenizer:
     from transformers import AutoTokenizer
 
     if Path(path).is_dir():
@@ -341,9 +221,14 @@ def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
     try:
         backend = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # its readers raise many kinds of errors
+        if package := missing_package(Path(path)):
+            raise UserError(
+                f"the tokenizer in {path!r} is {SENTENCEPIECE!r} alone, which the package {package} reads: "
+                f"pip install {package}, or add the tokenizer.json of the same model"
+            ) from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"no tokenizer can be loaded from {path!r}: {reason}") from error
-    if _end_id(backend) is None:
+    if end_id(backend) is None:
         raise UserError(f"the tokenizer of {path!r} has no end token; set eos_token in tokenizer_config.json")
     if chat_template is not None:
         template = _named_template(chat_template)
@@ -353,12 +238,9 @@ def _load_huggingface(path: str, chat_template: str | None = None) -> Tokenizer:
                 f"{path!r} has not; take 'plain', or a template of its own tokens"
             )
         backend.chat_template = template.source
+    if add_bos != "auto":
+        force_bos(backend, bool(add_bos), path)
     return HuggingFaceTokenizer(backend)
-
-
-def _end_id(backend: Any) -> Any:
-    """The end token; of an encoder such as BERT that has none, what it writes behind a text: [SEP]."""
-    return backend.sep_token_id if backend.eos_token_id is None else backend.eos_token_id
 
 
 def _named_template(name: str | None) -> ChatTemplate:
@@ -390,8 +272,3 @@ def _byte_letters() -> list[str]:
         letters.append(chr(byte) if byte in printable else chr(0x100 + borrowed))
         borrowed += byte not in printable
     return letters
-
-
-def _encodable(text: str) -> str:
-    """``text`` without lone surrogates (JSON may hold them), which UTF-8 cannot write."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -202,14 +202,15 @@ class Evaluator:
         rows = rows[rows < count]
         fetched = (fetch_rows(array)[: len(rows)] for array in (drawn.tokens, drawn.action_mask, complete))
         tokens, mask, complete = fetched
+        texts = self._tokenizer, prompts.unpadded(rows), tokens, mask, self._eos_ids
         answers = {
             "row": (before + rows).tolist(),
-            "response": decode_responses(self._tokenizer, tokens, mask, self._eos_ids),
+            "response": decode_responses(*texts),
             "complete": complete.tolist(),
             "length": mask.sum(axis=1).tolist(),
         }
         if any(scored.needs_pieces for scored in self._scored):
-            answers["pieces"] = response_pieces(self._tokenizer, tokens, mask, self._eos_ids)
+            answers["pieces"] = response_pieces(*texts)
         for scored in (scored for scored in self._scored if scored.reward.on_device):
             scores = scored.reward.score_tokens(*join(asked, asked_mask, drawn), drawn.action_mask)
             answers[f"{scored.prefix}score"] = fetch_rows(scores)[: len(rows)].tolist()

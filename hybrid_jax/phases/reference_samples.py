@@ -78,7 +78,7 @@ class ReferenceSamples:
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             samples = sample(self.sampler, model, params, *prompts, key, eos_ids=eos_ids)
             tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]
-            texts = decode_responses(tokenizer, tokens, mask, eos_ids)
+            texts = decode_responses(tokenizer, batch.unpadded()[:count], tokens, mask, eos_ids)
             drawn += [(e.prompt, text, e.messages) for e, text in zip(batch.examples, texts, strict=False)]
         return drawn
 

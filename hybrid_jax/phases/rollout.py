@@ -216,15 +216,17 @@ class Rollouts:
         if reward.on_device:
             return self._reward_on_device(state.base, rollout), reward_state, {}
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
-        here = [asked.examples[row] for row in rows_here(samples.tokens)]
-        others = [self._texts(other) for other in opponents]
+        rows = rows_here(samples.tokens)
+        here, before = [asked.examples[row] for row in rows], asked.unpadded(rows)
+        others = [self._texts(before, other) for other in opponents]
         clock.lap("rollout")
         columns = columns_of(here, self._columns)
         if others:
             columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
         eos_ids = self.functions.eos_ids
-        pieces = response_pieces(self._tokenizer, tokens, mask, eos_ids) if reward.is_placed else None
-        responses = decode_responses(self._tokenizer, tokens, mask, eos_ids)
+        texts = self._tokenizer, before, tokens, mask, eos_ids
+        pieces = response_pieces(*texts) if reward.is_placed else None
+        responses = decode_responses(*texts)
         raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
         # A few numbers a row, from every process: statistics are over the whole rollout.
         gather = partial(gather_rows, self._placement, num_rows=len(asked.examples))
@@ -247,9 +249,9 @@ class Rollouts:
         clock.lap("reward")
         return replace(rollout, **put_rows(self._placement, received)), reward_state, metrics
 
-    def _texts(self, samples: Samples) -> list[str]:
+    def _texts(self, prompts: Sequence[Sequence[int]], samples: Samples) -> list[str]:
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
-        return decode_responses(self._tokenizer, tokens, mask, self.functions.eos_ids)
+        return decode_responses(self._tokenizer, prompts, tokens, mask, self.functions.eos_ids)
 
     def longest_prompt(self, given: int | None) -> int:
         """Tokens of the longest prompts, for a plan: as given, else what the settings or the data allow."""

@@ -15,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, settings
+from hybrid_jax.data.continuations import encode_continuations, start_ids
+from hybrid_jax.data.packing import cut_start
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.scoring import next_token_log_probs
 from hybrid_jax.rewards.base import REWARDS
@@ -22,9 +24,9 @@ from hybrid_jax.rewards.model_based import (
     CONTEXT,
     COUNTED,
     PADDING,
+    TEXTS_AT_A_TIME,
     Rows,
     TextModel,
-    encodable,
     run_in_batches,
     text_model,
 )
@@ -120,8 +122,9 @@ def start_log_probs(
 ) -> Callable[[], Float[np.ndarray, "B 2"]]:
     """Starts to read each response after its prompt; returns what waits for (Σ log-probs, number of tokens).
 
-    A row without a prompt follows the start token of the tokenizer, or its end token: that is what stands
-    before a text in training.
+    A row begins with what the tokenizer puts in front of a text. One without a prompt, whose tokenizer puts
+    nothing there, follows the tokenizer's BOS token, or its end token: that is what stands before a text in
+    training.
     """
     longest = min(max_length, model.model.max_length or max_length)
     return run_in_batches(
@@ -161,14 +164,16 @@ def _summed_log_probs(
 
 def _rows(model: TextModel, prompts: Sequence[str], responses: Sequence[str], longest: int) -> Iterator[Rows]:
     tokenizer = model.tokenizer
-    start = tokenizer.special_tokens.get(str(tokenizer.template_variables.get("bos_token")), tokenizer.eos_id)
-    for prompt, response in zip(encodable(prompts), encodable(responses), strict=True):
+    bos = tokenizer.special_tokens.get(str(tokenizer.template_variables.get("bos_token")), tokenizer.eos_id)
+    start = start_ids(tokenizer)
+    for first in range(0, len(responses), TEXTS_AT_A_TIME):
+        part = slice(first, first + TEXTS_AT_A_TIME)
         # a special token that a text spells out is ordinary letters
-        before = tokenizer.encode_rendered(prompt, plain=True).ids or [start]
-        after = (tokenizer.encode_rendered(response, plain=True).ids or [tokenizer.eos_id])[: longest - 1]
-        before = before[max(0, len(before) + len(after) - longest) :]
-        roles = np.repeat([CONTEXT, COUNTED], [len(before), len(after)])
-        yield np.array([*before, *after]), roles
+        for tokens in encode_continuations(tokenizer, prompts[part], responses[part], plain=True):
+            after = (tokens.response or [tokenizer.eos_id])[: longest - 1]
+            before = cut_start(np.array(tokens.prompt or [bos]), longest - len(after), start)
+            roles = np.repeat([CONTEXT, COUNTED], [len(before), len(after)])
+            yield np.array([*before, *after]), roles
 
 
 def _text(value: Any, name: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from hybrid_jax.data.continuations import decoder_behind
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.rewards.base import Reward, StartedReward, start_reward
 
@@ -26,24 +27,38 @@ _SENTENCE = re.compile(r".+?(?:[.!?…]+[\"'”’)\]]*(?=\s|$)|\n+|$)", re.DOTA
 
 
 def token_texts(
-    decode: Callable[[Sequence[int]], str], tokens: Int[np.ndarray, "B R"], mask: Bool[np.ndarray, "B R"]
+    decoders: Sequence[Callable[[Sequence[int]], str]],
+    tokens: Int[np.ndarray, "B R"],
+    mask: Bool[np.ndarray, "B R"],
 ) -> TokenTexts:
     """The text that each token adds to its response, up to the last chosen one; joined they are the response.
 
     A token that ends inside a character adds nothing, the one that completes it adds the character. One that
     the policy did not choose (where ``mask`` is False) adds nothing either: it only keeps its place.
+
+    Args:
+        decoders: give the text of the first tokens of each response.
+        tokens: of the responses.
+        mask: which of them were chosen.
     """
-    return [_in_place(decode, row, chosen) for row, chosen in zip(tokens, mask, strict=True)]
+    rows = zip(decoders, tokens, mask, strict=True)
+    return [_in_place(decode, row, chosen) for decode, row, chosen in rows]
 
 
 def response_pieces(
     tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
     tokens: Int[np.ndarray, "B R"],
     mask: Bool[np.ndarray, "B R"],
     eos_ids: Sequence[int],
 ) -> TokenTexts:
-    """`token_texts` of sampled responses; an end-of-sequence token adds nothing."""
-    return token_texts(lambda ids: tokenizer.decode([i for i in ids if i not in eos_ids]), tokens, mask)
+    """`token_texts` of sampled responses behind their prompts; an end-of-sequence token adds nothing."""
+    decoders = [_without(decoder_behind(tokenizer, prompt), eos_ids) for prompt in prompts]
+    return token_texts(decoders, tokens, mask)
+
+
+def _without(decode: Callable[[Sequence[int]], str], ends: Sequence[int]) -> Callable[[Sequence[int]], str]:
+    return lambda ids: decode([token for token in ids if token not in ends])
 
 
 def _in_place(decode: Callable[[Sequence[int]], str], row: np.ndarray, chosen: np.ndarray) -> list[str]:
@@ -55,13 +70,20 @@ def _in_place(decode: Callable[[Sequence[int]], str], row: np.ndarray, chosen: n
 
 
 def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:
-    pieces, text = [], ""
+    whole, pieces, done = decode(ids), [], 0
     for end in range(1, len(ids) + 1):
-        longer = decode(ids[:end])
-        complete = longer.startswith(text) and not longer.endswith("\ufffd")
-        pieces.append(longer[len(text) :] if complete or end == len(ids) else "")
-        text = longer if complete else text
+        # What later tokens change, such as half a character, is not yet the text.
+        shared = len(whole) if end == len(ids) else _shared(whole, decode(ids[:end]))
+        pieces.append(whole[done:shared])
+        done = max(done, shared)
     return pieces
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    if first.startswith(second):
+        return len(second)
+    return next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))
 
 
 def segments(pieces: Sequence[str], level: Level) -> list[tuple[int, str]]:

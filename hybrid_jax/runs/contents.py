@@ -16,6 +16,7 @@ from typing import Any
 from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.fingerprint import digest, file_digest, is_own_code, rows_digest
+from hybrid_jax.data.continuations import encode_prompts
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.runs.changes import Change
 
@@ -91,7 +92,7 @@ def _of_rows(rows: Sequence[Example]) -> str:
 
 def _of_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     try:
-        encoding = tokenizer.encode(_PROBE)
+        encoding = encode_prompts(tokenizer, [_PROBE])[0]
     except Exception:  # one of the user's own may read other texts alone, and need not list its tokens
         encoding = None
     return {

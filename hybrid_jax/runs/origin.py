@@ -10,10 +10,12 @@ from typing import Any
 
 from hybrid_jax.core.config import is_url, load_yaml
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import Params
 from hybrid_jax.runs.changes import Change, changed_settings, differences, why_fixed
 from hybrid_jax.runs.contents import changed
 from hybrid_jax.runs.files import RunFiles, fetched
+from hybrid_jax.runs.saved_tokenizer import saved_tokenizer
 from hybrid_jax.training.checkpoint import Checkpoints, saved_progress, saved_steps
 from hybrid_jax.training.horizons import tell_rates
 from hybrid_jax.training.state import RunState
@@ -111,12 +113,12 @@ def changes_since(
     return [Change("start_from", None, start_from), *changes]
 
 
-def saved_tokenizer(files: RunFiles, start_from: str | None) -> Path | None:
-    """The folder of the tokenizer that the weights know; None of a run that begins."""
+def known_tokenizer(files: RunFiles, start_from: str | None) -> Tokenizer | None:
+    """The tokenizer that the weights know; None of a run that begins."""
     if start_from is not None and not saved_steps(files.checkpoints):
         files = fetched(split(start_from)[0])
-    folder = files.folder / "tokenizer"
-    return folder if saved_steps(files.checkpoints) and folder.is_dir() else None
+    begun = saved_steps(files.checkpoints) and (files.folder / "tokenizer").is_dir()
+    return saved_tokenizer(files) if begun else None
 
 
 def tell_origin(

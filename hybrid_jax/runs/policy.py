@@ -41,8 +41,9 @@ from hybrid_jax.models.lora import split, whole
 from hybrid_jax.models.vocabulary import RESIZE, own_tokenizer_of
 from hybrid_jax.parallel import hosts
 from hybrid_jax.runs.export_folder import claim_export_folder
-from hybrid_jax.runs.files import RunFiles, fetched
+from hybrid_jax.runs.files import fetched
 from hybrid_jax.runs.samplers import default_sampler, overridden, run_sampler
+from hybrid_jax.runs.saved_tokenizer import saved_tokenizer
 from hybrid_jax.sampling.base import Sampler, sample
 from hybrid_jax.sampling.generation_config import (
     read_eos_ids,
@@ -116,7 +117,7 @@ class Policy:
             inputs = (self.model, self.params, prompt, mask, key)
             drawn = sample(self.sampler, *inputs, eos_ids=self.eos_ids)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.action_mask)[:count]
-            texts = decode_responses(self.tokenizer, tokens, mask, self.eos_ids)
+            texts = decode_responses(self.tokenizer, batch.unpadded()[:count], tokens, mask, self.eos_ids)
             complete = np.asarray(ended(drawn.tokens, drawn.action_mask, self.eos_ids))
             answers += [
                 Answer(example.prompt, text, bool(end))
@@ -201,7 +202,7 @@ def load_policy(run_dir: str | Path, overrides: Sequence[str] = (), trust: Conta
         Untrusted: the name of the model or of the sampler runs code and is not in ``trust``.
     """
     files = fetched(run_dir)
-    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
+    settings, tokenizer = run_settings(run_dir), saved_tokenizer(files)
     with trust_explained(run_dir):
         component, model, trained, base = run_model(settings, tokenizer, trust)
         own = run_sampler(settings, model.max_length, trust)
@@ -303,13 +304,6 @@ def trust_explained(run_dir: str | Path) -> Iterator[None]:
             f"{run_dir}/config.yaml: {error}; if you trust this run, give --trust, or --config with the file "
             "that you trained it by"
         ) from error
-
-
-def run_tokenizer(files: RunFiles) -> Tokenizer:
-    """The tokenizer that a run saved when it started."""
-    if not (files.folder / "tokenizer").is_dir():
-        raise UserError(f"{files.name} holds no tokenizer: its training has not begun")
-    return load_tokenizer(files.folder / "tokenizer")
 
 
 @dataclass(frozen=True)

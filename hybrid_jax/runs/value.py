@@ -19,7 +19,8 @@ from hybrid_jax.models.heads import init_value_head
 from hybrid_jax.models.lora import merge, whole
 from hybrid_jax.runs.export_folder import VALUE
 from hybrid_jax.runs.files import fetched
-from hybrid_jax.runs.policy import run_model, run_settings, run_tokenizer, trust_explained
+from hybrid_jax.runs.policy import run_model, run_settings, trust_explained
+from hybrid_jax.runs.saved_tokenizer import saved_tokenizer
 from hybrid_jax.training.checkpoint import newest_params, saved_progress, saved_steps
 from hybrid_jax.training.checkpoint_note import param_groups
 
@@ -37,7 +38,7 @@ def save_value(
         UserError: the run trains no value, or the model is no decoder that can be a classifier.
     """
     files, beside = fetched(run_dir), local_path(folder, "the folder to export to") / VALUE
-    settings, tokenizer = run_settings(run_dir), run_tokenizer(files)
+    settings, tokenizer = run_settings(run_dir), saved_tokenizer(files)
     with trust_explained(run_dir):
         _, model, trained, base = run_model(settings, tokenizer, trust)
     saved = saved_steps(files.checkpoints)

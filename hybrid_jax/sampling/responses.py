@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
+from hybrid_jax.data.continuations import decode_behind
 from hybrid_jax.data.tokenizer import Tokenizer
 
 
@@ -33,10 +34,22 @@ def ended(tokens: Any, action_mask: Any, eos_ids: Sequence[int]) -> Any:
 
 
 def decode_responses(
-    tokenizer: Tokenizer, tokens: np.ndarray, action_mask: np.ndarray, eos_ids: Sequence[int]
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    tokens: np.ndarray,
+    action_mask: np.ndarray,
+    eos_ids: Sequence[int],
 ) -> list[str]:
-    """Texts of the responses, without their end-of-sequence tokens."""
+    """Texts of the responses, as they read behind their prompts, without their end-of-sequence tokens.
+
+    Args:
+        tokenizer: of the model.
+        prompts: the tokens of each prompt, without padding.
+        tokens: of the responses, int [B R].
+        action_mask: which of them were chosen, bool [B R].
+        eos_ids: what ends a response.
+    """
     return [
-        tokenizer.decode([int(token) for token in row[mask] if int(token) not in eos_ids])
-        for row, mask in zip(tokens, action_mask, strict=True)
+        decode_behind(tokenizer, prompt, [token for token in row[mask].tolist() if token not in eos_ids])
+        for prompt, row, mask in zip(prompts, tokens, action_mask, strict=True)
     ]

@@ -10,6 +10,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_question
 from hybrid_jax.data.corpora import restaurants
 from hybrid_jax.data.tokenizer import EOS_TOKEN, TOKENIZERS, Bpe, Bytes, HuggingFace, load_tokenizer
+from hybrid_jax.data.tokenizer_files import missing_package
 
 TEXTS = [
     "",
@@ -226,3 +227,14 @@ def test_ids_with_gaps_are_all_in_the_vocabulary(foreign_folder):
     tokenizer = HuggingFace(str(foreign_folder)).build()
     assert tokenizer.vocab_size == 400
     assert tokenizer.decode([399]) != ""
+
+
+def test_a_tokenizer_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")
+    monkeypatch.setattr("hybrid_jax.data.tokenizer_files._is_installed", lambda package: False)
+    assert missing_package(tmp_path) == "tiktoken"
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
+    with pytest.raises(UserError, match=r"'tokenizer.model' alone, .*: pip install sentencepiece, or add"):
+        HuggingFace(str(tmp_path)).build()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert missing_package(tmp_path) is None

@@ -51,6 +51,6 @@ def test_held_out_segments_are_scored_as_in_training_and_shown_as_wholes(level, 
     assert by_prompt["score"] == [sample["score"] for sample in samples[:2]] == scores
     assert numbers["score"] == np.mean(scores)
     assert by_prompt["reward/words"] == [16.0, 1.0]  # of whole responses, whatever the level
-    pieces = response_pieces(tokenizer, tokens, mask, (tokenizer.eos_id,))
+    pieces = response_pieces(tokenizer, [[]] * len(tokens), tokens, mask, (tokenizer.eos_id,))
     raw = reward.raw(["a", "b"], ANSWERS, {}, pieces, LENGTH)
     assert reward.weigh({}, raw, ["a", "b"])[0].plain.tolist() == scores  # what training logs

@@ -23,7 +23,7 @@ def letters(prompts, responses):
 def pieces_of(rows, length=9):
     tokens = np.array([row + [0] * (length - len(row)) for row in rows])
     mask = np.arange(length)[None] < np.array([len(row) for row in rows])[:, None]
-    return token_texts(decode, tokens, mask)
+    return token_texts([decode] * len(tokens), tokens, mask)
 
 
 def test_a_sentence_ends_at_the_token_that_ends_it():
@@ -51,8 +51,8 @@ def test_a_letter_of_several_tokens_belongs_to_the_last_of_them():
         return bytes(ids).decode("utf-8", "replace")
 
     tokens = np.array([[*letter, ord("a")]])
-    assert token_texts(decode_bytes, tokens, np.ones((1, 3), bool)) == [["", "é", "a"]]
-    assert token_texts(decode_bytes, tokens[:, :1], np.ones((1, 1), bool)) == [["\ufffd"]]
+    assert token_texts([decode_bytes], tokens, np.ones((1, 3), bool)) == [["", "é", "a"]]
+    assert token_texts([decode_bytes], tokens[:, :1], np.ones((1, 1), bool)) == [["\ufffd"]]
 
 
 def test_the_pieces_together_are_the_text_of_the_response():
@@ -134,7 +134,7 @@ def test_a_potential_gives_differences_that_add_up_to_nothing():
 def test_a_segment_ends_in_the_column_of_its_token_where_the_policy_was_told_others_between():
     tokens, mask = np.array([[0, 1, 7, 7, 2, 3, 7]]), np.array([[1, 1, 0, 0, 1, 1, 0]], bool)
     words = ["Good", " food", ".", " Bad", "", "", "", "told"]
-    (pieces,) = token_texts(lambda ids: "".join(words[i] for i in ids), tokens, mask)
+    (pieces,) = token_texts([lambda ids: "".join(words[i] for i in ids)], tokens, mask)
     assert pieces == ["Good", " food", "", "", ".", " Bad"]
     assert segments(pieces, "sentence") == [(4, "Good food."), (5, "Bad")]
     assert segments(pieces, "sequence") == [(5, "Good food. Bad")]

@@ -28,7 +28,7 @@ from hybrid_jax.models.decoder_cache import LayerCache
 from hybrid_jax.models.decoder_config import DecoderSettings
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.experts import Dispatch, choose_experts, clamped_swiglu, router_losses
-from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, rms_norm
+from hybrid_jax.models.layers import ACTIVATIONS, layer_norm, linear, rms_norm
 from hybrid_jax.models.lora import ADAPTER, Lora, adapted_linear
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.rope import rotary_table, rotate
@@ -391,4 +391,9 @@ class Embedding(nn.Module):
         kept = param_axes(f"{self.name}/embedding", table.shape)
         used = (None if indices.shape[1] > 1 else "vocab", None)
         rows: Any = shard_for_use(table.astype(c.dtype), kept, used)
-        return jnp.take(rows, indices, axis=0)
+        x = jnp.take(rows, indices, axis=0)
+        if c.lora is None or not self.has_variable(ADAPTER, "a"):
+            return x
+        a, b = (self.variables[ADAPTER][name].astype(c.dtype) for name in ("a", "b"))
+        learnt = linear(jnp.take(a, indices, axis=0), b, out_dtype=jnp.float32)
+        return (x + c.lora.scale * learnt).astype(x.dtype)

@@ -28,7 +28,7 @@ from hybrid_jax.models.base import BACKBONES, ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_cache import EMPTY, DecoderCache
 from hybrid_jax.models.decoder_config import DecoderSettings
-from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, split
+from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, overlaid
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
 from hybrid_jax.parallel.rules import made_in_parts, shard
@@ -134,7 +134,8 @@ class Decoder:
 
     def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """`LanguageModel.logits`, scaled and capped as the family does."""
-        c, adapters = self.config, params.get(ADAPTER, {})
+        c = self.config
+        adapters, params = overlaid(c.lora, params)
         mapped = partial(adapted_linear, c.lora, dtype=hidden.dtype)
         if c.embedding_width is not None:
             hidden = mapped(adapters.get("embedding_out"), hidden, params["embedding_out"]["kernel"])
@@ -250,9 +251,16 @@ class Decoder:
     def _run(self, params, tokens, positions, real, lengths, attend: Attend, caches, dropout_key=None):
         """Hidden states, the caches after, and the losses of the routers, averaged over the layers."""
         rngs = None if dropout_key is None else {"dropout": dropout_key}
-        adapter, base = split(params) if ADAPTER in params else ({}, params)
+        adapter, base = overlaid(self.config.lora, params)
         (hidden, caches), written = Network(self.config, attend).apply(
-            {"params": base, **adapter}, tokens, positions, real, lengths, caches, rngs=rngs, mutable=[LOSSES]
+            {"params": base, ADAPTER: adapter},
+            tokens,
+            positions,
+            real,
+            lengths,
+            caches,
+            rngs=rngs,
+            mutable=[LOSSES],
         )
         return hidden, caches, _mean_losses(written)
 

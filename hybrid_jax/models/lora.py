@@ -9,6 +9,11 @@ A is uniform in ±1/√I, B zero and m ‖W‖, so a fresh adapter changes nothi
 
 The parameters of a model with adapters are ``{**base, "lora": adapter}``; below "lora" lie "a", "b" (and
 "magnitude") under the path of the map that they change. Only the adapter trains: `split` and `whole`.
+
+Parts of the base may train in full beside them. Below "lora" lies then, at the path of the base's own leaf, the
+leaf that is read in its place; or under "rows" [n D] those rows of an embedding, or outputs of a head, that
+belong to ``Lora.tokens`` (`overlaid`). A folder of `peft` may also bring "a" [V r] and "b" [r D] of an
+embedding, and under "shift" [O] what B adds as a bias.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +31,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import Positive, Rate, Width, settings
+from hybrid_jax.core.ranges import Natural, Positive, Rate, Width, settings
 from hybrid_jax.models.layers import linear
 
 Params = dict[str, Any]
 ADAPTER = "lora"  # the key of the adapter, and its Linen collection
+ROWS = "rows"  # the leaf with the rows of single tokens
+_LOW_RANK = ("a", "b", "magnitude", "shift")
+_TABLES = {"token_embedding/embedding": 0, "lm_head/kernel": 1}  # the axis of the tokens
+BIAS = r"(.*/)?bias"  # the paths of all biases
 ALL_MAPS = r"layer_\d+/(attention/(query|key|value|output)|mlp/(shared/)?(gate|up|down))"
 
 
@@ -46,6 +55,11 @@ class Lora:
         dropout: rate on what A reads, in supervised training only.
         rank_stabilized: the scale is α / √r.
         dora: direction and magnitude are learnt apart.
+        train_fully: a regular expression over the whole paths of modules that train in full beside the
+            adapters, such as ``token_embedding|lm_head`` where the model shall learn new tokens.
+        bias: the biases of the base that train: none, all, or those of the maps with adapters.
+        tokens: ids whose own rows of the embedding, and of a head that is not tied, train; a smaller way than
+            ``train_fully`` to learn new tokens.
         path: a folder of `peft` to start from; it brings all other settings.
     """
 
@@ -55,13 +69,18 @@ class Lora:
     dropout: Rate = 0.0
     rank_stabilized: bool = False
     dora: bool = False
+    train_fully: str | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+    tokens: tuple[Natural, ...] = ()
     path: str | None = None
 
     def __post_init__(self):
-        try:
-            re.compile(self.targets)
-        except re.error as error:
-            raise ValueError(f"targets must be a regular expression ({error}), got {self.targets!r}") from error
+        for name in ("targets", "train_fully"):
+            pattern = getattr(self, name)
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(f"{name} must be a regular expression ({error}), got {pattern!r}") from error
 
     @property
     def scale(self) -> float:
@@ -95,7 +114,44 @@ def add_adapter(lora: Lora | None, params: Params, key: Array) -> Params:
     if lora is None:
         return params
     kernels = {path: params_at(params, path)["kernel"] for path in targeted(lora, params)}
-    return {**params, ADAPTER: nested(_fresh(lora, kernels, key))}
+    beside = jax.jit(partial(_beside, lora))(params)
+    leaves = _flat(nested(_fresh(lora, kernels, key)))
+    return {**params, ADAPTER: unflatten_dict({**leaves, **beside}, sep="/")}
+
+
+def _beside(lora: Lora, params: Params) -> dict[str, Array]:
+    """What trains of the base itself, by path: copies of leaves, and rows."""
+    leaves, maps = _flat(params), targeted(lora, params)
+    found = {p: jnp.copy(x.astype(jnp.float32)) for p, x in leaves.items() if _trains(lora, p, maps)}
+    if lora.train_fully is not None:
+        if twice := [path for path in maps if re.fullmatch(lora.train_fully, path)]:
+            raise UserError(
+                f"lora.targets and lora.train_fully both match {twice[0]!r}; leave it to one of them"
+            )
+        modules = {path.rpartition("/")[0] for path in leaves}
+        if not any(re.fullmatch(lora.train_fully, module) for module in modules):
+            known = ", ".join(sorted(name for name in modules if "/" not in name))
+            raise UserError(f"lora.train_fully must match modules such as {known}, got {lora.train_fully!r}")
+    if not lora.tokens:
+        return found
+    for path in (path for path in _TABLES if path in leaves):
+        if path in found:
+            raise UserError(f"lora.tokens train rows of {path!r}, all of which lora.train_fully trains")
+        table, axis = leaves[path], _TABLES[path]
+        if (largest := max(lora.tokens)) >= table.shape[axis]:
+            raise UserError(f"lora.tokens must be below the model's {table.shape[axis]} rows, got {largest}")
+        rows = jnp.take(table.astype(jnp.float32), jnp.asarray(lora.tokens), axis)
+        found[f"{path.rpartition('/')[0]}/{ROWS}"] = rows.T if axis else rows
+    return found
+
+
+def _trains(lora: Lora, path: str, maps: list[str]) -> bool:
+    module = path.rpartition("/")[0]
+    if lora.train_fully is not None and re.fullmatch(lora.train_fully, module):
+        return True
+    return re.fullmatch(BIAS, path) is not None and (
+        lora.bias == "all" or (lora.bias == "lora_only" and module in maps)
+    )
 
 
 @partial(jax.jit, static_argnames="lora")
@@ -149,7 +205,8 @@ def adapted_linear(
     if lora is None or adapter is None:
         return linear(x, kernel.astype(dtype), bias, out_dtype)
     a, b = (adapter[name].astype(x.dtype) for name in ("a", "b"))
-    learnt = lora.scale * linear(linear(drop(x), a), b, out_dtype=jnp.float32)
+    learnt = linear(linear(drop(x), a), b, out_dtype=jnp.float32)
+    learnt = lora.scale * (learnt + adapter["shift"] if "shift" in adapter else learnt)
     if "magnitude" in adapter:
         y = linear(x, kernel.astype(dtype), out_dtype=jnp.float32) + learnt
         y = y * _gain(lora, adapter, kernel)
@@ -163,19 +220,61 @@ def merge(lora: Lora | None, params: Params) -> Params:
     """Parameters of the base that do what base and adapter do together."""
     if lora is None or ADAPTER not in params:
         return params
-    merged = flatten_dict(split(params)[1], sep="/")
+    merged = _flat(overlaid(lora, params)[1])
     for path, adapter in adapters_of(params).items():
-        merged[f"{path}/kernel"] = _merged(lora, adapter, jnp.asarray(merged[f"{path}/kernel"]))
+        leaf = f"{path}/kernel" if f"{path}/kernel" in merged else f"{path}/embedding"
+        merged[leaf] = _merged(lora, adapter, jnp.asarray(merged[leaf]))
+        if "shift" in adapter:
+            if f"{path}/bias" not in merged:
+                raise UserError(
+                    f"the adapter gives {path!r} a bias, which the model has no place for: export the adapter"
+                )
+            merged[f"{path}/bias"] = merged[f"{path}/bias"] + lora.scale * adapter["shift"]
     return unflatten_dict(merged, sep="/")
 
 
-def adapters_of(params: Params) -> dict[str, Params]:
-    """The adapter of each map, by the path of the map."""
-    found: dict[str, Params] = {}
-    for path, leaf in flatten_dict(params[ADAPTER], sep="/").items():
+def overlaid(lora: Lora | None, params: Params) -> tuple[Params, Params]:
+    """The low-rank adapters, and the base in which everything else that trains is in its place."""
+    if lora is None or ADAPTER not in params:
+        return {}, params
+    base = _flat(split(params)[1])
+    low_rank = {}
+    for path, leaf in _flat(params[ADAPTER]).items():
         module, _, name = path.rpartition("/")
-        found.setdefault(module, {})[name] = leaf
+        if path in base:
+            base[path] = leaf
+        elif name == ROWS:
+            table = next(table for table in _TABLES if table.startswith(f"{module}/"))
+            base[table] = _with_rows(jnp.asarray(base[table]), lora.tokens, leaf, _TABLES[table])
+        else:
+            low_rank[path] = leaf
+    return unflatten_dict(low_rank, sep="/"), unflatten_dict(base, sep="/")
+
+
+def _with_rows(table: Array, tokens: tuple[int, ...], rows: Array, axis: int) -> Array:
+    ids, rows = jnp.asarray(tokens), rows.astype(table.dtype)
+    return table.at[:, ids].set(rows.T) if axis else table.at[ids].set(rows)
+
+
+def adapters_of(params: Params) -> dict[str, Params]:
+    """The low-rank adapter of each map, by the path of the map."""
+    found: dict[str, Params] = {}
+    for path, leaf in _flat(params[ADAPTER]).items():
+        module, _, name = path.rpartition("/")
+        if name in _LOW_RANK:
+            found.setdefault(module, {})[name] = leaf
     return found
+
+
+def in_full(params: Params) -> dict[str, Array]:
+    """What trains of the base itself, by path: leaves that are read in place of the base's, and rows."""
+    leaves = _flat(params[ADAPTER]).items()
+    return {path: leaf for path, leaf in leaves if path.rpartition("/")[2] not in _LOW_RANK}
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    """Leaves by their paths with slashes."""
+    return dict(flatten_dict(tree, sep="/"))
 
 
 def nested(by_path: dict[str, Any]) -> Params:

@@ -35,7 +35,8 @@ from hybrid_jax.models.folders.family_folder import Dtype
 from hybrid_jax.models.folders.files import CONFIG, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
-from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, save_adapter
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
+from hybrid_jax.models.folders.peft_writing import save_adapter
 from hybrid_jax.models.folders.pretrained import has_format, load_pretrained, save_pretrained
 from hybrid_jax.models.lora import split, whole
 from hybrid_jax.models.vocabulary import RESIZE, own_tokenizer_of

@@ -1,5 +1,6 @@
 """Adapters against `peft` on models of `transformers`: logits, gradients, and folders both ways."""
 
+import dataclasses
 import json
 from dataclasses import replace
 
@@ -12,8 +13,9 @@ from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.folders import peft_config
 from hybrid_jax.models.folders.hf import Pretrained, abstract_params, load_pretrained, save_pretrained
-from hybrid_jax.models.folders.peft import save_adapter
+from hybrid_jax.models.folders.peft_writing import save_adapter
 from hybrid_jax.models.lora import ADAPTER, Lora
 
 peft = pytest.importorskip("peft")
@@ -32,6 +34,7 @@ _SIZES |= {"max_position_embeddings": 96, "bos_token_id": None, "eos_token_id": 
 CONFIGS = {
     "llama": {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2},
     "gpt2": {**_SIZES, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "tied": {**_SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "tie_word_embeddings": True},
     "gpt_neox": {**_SIZES, "intermediate_size": 48},
     "falcon": {**_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 48},
 }
@@ -59,7 +62,9 @@ def bases(tmp_path_factory):
     folders = {}
     for family, settings in CONFIGS.items():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**settings))
+        model = AutoModelForCausalLM.from_config(
+            CONFIG_MAPPING["llama" if family == "tied" else family](**settings)
+        )
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -72,10 +77,11 @@ def their_model(base, **settings):
     """A model of `peft` whose adapter does something."""
     torch.manual_seed(1)
     config = peft.LoraConfig(r=3, lora_alpha=8, task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model = base if isinstance(base, torch.nn.Module) else AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model.eval()
 
@@ -189,6 +195,91 @@ def test_an_adapter_on_a_part_of_a_fused_map_is_one_that_peft_and_we_read_alike(
     assert relative_error(logits, np.asarray(expected)) < 1e-5
 
 
+_QUERIES = {"target_modules": ["q_proj"]}
+BESIDE = {  # the base, rows that it is resized to, their settings
+    "both copies": ("llama", None, {**_QUERIES, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "copies of a block": ("llama", None, {**_QUERIES, "modules_to_save": ["mlp", "norm"]}),
+    "the embedding of a tied model alone": ("tied", None, {**_QUERIES, "modules_to_save": ["embed_tokens"]}),
+    "the head of a tied model alone": ("tied", None, {**_QUERIES, "modules_to_save": ["lm_head"]}),
+    "both of a tied model": ("tied", None, {**_QUERIES, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "a table that stays tied": (
+        "tied",
+        None,
+        {**_QUERIES, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "resized": ("llama", VOCAB + 3, _QUERIES),
+    "resized and tied": ("tied", VOCAB + 3, _QUERIES),
+    "resized below adapters": ("llama", VOCAB + 3, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "an adapter of the embedding": ("llama", None, {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "an adapter of a tied embedding": ("tied", None, {"target_modules": ["q_proj", "embed_tokens"]}),
+    "adapters of both tied tables": (
+        "tied",
+        None,
+        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    ),
+    "an adapter of positions": ("gpt2", None, {"target_modules": ["wpe", "c_attn"], "fan_in_fan_out": True}),
+    "tokens": ("llama", None, {**_QUERIES, "trainable_token_indices": [3, 60]}),
+    "tokens of a tied model": ("tied", None, {**_QUERIES, "trainable_token_indices": [3, 60]}),
+    "tokens of both tables": (
+        "llama",
+        None,
+        {**_QUERIES, "trainable_token_indices": {"embed_tokens": [3, 60], "lm_head": [5, 3]}},
+    ),
+    "all biases": ("gpt2", None, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}),
+    "biases of maps with adapters": (
+        "gpt2",
+        None,
+        {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True},
+    ),
+    "a bias of B": ("llama", None, {**_QUERIES, "lora_bias": True}),
+    "pissa": ("llama", None, {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "pissa"}),
+    "pissa, fused": (
+        "gpt2",
+        None,
+        {"target_modules": ["c_attn"], "init_lora_weights": "pissa", "fan_in_fan_out": True},
+    ),
+    "olora": ("llama", None, {"target_modules": ["q_proj", "down_proj"], "init_lora_weights": "olora"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of tied tables and saved embeddings
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_peft_trains_beside_low_rank_maps_is_read_and_written(case, bases, tmp_path):
+    family, rows, settings = BESIDE[case]
+
+    def base():
+        model = AutoModelForCausalLM.from_pretrained(bases[family])
+        if rows is not None:
+            torch.manual_seed(3)
+            model.resize_token_embeddings(rows)
+        return model
+
+    theirs = their_model(base(), **settings)
+    theirs.save_pretrained(tmp_path / "theirs")
+    if rows is not None:
+        torch.manual_seed(5)  # of the rows that a fresh base gets, and which the folder replaces
+    model = Pretrained(str(bases[family]), lora=Lora(path=str(tmp_path / "theirs"))).build()
+    params = model.init(jax.random.key(0))
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract_params(model))
+    read = np.arange(rows or VOCAB)[None]
+    logits = jax.jit(lambda p: model.apply(p, read).logits, compiler_options=FAST_COMPILE)(params)
+
+    def error(other):
+        with torch.no_grad():
+            return relative_error(logits, other(input_ids=torch.as_tensor(read)).logits.numpy())
+
+    assert error(theirs) < 1e-4
+    save_adapter(tmp_path / "ours", model, params)
+    assert error(peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()) < 1e-4
+    if "lora_bias" in settings:  # of which a Llama has no place
+        with pytest.raises(UserError, match="gives 'layer_0/attention/query' a bias"):
+            save_pretrained(tmp_path / "merged", model, params)
+        return
+    save_pretrained(tmp_path / "merged", model, params)
+    assert error(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()) < 1e-4
+
+
 @pytest.fixture
 def adapter(bases, tmp_path):
     model = Pretrained(str(bases["llama"]), lora=Lora(rank=2, targets=".*/query|lm_head")).build()
@@ -200,9 +291,16 @@ def adapter(bases, tmp_path):
     ("settings", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
-        ({"bias": "all"}, "bias = 'all' is not supported"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not supported"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa' is not supported"),
+        ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights = 'pissa_niter_4' is not supported, for it",
+        ),
+        (
+            {"target_parameters": ["experts.up"]},
+            r"target_parameters = \['experts.up'\] is not supported; merge",
+        ),
+        ({"alora_invocation_tokens": [1]}, r"alora_invocation_tokens = \[1\] is not supported"),
         ({"of_tomorrow": 1}, "of_tomorrow = 1 is not supported"),
         ({"r": 0}, "rank must be in \\[1, 1048576\\], got 0"),
     ],
@@ -248,6 +346,63 @@ def test_a_folder_whose_tensors_do_not_fit_is_refused(name, value, message, adap
     save_file(change(load_file(file), name, value), file)
     with pytest.raises(UserError, match=message):
         Pretrained(str(bases["llama"]), lora=Lora(path=str(adapter))).build().init(jax.random.key(0))
+
+
+def test_every_setting_of_peft_is_read_harmless_or_refused_by_name():
+    known = [*peft_config.READ, *peft_config.HARMLESS, *peft_config.REFUSED]
+    assert sorted(known) == sorted({field.name for field in dataclasses.fields(peft.LoraConfig)})
+
+
+def test_an_older_folder_of_torch_with_the_name_of_the_adapter_in_its_tensors_is_read(adapter, bases):
+    settings = {"path": str(bases["llama"]), "lora": Lora(path=str(adapter))}
+    expected = Pretrained(**settings).build().init(jax.random.key(0))
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    old = {n.replace(".weight", ".mine.weight"): torch.as_tensor(t) for n, t in tensors.items()}
+    torch.save(old, adapter / "adapter_model.bin")
+    jax.tree.map(
+        np.testing.assert_array_equal, Pretrained(**settings).build().init(jax.random.key(0)), expected
+    )
+    torch.save(
+        {**old, "base_model.model.lm_head.lora_A.other.weight": torch.ones(2, 32)},
+        adapter / "adapter_model.bin",
+    )
+    with pytest.raises(UserError, match=r"adapter_model\.bin holds several adapters: mine, other"):
+        Pretrained(**settings).build()
+    torch.save({"a": dataclasses.field}, adapter / "adapter_model.bin")
+    with pytest.raises(UserError, match="not a plain PyTorch weight file"):
+        Pretrained(**settings).build()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"train_fully": "token_embedding|lm_head"}),
+        ("tied", {"train_fully": "token_embedding"}),
+        ("gpt2", {"bias": "lora_only", "targets": ".*/query"}),
+        ("llama", {"tokens": (3, 60)}),
+    ],
+)
+def test_what_we_train_beside_adapters_is_what_peft_loads(family, settings, bases, tmp_path):
+    model = Pretrained(str(bases[family]), lora=Lora(rank=2, **settings)).build()
+    params, draw = model.init(jax.random.key(0)), np.random.default_rng(0).normal
+    before = jax.jit(lambda p: model.apply(p, tokens()).logits)(params)
+    with torch.no_grad():  # nothing has moved yet
+        plain = AutoModelForCausalLM.from_pretrained(bases[family])(input_ids=torch.as_tensor(tokens())).logits
+    assert relative_error(before, plain.numpy()) < 1e-5
+    adapter = jax.tree.map(lambda x: x + jnp.asarray(draw(0.0, 0.2, x.shape), jnp.float32), params[ADAPTER])
+    params = {**params, ADAPTER: adapter}
+    expected = jax.jit(lambda p: model.apply(p, tokens()).logits)(params)
+    save_adapter(tmp_path, model, params)
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[family]), tmp_path)
+    with torch.no_grad():
+        assert relative_error(expected, theirs(input_ids=torch.as_tensor(tokens())).logits.numpy()) < 1e-5
+    again = Pretrained(str(bases[family]), lora=Lora(path=str(tmp_path))).build()
+    reread = again.init(jax.random.key(1))
+    assert (
+        relative_error(jax.jit(lambda p: again.apply(p, tokens()).logits)(reread), np.asarray(expected)) < 1e-5
+    )
 
 
 def test_a_folder_brings_all_its_settings(adapter, bases):

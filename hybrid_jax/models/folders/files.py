@@ -81,7 +81,8 @@ def open_weights(folder: Path, check_finite: bool = False) -> tuple[Path, dict[s
     for name in (INDEX, WEIGHTS, TORCH_INDEX, TORCH):
         file = folder / name
         if file.is_file():
-            read = partial(open_safetensors if name in (INDEX, WEIGHTS) else _torch, check_finite=check_finite)
+            opened = open_safetensors if name in (INDEX, WEIGHTS) else open_torch
+            read = partial(opened, check_finite=check_finite)
             tensors = _open_shards(file, read) if name in (INDEX, TORCH_INDEX) else read(file)
             return file, _unwrapped(tensors)
     raise UserError(f"{folder} holds no weights: expected {WEIGHTS}, {INDEX} or {TORCH}")
@@ -178,7 +179,12 @@ def _view(path: Path, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> n
     return np.memmap(path, dtype, "r", offset, shape).view(np.ndarray)
 
 
-def _torch(path: Path, check_finite: bool) -> dict[str, StoredTensor]:
+def open_torch(path: Path, check_finite: bool = False) -> dict[str, StoredTensor]:
+    """Readers of the tensors of one file of PyTorch, by name; nothing in it is executed.
+
+    Raises:
+        UserError: it is missing or no plain file of tensors, or PyTorch is not installed.
+    """
     try:
         import torch
     except ImportError as error:

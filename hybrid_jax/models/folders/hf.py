@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import Rate, settings
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
-from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.decoder_config import ComputeDtype
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.execution import Execution
@@ -33,7 +35,7 @@ from hybrid_jax.models.folders.family_folder import (
 )
 from hybrid_jax.models.folders.files import CONFIG, has_weights, open_weights, read_json
 from hybrid_jax.models.folders.hub import find_folder
-from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, read_adapter, read_settings
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, adapted_config, read_adapter
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.vocabulary import grown, vocabulary_of
@@ -176,14 +178,9 @@ class Pretrained:
         if self.dropout is not None:
             config = replace(config, dropout=self.dropout)
         size = vocabulary_of(model.vocab_size, vocab_size, self.path, resize=self.resize_vocabulary)
-        if size > model.vocab_size and self.lora is not None:
-            log.warning(
-                "lora leaves the embedding as it is: the %d new rows stay the mean of the others",
-                size - model.vocab_size,
-            )
-        config = replace(config, vocab_size=size)
-        lora = read_settings(self.lora, Decoder(config))
-        config = replace(config, lora=lora, execution=self.execution)
+        config = adapted_config(self.lora, replace(config, vocab_size=size))
+        _warn_of_frozen_rows(config, model.vocab_size)
+        config = replace(config, execution=self.execution)
         return PretrainedDecoder(config, str(folder), self.check_finite)
 
 
@@ -197,14 +194,23 @@ class PretrainedDecoder(Decoder):
     def init(self, key) -> Params:
         """Reads the weights; ``key`` draws new adapters."""
         params = load_pretrained(self.folder, check_finite=self.check_finite, sharding=_sharding())[1]
-        return self.arranged(self.with_adapter(grown(params, self.vocab_size), key))
+        return self.arranged(self.with_adapter(self.fitted(params), key))
+
+    def fitted(self, params: Params) -> Params:
+        """The folder's parameters with the rows of this vocabulary, and with the head of one that unties it."""
+        params = grown(params, self.vocab_size)
+        if self.config.tie_embeddings or "kernel" in params.get("lm_head", {}):
+            return params
+        head = jnp.copy(params["token_embedding"]["embedding"].T)
+        return {**params, "lm_head": {**params.get("lm_head", {}), "kernel": head}}
 
     def with_adapter(self, params: Params, key: jax.Array) -> Params:
         """The base's ``params`` and the adapters to start from: those of a folder, or fresh ones."""
         lora = self.config.lora
         if lora is None or lora.path is None:
             return add_adapter(lora, params, key)
-        return {**params, ADAPTER: read_adapter(lora, Decoder(self.as_list().config), params)}
+        resized = _read_model(Path(self.folder), "float32")[1].vocab_size != self.vocab_size
+        return {**params, ADAPTER: read_adapter(lora, Decoder(self.as_list().config), params, resized=resized)}
 
 
 def _sharding() -> Shardings | None:
@@ -212,6 +218,21 @@ def _sharding() -> Shardings | None:
     if (placement := current_placement()) is None:
         return None
     return lambda path, shape: placement.sharding(shape, param_axes(path, shape))
+
+
+def _warn_of_frozen_rows(config: DecoderConfig, old_size: int) -> None:
+    """Says so where adapters leave the rows of new tokens at the mean that they begin with."""
+    lora, count = config.lora, (config.vocab_size or 0) - old_size
+    if lora is None or count <= 0:
+        return
+    tables = ["token_embedding"] if config.tie_embeddings else ["token_embedding", "lm_head"]
+    all_rows = all(re.fullmatch(lora.train_fully or "", table) for table in tables)
+    if not all_rows and not set(range(old_size, old_size + count)) <= set(lora.tokens):
+        log.warning(
+            "the %d new rows stay the mean of the others: lora.train_fully: %s trains them",
+            count,
+            "|".join(tables),
+        )
 
 
 def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:

@@ -1,25 +1,27 @@
-"""Adapters as folders of `peft`: adapter_config.json and adapter_model.safetensors, both ways.
+"""Adapters out of folders of `peft`: adapter_config.json and adapter_model.safetensors (or .bin).
 
 Their names are those of the modules of `transformers`, so they follow from the weight table of the family:
 
-    base_model.model.<module>.lora_A.weight [r I]    .lora_B.weight [O r]    .lora_magnitude_vector [O]
+    base_model.model.<module>.lora_A.weight [r I]    .lora_B.weight [O r]    .lora_B.bias [O]
+                             .lora_magnitude_vector [O]
+                             .lora_embedding_A [r V] .lora_embedding_B [D r]
+                             .token_adapter.trainable_tokens_delta [n D]        rows, not differences
+                             .weight .bias .base_layer.weight …                of the base, trained or copied
 
-Where a module of theirs holds several of our maps side by side (``c_attn``), one adapter of theirs is one of
-ours for each, with the same A, less what other maps alone use; and ours together are one of theirs, whose rank
-is the sum of their ranks:
-
-    A = [A_q A_k A_v]        B = [[B_q 0 0] [0 B_k 0] [0 0 B_v]]
+Where a module of theirs holds several of our maps side by side (``c_attn``), one adapter of theirs is one
+of ours for each, with the same A, less what other maps alone use. What a folder holds of the base itself is
+read in its place (`lora.overlaid`).
 """
 
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,86 +29,103 @@ import numpy as np
 from jax.core import Tracer
 
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import Family, parameter_shapes
 from hybrid_jax.models.families.weights import Row
-from hybrid_jax.models.folders.files import open_safetensors, read_json, save_tensors, write_json
-from hybrid_jax.models.lora import Lora, adapters_of, column_norms, nested, params_at, scale_of
-
-ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_NAME = re.compile(re.escape(_PREFIX) + r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|base_layer)(\.weight)?")
-# What the tensors and our own reading of them already say, or what is only about how training began.
-_KNOWN = (
-    *(
-        "peft_type",
-        "r",
-        "lora_alpha",
-        "alpha_pattern",
-        "rank_pattern",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-    ),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
-    *("base_model_name_or_path", "revision", "task_type", "peft_version", "auto_mapping", "inference_mode"),
-    *("megatron_core", "qalora_group_size", "eva_config", "runtime_config"),
+from hybrid_jax.models.folders.files import open_safetensors, open_torch
+from hybrid_jax.models.folders.peft_config import ADAPTER_CONFIG as ADAPTER_CONFIG
+from hybrid_jax.models.folders.peft_config import (
+    RESIDUAL_STARTS,
+    is_saved,
+    of_module,
+    read_adapter_config,
+    tokens_of,
 )
-_USUAL = {"bias": "none", "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+from hybrid_jax.models.lora import ROWS, Lora, nested, params_at, scale_of
+
+WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+_LOW_RANK = re.compile(
+    r"(.+?)\.(lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B)(?:\.([^.]+))??(?:\.(weight|bias))?"
+)
+_TOKENS = re.compile(r"(.+?)\.token_adapter\.trainable_tokens_delta(?:\.([^.]+))?")
+_OF_BASE = re.compile(r"(.+?)(\.base_layer|\.modules_to_save(?:\.([^.]+))?)?\.(weight|bias)")
 
 
-def read_settings(lora: Lora | None, model: Decoder) -> Lora | None:
-    """``lora``, with the settings of its folder if it names one.
+def adapted_config(lora: Lora | None, config: DecoderConfig) -> DecoderConfig:
+    """``config`` with ``lora``; if that names a folder, with its settings, and the sizes that it needs.
 
     Raises:
         UserError: it names other settings beside the folder, or the folder's adapter is not supported.
     """
     if lora is None or lora.path is None:
-        return lora
+        return replace(config, lora=lora)
     if lora != Lora(path=lora.path):
         raise UserError("lora.path brings rank, alpha, targets and all else: leave the other settings out")
-    content = _read_config(Path(lora.path))
-    paths = [path for module in _Folder(Path(lora.path), model).modules() for path in module.paths]
+    folder = _Folder(Path(lora.path), Decoder(config))
+    config = replace(config, vocab_size=folder.vocab_size, tie_embeddings=folder.stays_tied)
+    folder, content = replace(folder, model=Decoder(config)), folder.content
+    targets = [path for module in folder.modules() for path in module.paths]
+    full = sorted({path.rpartition("/")[0] for path in folder.full_paths() if not path.endswith("/bias")})
     try:
-        return Lora(
+        read = Lora(
             rank=content.get("r", 8),
             alpha=float(content.get("lora_alpha", 8)),
-            targets="|".join(map(re.escape, paths)),
+            targets="|".join(map(re.escape, targets)),
             dropout=float(content.get("lora_dropout") or 0.0),
             rank_stabilized=bool(content.get("use_rslora")),
             dora=bool(content.get("use_dora")),
+            train_fully="|".join(map(re.escape, full)) or None,
+            bias=content.get("bias", "none"),
+            tokens=folder.tokens(),
             path=lora.path,
         )
     except (ValueError, TypeError) as error:
         raise UserError(f"{Path(lora.path) / ADAPTER_CONFIG}: {error}") from error
+    return replace(config, lora=read)
 
 
-def read_adapter(lora: Lora, model: Decoder, base: Params) -> Params:
-    """The adapter in the folder ``lora.path``, as `read_settings` has understood it, for the maps of ``base``.
+def read_adapter(lora: Lora, model: Decoder, base: Params, *, resized: bool = False) -> Params:
+    """The adapter in the folder ``lora.path``, as `adapted_config` has understood it, for the maps of ``base``.
+
+    Args:
+        lora: the settings.
+        model: the decoder above ``base``.
+        base: the parameters below the adapter.
+        resized: whether the base's own folder has fewer rows: then the folder's embeddings replace the base's.
 
     Raises:
         UserError: a tensor is missing, left over or of the wrong shape, or the folder's copy of a map is not
             that of the base (`peft` keeps one of ``lm_head``).
     """
-    folder = Path(lora.path or "")
-    patterns = read_json(folder / ADAPTER_CONFIG).get("alpha_pattern") or {}
-    adapters: dict[str, Params] = {}
-    for module in _Folder(folder, model).modules():
-        module.check_copy(base)
-        a, b = module.factors()
-        matching = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", module.name))
-        scale = scale_of(a.shape[1], next(matching, lora.alpha), lora.rank_stabilized)
+    folder = _Folder(Path(lora.path or ""), model, resized)
+    patterns = folder.content.get("alpha_pattern") or {}
+    start = folder.content.get("init_lora_weights")
+    adapters: dict[str, Any] = {}
+    for module in folder.modules():
+        scale = scale_of(module.rank, of_module(patterns, module.name, lora.alpha), lora.rank_stabilized)
         factor = 1.0 if math.isclose(scale, lora.scale, rel_tol=1e-12) else scale / lora.scale
+        if module.is_embedding:
+            a, b = module.embedding_factors()
+            adapters[module.paths[0]] = {"a": jnp.array(a), "b": jnp.array(b * np.float32(factor))}
+            continue
+        a, b = module.factors()
+        b = [part * np.float32(factor) for part in b]
+        if start in RESIDUAL_STARTS:
+            a, b = module.with_residual(a, b, base, start, scale, lora.scale)
         for path, part, used in zip(module.paths, b, _used(b), strict=True):
             if used.any():
-                adapters[path] = {"a": jnp.array(a[:, used]), "b": jnp.array(part[used] * np.float32(factor))}
-        if lora.dora:
-            for path, part in zip(module.paths, module.magnitudes(), strict=True):
-                unmoved = {"a": jnp.array(a), "b": jnp.zeros((a.shape[1], part.size))}
-                adapters[path] = {**adapters.get(path, unmoved), "magnitude": jnp.array(part)}
-    return nested(adapters)
+                adapters[path] = {"a": jnp.array(a[:, used]), "b": jnp.array(part[used])}
+        unmoved = lambda part: {"a": jnp.array(a), "b": jnp.zeros((a.shape[1], part.size))}  # noqa: B023, E731
+        for path, part in zip(module.paths, module.vectors("lora_magnitude_vector", lora.dora), strict=False):
+            adapters[path] = {**adapters.get(path, unmoved(part)), "magnitude": jnp.array(part)}
+        for path, part in zip(module.paths, module.vectors("lora_B.bias", False), strict=False):
+            shift = jnp.array(part * np.float32(factor))
+            adapters[path] = {**adapters.get(path, unmoved(part)), "shift": shift}
+    found = {f"{path}/{name}": leaf for path, leaves in adapters.items() for name, leaf in leaves.items()}
+    return nested({**found, **folder.full(base), **folder.rows_of_tokens(base)})
 
 
 def _used(parts: list[np.ndarray]) -> list[np.ndarray]:
@@ -115,129 +134,32 @@ def _used(parts: list[np.ndarray]) -> list[np.ndarray]:
     return list(used | ~used.any(axis=0))
 
 
-def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> None:
-    """Writes the adapter of a `Pretrained` model alone, as a folder that `peft` loads upon that model.
-
-    Raises:
-        UserError: the model has no adapter, or one that `peft` cannot put where ours is.
-    """
-    folder = Path(folder)
-    if not isinstance(model, Decoder) or (lora := model.config.lora) is None:
-        raise UserError("the model has no adapter to export: its config has no lora")
-    if (base := getattr(model, "folder", None)) is None:
-        raise UserError("an adapter needs its base, and this one came from no folder: export the merged model")
-    family, bare = _bare(model)
-    tensors, ranks, known = {}, {}, []
-    adapters = {path: jax.tree.map(np.asarray, adapter) for path, adapter in adapters_of(params).items()}
-    for name, row in _linear_rows(family, bare):
-        known.append(name)
-        fused = _fuse(row, adapters, params)
-        if fused is None:
-            continue
-        if row.ours[0].endswith("/router/kernel"):
-            raise UserError(f"peft has no adapters for routers such as {name!r}: export the merged model")
-        a, b, magnitude = fused
-        flip = family.is_transposed(name.removeprefix(family.prefix))
-        ranks[name] = a.shape[1]
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a.T)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b if flip else b.T)
-        if lora.dora:
-            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = magnitude.reshape(-1)
-    content = _settings(lora, ranks, known, fan_in_fan_out=not family.transposed)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{WEIGHTS}.unfinished"
-    save_tensors(unfinished, tensors)
-    os.replace(unfinished, folder / WEIGHTS)
-    write_json(folder / ADAPTER_CONFIG, {**content, "base_model_name_or_path": base})
-
-
-def _settings(
-    lora: Lora, ranks: Mapping[str, int], known: list[str], *, fan_in_fan_out: bool
-) -> dict[str, Any]:
-    others: dict[str, int] = {}
-    for rank in set(ranks.values()) - {lora.rank}:
-        alike = [name for name in ranks if ranks[name] == rank]
-        others |= dict.fromkeys(_short_names(alike, known), rank)
-    alphas = {n: lora.scale * (math.sqrt(r) if lora.rank_stabilized else r) for n, r in others.items()}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.rank_stabilized,
-        "use_dora": lora.dora,
-        "target_modules": _short_names(list(ranks), known),
-        "rank_pattern": others,
-        "alpha_pattern": alphas,
-        "fan_in_fan_out": fan_in_fan_out,
-        "bias": "none",
-        "inference_mode": True,
-    }
-
-
-def _short_names(chosen: list[str], known: list[str]) -> list[str]:
-    """The names that match these modules and no others; within a layer, where all layers have them."""
-    within = {name: re.sub(r".*\.\d+\.", "", name) for name in known}
-    partly = {within[name] for name in set(known) - set(chosen)}
-    return sorted({name if within[name] in partly else within[name] for name in chosen})
-
-
-def _fuse(row: Row, adapters: Mapping[str, Params], params: Params):
-    """A [I R], B and magnitudes in their layout, for the maps of ours that one module of theirs holds."""
-    paths = [path.removesuffix("/kernel") for path in row.ours]
-    found = [path for path in paths if path in adapters]
-    if not found:
-        return None
-    a = np.concatenate([adapters[path]["a"] for path in found], axis=1)
-    parts, magnitudes, first = [], [], 0
-    for path in paths:
-        kernel = params_at(params, path)["kernel"]
-        part = np.zeros((a.shape[1], kernel.shape[1]), np.float32)
-        if path in adapters:
-            b = adapters[path]["b"]
-            part[first : first + b.shape[0]] = b
-            first += b.shape[0]
-        parts.append(part)
-        magnitudes.append(adapters.get(path, {}).get("magnitude"))
-        if magnitudes[-1] is None:  # a map that does not move
-            magnitudes[-1] = np.asarray(column_norms(jnp.asarray(kernel)))
-    return a, row.save(parts)[0], row.save([m[None] for m in magnitudes])[0]
-
-
-def _linear_rows(family: Family, bare: Decoder) -> Iterator[tuple[str, Row]]:
-    """The rows of single linear maps, each with the name of its module."""
+def linear_rows(family: Family, bare: Decoder) -> Iterator[tuple[str, Row]]:
+    """The rows of single linear maps and of embeddings, each with the name of its module."""
     shapes = parameter_shapes(bare)
     for row in family.rows(bare, shapes):
-        if all(path.endswith("/kernel") and len(shapes[path].shape) == 2 for path in row.ours):
+        if all(path.endswith(("/kernel", "/embedding")) and len(shapes[path].shape) == 2 for path in row.ours):
             yield family.full_name(row.theirs[0]).removesuffix(".weight"), row
 
 
-def _bare(model: Decoder) -> tuple[Family, Decoder]:
+def bare_model(model: Decoder) -> tuple[Family, Decoder]:
+    """The family of a model, and the model without adapters."""
     assert model.config.family is not None, "read from a folder"
     return FAMILIES[model.config.family], Decoder(replace(model.config, lora=None))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """A checked adapter_config.json: what we would read differently from `peft` is refused."""
-    content, file = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG
-    if content.get("peft_type") != "LORA":
-        raise UserError(f"{file}: peft_type must be LORA, got {content.get('peft_type')!r}")
-    for name, value in content.items():
-        usual = _USUAL.get(name, ())
-        if (
-            name not in _KNOWN
-            and value
-            and value != usual
-            and not (isinstance(usual, tuple) and value in usual)
-        ):
-            raise UserError(f"{file}: {name} = {value!r} is not supported")
-    return content
+def same_numbers(a: np.ndarray, b: Any) -> bool:
+    """Tells whether two copies of a weight are equal up to the rounding of bfloat16."""
+    if a.shape != b.shape:
+        return False
+    if isinstance(b, Tracer):
+        return True
+    return bool(np.allclose(a, np.asarray(b, np.float32), rtol=2**-7, atol=1e-6))
 
 
 @dataclass(frozen=True)
 class _Module:
-    """The tensors of one module of theirs, and the row of our maps that it is."""
+    """The low-rank tensors of one module of theirs, and the row of our maps that it is."""
 
     file: Path
     name: str
@@ -248,7 +170,15 @@ class _Module:
 
     @property
     def paths(self) -> list[str]:
-        return [path.removesuffix("/kernel") for path in self.row.ours]
+        return [path.rpartition("/")[0] for path in self.row.ours]
+
+    @property
+    def is_embedding(self) -> bool:
+        return self.row.ours[0].endswith("/embedding")
+
+    @property
+    def rank(self) -> int:
+        return self._tensor("lora_embedding_A" if self.is_embedding else "lora_A", 2).shape[0]
 
     def factors(self) -> tuple[np.ndarray, list[np.ndarray]]:
         """A [I r], and B [r O] for each map of ours."""
@@ -260,22 +190,47 @@ class _Module:
             raise self._wrong(f"lora_A {list(a.shape)} must have {inputs} columns")
         return a.T, self._parts(b if self.flip else b.T, "lora_B")
 
-    def magnitudes(self) -> list[np.ndarray]:
-        flat = np.asarray(self._tensor("lora_magnitude_vector", 1), np.float32)
-        parts = self._parts(flat[:, None] if self.flip else flat[None], "lora_magnitude_vector")
+    def embedding_factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """A [V r] and B [r D]."""
+        names = ("lora_embedding_A", "lora_embedding_B")
+        a, b = (np.asarray(self._tensor(name, 2), np.float32).T for name in names)
+        rows, width = self.shapes[self.row.ours[0]].shape
+        if "lora_magnitude_vector" in self.tensors:
+            raise self._wrong("DoRA of an embedding is not supported; merge the adapter with peft first")
+        if (a.shape[0], b.shape[1]) != (rows, width) or a.shape[1] != b.shape[0]:
+            raise self._wrong(f"its factors {list(a.shape)} and {list(b.shape)} must give [{rows}, {width}]")
+        return a, b
+
+    def vectors(self, name: str, is_needed: bool) -> list[np.ndarray]:
+        """One vector [O] for each map of ours, or none."""
+        if not is_needed and name not in self.tensors:
+            return []
+        flat = np.asarray(self._tensor(name, 1), np.float32)
+        parts = self._parts(flat[:, None] if self.flip else flat[None], name)
         return [part.reshape(-1) for part in parts]
 
-    def check_copy(self, base: Params) -> None:
-        if "base_layer" not in self.tensors:
-            return
-        copies = self.row.load([np.asarray(self.tensors["base_layer"], np.float32)])
-        for path, copy in zip(self.paths, copies, strict=True):
-            kernel = params_at(base, path)["kernel"]
-            same = copy.shape == kernel.shape
-            if same and not isinstance(kernel, Tracer):  # one of bfloat16 is rounded
-                same = np.allclose(copy, np.asarray(kernel, np.float32), rtol=2**-7, atol=1e-6)
-            if not same:
-                raise self._wrong("its copy of the base differs from the model's: not the adapter's base")
+    def with_residual(self, a, b: list[np.ndarray], base: Params, start: str, scale: float, unit: float):
+        """A and B with columns that take the first adapter off the base, as `peft` does when it loads one.
+
+        PiSSA (Meng et al. 2024, eq. 2-4): the r largest parts of a singular value decomposition; OLoRA
+        (Büyükakyüz 2024): the first r columns of Q and rows of R. `peft` changes the base; here it stays.
+        """
+        rank, kernels = self.rank, [params_at(base, path)["kernel"] for path in self.paths]
+        if isinstance(kernels[0], Tracer):
+            wide = [np.ones((2 * rank, part.shape[1]), np.float32) for part in b]
+            return np.zeros((len(a), 2 * rank), np.float32), wide
+        theirs = self.row.save([np.asarray(kernel, np.float32) for kernel in kernels])[0]
+        if start == "olora":
+            if not self.flip:
+                raise self._wrong("init_lora_weights = 'olora' is not supported for a map [in, out]")
+            q, upper = np.linalg.qr(theirs)
+            left, right = scale * q[:, :rank], upper[:rank]
+        else:
+            u, singular, vh = np.linalg.svd(theirs if self.flip else theirs.T, full_matrices=False)
+            left, right = u[:, :rank] * singular[:rank], vh[:rank]
+        first = self._parts(left if self.flip else left.T, "lora_B")
+        taken = [np.concatenate([part, -one / np.float32(unit)]) for part, one in zip(b, first, strict=True)]
+        return np.concatenate([a, right.T], axis=1), taken
 
     def _parts(self, matrix: np.ndarray, name: str) -> list[np.ndarray]:
         """Its columns, in our layout, as those of our maps."""
@@ -299,23 +254,182 @@ class _Module:
         return UserError(f"{self.file}: {self.name}: {problem}")
 
 
+class _Tensors(NamedTuple):
+    """The tensors of a folder by what they are."""
+
+    low_rank: dict[str, dict[str, np.ndarray]]  # by module
+    tokens: dict[str, np.ndarray]  # rows of single tokens, by module
+    of_base: dict[str, np.ndarray]  # by the name that the base's folder has
+    below: set[str]  # those of_base that lie below a low-rank adapter
+
+
 @dataclass(frozen=True)
 class _Folder:
+    """A folder of `peft` above a model."""
+
     folder: Path
     model: Decoder
+    resized: bool = False
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        return read_adapter_config(self.folder)
+
+    @cached_property
+    def file(self) -> Path:
+        old = self.folder / TORCH_WEIGHTS
+        return old if old.is_file() and not (self.folder / WEIGHTS).is_file() else self.folder / WEIGHTS
+
+    @cached_property
+    def tensors(self) -> _Tensors:
+        """All tensors, without the name of the adapter that older files write into theirs."""
+        opened = (open_torch if self.file.name == TORCH_WEIGHTS else open_safetensors)(self.file)
+        found, names = _Tensors({}, {}, {}, set()), set()
+        for full_name, read in opened.items():
+            name = full_name.removeprefix(PREFIX)
+            if name == full_name:
+                raise UserError(f"{self.file}: tensor {full_name!r} does not begin with {PREFIX!r}")
+            if ".original_module." in name:
+                continue
+            if match := _LOW_RANK.fullmatch(name):
+                kind = f"{match[2]}.bias" if match[4] == "bias" else match[2]
+                found.low_rank.setdefault(match[1], {})[kind] = read()
+                names.add(match[3])
+            elif match := _TOKENS.fullmatch(name):
+                found.tokens[match[1]] = read()
+                names.add(match[2])
+            elif match := _OF_BASE.fullmatch(name):
+                found.of_base[f"{match[1]}.{match[4]}"] = read()
+                found.below.update([f"{match[1]}.{match[4]}"] if match[2] == ".base_layer" else ())
+            else:
+                raise UserError(f"{self.file}: tensor {full_name!r} is none that an adapter has")
+        if len(names) > 1:
+            raise UserError(f"{self.file} holds several adapters: {', '.join(sorted(map(str, names)))}")
+        if not any((found.low_rank, found.tokens, found.of_base)):
+            raise UserError(f"{self.file} holds no adapter")
+        return found
+
+    # ------------------------------------------------------------------------------ what the base must be
+
+    @property
+    def _embedding(self) -> str:
+        family = bare_model(self.model)[0]
+        return family.full_name(family.embedding)
+
+    @property
+    def _head(self) -> str:
+        return bare_model(self.model)[0].head
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Rows that the embedding has below the adapter: `peft` writes it where it was resized."""
+        sizes = [
+            t.shape[0] for n in (self._embedding, self._head) if (t := self.tensors.of_base.get(n)) is not None
+        ]
+        return max([self.model.vocab_size, *sizes])
+
+    @cached_property
+    def stays_tied(self) -> bool:
+        """Tells whether head and embedding are still one table: `peft` trains one of two without the other."""
+        if not self.model.config.tie_embeddings:
+            return False
+        modules = {**self.tensors.low_rank, **{name: {} for name in self.tensors.tokens if name == "lm_head"}}
+        if {self._embedding.removesuffix(".weight"), self._head.removesuffix(".weight")} & modules.keys():
+            return False
+        of_base, ensured = self.tensors.of_base, bool(self.content.get("ensure_weight_tying"))
+        embedding, head = of_base.get(self._embedding), of_base.get(self._head)
+        embedding_trains, head_trains = (is_saved(self.content, n) for n in (self._embedding, self._head))
+        if head is None:
+            return embedding is None or ensured or not embedding_trains
+        if embedding is None or not np.array_equal(head, embedding):
+            return False
+        return ensured or not (embedding_trains and head_trains)
+
+    # ------------------------------------------------------------------------------ its parts
 
     def modules(self) -> list[_Module]:
-        """Every module that the folder has tensors for."""
-        family, bare = _bare(self.model)
-        file, shapes = self.folder / WEIGHTS, parameter_shapes(bare)
-        rows = dict(_linear_rows(family, bare))
-        found: dict[str, dict[str, np.ndarray]] = {}
-        for full_name, tensor in open_safetensors(file).items():
-            match = _NAME.fullmatch(full_name)
-            if match is None or match[1] not in rows:
-                raise UserError(f"{file}: tensor {full_name!r} has no place in a {family.model_type} model")
-            found.setdefault(match[1], {})[match[2]] = tensor()
-        if not found:
-            raise UserError(f"{file} holds no adapter")
-        flips = {name: family.is_transposed(name.removeprefix(family.prefix)) for name in found}
-        return [_Module(file, name, rows[name], flips[name], found[name], shapes) for name in found]
+        """Every module that the folder has low-rank tensors for."""
+        family, bare = bare_model(self.model)
+        rows, shapes = dict(linear_rows(family, bare)), parameter_shapes(bare)
+        for name, tensors in self.tensors.low_rank.items():
+            kinds = {kind for kind in tensors if kind.startswith("lora_embedding")}
+            if name not in rows or bool(kinds) != rows[name].ours[0].endswith("/embedding"):
+                shown = f"{PREFIX}{name}.{next(iter(tensors))}"
+                shown += "" if "embedding" in shown else ".weight"
+                raise UserError(f"{self.file}: tensor {shown!r} has no place in a {family.model_type} model")
+        flips = {n: family.is_transposed(n.removeprefix(family.prefix)) for n in self.tensors.low_rank}
+        found = self.tensors.low_rank.items()
+        return [_Module(self.file, name, rows[name], flips[name], kinds, shapes) for name, kinds in found]
+
+    def _replaced(self) -> Iterator[tuple[Row, list[np.ndarray]]]:
+        """The rows of the base's table that the folder holds, with the folder's tensors."""
+        family, bare = bare_model(self.model)
+        left = dict(self.tensors.of_base)
+        if self.model.config.tie_embeddings:
+            left.pop(self._head, None)
+        for row in family.rows(bare, parameter_shapes(bare)):
+            names = [family.full_name(name) for name in row.theirs]
+            if all(name in left for name in names):
+                yield row, [left.pop(name) for name in names]
+        if left:
+            name = f"{PREFIX}{next(iter(left))}"
+            raise UserError(f"{self.file}: tensor {name!r} has no place in a {family.model_type} model")
+
+    def _is_trained(self, row: Row) -> bool:
+        """Tells whether the folder's tensors of a row replace the base's, or only repeat them."""
+        family = bare_model(self.model)[0]
+        name = family.full_name(row.theirs[0])
+        is_bias = self.content.get("bias", "none") != "none" and all(p.endswith("/bias") for p in row.ours)
+        is_resized = self.resized and name in (self._embedding, self._head)
+        return is_bias or is_resized or is_saved(self.content, name)
+
+    def full_paths(self) -> list[str]:
+        """The paths of our leaves that the folder holds in full, trained."""
+        return [path for row, _ in self._replaced() if self._is_trained(row) for path in row.ours]
+
+    def full(self, base: Params) -> dict[str, jax.Array]:
+        """Our leaves that the folder holds in full, by path."""
+        found = {}
+        for row, tensors in self._replaced():
+            name = row.theirs[0].removesuffix(".weight")
+            try:
+                parts = row.load([np.asarray(tensor, np.float32) for tensor in tensors])
+            except ValueError as error:
+                raise UserError(f"{self.file}: {name}: {error}") from error
+            for path, part in zip(row.ours, parts, strict=True):
+                module, _, leaf = path.rpartition("/")
+                own = params_at(base, module)[leaf]
+                if not self._is_trained(row):
+                    if not same_numbers(part, own):
+                        problem = "its copy of the base differs from the model's: not the adapter's base"
+                        raise UserError(f"{self.file}: {name}: {problem}")
+                elif part.shape != own.shape:
+                    raise UserError(
+                        f"{self.file}: {name} has the shape {list(part.shape)}, the model {list(own.shape)}"
+                    )
+                else:
+                    found[path] = jnp.array(part)
+        return found
+
+    def tokens(self) -> tuple[int, ...]:
+        """The ids whose own rows train, in the embedding or in the head."""
+        return tuple(sorted({i for module in self.tensors.tokens for i in tokens_of(self.content, module)}))
+
+    def rows_of_tokens(self, base: Params) -> dict[str, jax.Array]:
+        """Those rows; the base's own where the folder has only that of the other table."""
+        found, ids = {}, list(self.tokens())
+        paths = {self._embedding: "token_embedding/embedding", self._head: "lm_head/kernel"}
+        for module, rows in self.tensors.tokens.items():
+            own, path = tokens_of(self.content, module), paths.get(f"{module}.weight", "")
+            width = self.model.config.embedding_width or self.model.width
+            if not path or rows.shape != (len(own), width):
+                raise UserError(f"{self.file}: {module}: {list(rows.shape)} are not the rows of {list(own)}")
+            owner, _, leaf = path.rpartition("/")
+            table: Any = params_at(base, owner)[leaf]
+            if ids and ids[-1] >= self.model.vocab_size:
+                raise UserError(f"{self.file}: {module}: the model has no row {ids[-1]}")
+            table = table if path == paths[self._embedding] else table.T
+            chosen = jnp.take(table, jnp.asarray(ids), axis=0).astype(jnp.float32)
+            places = jnp.asarray([ids.index(i) for i in own])
+            found[f"{owner}/{ROWS}"] = chosen.at[places].set(np.asarray(rows, np.float32))
+        return found

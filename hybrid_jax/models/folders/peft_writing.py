@@ -26,7 +26,8 @@ from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.families.family import flatten, parameter_shapes
 from hybrid_jax.models.families.weights import Row
 from hybrid_jax.models.folders.files import CONFIG, read_json, save_tensors, write_json
-from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, PREFIX, WEIGHTS, bare_model, linear_rows
+from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, PREFIX, WEIGHTS
+from hybrid_jax.models.folders.peft_module import bare_model, linear_rows
 from hybrid_jax.models.lora import ROWS, Lora, adapters_of, column_norms, in_full, overlaid, params_at
 
 _EXPORT_MERGED = "export the merged model"

@@ -9,6 +9,7 @@ from hybrid_jax.models.families.settings import (
     KV_HEADS,
     MAX_LENGTH,
     MLP_WIDTH,
+    OPTIONAL_HEAD_WIDTH,
     ROPE,
     SIZES,
     WINDOW,
@@ -19,7 +20,10 @@ from hybrid_jax.models.families.settings import (
 from hybrid_jax.models.families.weights import Table
 
 # What most later families have in common with Llama.
-LLAMA_SIZES = (SIZES, MAX_LENGTH, INIT_STD, MLP_WIDTH, KV_HEADS, activation("hidden_act"))
+LLAMA_SIZES = (
+    *(SIZES, MAX_LENGTH, INIT_STD, MLP_WIDTH, KV_HEADS, OPTIONAL_HEAD_WIDTH),
+    activation("hidden_act"),
+)
 RMS_NORM = same(norm_epsilon="rms_norm_eps")
 GATED = fixed(norm="rms", mlp="gated")
 

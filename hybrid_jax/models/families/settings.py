@@ -120,8 +120,13 @@ KV_HEADS = Part(
     lambda config: {"num_key_value_heads": config.kv_heads},
 )
 HEAD_WIDTH = Part(
-    lambda theirs: {"head_width": theirs.head_dim},
+    lambda theirs: {"head_width": getattr(theirs, "head_dim", None)},
     lambda config: {"head_dim": config.channels},
+)
+# Of families whose config does not know it, and whose code reads it where it is there.
+OPTIONAL_HEAD_WIDTH = Part(
+    HEAD_WIDTH.read,
+    lambda config: {} if config.channels * config.num_heads == config.width else {"head_dim": config.channels},
 )
 
 

@@ -71,7 +71,8 @@ _PUBLIC = {
     "rewards.postprocess": ["NORMALISERS", "TRANSFORMS", "Normaliser", "Transform"],
     "rewards.combine": ["COMBINERS", "Combiner"],
     # phases
-    "phases.policy_gradient": ["OnPolicy", "PolicyGradient", "PolicyGradientFunctions"],
+    "phases.policy_gradient": ["OnPolicy", "PolicyGradient"],
+    "phases.policy_gradient_functions": ["PolicyGradientFunctions"],
     # training
     "training.phase": ["PHASES", "Metrics", "Phase", "PhaseInit", "Program", "Resources"],
     "training.state": ["RunState", "ScheduleState", "TrainState"],

@@ -7,7 +7,7 @@ dialogue); masked items may hold anything and come out as 0.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import chex
 import jax
@@ -112,6 +112,35 @@ def gae(
     _, advantages = jax.lax.scan(step, (nothing, nothing), time_first, reverse=True)
     advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
     return advantages, jnp.where(mask, advantages + values, 0.0)
+
+
+@ADVANTAGES.register("returns")
+@settings
+class Returns:
+    """What is received from a token on, G_t = Σ γ^(t' − t) R_t': REINFORCE (Williams 1992), without a critic.
+
+    Together with ``whiten_advantages`` and the KL in the reward it is REINFORCE++ (Hu 2025, arXiv 2501.03262).
+    A baseline that runs along is the reward's: ``reward.baseline``.
+    """
+
+    discount: Share = 1.0  # γ
+    baseline: Literal["none", "rollout"] = "none"  # rollout takes the mean of all G_t of the rollout away
+
+    needs_value = False
+    min_group = 1
+
+    def __call__(
+        self,
+        rewards: Float[Array, "B R"],
+        values: Float[Array, "B R"] | None,
+        action_mask: Bool[Array, "B R"],
+        group: Int[Array, "B"],
+    ) -> tuple[Float[Array, "B R"], None]:
+        nothing = jnp.zeros_like(rewards)
+        returns, _ = gae(rewards, nothing, action_mask, discount=self.discount, trace=1.0)
+        if self.baseline == "rollout":
+            returns = jnp.where(action_mask, returns - masked_mean(returns, action_mask), 0.0)
+        return returns, None
 
 
 def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool = True) -> Float[Array, "..."]:

@@ -5,10 +5,11 @@ A control of β is its own config; its state is a scalar array, for the checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Literal, Protocol
 
 import chex
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -35,6 +36,53 @@ def k3(log_probs: Float[Array, "..."], reference_log_probs: Float[Array, "..."])
     """
     log_ratio = reference_log_probs - log_probs
     return jnp.expm1(log_ratio) - log_ratio
+
+
+def k3_ratio(
+    log_probs: Float[Array, "..."],
+    reference_log_probs: Float[Array, "..."],
+    old_log_probs: Float[Array, "..."],
+) -> Float[Array, "..."]:
+    """k3 · π/π_old: on samples of π_old it estimates KL(π ‖ π_ref), and as a loss it has that gradient."""
+    return k3(log_probs, reference_log_probs) * jnp.exp(log_probs - old_log_probs)
+
+
+# Where the KL to the references acts: in the reward (k1), or as a loss by one of three estimators. The optimum
+# is π* ∝ π_ref exp(r/β), but with plain k3 as a loss, which pulls to that of KL(π_ref ‖ π).
+KLPenalty = Literal["reward", "k2", "k3", "k3_ratio"]
+Estimator = Callable[[Array, Array, Array], Array]
+KL_LOSSES: Mapping[str, Estimator] = {
+    "k2": lambda log_probs, reference, old: k2(log_probs, reference),
+    "k3": lambda log_probs, reference, old: k3(log_probs, reference),
+    "k3_ratio": k3_ratio,
+}
+
+
+def kl_losses(
+    estimator: Estimator,
+    log_probs: Float[Array, "B R"],
+    old_log_probs: Float[Array, "B R"],
+    reference_log_probs: Mapping[str, Float[Array, "B R"]],
+    weights: Mapping[str, float],
+    mask: Bool[Array, "B R"],
+) -> Float[Array, "B R"]:
+    """Σ_i w_i · estimate of the KL to reference i, of each token; 0 where masked.
+
+    Args:
+        estimator: an entry of `KL_LOSSES`.
+        log_probs: of the policy being trained; the only argument that should carry a gradient.
+        old_log_probs: of the policy that sampled.
+        reference_log_probs: of each reference, by name.
+        weights: w_i ≥ 0 of each reference, the same names.
+        mask: the tokens that the policy chose.
+    """
+    # Zeros before any arithmetic: a NaN where masked would pass even a later `where` backward.
+    log_probs, old = (jnp.where(mask, x, 0.0) for x in (log_probs, jax.lax.stop_gradient(old_log_probs)))
+    losses = (
+        weights[name] * estimator(log_probs, jnp.where(mask, reference, 0.0), old)
+        for name, reference in reference_log_probs.items()
+    )
+    return sum(losses, jnp.zeros_like(log_probs))
 
 
 def token_rewards(

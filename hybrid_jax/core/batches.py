@@ -129,3 +129,5 @@ class Rollout:
     # Estimated:
     advantages: Float[Array, "B R"] = _LATER
     returns: Float[Array, "B R"] = _LATER  # what the values are to become
+    loss_weights: Float[Array, "B R"] = _LATER  # of each token in the loss of the policy
+    loss_shares: Float[Array, "B"] = _LATER  # the loss is divided by their sum

@@ -5,11 +5,13 @@ One step, in the order in which it happens:
     rollout      prompts are answered, scored by value and references, and rewarded  (phases/rollout.py)
     rewards      R_t = −β (log π_old(y_t) − log π_ref(y_t)) + [t last] · score       (algorithms/kl.py)
     advantages   A, G from R and V, by the estimator of the method                   (algorithms/advantages.py)
+    weights      of tokens in the loss: aggregation × correction                     (algorithms/aggregation.py)
     updates      epochs × minibatches of  policy loss(A) + c_v · value loss(G) − c_H · entropy
 
-The KL to the reference is the single-sample k1 in the reward and nowhere else. As a loss, k1 has zero expected
-gradient, so it is no penalty at all; k3 as a loss pulls to another optimum (that of the forward KL), and k3 in
-the reward can diverge. So none of them is a setting (tests/algorithms proves these statements on a bandit).
+The KL to the reference is the single-sample k1 in the reward by default. As a loss, ``kl_penalty`` k2 and
+k3_ratio reach the same optimum, k3 another one (that of the forward KL). k1 as a loss has zero expected
+gradient, so it is no penalty at all, and k3 in the reward can diverge: neither is a setting (tests/algorithms
+proves these statements on a bandit).
 
 A method is a file of defaults: an estimator of advantages and an objective (`hybrid_jax.phases.ppo`). With a
 reward on the device, `PolicyGradientFunctions.iteration` is a whole step as one pure function of the state, for
@@ -23,31 +25,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Int
 
-from hybrid_jax.algorithms.advantages import ADVANTAGES, GAE, Advantage, whiten
-from hybrid_jax.algorithms.kl import KL_CONTROLS, FixedKL, KLControl, k1, k3, token_rewards
+from hybrid_jax.algorithms import group_advantages  # noqa: F401  these fill ADVANTAGES
+from hybrid_jax.algorithms.advantages import ADVANTAGES, GAE, Advantage
+from hybrid_jax.algorithms.aggregation import Aggregation, Correction
+from hybrid_jax.algorithms.kl import KL_CONTROLS, FixedKL, KLControl, KLPenalty
 from hybrid_jax.algorithms.policy_gradient import (
     OBJECTIVES,
     Clipped,
     PolicyObjective,
-    explained_variance,
+    RatioLevel,
 )
-from hybrid_jax.core.arrays import masked_mean
-from hybrid_jax.core.batches import Rollout, TokenBatch
 from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, settings
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import shard_params, under
 from hybrid_jax.phases.clock import Clock
-from hybrid_jax.phases.minibatches import update_in_minibatches
-from hybrid_jax.phases.policy_losses import PolicyLosses
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft_mix import MixedExamples, SFTMix
@@ -59,13 +58,16 @@ from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
 from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
-from hybrid_jax.training.state import RunState, TrainState
+from hybrid_jax.training.state import RunState
 
 
 @settings
 class OnPolicy(RolloutSettings):
     """Settings of every method; one adds ``advantage`` and ``objective``, as settings or as properties."""
 
+    ratio: RatioLevel = "token"  # whose probabilities a ratio compares, see `log_ratios`
+    aggregation: Aggregation = "token_mean"  # how the losses of tokens are added up, see `aggregation`
+    correction: Correction | None = None  # of tokens that another policy sampled; null takes them as they are
     epochs: Count = 4  # times that the updates of a step read its rollout
     minibatches: Count = 1  # updates an epoch
     microbatches: Count = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
@@ -75,6 +77,7 @@ class OnPolicy(RolloutSettings):
     whiten_advantages: bool = True  # scale them to mean 0 and standard deviation 1
     target_kl: Positive | None = None  # nats a token: a step ends once the policy moved so far
     kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(0.05)  # how strongly references hold the policy
+    kl_penalty: KLPenalty = "reward"  # where they do: in the reward (k1), or in the loss by this estimator
     value_network: Literal["shared", "separate"] = "shared"  # a head on the policy, or a network of its own
     value_init: str | None = None  # a reward model that a separate value network starts from, a folder
     value_warmup_steps: Natural = 0  # steps that train only the value
@@ -127,7 +130,8 @@ class OnPolicy(RolloutSettings):
             prompt_length,
             self.sampler.max_new_tokens,
             tokens,
-            num_references=len(self.references),
+            # A correction reads the rollout once more, as a reference does.
+            num_references=len(self.references) + (self.correction is not None),
             epochs=self.epochs,
             value=self.value,
             trains_policy=trains_policy,
@@ -146,130 +150,6 @@ class PolicyGradient(OnPolicy):
 
     advantage: Annotated[Advantage, ADVANTAGES] = GAE()  # pyright: ignore  a setting in place of a property
     objective: Annotated[PolicyObjective, OBJECTIVES] = Clipped()  # pyright: ignore
-
-
-@dataclass(frozen=True)
-class PolicyGradientFunctions(PolicyLosses):
-    """The pure functions of a step, for one model and one setting."""
-
-    optimizer_key: str
-
-    @property
-    def kl_key(self) -> str:
-        """Where ``TrainState.extra`` keeps the state of the KL control."""
-        return f"{self.name}/kl_control"
-
-    def iteration(
-        self,
-        state: TrainState,
-        references: Mapping[str, Params],
-        prompt_tokens: Int[Array, "B P"],
-        prompt_mask: Bool[Array, "B P"],
-        key: Array,
-        rate: Array | float,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """A whole step as one pure function, for a reward on the device."""
-        sample_key, learn_key = jax.random.split(key)
-        samples = self.sample(state.params["model"], prompt_tokens, prompt_mask, sample_key)
-        rollout = self.score(state.params, references, prompt_tokens, prompt_mask, samples)
-        return self.learn(state, self.rewarded(rollout), None, learn_key, rate)
-
-    def learn(
-        self,
-        state: TrainState,
-        rollout: Rollout,
-        examples: TokenBatch | None,
-        key: Array,
-        rate: Array | float,
-        *,
-        groups: tuple[str, ...] | None = None,
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """Learns from a rewarded rollout: advantages, all updates of one step, and the new KL coefficient."""
-        groups = groups or self.groups
-        control, control_state = self.config.kl_control, state.extra[self.kl_key]
-        coef = control.coefficient(control_state)
-        metrics = self._score_metrics(rollout)
-        rollout, estimated = self.advantages(rollout, coef)
-        state, updated = self.update(state, rollout, examples, key, rate, groups)
-        # While the value warms up alone the policy does not move, so its KL says nothing about β.
-        if "model" in groups:
-            control_state = control.update(control_state, estimated["kl"], len(rollout.tokens))
-        state = replace(state, extra={**state.extra, self.kl_key: control_state})
-        return state, {**metrics, **estimated, **updated, "kl_coef": coef, **self._work(rollout, groups)}
-
-    def advantages(self, rollout: Rollout, kl_coef: Array) -> tuple[Rollout, dict[str, Array]]:
-        """Adds advantages and returns to a rewarded rollout; ``kl`` sums over a response, in nats."""
-        config, mask, scores = self.config, rollout.action_mask, rollout.scores
-        references = rollout.reference_log_probs
-        weights = {name: reference.weight for name, reference in config.references.items()}
-        placed = None if rollout.placed is None else jnp.where(mask, rollout.placed, 0)
-        # What segments of a response have earned already is not received again with its last token.
-        last = scores if placed is None else scores - placed.sum(axis=1)
-        rewards = token_rewards(last, rollout.log_probs, references, weights, kl_coef, mask)
-        rewards = rewards if placed is None else rewards + placed
-        advantages, returns = config.advantage(rewards, rollout.values, mask, rollout.group)
-        if config.whiten_advantages:
-            # Over the whole rollout: minibatches of an epoch then share one scale.
-            advantages = whiten(advantages, mask)
-        kl, kl_k3 = (
-            sum(
-                (
-                    weights[name] * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean()
-                    for name, reference in references.items()
-                ),
-                jnp.zeros(()),
-            )
-            for estimate in (k1, k3)
-        )
-        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, mask)}
-        if rollout.values is not None:
-            variance = explained_variance(rollout.values, returns, mask)
-            metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
-        return replace(rollout, advantages=advantages, returns=returns), metrics
-
-    def update(
-        self,
-        state: TrainState,
-        rollout: Rollout,
-        examples: TokenBatch | None,
-        key: Array,
-        rate: Array | float,
-        groups: tuple[str, ...],
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken."""
-        frozen = {group: tree for group, tree in state.params.items() if group not in groups}
-        # Rows are drawn anew for every minibatch: only what the losses read is drawn.
-        learned = replace(rollout, reference_log_probs={}, scores=None, plain_scores=None, placed=None)
-        return update_in_minibatches(
-            self.config,
-            self.objective(frozen),
-            state,
-            learned,
-            examples,
-            key,
-            rate,
-            groups=groups,
-            optimizer_key=self.optimizer_key,
-            model=self.model,
-        )
-
-    def _score_metrics(self, rollout: Rollout) -> dict[str, Array]:
-        """Scores and penalty, each logged under a name of its own."""
-        complete = self.complete(rollout)
-        return {
-            "score": rollout.plain_scores.mean(),
-            "score_std": rollout.plain_scores.std(),
-            "shaped_score": rollout.scores.mean(),
-            "penalty": self.penalties(complete).mean(),
-            "eos_fraction": complete.mean(),
-            "response_length": rollout.action_mask.sum(axis=1).mean(),
-        }
-
-    def _work(self, rollout: Rollout, groups: tuple[str, ...]) -> dict[str, Any]:
-        """Tokens sampled and arithmetic needed in one step."""
-        tokens, trains_policy = rollout.action_mask.sum(), "model" in groups
-        prompt_length = rollout.tokens.shape[1] - rollout.action_mask.shape[1]
-        return {"tokens": tokens, **self.config.flops(self.model, prompt_length, tokens, trains_policy)}
 
 
 class PolicyGradientPhase:

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxtyping import Array, Bool, Int
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.algorithms.policy_gradient import clipped_value_loss, policy_change
-from hybrid_jax.core.arrays import Sum
+from hybrid_jax.algorithms.kl import KL_LOSSES, kl_losses
+from hybrid_jax.algorithms.policy_gradient import clipped_value_loss, policy_change, token_losses
+from hybrid_jax.core.arrays import Sum, masked_sum
 from hybrid_jax.core.batches import Rollout, TokenBatch
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.heads import value
@@ -40,9 +42,9 @@ class PolicyLosses(RolloutFunctions):
             return {}
         return {self.value_key: init_value(self.model, policy, separate=self.config.value == "separate")}
 
-    def objective(self, frozen: Mapping[str, Params]) -> Objective:
-        """The loss of the groups that are not ``frozen``."""
-        coefs = self._coefs(value_only="model" in frozen)
+    def objective(self, frozen: Mapping[str, Params], kl_coef: Array | float) -> Objective:
+        """The loss of the groups that are not ``frozen``; ``kl_coef`` is β of a KL that is part of it."""
+        coefs = self._coefs("model" in frozen, kl_coef)
 
         # Frozen groups enter beside the gradient's arguments, so that no gradient of them is ever made.
         def loss(trained, batch, key):
@@ -51,15 +53,18 @@ class PolicyLosses(RolloutFunctions):
         def weights(batch) -> dict[str, Any]:
             rollout, examples = batch
             # Of the whole batch, not of a microbatch: a mean of means would weigh short responses more.
-            weights = dict.fromkeys(coefs, rollout.action_mask.sum())
+            weights = dict.fromkeys(coefs, rollout.loss_shares.sum())
+            weights["value_loss"] = rollout.action_mask.sum()
             weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
             return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}
 
         return Objective(loss, weights, coefs)
 
-    def _coefs(self, value_only: bool) -> dict[str, float]:
+    def _coefs(self, value_only: bool, kl_coef: Array | float) -> dict[str, Any]:
         config = self.config
-        coefs = {"policy_loss": 1.0}
+        coefs: dict[str, Any] = {"policy_loss": 1.0}
+        if config.kl_penalty in KL_LOSSES and config.references:
+            coefs["kl_loss"] = kl_coef
         if config.value is not None:
             coefs["value_loss"] = config.value_coef
         if config.entropy_coef:
@@ -85,9 +90,21 @@ class PolicyLosses(RolloutFunctions):
             temperature=config.sampler.policy_temperature,  # of the distribution that sampled
             with_entropy=bool(config.entropy_coef),
         )
-        policy_loss, metrics = config.objective(log_probs, rollout.log_probs, rollout.advantages, mask)
+        losses, metrics = token_losses(
+            config.objective, log_probs, rollout.log_probs, rollout.advantages, mask, config.ratio
+        )
         metrics |= policy_change(log_probs, rollout.log_probs, mask)
-        terms = {"policy_loss": policy_loss, **model_losses}
+        terms = {"policy_loss": _weighted(losses, rollout), **model_losses}
+        if rollout.reference_log_probs and config.kl_penalty in KL_LOSSES:
+            losses = kl_losses(
+                KL_LOSSES[config.kl_penalty],
+                log_probs,
+                rollout.log_probs,
+                rollout.reference_log_probs,
+                {name: reference.weight for name, reference in config.references.items()},
+                mask,
+            )
+            terms["kl_loss"] = _weighted(losses, rollout)
         if config.value is not None:
             group = params[self.value_key]
             if config.value == "separate":
@@ -102,7 +119,7 @@ class PolicyLosses(RolloutFunctions):
             )
             metrics |= value_metrics
         if entropies is not None:
-            terms["exact_entropy"] = Sum.of(entropies, mask)
+            terms["exact_entropy"] = _weighted(entropies, rollout)
         if examples is not None:
             terms["sft_loss"] = sft_losses(model, policy, examples)["loss"]
         return terms, metrics
@@ -120,3 +137,9 @@ class PolicyLosses(RolloutFunctions):
         group = params[self.value_key]
         trunk = self.whole(group.get("model", params["model"]))
         return value(group["head"], states_before(self.model, trunk, tokens, attention_mask, length))
+
+
+def _weighted(losses: Float[Array, "B R"], rollout: Rollout) -> Sum:
+    """The losses of the tokens added up as the aggregation says."""
+    total = masked_sum(rollout.loss_weights * losses, rollout.action_mask)
+    return Sum(total=total, weight=jnp.sum(rollout.loss_shares))

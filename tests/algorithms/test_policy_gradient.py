@@ -8,7 +8,6 @@ import pytest
 from hybrid_jax.algorithms.kl import k1, k2, k3, token_rewards
 from hybrid_jax.algorithms.log_probs import token_log_probs
 from hybrid_jax.algorithms.policy_gradient import (
-    Clipped,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
@@ -83,7 +82,7 @@ def test_the_policy_loss_equals_a_loop_over_cases_with_its_gradient(epsilon):
     log_probs, old, advantages = with_garbage(LOG_PROBS, OLD, ADVANTAGES)
 
     def loss(log_probs):
-        found, metrics = Clipped(epsilon)(log_probs, old, advantages, jnp.array(MASK))
+        found, metrics = clipped_policy_loss(log_probs, old, advantages, jnp.array(MASK), clip_range=epsilon)
         return found.total, (found, metrics | policy_change(log_probs, old, jnp.array(MASK)))
 
     (_, (found, metrics)), gradient = jax.value_and_grad(loss, has_aux=True)(log_probs)

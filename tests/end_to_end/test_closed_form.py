@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.kl import FixedKL
-from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.references import Reference
 from hybrid_jax.rewards.composite import CompositeReward, Part

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.tokens import TokenCount

@@ -13,7 +13,7 @@ from hybrid_jax.core.batches import Samples, TokenBatch
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.parallel.mesh import MeshConfig, put_rows
 from hybrid_jax.parallel.rules import under
-from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.references import Reference
 from hybrid_jax.phases.sft import sft_objective

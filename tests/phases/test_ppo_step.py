@@ -17,7 +17,7 @@ from hybrid_jax.models.experts import Experts
 from hybrid_jax.phases import minibatches as minibatches_module
 from hybrid_jax.phases import sft
 from hybrid_jax.phases.minibatches import _epoch_orders
-from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.sft_mix import SFTMix
 from hybrid_jax.rewards.composite import CompositeReward, Part

@@ -9,7 +9,7 @@ import pytest
 
 from hybrid_jax.core.batches import Rollout
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.phases.policy_gradient import PolicyGradientFunctions
+from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.sft_mix import SFTMix
 from hybrid_jax.phases.step_flops import sft_flops

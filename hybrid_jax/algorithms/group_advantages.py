@@ -1,0 +1,140 @@
+"""Advantages without a critic: what a response earned, against the other answers to its prompt.
+
+R_b is all that response b received, G the number of answers to its prompt. The advantage of all tokens of b is
+
+    leave_one_out   R_b − mean of the others                       (RLOO)
+    group           (R_b − mean) / (std + 1e-4), or without std     (GRPO; Dr. GRPO)
+    pass_at_k       E[max R over k answers of which b is one] − E[max R over k answers]
+
+The first is G/(G − 1) times the second without std. Masked tokens have the advantage 0. A rollout whose group
+lost a row (its number stands alone) gives that row the advantage 0.
+
+Sources: Kool et al. 2019, Ahmadian et al. 2024 (arXiv 2402.14740); Shao et al. 2024 (2402.03300); Liu et al.
+2025 (2503.20783); Chen et al. 2025 (2508.10751), of whose rewards 0 and 1 pass_at_k is the numerator.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.algorithms.advantages import ADVANTAGES
+from hybrid_jax.core.ranges import Count, settings
+
+EPSILON = 1e-4  # added to a standard deviation, as in the code of GRPO
+
+Rewards = Float[Array, "B R"]
+Estimated = tuple[Float[Array, "B R"], None]
+
+
+@ADVANTAGES.register("leave_one_out")
+@settings
+class LeaveOneOut:
+    """R − mean R of the other answers to the prompt (RLOO)."""
+
+    needs_value = False
+    min_group = 2
+
+    def __call__(
+        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+    ) -> Estimated:
+        earned = _earned(rewards, action_mask)
+        count, total = _of_group(jnp.ones_like(earned), group), _of_group(earned, group)
+        others = (total - earned) / jnp.maximum(count - 1, 1)
+        return _for_tokens(jnp.where(count > 1, earned - others, 0.0), action_mask), None
+
+
+@ADVANTAGES.register("group")
+@settings
+class GroupRelative:
+    """(R − mean R) / (std R + 1e-4) over the answers to the prompt (GRPO); without the division Dr. GRPO."""
+
+    # What R − mean is divided by: its deviation in the group (n − 1), in the whole rollout, or nothing.
+    scale: Literal["group", "rollout", "none"] = "group"
+
+    needs_value = False
+    min_group = 2
+
+    def __call__(
+        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+    ) -> Estimated:
+        earned = _earned(rewards, action_mask)
+        count = _of_group(jnp.ones_like(earned), group)
+        centred = earned - _of_group(earned, group) / count
+        match self.scale:
+            case "group":
+                deviation = jnp.sqrt(_of_group(jnp.square(centred), group) / jnp.maximum(count - 1, 1))
+                centred = centred / (deviation + EPSILON)
+            case "rollout":
+                centred = centred / (jnp.std(earned, ddof=1) + EPSILON)
+        return _for_tokens(centred, action_mask), None
+
+
+@ADVANTAGES.register("pass_at_k")
+@settings
+class PassAtK:
+    """What an answer adds to the best of k answers: a rare good one counts much, where the mean would not."""
+
+    k: Count = 4  # answers of which the best counts; at most the answers to a prompt
+
+    needs_value = False
+
+    @property
+    def min_group(self) -> int:
+        """k answers."""
+        return max(self.k, 2)
+
+    def __call__(
+        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+    ) -> Estimated:
+        earned = _earned(rewards, action_mask)
+        best_with = _best_with(earned, group, self.k)
+        # Over the answers of a group, the mean of the best with each is the best of any k.
+        mean = _of_group(best_with, group) / _of_group(jnp.ones_like(earned), group)
+        return _for_tokens(best_with - mean, action_mask), None
+
+
+def _best_with(earned: Float[Array, "B"], group: Int[Array, "B"], k: int) -> Float[Array, "B"]:
+    """E[max R over k answers to the prompt of b, of which b is one].
+
+    In ascending order, answer j is the best of C(j − 1, k − 1) sets of b = j, and of C(j − 2, k − 2) sets with
+    an earlier b, out of the C(G − 1, k − 1) sets that hold b.
+    """
+    index = jnp.arange(len(earned))
+    together = group[:, None] == group[None, :]
+    before = (earned[None, :] < earned[:, None]) | (
+        (earned[None, :] == earned[:, None]) & (index[None] < index[:, None])
+    )
+    below = jnp.sum(together & before, axis=1)  # answers of the group that stand before
+    count = jnp.sum(together, axis=1)
+    own = _choose(below, k - 1) / _choose(count - 1, k - 1)
+    later = _choose(below - 1, k - 2) / _choose(count - 1, k - 1)  # of j, for each b before it
+    is_later = together & before.T
+    return own * earned + jnp.sum(jnp.where(is_later, (later * earned)[None, :], 0.0), axis=1)
+
+
+def _choose(n: Int[Array, "B"], k: int) -> Float[Array, "B"]:
+    """C(n, k); 0 where n < k or k < 0."""
+    if k < 0:
+        return jnp.zeros(n.shape, jnp.float32)
+    terms = [(n - i) / (i + 1) for i in range(k)]  # a loop over k, which is small
+    product = jnp.ones(n.shape, jnp.float32)
+    for term in terms:
+        product = product * jnp.maximum(term, 0.0)
+    return product
+
+
+def _earned(rewards: Rewards, mask: Bool[Array, "B R"]) -> Float[Array, "B"]:
+    return jnp.sum(jnp.where(mask, rewards, 0.0), axis=1)
+
+
+def _of_group(x: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:
+    """The sum over the group of each row."""
+    return jax.ops.segment_sum(x, group, num_segments=len(x))[group]
+
+
+def _for_tokens(x: Float[Array, "B"], mask: Bool[Array, "B R"]) -> Float[Array, "B R"]:
+    return jnp.where(mask, x[:, None], 0.0)

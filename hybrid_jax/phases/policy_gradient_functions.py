@@ -1,0 +1,171 @@
+"""The pure functions of a policy gradient: advantages, weights of tokens, updates; see `policy_gradient`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Int
+
+from hybrid_jax.algorithms.advantages import whiten
+from hybrid_jax.algorithms.aggregation import loss_weights
+from hybrid_jax.algorithms.kl import k1, k3, token_rewards
+from hybrid_jax.algorithms.policy_gradient import explained_variance
+from hybrid_jax.core.arrays import masked_mean
+from hybrid_jax.core.batches import Rollout, TokenBatch
+from hybrid_jax.models.base import Params
+from hybrid_jax.models.scoring import response_log_probs
+from hybrid_jax.phases.minibatches import update_in_minibatches
+from hybrid_jax.phases.policy_losses import PolicyLosses
+from hybrid_jax.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class PolicyGradientFunctions(PolicyLosses):
+    """The pure functions of a step, for one model and one setting."""
+
+    optimizer_key: str
+
+    @property
+    def kl_key(self) -> str:
+        """Where ``TrainState.extra`` keeps the state of the KL control."""
+        return f"{self.name}/kl_control"
+
+    def iteration(
+        self,
+        state: TrainState,
+        references: Mapping[str, Params],
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        rate: Array | float,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """A whole step as one pure function, for a reward on the device."""
+        sample_key, learn_key = jax.random.split(key)
+        samples = self.sample(state.params["model"], prompt_tokens, prompt_mask, sample_key)
+        rollout = self.score(state.params, references, prompt_tokens, prompt_mask, samples)
+        return self.learn(state, self.rewarded(rollout), None, learn_key, rate)
+
+    def learn(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        *,
+        groups: tuple[str, ...] | None = None,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Learns from a rewarded rollout: advantages, all updates of one step, and the new KL coefficient."""
+        groups = groups or self.groups
+        control, control_state = self.config.kl_control, state.extra[self.kl_key]
+        coef = control.coefficient(control_state)
+        metrics = self._score_metrics(rollout)
+        rollout, estimated = self.advantages(rollout, coef)
+        rollout, corrected = self.weighted(state.params["model"], rollout)
+        state, updated = self.update(state, rollout, examples, key, rate, groups, coef)
+        # While the value warms up alone the policy does not move, so its KL says nothing about β.
+        if "model" in groups:
+            control_state = control.update(control_state, estimated["kl"], len(rollout.tokens))
+        state = replace(state, extra={**state.extra, self.kl_key: control_state})
+        measured = {**metrics, **estimated, **corrected, **updated, "kl_coef": coef}
+        return state, {**measured, **self._work(rollout, groups)}
+
+    def advantages(self, rollout: Rollout, kl_coef: Array) -> tuple[Rollout, dict[str, Array]]:
+        """Adds advantages and returns to a rewarded rollout; ``kl`` sums over a response, in nats."""
+        config, mask, scores = self.config, rollout.action_mask, rollout.scores
+        references = rollout.reference_log_probs
+        weights = {name: reference.weight for name, reference in config.references.items()}
+        placed = None if rollout.placed is None else jnp.where(mask, rollout.placed, 0)
+        # What segments of a response have earned already is not received again with its last token.
+        last = scores if placed is None else scores - placed.sum(axis=1)
+        in_reward = kl_coef if config.kl_penalty == "reward" else jnp.zeros(())
+        rewards = token_rewards(last, rollout.log_probs, references, weights, in_reward, mask)
+        rewards = rewards if placed is None else rewards + placed
+        advantages, returns = config.advantage(rewards, rollout.values, mask, rollout.group)
+        if config.whiten_advantages:
+            # Over the whole rollout: minibatches of an epoch then share one scale.
+            advantages = whiten(advantages, mask)
+        kl, kl_k3 = (
+            sum(
+                (
+                    weights[name] * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean()
+                    for name, reference in references.items()
+                ),
+                jnp.zeros(()),
+            )
+            for estimate in (k1, k3)
+        )
+        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, mask)}
+        if rollout.values is not None:
+            variance = explained_variance(rollout.values, returns, mask)
+            metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
+        return replace(rollout, advantages=advantages, returns=returns), metrics
+
+    def weighted(self, policy: Params, rollout: Rollout) -> tuple[Rollout, dict[str, Array]]:
+        """Adds what each token weighs in the loss; with a correction, ratios start from ``policy``."""
+        mask, correction = rollout.action_mask, self.config.correction
+        weights, shares = loss_weights(self.config.aggregation, mask, rollout.group)
+        if correction is None:
+            return replace(rollout, loss_weights=weights, loss_shares=shares), {}
+        log_probs = response_log_probs(
+            self.model,
+            self.whole(policy),
+            rollout.tokens,
+            rollout.attention_mask,
+            mask.shape[1],
+            self.config.sampler.policy_temperature,
+        )
+        factors = correction(log_probs, rollout.log_probs, mask)
+        rollout = replace(rollout, log_probs=log_probs, loss_weights=weights * factors, loss_shares=shares)
+        return rollout, {"correction": masked_mean(factors, mask)}
+
+    def update(
+        self,
+        state: TrainState,
+        rollout: Rollout,
+        examples: TokenBatch | None,
+        key: Array,
+        rate: Array | float,
+        groups: tuple[str, ...],
+        kl_coef: Array,
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken."""
+        frozen = {group: tree for group, tree in state.params.items() if group not in groups}
+        # Rows are drawn anew for every minibatch: only what the losses read is drawn.
+        references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
+        learned = replace(rollout, reference_log_probs=references, scores=None, plain_scores=None, placed=None)
+        return update_in_minibatches(
+            self.config,
+            self.objective(frozen, kl_coef),
+            state,
+            learned,
+            examples,
+            key,
+            rate,
+            groups=groups,
+            optimizer_key=self.optimizer_key,
+            model=self.model,
+        )
+
+    def _score_metrics(self, rollout: Rollout) -> dict[str, Array]:
+        """Scores and penalty, each logged under a name of its own."""
+        complete = self.complete(rollout)
+        return {
+            "score": rollout.plain_scores.mean(),
+            "score_std": rollout.plain_scores.std(),
+            "shaped_score": rollout.scores.mean(),
+            "penalty": self.penalties(complete).mean(),
+            "eos_fraction": complete.mean(),
+            "response_length": rollout.action_mask.sum(axis=1).mean(),
+        }
+
+    def _work(self, rollout: Rollout, groups: tuple[str, ...]) -> dict[str, Any]:
+        """Tokens sampled and arithmetic needed in one step."""
+        tokens, trains_policy = rollout.action_mask.sum(), "model" in groups
+        prompt_length = rollout.tokens.shape[1] - rollout.action_mask.shape[1]
+        return {"tokens": tokens, **self.config.flops(self.model, prompt_length, tokens, trains_policy)}

@@ -22,7 +22,21 @@ from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.heads import HEADS
 from hybrid_jax.parallel.mesh import MeshConfig
-from hybrid_jax.phases import classifier, ppo, reward_model, sft  # noqa: F401  these fill PHASES
+from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
+    cispo,
+    classifier,
+    dr_grpo,
+    gdpo,
+    grpo,
+    gspo,
+    ppo,
+    reinforce,
+    reinforce_pp,
+    reward_model,
+    rloo,
+    sapo,
+    sft,
+)
 from hybrid_jax.runs.policy import check_spelling, run_settings, trust_explained
 from hybrid_jax.training.checkpoint import CheckpointConfig
 from hybrid_jax.training.compilation import cache_folder

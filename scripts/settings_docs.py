@@ -70,6 +70,21 @@ class Setting:
         return plain(value, self.hint)
 
 
+def origin_of(cls: type, name: str) -> type:
+    """The class that a setting of ``cls`` is written in: itself, or the nearest one that it inherits from."""
+    return next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+
+
+@functools.cache
+def parent_of(cls: type) -> tuple[Registry, str] | None:
+    """The component that another one inherits its settings from, where a config can name it."""
+    for thing in reachable(ExperimentConfig, {}):
+        for name in names_of(thing) if isinstance(thing, Registry) else ():
+            if thing[name] in cls.__mro__[1:]:
+                return thing, name
+    return None
+
+
 def plain(value: Any, hint: Any) -> Any:
     return json.loads(json.dumps(to_dict(value, hint)))
 
@@ -158,6 +173,10 @@ def classes() -> list[type]:
 def schema() -> dict[str, Any]:
     """The JSON schema (draft 7) of a config file."""
     definitions: dict[str, Any] = {}
+    for cls in classes():
+        for setting in settings_of(cls):
+            if (origin := origin_of(cls, setting.name)) is not cls:  # written once, for all that inherit it
+                definitions[_inherited(origin, setting)] = _property(setting)
     for thing in reachable(ExperimentConfig, {}):
         if isinstance(thing, Registry):
             definitions[_key(thing)] = _any_of_registry(thing)
@@ -179,13 +198,22 @@ def schema() -> dict[str, Any]:
 
 def _object(cls: Any, **more: Any) -> dict[str, Any]:
     """Required settings are not demanded, for they may stand in a base or in a default."""
-    properties = {setting.name: _property(setting) for setting in settings_of(cls)}
+    properties = {
+        setting.name: _property(setting)
+        if (origin := origin_of(cls, setting.name)) is cls
+        else _reference(_inherited(origin, setting))
+        for setting in settings_of(cls)
+    }
     return {
         "type": "object",
         "description": _summary(cls),
         "properties": {**more, **properties},
         "additionalProperties": False,
     }
+
+
+def _inherited(origin: type, setting: Setting) -> str:
+    return f"{origin.__name__}.{setting.name}"
 
 
 def _component(registry: Registry, name: str) -> dict[str, Any]:
@@ -333,14 +361,19 @@ def _described(entry: Any) -> list[str]:
 
 
 def _table(cls: Any) -> list[str]:
-    if not (rows := settings_of(cls)):
-        return []
+    rows, parent, lead = settings_of(cls), parent_of(cls), []
+    if parent is not None:  # what it has from another component is described there
+        rows = [row for row in rows if origin_of(cls, row.name) not in parent[0][parent[1]].__mro__]
+        title = f"{parent[0].kind} `{parent[1]}`"
+        lead = [f"The settings of [{title}](#{_anchor(title)})" + (", and:\n" if rows else ".\n")]
+    if not rows:
+        return lead
     lines = ["| setting | takes | default | |", "|---|---|---|---|"]
     for setting in rows:
         name = f"**{setting.name}**" if setting.is_required else setting.name
         cells = (name, words(setting.hint), _default(setting), setting.sentence)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return [*lines, ""]
+    return [*lead, *lines, ""]
 
 
 def _default(setting: Setting) -> str:

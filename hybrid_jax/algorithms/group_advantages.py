@@ -52,8 +52,7 @@ class LeaveOneOut:
 class GroupRelative:
     """(R − mean R) / (std R + 1e-4) over the answers to the prompt (GRPO); without the division Dr. GRPO."""
 
-    # What R − mean is divided by: its deviation in the group (n − 1), in the whole rollout, or nothing.
-    scale: Literal["group", "rollout", "none"] = "group"
+    scale: Literal["group", "rollout", "none"] = "group"  # whose standard deviation (n − 1) divides R − mean
 
     needs_value = False
     min_group = 2

@@ -66,7 +66,7 @@ class PolicyGradientFunctions(PolicyLosses):
         coef = control.coefficient(control_state)
         metrics = self._score_metrics(rollout)
         rollout, estimated = self.advantages(rollout, coef)
-        rollout, corrected = self.weighted(state.params["model"], rollout)
+        rollout, corrected = self.corrected(state.params["model"], rollout)
         state, updated = self.update(state, rollout, examples, key, rate, groups, coef)
         # While the value warms up alone the policy does not move, so its KL says nothing about β.
         if "model" in groups:
@@ -76,7 +76,7 @@ class PolicyGradientFunctions(PolicyLosses):
         return state, {**measured, **self._work(rollout, groups)}
 
     def advantages(self, rollout: Rollout, kl_coef: Array) -> tuple[Rollout, dict[str, Array]]:
-        """Adds advantages and returns to a rewarded rollout; ``kl`` sums over a response, in nats."""
+        """Adds advantages, returns and weights to a rewarded rollout; ``kl`` sums over a response, in nats."""
         config, mask, scores = self.config, rollout.action_mask, rollout.scores
         references = rollout.reference_log_probs
         weights = {name: reference.weight for name, reference in config.references.items()}
@@ -104,14 +104,15 @@ class PolicyGradientFunctions(PolicyLosses):
         if rollout.values is not None:
             variance = explained_variance(rollout.values, returns, mask)
             metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
-        return replace(rollout, advantages=advantages, returns=returns), metrics
+        weights, shares = loss_weights(config.aggregation, mask, rollout.group)
+        estimated = {"advantages": advantages, "returns": returns}
+        return replace(rollout, **estimated, loss_weights=weights, loss_shares=shares), metrics
 
-    def weighted(self, policy: Params, rollout: Rollout) -> tuple[Rollout, dict[str, Array]]:
-        """Adds what each token weighs in the loss; with a correction, ratios start from ``policy``."""
+    def corrected(self, policy: Params, rollout: Rollout) -> tuple[Rollout, dict[str, Array]]:
+        """Weighs tokens that another policy sampled; with a correction, ratios start from ``policy``."""
         mask, correction = rollout.action_mask, self.config.correction
-        weights, shares = loss_weights(self.config.aggregation, mask, rollout.group)
         if correction is None:
-            return replace(rollout, loss_weights=weights, loss_shares=shares), {}
+            return rollout, {}
         log_probs = response_log_probs(
             self.model,
             self.whole(policy),
@@ -121,7 +122,7 @@ class PolicyGradientFunctions(PolicyLosses):
             self.config.sampler.policy_temperature,
         )
         factors = correction(log_probs, rollout.log_probs, mask)
-        rollout = replace(rollout, log_probs=log_probs, loss_weights=weights * factors, loss_shares=shares)
+        rollout = replace(rollout, log_probs=log_probs, loss_weights=rollout.loss_weights * factors)
         return rollout, {"correction": masked_mean(factors, mask)}
 
     def update(
@@ -132,9 +133,12 @@ class PolicyGradientFunctions(PolicyLosses):
         key: Array,
         rate: Array | float,
         groups: tuple[str, ...],
-        kl_coef: Array,
+        kl_coef: Array | float = 0.0,
     ) -> tuple[TrainState, dict[str, Array]]:
-        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken."""
+        """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken.
+
+        ``kl_coef`` is β of a KL in the loss.
+        """
         frozen = {group: tree for group, tree in state.params.items() if group not in groups}
         # Rows are drawn anew for every minibatch: only what the losses read is drawn.
         references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}

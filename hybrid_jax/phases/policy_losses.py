@@ -42,8 +42,8 @@ class PolicyLosses(RolloutFunctions):
             return {}
         return {self.value_key: init_value(self.model, policy, separate=self.config.value == "separate")}
 
-    def objective(self, frozen: Mapping[str, Params], kl_coef: Array | float) -> Objective:
-        """The loss of the groups that are not ``frozen``; ``kl_coef`` is β of a KL that is part of it."""
+    def objective(self, frozen: Mapping[str, Params], kl_coef: Array | float = 0.0) -> Objective:
+        """The loss of the groups that are not ``frozen``; ``kl_coef`` is β of a KL in the loss."""
         coefs = self._coefs("model" in frozen, kl_coef)
 
         # Frozen groups enter beside the gradient's arguments, so that no gradient of them is ever made.

@@ -52,6 +52,14 @@ GLOSSARY = {
         "The objective of the policy gradient, negated.",
         "Its size means little; large swings mean updates that are too big.",
     ),
+    "kl_loss": (
+        "The KL to the references as a part of the loss, by the estimator that kl_penalty names.",
+        "Growing without end: the policy ignores it; raise the coefficient of kl_control.",
+    ),
+    "correction": (
+        "How much a token counts on average that another policy sampled than the one that learns from it.",
+        "Far from 1: responses are of too old a policy.",
+    ),
     "value_loss": (
         "Squared error of the value estimates.",
         "Growing: rewards changed scale, or the value learning rate is too high.",

@@ -53,9 +53,11 @@ _PUBLIC = {
     # algorithms
     "algorithms.supervised": ["next_token_targets", "token_cross_entropy"],
     "algorithms.log_probs": ["entropy", "token_log_probs"],
-    "algorithms.advantages": ["ADVANTAGES", "GAE", "Advantage", "gae", "whiten"],
+    "algorithms.advantages": ["ADVANTAGES", "GAE", "Advantage", "Returns", "gae", "whiten"],
+    "algorithms.group_advantages": ["GroupRelative", "LeaveOneOut", "PassAtK"],
     "algorithms.policy_gradient": [
-        *("OBJECTIVES", "Clipped", "PolicyObjective", "clipped_policy_loss", "clipped_value_loss"),
+        *("OBJECTIVES", "PolicyObjective", "Clipped", "Truncated", "Soft", "Reinforce"),
+        *("token_losses", "clipped_policy_loss", "clipped_value_loss"),
     ],
     "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],
     # samplers

@@ -56,7 +56,7 @@ _PUBLIC = {
     "algorithms.advantages": ["ADVANTAGES", "GAE", "Advantage", "Returns", "gae", "whiten"],
     "algorithms.group_advantages": ["GroupRelative", "LeaveOneOut", "PassAtK"],
     "algorithms.policy_gradient": [
-        *("OBJECTIVES", "PolicyObjective", "Clipped", "Truncated", "Soft", "Reinforce"),
+        *("OBJECTIVES", "PolicyObjective", "Clipped", "Truncated", "Soft", "ScoreFunction"),
         *("token_losses", "clipped_policy_loss", "clipped_value_loss"),
     ],
     "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],

@@ -47,8 +47,10 @@ def k3_ratio(
     return k3(log_probs, reference_log_probs) * jnp.exp(log_probs - old_log_probs)
 
 
-# Where the KL to the references acts: in the reward (k1), or as a loss by one of three estimators. The optimum
-# is π* ∝ π_ref exp(r/β), but with plain k3 as a loss, which pulls to that of KL(π_ref ‖ π).
+# Where the KL to the references acts. In the reward (k1) a token answers for the KL of all that follows it, and
+# the optimum is π* ∝ π_ref exp(r/β). In the loss it answers for its own alone, with Q the score to be expected:
+#     k2, k3_ratio   π(a|s) ∝ π_ref(a|s) exp(Q(s, a)/β)             which is π* for responses of one token
+#     k3             π(a|s) = β π_ref(a|s) / (λ(s) − Q(s, a))       the optimum of KL(π_ref ‖ π)
 KLPenalty = Literal["reward", "k2", "k3", "k3_ratio"]
 Estimator = Callable[[Array, Array, Array], Array]
 KL_LOSSES: Mapping[str, Estimator] = {

@@ -110,9 +110,9 @@ class Soft:
         return -advantages * gate, {}
 
 
-@OBJECTIVES.register("reinforce")
+@OBJECTIVES.register("score_function")
 @settings
-class Reinforce:
+class ScoreFunction:
     """−A log π (Williams 1992): for responses of the policy itself, so with ``epochs: 1``."""
 
     def __call__(

@@ -3,7 +3,7 @@
     A_b = (R_b − mean R) / (std R + 1e-4) over the answers to a prompt
     L   = mean over responses of their mean of max(−A ρ, −A clip(ρ, 1 ± 0.2)) + 0.04 · k3
 
-Plain k3 in the loss pulls to another optimum than a KL in the reward does; ``kl_penalty: k3_ratio`` does not.
+A KL in the loss has another optimum than one in the reward (`hybrid_jax.algorithms.kl`): see ``kl_penalty``.
 
 Source: Shao et al. 2024 (arXiv 2402.03300).
 """

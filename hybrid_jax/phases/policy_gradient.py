@@ -8,10 +8,10 @@ One step, in the order in which it happens:
     weights      of tokens in the loss: aggregation × correction                     (algorithms/aggregation.py)
     updates      epochs × minibatches of  policy loss(A) + c_v · value loss(G) − c_H · entropy
 
-The KL to the reference is the single-sample k1 in the reward by default. As a loss, ``kl_penalty`` k2 and
-k3_ratio reach the same optimum, k3 another one (that of the forward KL). k1 as a loss has zero expected
-gradient, so it is no penalty at all, and k3 in the reward can diverge: neither is a setting (tests/algorithms
-proves these statements on a bandit).
+The KL to the reference is the single-sample k1 in the reward by default. ``kl_penalty`` puts it into the loss,
+token by token, which has another optimum (`hybrid_jax.algorithms.kl`). k1 as a loss has zero expected gradient,
+so it is no penalty at all, and k3 in the reward can diverge: neither is a setting (tests/algorithms proves
+these statements on a bandit).
 
 A method is a file of defaults: an estimator of advantages and an objective (`hybrid_jax.phases.ppo`). With a
 reward on the device, `PolicyGradientFunctions.iteration` is a whole step as one pure function of the state, for

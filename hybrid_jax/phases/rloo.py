@@ -3,7 +3,7 @@
     A_b = R_b − mean of R of the other answers, the KL to the reference in R (k1)
     L   = mean over tokens of max(−A ρ, −A clip(ρ, 1 − 0.2, 1 + 0.28))
 
-Source: Ahmadian et al. 2024 (arXiv 2402.14740). Their own loss is ``objective: reinforce``, ``aggregation:
+Source: Ahmadian et al. 2024 (arXiv 2402.14740). Their own loss is ``objective: score_function``, ``aggregation:
 sequence_sum``; the mean over tokens and the wider upper bound are those of Yu et al. 2025 (2503.14476).
 """
 

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.aggregation import Correction, loss_weights
-from hybrid_jax.algorithms.policy_gradient import Clipped, Reinforce, Soft, Truncated, log_ratios, token_losses
+from hybrid_jax.algorithms.policy_gradient import (
+    Clipped,
+    ScoreFunction,
+    Soft,
+    Truncated,
+    log_ratios,
+    token_losses,
+)
 
 # Two responses, of two tokens and of one.
 MASK = jnp.array([[True, True], [True, False]])
@@ -28,7 +35,7 @@ def aggregated(losses, kind, mask=MASK, group=GROUP):
 def test_the_token_losses_of_every_objective_are_the_literal_numbers():
     expected = {
         Clipped(0.2, 0.28): [-1.28, 1.6, 1.1051709],
-        Reinforce(): [0.3, -2.4, -0.5],
+        ScoreFunction(): [0.3, -2.4, -0.5],
         Truncated(1.2): [0.36, -1.6087681, -0.5525855],
         Soft(): [-2.4821448, 3.1566702, 2.0098261],
     }
@@ -107,7 +114,7 @@ METHODS = {
     "gspo_token": (Clipped(3e-4, 4e-4), "sequence_token", "sequence_mean"),
     "reinforce_pp": (Clipped(0.2), "token", "sequence_mean"),
     "cispo": (Truncated(1.2), "token", "token_mean"),
-    "rloo": (Reinforce(), "token", "sequence_sum"),
+    "rloo": (ScoreFunction(), "token", "sequence_sum"),
 }
 
 

@@ -193,6 +193,8 @@ def rollout_of(model) -> Rollout:
         values=zeros,
         advantages=jnp.ones(mask.shape),
         returns=zeros,
+        loss_weights=jnp.asarray(mask, jnp.float32),
+        loss_shares=jnp.asarray(mask.sum(axis=1), jnp.float32),
     )
 
 
@@ -282,7 +284,6 @@ def test_router_losses_weigh_by_all_tokens_that_the_router_saw():
     model = replace(MODEL, mlp="gated", experts=experts).build(11)
     ppo, rollout = functions(model), rollout_of(model)
     responses = int(rollout.action_mask.sum())
-    rollout = replace(rollout, loss_shares=rollout.action_mask.sum(axis=1))
     weights = ppo.objective({}).weights((rollout, None))
     assert {name: int(weight) for name, weight in weights.items()} == {
         "policy_loss": responses,

@@ -65,6 +65,8 @@ def rollout() -> Rollout:
         values=numbers[0],
         advantages=numbers[1],
         returns=numbers[2],
+        loss_weights=mask.astype(jnp.float32),
+        loss_shares=jnp.full(ROWS, float(RESPONSE)),
     )
 
 

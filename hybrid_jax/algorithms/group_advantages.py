@@ -39,7 +39,7 @@ class LeaveOneOut:
     min_group = 2
 
     def __call__(
-        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+        self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
         count, total = _of_group(jnp.ones_like(earned), group), _of_group(earned, group)
@@ -58,7 +58,7 @@ class GroupRelative:
     min_group = 2
 
     def __call__(
-        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+        self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
         count = _of_group(jnp.ones_like(earned), group)
@@ -87,7 +87,7 @@ class PassAtK:
         return max(self.k, 2)
 
     def __call__(
-        self, rewards: Rewards, values: None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
+        self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
         best_with = _best_with(earned, group, self.k)

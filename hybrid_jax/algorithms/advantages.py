@@ -20,7 +20,11 @@ from hybrid_jax.core.registry import Registry
 
 
 class Advantage(Protocol):
-    """An estimator: a frozen dataclass of settings, registered in `ADVANTAGES` or named ``my_module:Mine``."""
+    """An estimator: a frozen dataclass of settings, registered in `ADVANTAGES` or named ``my_module:Mine``.
+
+    One that compares the policy with the one that sampled has ``reads_ratios = True``, and takes the log-ratios
+    of the tokens, [B R], as a fifth argument.
+    """
 
     @property
     def needs_value(self) -> bool:
@@ -51,6 +55,11 @@ class Advantage(Protocol):
 
 
 ADVANTAGES: Registry[Advantage] = Registry("advantage", needs=("needs_value", "min_group"))
+
+
+def reads_ratios(advantage: Advantage) -> bool:
+    """Tells whether an estimator takes log-ratios."""
+    return getattr(advantage, "reads_ratios", False)
 
 
 @ADVANTAGES.register("gae")

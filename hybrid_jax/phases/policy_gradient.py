@@ -31,8 +31,8 @@ from typing import Annotated, Any, Literal
 import jax
 from jax import Array
 
-from hybrid_jax.algorithms import group_advantages  # noqa: F401  these fill ADVANTAGES
-from hybrid_jax.algorithms.advantages import ADVANTAGES, GAE, Advantage
+from hybrid_jax.algorithms import group_advantages, multistep  # noqa: F401  these fill ADVANTAGES
+from hybrid_jax.algorithms.advantages import ADVANTAGES, GAE, Advantage, reads_ratios
 from hybrid_jax.algorithms.aggregation import Aggregation, Correction
 from hybrid_jax.algorithms.kl import KL_CONTROLS, FixedKL, KLControl, KLPenalty
 from hybrid_jax.algorithms.policy_gradient import (
@@ -98,6 +98,8 @@ class OnPolicy(RolloutSettings):
             raise ValueError(f"discount must be 1 for a reward with level: potential, got {discount}")
         if self.samples_per_prompt < (least := self.advantage.min_group):
             raise ValueError(f"samples_per_prompt must be at least {least}, got {self.samples_per_prompt}")
+        if reads_ratios(self.advantage) and self.correction is not None:
+            raise ValueError("correction must be null for an advantage that weighs by ratios itself, as vtrace")
         if self.value_init is not None and self.value_network != "separate":
             raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
         if not self.advantage.needs_value and (self.value_network != "shared" or self.value_warmup_steps):
@@ -130,8 +132,8 @@ class OnPolicy(RolloutSettings):
             prompt_length,
             self.sampler.max_new_tokens,
             tokens,
-            # A correction reads the rollout once more, as a reference does.
-            num_references=len(self.references) + (self.correction is not None),
+            # Comparing the policy with the one that sampled reads the rollout once more, as a reference does.
+            num_references=len(self.references) + (self.correction is not None or reads_ratios(self.advantage)),
             epochs=self.epochs,
             value=self.value,
             trains_policy=trains_policy,

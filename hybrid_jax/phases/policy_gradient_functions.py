@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int
 
-from hybrid_jax.algorithms.advantages import whiten
+from hybrid_jax.algorithms.advantages import reads_ratios, whiten
 from hybrid_jax.algorithms.aggregation import loss_weights
 from hybrid_jax.algorithms.kl import k1, k3, token_rewards
 from hybrid_jax.algorithms.policy_gradient import explained_variance
@@ -65,8 +65,9 @@ class PolicyGradientFunctions(PolicyLosses):
         control, control_state = self.config.kl_control, state.extra[self.kl_key]
         coef = control.coefficient(control_state)
         metrics = self._score_metrics(rollout)
-        rollout, estimated = self.advantages(rollout, coef)
-        rollout, corrected = self.corrected(state.params["model"], rollout)
+        log_probs = self.current_log_probs(state.params["model"], rollout)
+        rollout, estimated = self.advantages(rollout, coef, log_probs)
+        rollout, corrected = self.corrected(rollout, log_probs)
         state, updated = self.update(state, rollout, examples, key, rate, groups, coef)
         # While the value warms up alone the policy does not move, so its KL says nothing about β.
         if "model" in groups:
@@ -75,8 +76,13 @@ class PolicyGradientFunctions(PolicyLosses):
         measured = {**metrics, **estimated, **corrected, **updated, "kl_coef": coef}
         return state, {**measured, **self._work(rollout, groups)}
 
-    def advantages(self, rollout: Rollout, kl_coef: Array) -> tuple[Rollout, dict[str, Array]]:
-        """Adds advantages, returns and weights to a rewarded rollout; ``kl`` sums over a response, in nats."""
+    def advantages(
+        self, rollout: Rollout, kl_coef: Array, log_probs: Array | None = None
+    ) -> tuple[Rollout, dict[str, Array]]:
+        """Adds advantages, returns and weights to a rewarded rollout; ``kl`` sums over a response, in nats.
+
+        ``log_probs`` are those of `current_log_probs`.
+        """
         config, mask, scores = self.config, rollout.action_mask, rollout.scores
         references = rollout.reference_log_probs
         weights = {name: reference.weight for name, reference in config.references.items()}
@@ -86,7 +92,10 @@ class PolicyGradientFunctions(PolicyLosses):
         in_reward = kl_coef if config.kl_penalty == "reward" else jnp.zeros(())
         rewards = token_rewards(last, rollout.log_probs, references, weights, in_reward, mask)
         rewards = rewards if placed is None else rewards + placed
-        advantages, returns = config.advantage(rewards, rollout.values, mask, rollout.group)
+        inputs = (rewards, rollout.values, mask, rollout.group)
+        if reads_ratios(config.advantage) and log_probs is not None:
+            inputs = (*inputs, jnp.where(mask, log_probs - rollout.log_probs, 0.0))
+        advantages, returns = config.advantage(*inputs)
         if config.whiten_advantages:
             # Over the whole rollout: minibatches of an epoch then share one scale.
             advantages = whiten(advantages, mask)
@@ -108,19 +117,24 @@ class PolicyGradientFunctions(PolicyLosses):
         estimated = {"advantages": advantages, "returns": returns}
         return replace(rollout, **estimated, loss_weights=weights, loss_shares=shares), metrics
 
-    def corrected(self, policy: Params, rollout: Rollout) -> tuple[Rollout, dict[str, Array]]:
-        """Weighs tokens that another policy sampled; with a correction, ratios start from ``policy``."""
-        mask, correction = rollout.action_mask, self.config.correction
-        if correction is None:
-            return rollout, {}
-        log_probs = response_log_probs(
+    def current_log_probs(self, policy: Params, rollout: Rollout) -> Array | None:
+        """What ``policy`` says of the tokens, [B R], where a setting compares it with the one that sampled."""
+        if self.config.correction is None and not reads_ratios(self.config.advantage):
+            return None
+        return response_log_probs(
             self.model,
             self.whole(policy),
             rollout.tokens,
             rollout.attention_mask,
-            mask.shape[1],
+            rollout.action_mask.shape[1],
             self.config.sampler.policy_temperature,
         )
+
+    def corrected(self, rollout: Rollout, log_probs: Array | None) -> tuple[Rollout, dict[str, Array]]:
+        """Weighs tokens that another policy sampled; with a correction, ratios start from ``log_probs``."""
+        mask, correction = rollout.action_mask, self.config.correction
+        if correction is None or log_probs is None:
+            return rollout, {}
         factors = correction(log_probs, rollout.log_probs, mask)
         rollout = replace(rollout, log_probs=log_probs, loss_weights=rollout.loss_weights * factors)
         return rollout, {"correction": masked_mean(factors, mask)}

@@ -23,6 +23,7 @@ from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.heads import HEADS
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
+    a2c,
     cispo,
     classifier,
     dr_grpo,

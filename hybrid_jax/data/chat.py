@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from hybrid_jax.data.turns import MARKS, Written, find_marked, find_turns, learn
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 128  # conversations that are rendered while as many others become tokens
+AT_ONCE = 128  # conversations that are rendered by one request, and become tokens by one call
 
 Row = tuple[Sequence[Message], Mapping[str, Any] | None]
 
@@ -77,15 +78,16 @@ def encode_conversations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[
     chunks = [rows[start : start + AT_ONCE] for start in range(0, len(rows), AT_ONCE)]
     if len(chunks) < 2:
         for chunk in chunks:
-            yield from _unless_errors(_Batch(chunk, tokenizer).encoded())
+            yield from _unless_errors(_Batch(chunk, tokenizer).read().encoded())
         return
-    with ThreadPoolExecutor(1) as pool:
+    # While one batch is rendered, by another process, a second becomes tokens, which needs no lock of Python.
+    with ThreadPoolExecutor(2) as pool:
         waiting: list[tuple[_Batch, Future[None]]] = []
         for chunk in [*chunks, None]:
             if chunk is not None:
                 batch = _Batch(chunk, tokenizer)
-                waiting.append((batch, pool.submit(batch.render)))
-            while len(waiting) > (chunk is not None):
+                waiting.append((batch, pool.submit(batch.read)))
+            while len(waiting) > 2 * (chunk is not None):
                 batch, done = waiting.pop(0)
                 done.result()
                 yield from _unless_errors(batch.encoded())
@@ -153,7 +155,8 @@ class _Batch:
         self._tokenizer = tokenizer
         self._marks = MARKS.search(tokenizer.chat_template or "") is not None
         self._prepared = [self._prepare(*row) for row in rows]
-        self._replies: list[list[Rendering | UserError] | UserError] | None = None
+        self._texts: list[Any] = []  # of each conversation, what is written of it, or what is wrong with it
+        self._tokens: list[Tokens] = []  # of what is written, one after the other
 
     def _prepare(
         self, messages: Sequence[Message], variables: Mapping[str, Any] | None
@@ -165,18 +168,28 @@ class _Batch:
         except UserError as error:
             return error
 
-    def render(self) -> None:
-        """Renders all of them; where the request fails as a whole, one by one, so that its row is known."""
+    def read(self) -> _Batch:
+        """Renders all of them, finds their turns and makes tokens of them."""
+        replies = iter(self._rendered())
+        self._texts = [
+            item if isinstance(item, UserError) else self._written(item, next(replies))
+            for item in self._prepared
+        ]
+        texts = [one.text for found in self._texts if isinstance(found, list) for one in found]
+        self._tokens = self._tokenizer.encode_all_rendered(texts) if texts else []
+        return self
+
+    def _rendered(self) -> list[list[Rendering | UserError] | UserError]:
+        """The renderings; where the request fails as a whole, one by one, so that its row is known."""
         found = [item for item in self._prepared if not isinstance(item, UserError)]
         jobs = [chat.job(parts) for chat, _, parts in found]
         if not jobs:
-            self._replies = []
-            return
+            return []
         template = found[0][0].template
         try:
-            self._replies = list(render_jobs(template, jobs, marks=self._marks))
+            return list(render_jobs(template, jobs, marks=self._marks))
         except UserError as error:
-            self._replies = [error] if len(jobs) == 1 else self._one_by_one(template, jobs)
+            return [error] if len(jobs) == 1 else self._one_by_one(template, jobs)
 
     def _one_by_one(self, template: str, jobs: Sequence[Any]) -> list[list[Rendering | UserError] | UserError]:
         replies: list[list[Rendering | UserError] | UserError] = []
@@ -189,23 +202,21 @@ class _Batch:
 
     def encoded(self) -> list[list[Conversation] | UserError]:
         """The sequences of each conversation, or what is wrong with it."""
-        if self._replies is None:
-            self.render()
-        replies = iter(self._replies or ())
-        texts = [
-            item if isinstance(item, UserError) else self._written(item, next(replies))
-            for item in self._prepared
-        ]
         known = [
-            (number, one) for number, found in enumerate(texts) if isinstance(found, list) for one in found
+            (number, one)
+            for number, found in enumerate(self._texts)
+            if isinstance(found, list)
+            for one in found
         ]
-        tokens = self._tokenizer.encode_all_rendered([one.text for _, one in known]) if known else []
         chats: list[Any] = self._prepared
-        results: list[Any] = [[] if isinstance(found, list) else found for found in texts]
+        results: list[Any] = [[] if isinstance(found, list) else found for found in self._texts]
         drafts: list[tuple[int, _Draft]] = []
-        for (number, one), read in zip(known, tokens, strict=True):
+        special = np.fromiter(self._tokenizer.special_tokens.values(), np.int32)
+        is_special = np.zeros(max(self._tokenizer.vocab_size, *special + 1, 1), bool)
+        is_special[special] = True
+        for (number, one), tokens in zip(known, self._tokens, strict=True):
             try:
-                drafts.append((number, _draft(chats[number].chat, one, read)))
+                drafts.append((number, _draft(chats[number].chat, one, tokens, is_special)))
             except UserError as error:
                 results[number] = error
         right = _reads_as_written(self._tokenizer, [draft for _, draft in drafts])
@@ -239,14 +250,14 @@ class _Draft(NamedTuple):
     said: str
 
 
-def _draft(chat: Chat, written: Written, whole: Tokens) -> _Draft:
+def _draft(chat: Chat, written: Written, whole: Tokens, is_special: np.ndarray) -> _Draft:
     tokens = chat.encode(written.text, whole)
     offsets = _covering(tokens)
     mask, straddled = _inside(offsets, written.spans)
     end = [chat.tokenizer.eos_id] if written.unended else []  # as behind a plain response
     ids = np.asarray(tokens.ids + end, np.int32)
     conversation = Conversation(ids, np.append(mask, [True] * len(end)).astype(bool), straddled)
-    plain = mask & ~np.isin(ids[: len(mask)], list(chat.tokenizer.special_tokens.values()))
+    plain = mask & ~is_special[ids[: len(mask)]]
     said = chat.restored(_text_at(written.text, offsets, plain))
     return _Draft(chat, conversation, ids[: len(mask)][plain].tolist(), said)
 
@@ -264,7 +275,8 @@ def _text_at(text: str, offsets: np.ndarray, chosen: np.ndarray) -> str:
 
 def _covering(tokens: Tokens) -> np.ndarray:
     """Offsets [T 2] without gaps: a character that no token claims (a trimmed space) is the next token's."""
-    offsets = np.asarray(tokens.offsets, np.int64).reshape(-1, 2)
+    flat = chain.from_iterable(tokens.offsets)
+    offsets = np.fromiter(flat, np.int64, 2 * len(tokens.offsets)).reshape(-1, 2)
     done = np.maximum.accumulate(np.append(0, offsets[:, 1]))[:-1]
     return np.stack([np.minimum(offsets[:, 0], done), offsets[:, 1]], axis=1)
 

@@ -106,11 +106,12 @@ def chat_example(
 ) -> Example:
     """Makes an example of checked messages, and of what the template reads beside them."""
     asked = Example("", messages=tuple(messages)).question
-    if not any(message["role"] == "user" for message in asked):
-        raise UserError(f"{where}: no user message before an answer; a conversation begins with a question")
+    if len(asked) == len(messages) and not any(message["role"] == "user" for message in asked):
+        raise UserError(f"{where}: neither an answer to learn nor a user's message to answer")
     response = messages[-1]["content"] if len(asked) < len(messages) else None
     columns = {**(columns or {}), "messages": list(asked)}
-    return Example(asked[-1]["content"], response, columns, tuple(messages), where, variables or {})
+    prompt = asked[-1]["content"] if asked else ""
+    return Example(prompt, response, columns, tuple(messages), where, variables or {})
 
 
 def _messages(value: Any, where: str, field: str, role: str | None = None) -> tuple[Message, ...]:

@@ -26,6 +26,7 @@ class HuggingFaceTokenizer:
         )
         self.vocab_size = max(backend.get_vocab().values()) + 1  # ids may have gaps
         self.start_ids = start_ids(backend)
+        self.template_variables: Mapping[str, Any] = dict(backend.special_tokens_map)
 
     @property
     def chat_template(self) -> str | None:
@@ -41,11 +42,6 @@ class HuggingFaceTokenizer:
                 "default; set tokenizer.chat_template to a file with the one to use"
             )
         return templates["default"] if isinstance(templates, dict) else templates
-
-    @property
-    def template_variables(self) -> Mapping[str, Any]:
-        """The special tokens by their roles, such as ``eos_token``."""
-        return self._backend.special_tokens_map
 
     @property
     def eos_id(self) -> int:
@@ -90,13 +86,22 @@ class HuggingFaceTokenizer:
                 f"chat needs a fast tokenizer, which knows where its tokens stand in a text; "
                 f"{type(self._backend).__name__} is a slow one: convert it into a tokenizer.json"
             )
-        places: Any = {"return_offsets_mapping": True, "return_attention_mask": False}
-        found = self._backend(list(texts), add_special_tokens=False, split_special_tokens=plain, **places)
-        return [Tokens(*one) for one in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+        # The library below transformers, which would spend as long again on what is not asked for.
+        backend = self._backend.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        before, backend.encode_special_tokens = backend.encode_special_tokens, plain
+        try:
+            found = backend.encode_batch(list(texts), add_special_tokens=False)
+        finally:
+            backend.encode_special_tokens = before
+        return [Tokens(one.ids, one.offsets) for one in found]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` as they are, without special tokens."""
         known = [int(i) for i in ids if i < self.vocab_size]
+        if self._backend.is_fast:  # as transformers does it, which looks at every id first
+            return self._backend.backend_tokenizer.decode(known, skip_special_tokens=True)
         return self._backend.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder: str | Path) -> None:

@@ -118,7 +118,7 @@ def test_a_saved_dataset_and_a_folder_of_files_are_read(tmp_path):
         ({"messages": [{"role": "user", "contents": "a"}]}, r"no 'content'; did you mean 'contents'"),
         ({"messages": [user("a"), {"role": "asistant", "content": "b"}]}, r"'asistant'; did you mean 'assist"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"content\[0\]\.text must be a text"),
-        ({"messages": [assistant("a"), user("b")][:1]}, r"no user message before an answer"),
+        ({"messages": [{"role": "system", "content": "a"}]}, r"neither an answer to learn nor a user's"),
         ({"prompt": [user("a")], "completion": [{"role": "user"}]}, r"completion\[0\] has no 'content'"),
     ],
     ids=lambda value: None if isinstance(value, dict) else value[:30],
@@ -126,6 +126,15 @@ def test_a_saved_dataset_and_a_folder_of_files_are_read(tmp_path):
 def test_a_wrong_row_is_one_line_with_its_place_what_it_is_and_what_it_must_be(row, problem, tmp_path):
     with pytest.raises(UserError, match=rf"^{tmp_path}/chat\.jsonl:2: .*{problem}"):
         load(tmp_path, {"messages": [user("a"), assistant("b")]}, row)
+
+
+def test_a_conversation_may_begin_with_the_assistant(tmp_path):
+    greeting, system = assistant("Hi, I am a bot"), {"role": "system", "content": "be brief"}
+    rows = [[greeting, user("b"), assistant("c")], [system, greeting], [greeting], [greeting, user("b")]]
+    found = load(tmp_path, *({"messages": row} for row in rows))
+    assert [len(example.question) for example in found] == [2, 1, 0, 2]
+    assert [example.prompt for example in found] == ["b", "be brief", "", "b"]
+    assert [example.response for example in found] == ["c", "Hi, I am a bot", "Hi, I am a bot", None]
 
 
 def test_a_list_given_from_python_may_hold_conversations():

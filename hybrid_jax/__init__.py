@@ -47,6 +47,7 @@ _PUBLIC = {
     "models.rope": ["ROPE_SCALINGS"],
     # data
     "data.sources": ["SOURCES", "Source"],
+    "data.filtering": ["CONDITIONS"],
     "data.preferences": ["PREFERENCES", "Preference"],
     "data.loader": ["PromptStream", "SFTStream"],
     "data.pair_stream": ["PairStream"],

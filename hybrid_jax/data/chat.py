@@ -82,7 +82,7 @@ def encode_conversations(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[
         return
     # While one batch is rendered, by another process, a second becomes tokens, which needs no lock of Python.
     with ThreadPoolExecutor(2) as pool:
-        waiting: list[tuple[_Batch, Future[None]]] = []
+        waiting: list[tuple[_Batch, Future[_Batch]]] = []
         for chunk in [*chunks, None]:
             if chunk is not None:
                 batch = _Batch(chunk, tokenizer)

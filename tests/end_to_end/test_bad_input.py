@@ -97,7 +97,7 @@ def test_an_impossible_setting_is_refused_before_anything_is_written(
             "data.jsonl:2: no field 'prompt'",
         ),
         ('{"prompt": "a", "completion": 7}\n', "data.jsonl:1: field 'completion' must be a text, got 7"),
-        ("[1, 2]\n", "data.jsonl:1: expected an object of fields, got list"),
+        ("[1, 2]\n", "data.jsonl, row 1: expected an object of fields, got '1'"),
     ],
 )
 def test_bad_data_is_named_by_file_and_line(tiny, tmp_path, mistake, lines, message):

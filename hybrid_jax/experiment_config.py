@@ -26,6 +26,8 @@ from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     a2c,
     cispo,
     classifier,
+    dapo,
+    distillation,
     dr_grpo,
     gdpo,
     grpo,

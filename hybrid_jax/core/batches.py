@@ -126,6 +126,7 @@ class Rollout:
     plain_scores: Float[Array, "B"] = _LATER  # to log: without penalty, normalisers and baseline
     scores: Float[Array, "B"] = _LATER  # what is received for the whole response
     placed: Float[Array, "B R"] = _LATER  # the part of the scores that is received with earlier tokens
+    counts: Bool[Array, "B"] = _LATER  # which rows the policy learns from, where some do not count
     # Estimated:
     advantages: Float[Array, "B R"] = _LATER
     returns: Float[Array, "B R"] = _LATER  # what the values are to become

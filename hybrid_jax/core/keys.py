@@ -24,6 +24,7 @@ class Branch(IntEnum):
     """Numbers to fold into a key that is also split or folded with running numbers: far beyond those."""
 
     OPPONENTS = 2**31  # below a step of training
+    ROUNDS = 2**31 + 1  # below a step of training; every further round folds its number in
 
 
 class Parameters(IntEnum):

@@ -148,10 +148,10 @@ class PromptStream:
         """Rows an epoch."""
         return len(self._prompts)
 
-    def batch(self, cursor: int, size: int) -> PromptBatch:
-        """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size P]."""
+    def batch(self, cursor: int, size: int, *, widest: bool = False) -> PromptBatch:
+        """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size P]; ``widest`` fixes P."""
         _, rows = visits(self.num_rows, self._seed, cursor, size)
-        longest = max(len(self._prompts[row]) for row in rows)
+        longest = self.longest if widest else max(len(self._prompts[row]) for row in rows)
         return self._left_padded(rows, _bucket(longest, self._buckets))
 
     def sequential(self, size: int) -> Iterator[tuple[PromptBatch, int]]:

@@ -92,13 +92,14 @@ class PolicyGradientFunctions(PolicyLosses):
         in_reward = kl_coef if config.kl_penalty == "reward" else jnp.zeros(())
         rewards = token_rewards(last, rollout.log_probs, references, weights, in_reward, mask)
         rewards = rewards if placed is None else rewards + placed
-        inputs = (rewards, rollout.values, mask, rollout.group)
+        learned = mask if rollout.counts is None else mask & rollout.counts[:, None]
+        inputs = (rewards, rollout.values, learned, rollout.group)
         if reads_ratios(config.advantage) and log_probs is not None:
             inputs = (*inputs, jnp.where(mask, log_probs - rollout.log_probs, 0.0))
         advantages, returns = config.advantage(*inputs)
         if config.whiten_advantages:
             # Over the whole rollout: minibatches of an epoch then share one scale.
-            advantages = whiten(advantages, mask)
+            advantages = whiten(advantages, learned)
         kl, kl_k3 = (
             sum(
                 (
@@ -113,7 +114,7 @@ class PolicyGradientFunctions(PolicyLosses):
         if rollout.values is not None:
             variance = explained_variance(rollout.values, returns, mask)
             metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
-        weights, shares = loss_weights(config.aggregation, mask, rollout.group)
+        weights, shares = loss_weights(config.aggregation, learned, rollout.group)
         estimated = {"advantages": advantages, "returns": returns}
         return replace(rollout, **estimated, loss_weights=weights, loss_shares=shares), metrics
 
@@ -156,7 +157,8 @@ class PolicyGradientFunctions(PolicyLosses):
         frozen = {group: tree for group, tree in state.params.items() if group not in groups}
         # Rows are drawn anew for every minibatch: only what the losses read is drawn.
         references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
-        learned = replace(rollout, reference_log_probs=references, scores=None, plain_scores=None, placed=None)
+        unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
+        learned = replace(rollout, reference_log_probs=references, **unread)
         return update_in_minibatches(
             self.config,
             self.objective(frozen, kl_coef),

@@ -23,6 +23,7 @@ from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
+from hybrid_jax.phases.refill import Refill
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
 from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.phases.rollout_settings import RolloutSettings
@@ -77,6 +78,8 @@ class Rollouts:
         self._ahead = (
             RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
         )
+        refill = Refill(self._placement, config.prompts_per_step, config.samples_per_prompt)
+        self._refill = None if config.refill_rounds is None else refill
         self.prompts, self._learner, self._columns = None, None, []
         if resources.examples is not None:
             self.prompts, self._learner = prompt_stream(config, resources), shared_with(config, resources)
@@ -101,16 +104,33 @@ class Rollouts:
         return {} if self._ahead is None else self._ahead.init(self.config)
 
     def play(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Played:
-        """One rollout: the prompts of this step, answered, scored and rewarded.
-
-        The programs are only started where nothing needs their results: while the device scores the tokens, the
-        host scores the texts.
+        """One rollout: the prompts of this step, answered, scored and rewarded, in rounds where it is refilled.
 
         Args:
             state: with the references of this step.
-            key: of the step; opponents draw from a branch of it.
+            key: of the step; opponents, and further rounds, draw from branches of it.
             sample_key: of the policy's answers.
             clock: told what the host waits for.
+        """
+        rounds = [self._round(state, key, sample_key, clock)]
+        if self._refill is None:
+            return rounds[0]
+        batch = self._refill.begin()
+        batch.add(rounds[0].rollout)
+        while not batch.is_full and len(rounds) < (self.config.refill_rounds or 1):
+            host = {**state.host, self._reward_key: rounds[-1].reward_state}
+            state = replace(state, host=host, cursors={**state.cursors, **rounds[-1].cursors})
+            round_key, round_sample_key = _round_keys(key, len(rounds))
+            rounds.append(self._round(state, round_key, round_sample_key, clock))
+            batch.add(rounds[-1].rollout)
+        metrics = batch.metrics([played.metrics for played in rounds])
+        return replace(rounds[-1], rollout=batch.rollout(), metrics=metrics)
+
+    def _round(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Played:
+        """A batch of prompts, answered, scored and rewarded.
+
+        The programs are only started where nothing needs their results: while the device scores the tokens, the
+        host scores the texts.
         """
         cursor = self._cursor(state)
         asked, prompts = self._prompt_batch(cursor)
@@ -174,7 +194,9 @@ class Rollouts:
     def _prompt_batch(self, cursor: int) -> tuple[PromptBatch, tuple[Any, Any]]:
         """The prompts of a step, each as often as it is answered; their tokens and mask on the devices."""
         assert self.prompts is not None, "a planned phase takes no steps"
-        batch = self.prompts.batch(cursor, self.config.prompts_per_step)
+        # Rounds of one step lie side by side, so they have one length.
+        widest = self._refill is not None
+        batch = self.prompts.batch(cursor, self.config.prompts_per_step, widest=widest)
         prompts = repeated(batch, self.config.samples_per_prompt)
         return prompts, put_rows(self._placement, (prompts.tokens, prompts.mask))
 
@@ -299,13 +321,26 @@ class Rollouts:
                 beside=(train.opt_state, train.extra, waiting),
             ),
         ]
-        return programs, replace(scored, scores=scores, plain_scores=scores)
+        rollout = replace(scored, scores=scores, plain_scores=scores)
+        if self._refill is None:
+            return programs, rollout
+        sources = row_shape(placement, rows, dtype="int32")
+        refill = Program(f"{self.name}/refill", self._refill.merge, (rollout, rollout, sources), beside=train)
+        counts = row_shape(placement, rows, dtype="bool")
+        return [*programs, refill], replace(rollout, counts=counts)
 
 
 @partial(jax.jit, static_argnums=1)
 def _opponent_keys(key: Array, count: int) -> list[Array]:
     """Noise that the policy's own answers do not share."""
     return list(jax.random.split(jax.random.fold_in(key, Branch.OPPONENTS), count))
+
+
+@jax.jit
+def _round_keys(key: Array, number: int) -> Array:
+    """Keys of the opponents and of the answers in a further round of a step."""
+    rounds = jax.random.fold_in(key, Branch.ROUNDS)
+    return jax.random.split(jax.random.fold_in(rounds, number))
 
 
 def _like_rows(placement: Any, shapes: Any) -> Any:

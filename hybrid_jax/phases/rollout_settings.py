@@ -46,6 +46,9 @@ class RolloutSettings:
     )
     opponent: Opponent | None = None  # who else answers, for rewards that compare
     rollout_weights: Literal["fsdp", "tensor", "replicated"] = "tensor"  # see `parallel.rules.ROLLOUTS`
+    refill_rounds: Count | None = (
+        None  # batches asked at most to replace prompts whose answers all earn the same
+    )
     rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
 
     def __post_init__(self):
@@ -54,6 +57,11 @@ class RolloutSettings:
         if self.prompts == "shared" and (self.source is not None or self.rollout_ahead):
             given = "a source" if self.source is not None else "rollout_ahead: true"
             raise ValueError(f"prompts: shared takes neither a source nor rollout_ahead, got {given}")
+        if self.refill_rounds is not None and (self.prompts == "shared" or self.rollout_ahead):
+            given = "prompts: shared" if self.prompts == "shared" else "rollout_ahead: true"
+            raise ValueError(f"refill_rounds must be null with {given}: which prompts follow is open")
+        if self.refill_rounds is not None and self.samples_per_prompt == 1:
+            raise ValueError("samples_per_prompt must be at least 2 for refill_rounds, got 1")
         in_groups = [f"parts.{n}.normalise: group" for n, p in self.reward.parts.items() if p.is_in_groups]
         if self.reward.baseline is not None and self.reward.baseline.kind == "others":
             in_groups.append("baseline: {kind: others}")

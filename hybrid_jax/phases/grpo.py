@@ -4,6 +4,8 @@
     L   = mean over responses of their mean of max(−A ρ, −A clip(ρ, 1 ± 0.2)) + 0.04 · k3
 
 A KL in the loss has another optimum than one in the reward (`hybrid_jax.algorithms.kl`): see ``kl_penalty``.
+The mean of G answers includes the response's own, so that the gradient of the rewards is (G − 1)/G of the true
+one: without the division by std, a KL in the loss has the optimum of β G/(G − 1).
 
 Source: Shao et al. 2024 (arXiv 2402.03300).
 """

@@ -1,4 +1,4 @@
-"""Trains the 27-sequence model from a config, and gives what it has learned as 27 probabilities."""
+"""Trains the 27-sequence model and the bandit from a config, and gives the probabilities that they learn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from hybrid_jax import build, load_config
 from hybrid_jax.testing import sequence_probabilities
+from hybrid_jax.training.state import RunState
 
 REWARD = {"name": "token_count", "weights": {2: 1.0}, "first_token_weights": {1: -0.5}}
 BETA = 0.5
@@ -22,7 +23,7 @@ ON_POLICY: dict[str, Any] = {
     "reward": {"parts": {"count": {"reward": REWARD}}},
     "optimizer": {"name": "adam", "learning_rate": 0.05, "schedule": "linear", "max_grad_norm": None},
 }
-Learned = Callable[..., np.ndarray]
+Trained, Learned = Callable[..., RunState], Callable[..., np.ndarray]
 
 
 @pytest.fixture
@@ -32,11 +33,11 @@ def on_policy() -> dict[str, Any]:
 
 
 @pytest.fixture
-def learned(tmp_path, monkeypatch) -> Learned:
-    """``learned(phases, steps)`` trains by a config and returns π(s) of the 27 responses."""
+def trained(tmp_path, monkeypatch) -> Trained:
+    """``trained(phases, steps)`` trains by a config and returns the state at the end."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
-    def run(phases: Mapping[str, Any], steps: int, **settings: Any) -> np.ndarray:
+    def run(phases: Mapping[str, Any], steps: int, **settings: Any) -> RunState:
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "0"}\n')
         config = {
             "run_dir": str(tmp_path / "run"),
@@ -57,7 +58,12 @@ def learned(tmp_path, monkeypatch) -> Learned:
         }
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        state = build(load_config(file)).train()
-        return sequence_probabilities(state.policy)
+        return build(load_config(file)).train()
 
     return run
+
+
+@pytest.fixture
+def learned(trained) -> Learned:
+    """``learned(phases, steps)`` trains by a config and returns π(s) of the 27 responses."""
+    return lambda *arguments, **settings: sequence_probabilities(trained(*arguments, **settings).policy)

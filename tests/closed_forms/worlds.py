@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
-from hybrid_jax import settings
+from hybrid_jax import RowCache, settings
 from hybrid_jax.data.tokenizer import EOS_TOKEN, FastTokenizer
 from hybrid_jax.testing import VOCABULARY, PrefixTable
 
@@ -48,15 +49,53 @@ class Enumerated:
         return WithEnd()
 
 
+ARMS = np.array([0.4, 0.3, 0.2, 0.1])  # π_ref of the bandit
+
+
+@dataclass(frozen=True)
+class Arms(WithEnd):
+    """One row of scores: responses of one token out of four."""
+
+    vocab_size: int = len(ARMS) + 1
+    width: int = 1
+    max_length: int | None = 2
+
+    def init(self, key):
+        """The row of π_ref."""
+        return {"table": jnp.asarray(np.log(ARMS)[None], jnp.float32)}
+
+    def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        """The one state."""
+        return jnp.ones((*tokens.shape, 1))
+
+    def init_cache(self, batch, length):
+        """The cache of rows in the one state."""
+        return RowCache(jnp.zeros(batch, int))
+
+    def _append(self, prefix, token):
+        return jnp.zeros_like(prefix)
+
+
+@settings
+class Bandit:
+    """Four arms, one of which is drawn."""
+
+    def build(self, vocab_size: int | None = None) -> PrefixTable:
+        """The row of π_ref."""
+        return Arms()
+
+
 @settings
 class Digits:
-    """The letters 0, 1 and 2, and an end token."""
+    """The first digits, and an end token."""
+
+    count: int = 3
 
     def build(self, texts: Iterable[str] = ()) -> FastTokenizer:
         """A tokenizer of one token a letter; it reads no texts."""
         from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
-        backend = Tokenizer(models.WordLevel({"0": 0, "1": 1, "2": 2}, unk_token="0"))
+        backend = Tokenizer(models.WordLevel({str(i): i for i in range(self.count)}, unk_token="0"))
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")  # type: ignore
         backend.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
         return FastTokenizer(backend, "digits")

@@ -1,5 +1,6 @@
 """Every config that ships is valid; the debug one runs, with what only a whole run shows."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -18,6 +19,31 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 def test_every_config_is_valid(path):
     config = load_config(path)
     assert set(config.scheduler.phases) <= set(config.phases)
+
+
+METHODS = {"reinforce", "reinforce_pp", "rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "gdpo"}
+METHODS |= {"pass_at_k", "distillation"}
+DEAR = sorted(METHODS - {"dapo"})
+
+
+@pytest.mark.parametrize("name", ["dapo", *(pytest.param(n, marks=pytest.mark.slow) for n in DEAR)])
+def test_every_method_without_a_critic_runs_from_its_config(name, tmp_path):
+    overrides = [f"run_dir={tmp_path}/run", "evaluation.num_prompts=0", "evaluation.num_examples=0"]
+    experiment = build(load_config(CONFIGS / "debug" / f"{name}.yaml", overrides))
+    before = jax.tree.map(np.array, experiment.init().train.params["model"])
+    state = train(experiment)
+    assert state.step == 5
+    assert state.schedule.steps[name] >= 2
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(*map(jax.tree.leaves, (before, state.train.params["model"])), strict=True)
+    ]
+    assert 0 < max(moved) < 0.1
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["phase"] == name]
+    ratios = [record[f"{name}/first_ratio"] for record in steps]
+    assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
+    assert all(np.isfinite(record[f"{name}/policy_loss"]) for record in steps)
 
 
 def test_the_policy_is_exported_at_its_cadence(tmp_path):

@@ -72,7 +72,7 @@ from hybrid_jax.training.phase import LM, PHASES, MeasuredPhase, ObservingPhase,
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
-from hybrid_jax.training.scheduler import phase_after, planned_steps
+from hybrid_jax.training.scheduler import phase_after, planned_steps, steps_in_a_row
 from hybrid_jax.training.state import RunState
 from hybrid_jax.training.time_left import TimeLeft, relative_costs, steps_ahead
 
@@ -165,6 +165,7 @@ def _build_phases(
                 held_out=held_out,
                 phases={other: config.phases[other] for other in planned},
                 following=partial(phase_after, config.scheduler, phase=name),
+                in_a_row=partial(steps_in_a_row, config.scheduler, phase=name),
                 heads=config.heads,
                 trunk_trains=trunk_trains,
             )

@@ -24,6 +24,7 @@ from hybrid_jax.models.heads import HEADS
 from hybrid_jax.parallel.mesh import MeshConfig
 from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     a2c,
+    a3c,
     cispo,
     classifier,
     dapo,

@@ -25,6 +25,7 @@ class Branch(IntEnum):
 
     OPPONENTS = 2**31  # below a step of training
     ROUNDS = 2**31 + 1  # below a step of training; every further round folds its number in
+    ACTORS = 3 * 2**30  # below a step of training, for all rollouts that it begins but the first
 
 
 class Parameters(IntEnum):

@@ -6,7 +6,8 @@ Ctrl-C does not interrupt a training step, since a step ends soon. One that wait
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, wait
+from collections.abc import Collection
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -35,7 +36,17 @@ def result_of(future: Future[T]) -> T:
     Raises:
         Stopped: `ask_to_stop` was called before the result was there.
     """
-    while not wait([future], timeout=_LOOK_SECONDS).done:
+    first_of([future])
+    return future.result()
+
+
+def first_of(futures: Collection[Future[T]]) -> set[Future[T]]:
+    """Waits until any of ``futures`` is done, and gives all that are.
+
+    Raises:
+        Stopped: `ask_to_stop` was called before one was.
+    """
+    while not (done := wait(futures, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done):
         if _stop.is_set():
             raise Stopped
-    return future.result()
+    return done

@@ -87,6 +87,13 @@ def update_in_minibatches(
     return state, {**means, "first_ratio": first_ratio}
 
 
+def whole_rollout(rollout: Rollout, key: Array) -> tuple[Rollout, Array]:
+    """One epoch of one minibatch as `update_in_minibatches` reads it: the batch, and the key of its loss."""
+    order_key, loss_key = jax.random.split(key)
+    rows = _epoch_orders(order_key, rollout.tokens.shape[0], 1)[0]
+    return shard_rows(jax.tree.map(lambda x: x[rows], rollout)), jax.random.split(loss_key, 1)[0]
+
+
 def _too_far(target: float | None, metrics: Mapping[str, Array]) -> Array:
     """Tells whether the policy has moved as far as one step may."""
     return jnp.asarray(False) if target is None else metrics["approx_kl"] > target

@@ -262,7 +262,8 @@ class PolicyGradientPhase:
 
         def function(base: Params, *inputs, **settings):
             result = getattr(replace(self.functions, base=base), name)(*inputs, **settings)
-            return (shard_params(result[0], param_axes), *result[1:]) if name == "learn" else result
+            new = name in ("learn", "apply")
+            return (shard_params(result[0], param_axes), *result[1:]) if new else result
 
         function.__name__ = f"{self.name}_{name}"
         return function

@@ -19,9 +19,12 @@ from hybrid_jax.core.arrays import masked_mean
 from hybrid_jax.core.batches import Rollout, TokenBatch
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.scoring import response_log_probs
-from hybrid_jax.phases.minibatches import update_in_minibatches
+from hybrid_jax.phases.minibatches import update_in_minibatches, whole_rollout
 from hybrid_jax.phases.policy_losses import PolicyLosses
+from hybrid_jax.training import loss_scale
+from hybrid_jax.training.loss_scale import loss_scale_of
 from hybrid_jax.training.state import TrainState
+from hybrid_jax.training.update import Groups, gradients, update
 
 
 @dataclass(frozen=True)
@@ -62,19 +65,63 @@ class PolicyGradientFunctions(PolicyLosses):
     ) -> tuple[TrainState, dict[str, Array]]:
         """Learns from a rewarded rollout: advantages, all updates of one step, and the new KL coefficient."""
         groups = groups or self.groups
-        control, control_state = self.config.kl_control, state.extra[self.kl_key]
-        coef = control.coefficient(control_state)
-        metrics = self._score_metrics(rollout)
-        log_probs = self.current_log_probs(state.params["model"], rollout)
-        rollout, estimated = self.advantages(rollout, coef, log_probs)
-        rollout, corrected = self.corrected(rollout, log_probs)
+        coef = self.config.kl_control.coefficient(state.extra[self.kl_key])
+        rollout, metrics = self.prepared(state.params["model"], rollout, coef, groups)
         state, updated = self.update(state, rollout, examples, key, rate, groups, coef)
+        return self._controlled(state, metrics["kl"], groups), {**metrics, **updated, "kl_coef": coef}
+
+    def gradient(
+        self, state: TrainState, rollout: Rollout, key: Array, *, groups: tuple[str, ...]
+    ) -> tuple[Groups, dict[str, Array]]:
+        """The gradient of the whole of a rewarded rollout: the first half of `learn` with one update."""
+        coef = self.config.kl_control.coefficient(state.extra[self.kl_key])
+        rollout, metrics = self.prepared(state.params["model"], rollout, coef, groups)
+        frozen = {group: tree for group, tree in state.params.items() if group not in groups}
+        batch, loss_key = whole_rollout(self._learned(rollout), key)
+        grads, measured = gradients(
+            self.objective(frozen, coef),
+            {group: state.params[group] for group in groups},
+            (batch, None),
+            loss_key,
+            self.config.microbatches,
+            state.extra[loss_scale.STATE].scale if loss_scale_of(self.model) else None,
+        )
+        return grads, {**metrics, **measured, "first_ratio": measured["ratio"], "kl_coef": coef}
+
+    def apply(
+        self, state: TrainState, grads: Groups, metrics: Mapping[str, Array], rate: Array | float
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One update by a `gradient`, wherever that was computed: the second half of `learn`."""
+        coefs = self._coefs("model" not in grads, 0.0)
+        state, metrics, taken = update(
+            self.config.optimizer,
+            state,
+            grads,
+            metrics,
+            rate,
+            optimizer_key=self.optimizer_key,
+            losses=[name for name in coefs if name in metrics],
+            scaling=loss_scale_of(self.model),
+        )
+        return self._controlled(state, metrics["kl"], tuple(grads)), {**metrics, "updates": taken.astype(int)}
+
+    def prepared(
+        self, policy: Params, rollout: Rollout, kl_coef: Array, groups: tuple[str, ...]
+    ) -> tuple[Rollout, dict[str, Any]]:
+        """A rewarded rollout with all that losses read, for an update of ``policy``; and what is to log."""
+        metrics = self._score_metrics(rollout)
+        log_probs = self.current_log_probs(policy, rollout)
+        rollout, estimated = self.advantages(rollout, kl_coef, log_probs)
+        rollout, corrected = self.corrected(rollout, log_probs)
+        return rollout, {**metrics, **estimated, **corrected, **self._work(rollout, groups)}
+
+    def _controlled(self, state: TrainState, kl: Array, groups: tuple[str, ...]) -> TrainState:
+        """The state once the KL control has heard of the KL of a rollout."""
         # While the value warms up alone the policy does not move, so its KL says nothing about β.
-        if "model" in groups:
-            control_state = control.update(control_state, estimated["kl"], len(rollout.tokens))
-        state = replace(state, extra={**state.extra, self.kl_key: control_state})
-        measured = {**metrics, **estimated, **corrected, **updated, "kl_coef": coef}
-        return state, {**measured, **self._work(rollout, groups)}
+        if "model" not in groups:
+            return state
+        control = self.config.kl_control.update(state.extra[self.kl_key], kl, self.config.rows)
+        return replace(state, extra={**state.extra, self.kl_key: control})
 
     def advantages(
         self, rollout: Rollout, kl_coef: Array, log_probs: Array | None = None
@@ -155,15 +202,11 @@ class PolicyGradientFunctions(PolicyLosses):
         ``kl_coef`` is β of a KL in the loss.
         """
         frozen = {group: tree for group, tree in state.params.items() if group not in groups}
-        # Rows are drawn anew for every minibatch: only what the losses read is drawn.
-        references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
-        unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
-        learned = replace(rollout, reference_log_probs=references, **unread)
         return update_in_minibatches(
             self.config,
             self.objective(frozen, kl_coef),
             state,
-            learned,
+            self._learned(rollout),
             examples,
             key,
             rate,
@@ -171,6 +214,12 @@ class PolicyGradientFunctions(PolicyLosses):
             optimizer_key=self.optimizer_key,
             model=self.model,
         )
+
+    def _learned(self, rollout: Rollout) -> Rollout:
+        """What the losses read of a rollout: rows are drawn anew for every minibatch."""
+        references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
+        unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
+        return replace(rollout, reference_log_probs=references, **unread)
 
     def _score_metrics(self, rollout: Rollout) -> dict[str, Array]:
         """Scores and penalty, each logged under a name of its own."""

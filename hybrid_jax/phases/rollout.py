@@ -6,6 +6,7 @@ the texts to the reward and keeps what the reward remembers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Branch
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
-from hybrid_jax.parallel.rules import ROLLOUTS, under
+from hybrid_jax.parallel.rules import ROLLOUTS, Placement, under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
@@ -33,6 +34,31 @@ from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.shapes import key_shape, row_shape
 from hybrid_jax.training.state import RunState, TrainState
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A rollout whose texts have been read by the reward, and not yet compared with those before.
+
+    Attributes:
+        asked: the prompts, each as often as it was answered.
+        samples: the answers.
+        rollout: scored by the models.
+        raw: the scores of each part of the reward; None where the device computes it.
+        lengths: tokens of each answer on this process.
+        complete: whether each ended by itself.
+        following: answers to the next prompts, of rollouts ahead.
+        cursor: of the prompts.
+    """
+
+    asked: PromptBatch
+    samples: Samples
+    rollout: Rollout
+    raw: dict[str, Any] | None
+    lengths: Any
+    complete: Any
+    following: Samples | None
+    cursor: int
 
 
 @dataclass(frozen=True)
@@ -85,19 +111,30 @@ class Rollouts:
             self.prompts, self._learner = prompt_stream(config, resources), shared_with(config, resources)
             self._columns = column_names(self.prompts.examples)
             config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
-        sampling = self._placement.with_rules(ROLLOUTS[config.rollout_weights])
-        self._sample = jax.jit(under(sampling, program("sample")))
-        scoring = (jax.jit(under(self._placement, program(name))) for name in ("score", "rewarded"))
+        self._program = program
+        self._compile()
+
+    def _compile(self) -> None:
+        sampling = self._placement.with_rules(ROLLOUTS[self.config.rollout_weights])
+        self._sample = jax.jit(under(sampling, self._program("sample")))
+        scoring = (jax.jit(under(self._placement, self._program(name))) for name in ("score", "rewarded"))
         self._score, self._reward_on_device = scoring
 
+    def on(self, placement: Placement) -> Rollouts:
+        """The same rollouts on other devices."""
+        other = copy.copy(self)
+        other._placement = placement
+        other._compile()
+        return other
+
     @property
-    def _reward_key(self) -> str:
+    def reward_key(self) -> str:
         """Where ``RunState.host`` keeps what the reward remembers."""
         return f"{self.name}/reward"
 
     def init_host(self) -> dict[str, Any]:
         """The entries that it adds to ``RunState.host``."""
-        return {self._reward_key: self.config.reward.init()}
+        return {self.reward_key: self.config.reward.init()}
 
     def init_extra(self) -> dict[str, Any]:
         """The entries that it adds to ``TrainState.extra``."""
@@ -118,7 +155,7 @@ class Rollouts:
         batch = self._refill.begin()
         batch.add(rounds[0].rollout)
         while not batch.is_full and len(rounds) < (self.config.refill_rounds or 1):
-            host = {**state.host, self._reward_key: rounds[-1].reward_state}
+            host = {**state.host, self.reward_key: rounds[-1].reward_state}
             state = replace(state, host=host, cursors={**state.cursors, **rounds[-1].cursors})
             round_key, round_sample_key = _round_keys(key, len(rounds))
             rounds.append(self._round(state, round_key, round_sample_key, clock))
@@ -127,10 +164,21 @@ class Rollouts:
         return replace(rounds[-1], rollout=batch.rollout(), metrics=metrics)
 
     def _round(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Played:
-        """A batch of prompts, answered, scored and rewarded.
+        """A batch of prompts, answered, scored and rewarded."""
+        answered = self.answer(state, key, sample_key, clock)
+        return self.weigh(answered, state, state.host[self.reward_key], clock)
+
+    def answer(self, state: RunState, key: Array, sample_key: Array, clock: Clock) -> Answered:
+        """A batch of prompts, answered and scored, by the models and by each part of the reward.
 
         The programs are only started where nothing needs their results: while the device scores the tokens, the
         host scores the texts.
+
+        Args:
+            state: with the references of this step.
+            key: of the step; opponents draw from a branch of it.
+            sample_key: of the policy's answers.
+            clock: told what the host waits for.
         """
         cursor = self._cursor(state)
         asked, prompts = self._prompt_batch(cursor)
@@ -141,7 +189,20 @@ class Rollouts:
         rollout = self._score(state.base, state.train.params, references, *prompts, samples)
         # Before the reward is asked, which waits: the device then goes on with the opponent's answers.
         opponents = self._opponents(state, prompts, key)
-        rollout, reward_state, metrics = self._rewarded(state, asked, samples, rollout, opponents, clock)
+        scored = self._raw(asked, samples, opponents, clock)
+        return Answered(asked, samples, rollout, *scored, following, cursor)
+
+    def weigh(self, answered: Answered, state: RunState, reward_state: Any, clock: Clock) -> Played:
+        """The rollout with its scores, and what it changes.
+
+        Args:
+            answered: of `answer`, with the same ``state`` and ``clock``.
+            state: as it was answered.
+            reward_state: what the reward remembers of earlier rollouts.
+            clock: told what the host waits for.
+        """
+        following, samples, cursor = answered.following, answered.samples, answered.cursor
+        rollout, reward_state, metrics = self._rewarded(state, answered, reward_state, clock)
         # Shared prompts have no cursor of their own: whoever learns them moves on.
         cursors = {} if self._learner else {self.name: cursor + self.config.prompts_per_step}
         waiting = None
@@ -171,14 +232,14 @@ class Rollouts:
         return replace(
             state,
             train=train,
-            host={**state.host, self._reward_key: played.reward_state},
+            host={**state.host, self.reward_key: played.reward_state},
             cursors={**state.cursors, **played.cursors},
         )
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
         """The state once these numbers of the evaluation were measured."""
-        remembered = self.config.reward.observe(state.host[self._reward_key], numbers)
-        return replace(state, host={**state.host, self._reward_key: remembered})
+        remembered = self.config.reward.observe(state.host[self.reward_key], numbers)
+        return replace(state, host={**state.host, self.reward_key: remembered})
 
     def _cursor(self, state: RunState) -> int:
         """Where the prompts begin: behind the last ones, or with the batch that was learned last."""
@@ -224,19 +285,13 @@ class Rollouts:
         keys = _opponent_keys(key, self.config.opponent.num_samples)
         return [self._sample(state.base, opponent, *prompts, each) for each in keys]
 
-    def _rewarded(
-        self,
-        state: RunState,
-        asked: PromptBatch,
-        samples: Samples,
-        rollout: Rollout,
-        opponents: Sequence[Samples],
-        clock: Clock,
-    ) -> tuple[Rollout, Any, dict[str, Any]]:
-        """The rollout with its scores, what the reward remembers now, and what it says of itself."""
-        reward, reward_state = self.config.reward, state.host[self._reward_key]
+    def _raw(
+        self, asked: PromptBatch, samples: Samples, opponents: Sequence[Samples], clock: Clock
+    ) -> tuple[dict[str, Any] | None, Any, Any]:
+        """What each part of the reward says of the texts, with their lengths and which are complete."""
+        reward = self.config.reward
         if reward.on_device:
-            return self._reward_on_device(state.base, rollout), reward_state, {}
+            return None, None, None
         tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
         rows = rows_here(samples.tokens)
         here, before = [asked.examples[row] for row in rows], asked.unpadded(rows)
@@ -250,16 +305,24 @@ class Rollouts:
         pieces = response_pieces(*texts) if reward.is_placed else None
         responses = decode_responses(*texts)
         raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
+        return raw, mask.sum(axis=1).astype(np.float32), ended(tokens, mask, eos_ids)
+
+    def _rewarded(
+        self, state: RunState, answered: Answered, reward_state: Any, clock: Clock
+    ) -> tuple[Rollout, Any, dict[str, Any]]:
+        """The rollout with its scores, what the reward remembers now, and what it says of itself."""
+        reward, asked, rollout = self.config.reward, answered.asked, answered.rollout
+        if answered.raw is None:
+            return self._reward_on_device(state.base, rollout), reward_state, {}
         # A few numbers a row, from every process: statistics are over the whole rollout.
         gather = partial(gather_rows, self._placement, num_rows=len(asked.examples))
-        complete = ended(tokens, mask, eos_ids)
         scores, reward_state = reward.weigh(
             reward_state,
-            {name: gather(part) for name, part in raw.items()},
+            {name: gather(part) for name, part in answered.raw.items()},
             [example.prompt for example in asked.examples],
             groups=np.arange(len(asked.examples)) // self.config.samples_per_prompt,
-            lengths=gather(mask.sum(axis=1).astype(np.float32)),
-            penalties=gather(self.functions.penalties(complete)),
+            lengths=gather(answered.lengths),
+            penalties=gather(self.functions.penalties(answered.complete)),
         )
         metrics: dict[str, Any] = {
             f"reward/{name.removesuffix('_mean')}": number for name, number in scores.metrics.items()

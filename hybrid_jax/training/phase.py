@@ -122,6 +122,7 @@ class Resources:
     held_out: Callable[[], Sequence[Example]] | None = None  # loads the held-out split
     phases: Mapping[str, Any] = field(default_factory=dict)  # the settings of all phases that take steps
     following: Callable[[ScheduleState], str | None] = lambda state: None  # the phase after a step of this one
+    in_a_row: Callable[[ScheduleState, int], int] = lambda state, at_most: at_most  # steps of this one to come
     heads: Mapping[str, Any] = field(default_factory=dict)  # settings of the run's heads (`HEADS`), by name
     trunk_trains: bool = True  # any phase of the run trains the trunk
 

@@ -56,6 +56,21 @@ def phase_after(scheduler: Scheduler, state: ScheduleState, phase: str) -> str |
         return None
 
 
+def steps_in_a_row(scheduler: Scheduler, state: ScheduleState, at_most: int, phase: str) -> int:
+    """Counts the steps that ``phase`` takes one after another, this one among them; at most ``at_most``.
+
+    Where a metric decides, it counts on.
+    """
+    for count in range(1, at_most):
+        try:
+            state = scheduler.update(state, phase, _Unknown())
+            if scheduler.choose(state) != phase:
+                return count
+        except _LookedAt:
+            break
+    return at_most
+
+
 class _LookedAt(Exception):
     """Raised where a scheduler looks at metrics that are not known yet."""
 

@@ -22,3 +22,10 @@ def distance_to_optimum(policy):
 def test_a2c_reaches_the_optimum(advantage, learned, on_policy):
     policy = learned({"rl": {**on_policy, **A2C, "advantage": advantage}}, 200)
     assert distance_to_optimum(policy) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["n_step", "vtrace"])
+def test_a3c_with_four_actors_reaches_the_optimum(advantage, learned, on_policy):
+    settings = {**on_policy, **A2C, "name": "a3c", "actors": 4, "advantage": {"name": advantage}}
+    assert distance_to_optimum(learned({"rl": settings}, 300)) < 0.02

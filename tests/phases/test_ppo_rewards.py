@@ -26,6 +26,7 @@ from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.references import Reference, read_like
+from hybrid_jax.phases.rollout import Answered
 from hybrid_jax.phases.rollout_settings import Opponent
 from hybrid_jax.phases.value_network import read_value
 from hybrid_jax.rewards.combine import Baseline
@@ -317,7 +318,9 @@ def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(
     samples = Samples.chosen(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
     state: Any = SimpleNamespace(host={"ppo/reward": given.init()})
     rollout = Rollout(asked.tokens, mask, mask, np.zeros((4, 3)), np.arange(4) // 2)
-    received, _, metrics = phase.rollouts._rewarded(state, asked, samples, rollout, (), Clock())
+    scored = phase.rollouts._raw(asked, samples, (), Clock())
+    answered = Answered(asked, samples, rollout, *scored, following=None, cursor=0)
+    received, _, metrics = phase.rollouts._rewarded(state, answered, given.init(), Clock())
     # None has ended: each pays 1, and so does the other one, with which it is compared.
     assert received.scores.tolist() == [0, 0, 0, 0]
     assert (metrics["reward/given"], metrics["baseline"]) == (5.0, 4.0)

@@ -86,6 +86,7 @@ class _Shared:
     def __init__(self, newest: TrainState, reward_state: Any):
         self.lock = threading.Lock()
         self.newest, self.reward_state = newest, reward_state
+        self.left = reward_state  # as the state holds it that was returned last
 
 
 class A3CPhase(PolicyGradientPhase):
@@ -97,7 +98,7 @@ class A3CPhase(PolicyGradientPhase):
                 f"phases.{resources.name}: a3c needs a run of one process, got {hosts.size()}; use a2c"
             )
         super().__init__(config, resources)
-        self._in_a_row = resources.in_a_row
+        self._in_a_row, self._num_actors = resources.in_a_row, config.actors
         self._actors = Actors(self.name, config.actors, config.max_staleness)
         self._compares = config.correction is not None or reads_ratios(config.advantage)
         self._read = ("model", self.functions.value_key)  # the groups of parameters
@@ -114,9 +115,7 @@ class A3CPhase(PolicyGradientPhase):
             self._gradients.append(jax.jit(gradient, static_argnames="groups"))
         self._places = [NamedSharding(placement.mesh, PartitionSpec()) for placement in placements]
         self._shared: _Shared | None = None
-        self._left: tuple[int, Any, Any] | None = (
-            None  # step, prompts and reward state of what was returned last
-        )
+        self._left: tuple[int, dict[str, int]] | None = None  # step and prompts of what was returned last
 
     @property
     def _counts_key(self) -> str:
@@ -145,10 +144,10 @@ class A3CPhase(PolicyGradientPhase):
         train, applied = self._apply(state.base, state.train, gradient, metrics, rate)
         counts, staleness = self._counted(state, begun)
         with shared.lock:
-            reward_state = shared.reward_state
+            reward_state = shared.left = shared.reward_state
         host = {**state.host, self.rollouts.reward_key: reward_state, self._counts_key: counts}
         new = replace(state, train=train, host=host, cursors=self._cursors(state, cursor, again))
-        self._left = (state.step + 1, self._own(new), reward_state)
+        self._left = (state.step + 1, self._own(new))
         metrics = {**applied, **of_reward, **clock.seconds, **staleness, "learning_rate": rate}
         return new, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
@@ -181,18 +180,17 @@ class A3CPhase(PolicyGradientPhase):
         with shared.lock:
             known = {**state.host, self.rollouts.reward_key: shared.reward_state}
             state = super().observe(replace(state, host=known), numbers)
-            shared.reward_state = state.host[self.rollouts.reward_key]
-        self._left = (*self._left[:2], shared.reward_state)
+            shared.left = shared.reward_state = state.host[self.rollouts.reward_key]
         return state
 
     def _found(self, state: RunState) -> _Shared:
         """What actors share; begun anew where the state is not the one that this phase left."""
         left = self._left
-        goes_on = left is not None and self._shared is not None and state.step >= left[0]
-        if not goes_on or self._own(state) != left[1] or state.host[self.rollouts.reward_key] is not left[2]:
+        remembered = state.host[self.rollouts.reward_key]
+        goes_on = left is not None and state.step >= left[0] and self._own(state) == left[1]
+        if self._shared is None or not goes_on or remembered is not self._shared.left:
             self._actors.under_way = []
-            self._shared = _Shared(state.train, state.host[self.rollouts.reward_key])
-        assert self._shared is not None
+            self._shared = _Shared(state.train, remembered)
         return self._shared
 
     def _own(self, state: RunState) -> dict[str, int]:
@@ -229,7 +227,7 @@ class A3CPhase(PolicyGradientPhase):
 
     def _actors_wanted(self) -> int:
         """All, once one rollout has compiled the programs for all; on devices of their own each compiles."""
-        return 1 if self._left is None and len(self._places) == 1 else self.config.actors
+        return 1 if self._left is None and len(self._places) == 1 else self._num_actors
 
     def _snapshot(self, state: RunState) -> TrainState:
         """A copy of what a rollout and its gradient read: an update deletes the original."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from hybrid_jax.core.keys import Branch
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, Placement, under
 from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.played import Answered, Played
 from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
 from hybrid_jax.phases.refill import Refill
@@ -34,52 +35,6 @@ from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.shapes import key_shape, row_shape
 from hybrid_jax.training.state import RunState, TrainState
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A rollout whose texts have been read by the reward, and not yet compared with those before.
-
-    Attributes:
-        asked: the prompts, each as often as it was answered.
-        samples: the answers.
-        rollout: scored by the models.
-        raw: the scores of each part of the reward; None where the device computes it.
-        lengths: tokens of each answer on this process.
-        complete: whether each ended by itself.
-        following: answers to the next prompts, of rollouts ahead.
-        cursor: of the prompts.
-    """
-
-    asked: PromptBatch
-    samples: Samples
-    rollout: Rollout
-    raw: dict[str, Any] | None
-    lengths: Any
-    complete: Any
-    following: Samples | None
-    cursor: int
-
-
-@dataclass(frozen=True)
-class Played:
-    """A rollout to learn from, and the changes that it makes to the state of the run.
-
-    Attributes:
-        rollout: rewarded.
-        samples: of this step.
-        reward_state: what the reward remembers.
-        metrics: of host and reward, to log.
-        waiting: what the next step finds answered, of rollouts ahead.
-        cursors: to be kept.
-    """
-
-    rollout: Rollout
-    samples: Samples
-    reward_state: Any
-    metrics: dict[str, Any]
-    waiting: Samples | None
-    cursors: Mapping[str, int]
 
 
 class Rollouts:

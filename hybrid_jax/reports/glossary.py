@@ -60,6 +60,10 @@ GLOSSARY = {
         "How much a token counts on average that another policy sampled than the one that learns from it.",
         "Far from 1: responses are of too old a policy.",
     ),
+    "staleness": (
+        "Updates between the copy of the parameters that sampled and the update that learned from it.",
+        "Near max_staleness: one actor is far slower than the others, which wait for it.",
+    ),
     "value_loss": (
         "Squared error of the value estimates.",
         "Growing: rewards changed scale, or the value learning rate is too high.",
@@ -244,6 +248,12 @@ def glossary_entry(name: str) -> tuple[str, str] | None:
     kind = name.partition("/")[0]
     if found := GLOSSARY.get(name):
         return found
+    before, _, number = name.rpartition("_")
+    if before == "staleness" and number.isdigit():
+        return (
+            f"Share of the updates so far with a staleness of {number}; the last share holds all above, too.",
+            "All at 0 with several actors: they run one after another.",
+        )
     endings = [ending for ending in PART_GLOSSARY if name.endswith(ending)] if kind == "reward" else []
     if kind == "reward" and "~" in name:
         endings = ["~"]

@@ -23,10 +23,10 @@ from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.played import Answered
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
 from hybrid_jax.phases.references import Reference, read_like
-from hybrid_jax.phases.rollout import Answered
 from hybrid_jax.phases.rollout_settings import Opponent
 from hybrid_jax.phases.value_network import read_value
 from hybrid_jax.rewards.combine import Baseline

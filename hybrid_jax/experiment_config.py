@@ -34,6 +34,7 @@ from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     grpo,
     gspo,
     ppo,
+    preference,
     reinforce,
     reinforce_pp,
     reward_model,

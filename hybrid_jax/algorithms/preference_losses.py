@@ -7,7 +7,7 @@ answers; log π_ref of the same, unless it reads none; and how many tokens were 
 
 the margin r⁺ − r⁻ is β h. Losses that read means divide log π(y) by the tokens of y first.
 
-All are at least 0 but ``robust``, which is unbounded below. ``kto`` learns from single answers, see there.
+All are at least 0 but ``robust``, which is unbounded below. ``kto`` learns from single answers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from annotated_types import Interval
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from hybrid_jax.algorithms.preference import pair_loss
 from hybrid_jax.core.ranges import Finite, NonNegative, Positive, settings
@@ -30,11 +30,9 @@ Noise = Annotated[float, Interval(ge=0, lt=0.5)]
 class PreferenceLoss(Protocol):
     """Settings of a loss, an entry of `PREFERENCE_LOSSES`."""
 
-    beta: float
-    needs_reference: bool  # whether it reads log π_ref
-    reads_means: bool  # of the tokens of an answer, in place of their sum
-    paired: bool  # a row is a pair; else one answer and whether it is good
-    sft_coef: float  # of −log π(y⁺) a token, which the source of the loss adds to it
+    needs_reference: ClassVar[bool]  # whether it reads log π_ref
+    paired: ClassVar[bool]  # a row is a pair; else it is one answer and whether that is good
+    sft_coef: ClassVar[float]  # of −log π(y⁺) a token, which the source of the loss adds to it
 
 
 PREFERENCE_LOSSES: Registry[PreferenceLoss] = Registry("preference loss")
@@ -178,7 +176,7 @@ class IPO(PairLoss):
     token_mean: bool = False
 
     @property
-    def reads_means(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def reads_means(self) -> bool:  # type: ignore
         """Of the tokens of an answer."""
         return self.token_mean
 
@@ -363,46 +361,3 @@ class ORPO(PairLoss):
 
 
 _SURE = 1e-6  # a mean of log π above −1e-6 has the odds, and no gradient, of one there: 1 − p is not yet 0
-
-
-@PREFERENCE_LOSSES.register("kto")
-@settings
-class KTO:
-    """λ [1 − σ(±(r − β z))], + for good answers: Ethayarajh et al. 2024 (arXiv 2402.01306).
-
-    r = β (log π(y|x) − log π_ref(y|x)), and z estimates KL(π ‖ π_ref) by the mean log-ratio of prompts with the
-    answers of others, at least 0 and without gradient. A row is one answer and whether it is good.
-
-    Attributes:
-        beta: how closely the policy keeps to its reference.
-        desirable_weight: λ of good answers.
-        undesirable_weight: λ of bad ones: choose both so that the classes weigh alike, between 1 : 1 and 4 : 3.
-    """
-
-    beta: Positive = 0.1
-    desirable_weight: NonNegative = 1.0
-    undesirable_weight: NonNegative = 1.0
-
-    needs_reference: ClassVar[bool] = True
-    reads_means: ClassVar[bool] = False
-    paired: ClassVar[bool] = False
-    sft_coef: ClassVar[float] = 0.0
-
-    def __call__(
-        self, ratios: Float[Array, "B"], desirable: Bool[Array, "B"], baseline: Float[Array, "*B"]
-    ) -> Float[Array, "B"]:
-        """The loss of each answer.
-
-        Args:
-            ratios: log π(y|x) − log π_ref(y|x), summed over tokens.
-            desirable: whether the answer is good.
-            baseline: z, see `kto_baseline`.
-        """
-        sign = jnp.where(desirable, 1.0, -1.0)
-        weight = jnp.where(desirable, self.desirable_weight, self.undesirable_weight)
-        return weight * jax.nn.sigmoid(-sign * self.beta * (ratios - baseline))
-
-
-def kto_baseline(mismatched: Float[Array, "B"]) -> Float[Array, ""]:
-    """z = max(0, mean of log π(y'|x) − log π_ref(y'|x)), y' the answer of another row; no gradient."""
-    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(mismatched), 0.0))

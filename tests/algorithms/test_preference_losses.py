@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax.algorithms.preference_losses import KTO, ORPO, PREFERENCE_LOSSES, PairLoss, kto_baseline
+from hybrid_jax.algorithms.kto import KTO, kto_baseline
+from hybrid_jax.algorithms.preference_losses import ORPO, PREFERENCE_LOSSES, PairLoss
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
 

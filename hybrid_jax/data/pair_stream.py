@@ -175,8 +175,8 @@ def _prompt_length(row: Encoded) -> int:
 
 
 def _check_prompts(place: str, pair: Pair) -> None:
-    prompts = [row.tokens[: _prompt_length(row)] for row in pair]
-    if not np.array_equal(*prompts):
+    better, worse = (row.tokens[: _prompt_length(row)] for row in pair)
+    if not np.array_equal(better, worse):
         raise UserError(
             f"{place}: the prompt must be the same tokens before both answers, got others: the chat template "
             "writes it in another way for each answer"

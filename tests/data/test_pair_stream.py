@@ -1,0 +1,110 @@
+"""Pairs of answers as rows of tokens: what is learned, what is cut, what is left out, by literal tokens."""
+
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.data.long_rows import LongRows
+from hybrid_jax.data.pair_stream import AnswerStream, PairStream
+from hybrid_jax.data.preferences import Preference
+from hybrid_jax.data.tokenizer import TOKENIZERS
+
+BYTES = TOKENIZERS["bytes"]().build()
+
+
+def pairs(*rows, length=16, policy: Any = "drop"):
+    return PairStream(rows, BYTES, length, long_rows=LongRows(policy, "length", "long_rows", rows="pairs"))
+
+
+def learned(stream, index=0):
+    """The text of both rows, and of what is learned of them; '|' is the end token."""
+    batch = stream.rows(np.array([index]))
+    both = zip(batch.tokens[0], batch.segment_ids[0], batch.loss_mask[0], strict=True)
+    return [(_text(tokens[real > 0]), _text(tokens[mask])) for tokens, real, mask in both]
+
+
+def _text(tokens):
+    return "".join("|" if token == BYTES.eos_id else BYTES.decode([int(token)]) for token in tokens)
+
+
+def test_only_the_answers_and_their_ends_are_learned():
+    assert learned(pairs(Preference("2+2=", "4", "five"))) == [("2+2=4|", "4|"), ("2+2=five|", "five|")]
+
+
+def test_an_empty_answer_is_its_end_token():
+    assert learned(pairs(Preference("hm", "", "no"))) == [("hm|", "|"), ("hmno|", "no|")]
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("truncate_end", [("2+2=4|", "4|"), ("2+2=five", "five")]),
+        ("truncate_start", [("+2=4|", "4|"), ("+2=five|", "five|")]),
+    ],
+)
+def test_both_sides_of_a_long_pair_are_cut_alike(policy, expected):
+    # Nine tokens, of which eight fit: only the worse answer is too long, but both lose the start of the prompt.
+    assert learned(pairs(Preference("2+2=", "4", "five"), length=8, policy=policy)) == expected
+
+
+@pytest.mark.parametrize("policy", ["truncate_end", "truncate_start", "drop"])
+def test_a_pair_of_which_nothing_would_be_told_apart_is_left_out_with_a_line(policy, caplog):
+    rows = Preference("a long prompt: ", "yes", "no"), Preference("a", "b", "c")
+    with caplog.at_level(logging.WARNING):
+        stream = pairs(*rows, length=4, policy=policy)
+    assert stream.num_rows == 1
+    assert "1 of 2 pairs" in caplog.text
+    assert learned(stream) == [("ab|", "b|"), ("ac|", "c|")]
+
+
+def test_the_same_answer_twice_and_ties_are_left_out_with_a_line_each(caplog):
+    rows = Preference("a", "b", "b"), Preference("a", "b", "c", tie=True), Preference("a", "c", "b")
+    with caplog.at_level(logging.WARNING):
+        assert pairs(*rows).num_rows == 1
+    assert "1 of 3 pairs are ties: left out" in caplog.text
+    assert "have the same better and worse answer: left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "line"),
+    [
+        (Preference("a", "b", "c", tie=True), "the data is empty: all 1 rows are ties"),
+        (Preference("a", "b", "b"), "the data is empty: all 1 pairs are of the same answer twice"),
+        (Preference("a" * 20, "b", "c"), "so that none is left; raise length"),
+    ],
+)
+def test_data_without_a_pair_to_learn_from_is_one_line(row, line):
+    with pytest.raises(UserError, match=line):
+        pairs(row)
+
+
+def answers(*rows, length=16):
+    examples = [Example(prompt, response) for prompt, response, _ in rows]
+    return AnswerStream(examples, [good for *_, good in rows], BYTES, length)
+
+
+def test_a_single_answer_stands_beside_the_next_one_to_another_prompt():
+    stream = answers(("a", "1", True), ("a", "2", False), ("b", "3", False))
+    assert stream.good.tolist() == [True, False, False]
+    assert learned(stream, 0) == [("a1|", "1|"), ("a3|", "3|")]
+    assert learned(stream, 1) == [("a2|", "2|"), ("a3|", "3|")]
+    assert learned(stream, 2) == [("b3|", "3|"), ("b1|", "1|")]
+
+
+def test_the_label_of_an_answer_stays_with_it_where_others_are_left_out():
+    stream = answers(("a", "1", True), ("b", "x" * 30, True), ("c", "3", False), ("d", "4", True))
+    assert [(learned(stream, i)[0][0], good) for i, good in enumerate(stream.good)] == [
+        ("c3|", False),
+        ("d4|", True),
+    ]
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_answers_of_one_class_are_one_line(good):
+    word = "good" if good else "bad"
+    with pytest.raises(UserError, match=f"both classes, good and bad, got 2 that are {word}"):
+        answers(("a", "1", good), ("b", "2", good))

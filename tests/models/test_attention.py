@@ -112,7 +112,8 @@ def test_blocked_attention_equals_the_plain_path(length, kv_heads, packed):
         for f in (blocked_attention, plain_attention)
     ]
     for fast, plain in zip(*map(jax.tree.leaves, both), strict=True):
-        np.testing.assert_allclose(fast, plain, atol=2e-5)  # sums of 150 float32 products
+        # Sums of 150 float32 products, and the loss: a sum of thousands, in whatever order threads take them.
+        np.testing.assert_allclose(fast, plain, atol=2e-5, rtol=5e-6 if np.ndim(plain) == 0 else 1e-7)
 
 
 def test_long_sequences_use_larger_blocks_and_stay_equal():

@@ -15,10 +15,11 @@ from typing import Annotated
 from hybrid_jax.algorithms.advantages import ADVANTAGES, Advantage
 from hybrid_jax.algorithms.group_advantages import GroupRelative
 from hybrid_jax.algorithms.policy_gradient import OBJECTIVES, Clipped, PolicyObjective
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, settings
-from hybrid_jax.phases.policy_gradient import PolicyGradient
+from hybrid_jax.phases.policy_gradient import PolicyGradient, PolicyGradientPhase
 from hybrid_jax.phases.references import Reference
-from hybrid_jax.training.phase import PHASES
+from hybrid_jax.training.phase import PHASES, Resources
 
 
 @PHASES.register("gdpo")
@@ -33,7 +34,10 @@ class GDPO(PolicyGradient):
     epochs: Count = 1  # times that the updates of a step read its rollout
     whiten_advantages: bool = False  # scale them to mean 0 and standard deviation 1
 
-    def __post_init__(self):
-        super().__post_init__()
+    def build(self, resources: Resources) -> PolicyGradientPhase:
+        """The phase; every part of its reward must be normalised in its group."""
         if others := [name for name, part in self.reward.parts.items() if not part.is_in_groups]:
-            raise ValueError(f"reward.parts.{others[0]}.normalise must be group")
+            raise UserError(
+                f"phases.{resources.name}.reward.parts.{others[0]}.normalise must be group for gdpo"
+            )
+        return super().build(resources)

@@ -120,6 +120,7 @@ def test_one_actor_is_a2c_bit_for_bit(experiment):
     assert [metrics["staleness"] for metrics in of_one] == [0] * 4
 
 
+@pytest.mark.slow
 def test_one_actor_with_vtrace_is_a2c_up_to_rounding(experiment):
     """The compiler may round the probabilities of two programs apart, of which V-trace takes the ratio."""
     one, _ = steps(experiment("a3c", actors=1, advantage={"name": "vtrace"}), 3)
@@ -249,6 +250,7 @@ def test_a_run_of_several_actors_resumes_from_the_bits_that_were_saved_and_answe
     assert len(asked) == len(set(asked)) == 4
 
 
+@pytest.mark.slow
 def test_one_actor_resumes_to_the_bits_of_an_unbroken_run(experiment):
     whole = train(experiment(steps=4, actors=1, folder="whole"))
     state, _ = steps(experiment(steps=4, actors=1), 2)
@@ -257,6 +259,7 @@ def test_one_actor_resumes_to_the_bits_of_an_unbroken_run(experiment):
     assert resumed.cursors == whole.cursors
 
 
+@pytest.mark.slow
 def test_on_several_devices_each_actor_has_one_of_its_own(experiment):
     built = experiment(actors=4, mesh={"data": 2})
     phase, places = built.phases["rl"], []

@@ -142,6 +142,7 @@ def test_a_resumed_run_asks_what_it_had_not_asked(experiment, tmp_path):
     assert bits(resumed.train) == bits(whole.train)
 
 
+@pytest.mark.slow
 def test_eight_devices_fill_the_batch_of_one(experiment):
     one = played(experiment("OnTexts", "one")).rollout
     many = played(experiment("OnTexts", "many", {"mesh": {"data": 8}})).rollout

@@ -60,6 +60,7 @@ _PUBLIC = {
         *("OBJECTIVES", "PolicyObjective", "Clipped", "Truncated", "Soft", "ScoreFunction"),
         *("token_losses", "clipped_policy_loss", "clipped_value_loss"),
     ],
+    "algorithms.preference_losses": ["PREFERENCE_LOSSES"],
     "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],
     # samplers
     "sampling.base": ["SAMPLERS", "Sampler"],

@@ -27,7 +27,7 @@ from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.json_text import shown
-from hybrid_jax.core.ranges import NonNegative, settings
+from hybrid_jax.core.ranges import BatchSize, NonNegative, settings
 from hybrid_jax.data.long_rows import LongRows, Policy
 from hybrid_jax.data.pair_stream import AnswerStream, PairStream
 from hybrid_jax.data.places import places_of
@@ -74,7 +74,7 @@ class PreferenceSettings(Supervised):
         optimizer: of the parameters that train.
     """
 
-    batch_size: int = 16
+    batch_size: BatchSize = 16
     length: Annotated[int, Ge(2)] = 256
     long_rows: Policy = "drop"
     loss: Annotated[PreferenceLoss, PREFERENCE_LOSSES] = Sigmoid()

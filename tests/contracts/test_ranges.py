@@ -27,6 +27,7 @@ VALUES = (
 )
 # Needed beside the required settings, or instead of what `example` would give.
 GIVEN: dict[str, dict[str, Any]] = {
+    "Distillation": {"references": {"teacher": {}}},
     "LengthOf": {"least": 1},
     "OneOf": {"values": [1]},
     "Bandit": {"metric": "sft/loss"},

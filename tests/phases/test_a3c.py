@@ -241,7 +241,9 @@ def test_a_run_of_several_actors_resumes_from_the_bits_that_were_saved_and_answe
     assert state.cursors == saved["state"].cursors
     asked, batch = [], again.phases["rl"].rollouts.prompts.batch
     monkeypatch.setattr(
-        again.phases["rl"].rollouts.prompts, "batch", lambda c, n: asked.append(c) or batch(c, n)
+        again.phases["rl"].rollouts.prompts,
+        "batch",
+        lambda c, n, **more: asked.append(c) or batch(c, n, **more),
     )
     end = train(again)
     assert end.cursors == {"rl": 8 * ROWS}

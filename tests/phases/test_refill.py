@@ -133,6 +133,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_asks_what_it_had_not_asked(experiment, tmp_path):
     whole = train(experiment("OnTexts"))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")

@@ -156,11 +156,8 @@ class Robust(PairLoss):
 
     def loss(self, better, worse):
         """`PairLoss.loss`."""
-        noise, right, wrong = (
-            self.label_smoothing,
-            jax.nn.softplus(worse - better),
-            jax.nn.softplus(better - worse),
-        )
+        right, wrong = jax.nn.softplus(worse - better), jax.nn.softplus(better - worse)
+        noise = self.label_smoothing
         return ((1.0 - noise) * right - noise * wrong) / (1.0 - 2.0 * noise)
 
 

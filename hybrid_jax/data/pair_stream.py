@@ -149,7 +149,8 @@ class AnswerStream(RowsOfTwo):
 
 
 def _answered(example: Example, text: str) -> Example:
-    question = example.question
+    """The example with another answer, which alone is learned: earlier ones belong to the prompt."""
+    question = [{**m, "train": False} if m["role"] == "assistant" else m for m in example.question]
     messages = (*question, {"role": "assistant", "content": text}) if example.messages else ()
     return replace(example, response=text, messages=messages)
 
@@ -159,15 +160,7 @@ def _encoded(answers: Sequence[Example], tokenizer: Tokenizer) -> list[Encoded]:
     encoded = encode_examples(answers, tokenizer, None)
     if len(encoded) != len(answers):
         raise UserError("a conversation must be one row of tokens to be one of a pair, got several")
-    return [_last_answer(row) for row in encoded]
-
-
-def _last_answer(row: Encoded) -> Encoded:
-    """The row with the last of its learned stretches: answers before it belong to the prompt."""
-    learned = np.flatnonzero(row.loss_mask)
-    breaks = np.flatnonzero(np.diff(learned) > 1)
-    first = learned[breaks[-1] + 1] if len(breaks) else (learned[0] if len(learned) else len(row.tokens))
-    return row._replace(loss_mask=row.loss_mask & (np.arange(len(row.tokens)) >= first))
+    return encoded
 
 
 def _prompt_length(row: Encoded) -> int:

@@ -54,7 +54,7 @@ class PolicyLosses(RolloutFunctions):
             rollout, examples = batch
             # Of the whole batch, not of a microbatch: a mean of means would weigh short responses more.
             weights = dict.fromkeys(coefs, rollout.loss_shares.sum())
-            weights["value_loss"] = rollout.action_mask.sum()
+            weights["value_loss"] = _counted(rollout).sum()
             weights |= dict.fromkeys(self.model.loss_coefs, rollout.attention_mask.sum())
             return weights if examples is None else {**weights, "sft_loss": num_targets(examples)}
 
@@ -114,7 +114,7 @@ class PolicyLosses(RolloutFunctions):
                 value(group["head"], states),
                 rollout.values,
                 rollout.returns,
-                mask,
+                _counted(rollout),
                 clip_range=config.value_clip_range,
             )
             metrics |= value_metrics
@@ -137,6 +137,11 @@ class PolicyLosses(RolloutFunctions):
         group = params[self.value_key]
         trunk = self.whole(group.get("model", params["model"]))
         return value(group["head"], states_before(self.model, trunk, tokens, attention_mask, length))
+
+
+def _counted(rollout: Rollout) -> Bool[Array, "B R"]:
+    """The tokens of responses that have a share in the loss: one that is left out has no returns to learn."""
+    return rollout.action_mask & (rollout.loss_shares > 0)[:, None]
 
 
 def _weighted(losses: Float[Array, "B R"], rollout: Rollout) -> Sum:

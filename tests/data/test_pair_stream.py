@@ -39,6 +39,29 @@ def test_an_empty_answer_is_its_end_token():
     assert learned(pairs(Preference("hm", "", "no"))) == [("hm|", "|"), ("hmno|", "no|")]
 
 
+# An answer is written without its thinking once something follows it.
+DROPS_THINKING = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{{ m.content if loop.last else "
+    "m.content.split('</think>')[-1] }}{{ eos_token }}{% else %}U:{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def test_of_a_conversation_the_last_answer_alone_is_learned_and_earlier_ones_are_read_as_the_policy_reads_them(
+    tmp_path,
+):
+    (tmp_path / "template.jinja").write_text(DROPS_THINKING)
+    tokenizer = TOKENIZERS["bytes"](chat_template=str(tmp_path / "template.jinja")).build()
+    asked = ("user", "2?"), ("assistant", "<think>hm</think>3"), ("user", "so?")
+    messages = tuple({"role": role, "content": content} for role, content in asked)
+    row = Preference("so?", "4", "<think>no</think>5", messages)
+    stream = PairStream([row], tokenizer, 64)
+    assert learned(stream) == [
+        ("U:2?A:3|U:so?A:4|", "4|"),
+        ("U:2?A:3|U:so?A:<think>no</think>5|", "<think>no</think>5|"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [

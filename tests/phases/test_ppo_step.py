@@ -279,6 +279,24 @@ def test_dropout_reaches_sft_where_it_is_set(monkeypatch):
     assert keys == [jax.random.key(5), None]
 
 
+def test_a_response_that_is_left_out_teaches_no_value():
+    model = MODEL.build(11)
+    ppo, rollout = functions(model), rollout_of(model)
+    params = {"model": model.init(jax.random.key(0))}
+    params |= ppo.init_value(params["model"])
+    shares = rollout.loss_shares.at[0].set(0)
+
+    def value_loss(returns_of_first):
+        returns = rollout.returns.at[0].set(returns_of_first)
+        batch = replace(rollout, returns=returns, loss_shares=shares)
+        weights = ppo.objective({}).weights((batch, None))
+        return ppo.losses(params, batch, None)[0]["value_loss"].total, int(weights["value_loss"])
+
+    (there, weight), (other, _) = value_loss(0.0), value_loss(1e3)
+    assert float(there) == float(other)
+    assert weight == int(rollout.action_mask[1:].sum())
+
+
 def test_router_losses_weigh_by_all_tokens_that_the_router_saw():
     experts = Experts(count=2, per_token=1, width=4, balance_coef=0.5, z_coef=0.1)
     model = replace(MODEL, mlp="gated", experts=experts).build(11)

@@ -63,6 +63,52 @@ def test_dpo_on_bradley_terry_labels_reaches_the_optimum_of_rl(taught):
     assert distance(REFERENCE, best) > 0.15
 
 
+def rewards_of(rows):
+    """The rewards under which the votes are likeliest (Bradley-Terry), with mean 0, by Newton's method."""
+    number = {text(sequence): i for i, sequence in enumerate(SEQUENCES)}
+    better, worse = (np.array([number[row[side]] for row in rows]) for side in ("chosen", "rejected"))
+    rewards, eye = np.zeros(len(SEQUENCES)), np.eye(len(SEQUENCES))
+    signs = eye[better] - eye[worse]
+    for _ in range(50):
+        wrong = 1 / (1 + np.exp(signs @ rewards))
+        slope, bend = signs.T @ wrong, (signs * (wrong * (1 - wrong))[:, None]).T @ signs
+        rewards = rewards + np.linalg.lstsq(bend, slope, rcond=None)[0]
+    assert np.abs(slope).max() < 1e-9
+    return rewards
+
+
+def test_above_several_references_dpo_reaches_their_geometric_mean_times_what_the_votes_say(
+    trained, on_policy, tmp_path
+):
+    rows = rows_of(lambda i, j: 1 / (1 + np.exp(true_reward()[j] - true_reward()[i])), 4)
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The first is the policy that the run begins with, the second what RLOO has made of it.
+    references = {
+        "begun": {"weight": 0.8, "frozen_at": "start"},
+        "moved": {"weight": 1.2, "frozen_at": "first_step"},
+    }
+    preference = {
+        **SETTINGS,
+        "source": {"name": "jsonl", "train": str(tmp_path / "pairs.jsonl")},
+        "batch_size": len(rows),
+        "loss": {"name": "sigmoid", "beta": 0.5},
+        "references": references,
+        "optimizer": {**ADAM, "learning_rate": 0.2},
+    }
+    rl = {"name": "rloo", "prompts_per_step": 16, **on_policy}
+    state = trained(
+        {"rl": rl, "preference": preference},
+        210,
+        scheduler={"name": "alternation", "warmup": {"rl": 10}, "cycle": {"preference": 1}},
+    )
+    begun, moved = (sequence_probabilities(state.references[f"preference/{name}"]) for name in references)
+    assert distance(begun, REFERENCE) < 1e-6
+    assert distance(begun, moved) > 0.1
+    best = optimum(begun**0.4 * moved**0.6, rewards_of(rows), 0.5)
+    assert distance(sequence_probabilities(state.policy), best) < 2e-3
+    assert distance(optimum(begun, rewards_of(rows), 0.5), best) > 0.02
+
+
 def test_ipo_on_certain_preferences_reaches_its_own_margin(taught):
     # One pair, of which the one is always better: h = 1 / (2β).
     rows = [{"prompt": "0", "chosen": "222", "rejected": "100"}] * 4

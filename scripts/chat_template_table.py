@@ -208,7 +208,7 @@ class Template:
         ], variables
 
     def reference(self, messages: Any, variables: Mapping[str, Any]) -> Side | str:
-        """What `transformers` gives with TRL's training template, or why it refuses."""
+        """The tokens and mask of `transformers` with TRL's training template, or its refusal."""
         try:
             out = self.theirs.apply_chat_template(
                 messages,
@@ -231,7 +231,7 @@ class Template:
             return None
 
     def own(self, messages: Any, variables: Mapping[str, Any]) -> list[Side] | str:
-        """What hybrid_jax reads and learns, or why it refuses."""
+        """The tokens and mask of hybrid_jax, or its refusal."""
         try:
             found = encode_conversation(messages, self.ours, variables)
         except UserError as error:
@@ -295,7 +295,7 @@ def _several(template: Template, messages: Any, variables: Any, own: list[Side],
 
 
 def _own_texts(template: Template, messages: Any, variables: Any, own: list[Side], reference: Any) -> bool:
-    """Whether each sequence is what the model's own template writes of the messages up to its answer."""
+    """Tells whether each sequence is that of the model's own template for the messages up to its answer."""
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(own) != len(answers):
         return False
@@ -313,7 +313,7 @@ def _another_text(template: Template, messages: Any, variables: Any, own: list[S
 
 
 def _as_asked(template: Template, messages: Any, variables: Any, own: Side) -> bool:
-    """Whether these are the model's own tokens of the messages, and all behind the question is learned."""
+    """Tells whether these are the model's own tokens, and all behind the question is learned."""
     ids = template.rendered(messages, variables)
     asked = template.rendered(messages[:-1], variables, ask=True)
     if ids is None or asked is None or own.ids[: len(ids)] != ids:

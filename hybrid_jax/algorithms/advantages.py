@@ -126,7 +126,7 @@ def gae(
 @ADVANTAGES.register("returns")
 @settings
 class Returns:
-    """What is received from a token on, G_t = Σ γ^(t' − t) R_t': REINFORCE (Williams 1992), without a critic.
+    """The return from a token on, G_t = Σ γ^(t' − t) R_t': REINFORCE (Williams 1992), without a critic.
 
     Together with ``whiten_advantages`` and the KL in the reward it is REINFORCE++ (Hu 2025, arXiv 2501.03262).
     A baseline that runs along is the reward's: ``reward.baseline``.

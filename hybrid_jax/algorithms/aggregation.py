@@ -1,4 +1,4 @@
-"""How the losses of tokens become one number, and how tokens of an older policy count.
+"""Aggregation of the losses of tokens, and correction for tokens that another policy sampled.
 
 A loss is ``Σ_bt w_bt l_bt / Σ_b d_b``, with weights w and shares d that no parameter changes. They are known
 before a rollout is divided into minibatches, so that no division changes what a token weighs:
@@ -55,7 +55,7 @@ def loss_weights(
 
 @settings
 class Correction:
-    """How a token counts that another policy sampled than the one that begins to learn from it.
+    """The weight of a token that another policy sampled than the one that begins to learn from it.
 
     Responses may come from an older policy (``rollout_ahead``, slow actors) or from a sampler whose numbers
     differ. Ratios then start from the policy at the beginning of the step, and each loss is multiplied by that

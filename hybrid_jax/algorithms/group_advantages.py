@@ -75,7 +75,7 @@ class GroupRelative:
 @ADVANTAGES.register("pass_at_k")
 @settings
 class PassAtK:
-    """What an answer adds to the best of k answers: a rare good one counts much, where the mean would not."""
+    """The gain of an answer for the best of k answers: a rare good one counts much, not so in a mean."""
 
     k: Count = 4  # answers of which the best counts; at most the answers to a prompt
 

@@ -71,7 +71,7 @@ class VTrace:
         group: Int[Array, "B"],
         log_ratios: Float[Array, "B R"] | None = None,
     ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-        """As every `Advantage`; ``log_ratios`` are log π/b of the tokens, None where π sampled them."""
+        """Estimates as every `Advantage`; ``log_ratios`` are log π/b, None where π itself sampled."""
         assert values is not None, "vtrace reads values"
         return vtrace(
             rewards,
@@ -183,5 +183,5 @@ def _back(order: Int[Array, "*batch R"], x: Tokens) -> Tokens:
 
 
 def _next(x: Tokens) -> Tokens:
-    """What stands one token later; 0 after the last."""
+    """Shifts by one token: item t becomes item t + 1, the last becomes 0."""
     return jnp.concatenate([x[..., 1:], jnp.zeros_like(x[..., :1])], axis=-1)

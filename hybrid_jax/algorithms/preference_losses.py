@@ -174,7 +174,7 @@ class IPO(PairLoss):
 
     @property
     def reads_means(self) -> bool:  # type: ignore
-        """Of the tokens of an answer."""
+        """Tells whether log-probs are means over the tokens of an answer."""
         return self.token_mean
 
     def loss(self, better, worse):

@@ -293,7 +293,7 @@ def _inside(offsets: np.ndarray, spans: Sequence[Span]) -> tuple[np.ndarray, int
 
 
 def _reads_as_written(tokenizer: Tokenizer, drafts: Sequence[_Draft]) -> bool:
-    """Whether all learned tokens together decode to the texts in their places, which saves looking at each."""
+    """Tells whether all learned tokens together decode to the texts in their places: then each one does."""
     decoded = tokenizer.decode([token for draft in drafts for token in draft.learned])
     return _squashed(decoded) == _squashed("".join(draft.said for draft in drafts))
 

@@ -47,7 +47,7 @@ class Chat:
         self.variables = {**tokenizer.template_variables, **self._guarded(variables or {})}
 
     def job(self, parts: Sequence[Part]) -> Job:
-        """What is to be rendered of this conversation."""
+        """The request to render parts of this conversation."""
         return Job(self.messages, self.variables, parts)
 
     def render(self, count: int, ask: bool = False, messages: Sequence[Message] | None = None) -> str:
@@ -60,7 +60,7 @@ class Chat:
         return rendered(render_jobs(self.template, [job])[0][0]).text
 
     def ends_with_special(self, text: str) -> bool:
-        """Whether the last thing in ``text``, white space aside, is a special token."""
+        """Tells whether ``text`` ends with a special token, white space aside."""
         return text.rstrip().endswith(self._special)
 
     def special_at_start(self, text: str) -> str | None:
@@ -77,12 +77,12 @@ class Chat:
         return end
 
     def last_special(self, text: str, start: int, end: int) -> int | None:
-        """Where the last special token ends that lies in ``text[start:end]``."""
+        """The end of the last special token in ``text[start:end]``."""
         places = [(text.rfind(token, start, end), token) for token in self._special]
         return max((place + len(token) for place, token in places if place >= 0), default=None)
 
     def next_special(self, text: str, start: int) -> int:
-        """Where the first special token ends that begins at ``start`` or behind it, or the end of the text."""
+        """The end of the first special token that begins at ``start`` or behind it, or the end of the text."""
         places = [(text.find(token, start), -len(token)) for token in self._special]
         first = min((place for place in places if place[0] >= 0), default=(len(text), 0))
         return first[0] - first[1]

@@ -28,7 +28,7 @@ MATCH_SECONDS = 1.0  # for one pattern in one row; a usual pattern takes microse
 
 @settings(kw_only=True)
 class OfColumn:
-    """What the conditions on one column share.
+    """The settings of every condition on one column.
 
     Attributes:
         column: the field of the row.

@@ -1,4 +1,4 @@
-"""What people said of answers, as pairs: rankings, ratings and votes become a better and a worse one.
+"""Pairs of answers out of rankings, ratings and votes.
 
 A row is one of
 

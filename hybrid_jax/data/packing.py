@@ -134,7 +134,7 @@ def cut_start(tokens: np.ndarray, most: int, start: tuple[int, ...]) -> np.ndarr
 
 
 def kept_start(tokens: np.ndarray, most: int, start: tuple[int, ...]) -> int:
-    """How many start tokens stay in front of at most ``most`` tokens: all, or none without room behind them."""
+    """The number of start tokens to keep in a row of ``most`` tokens: all, or none if they would fill it."""
     begins = tuple(tokens[: len(start)]) == start
     return len(start) if begins and len(start) < most else 0
 

@@ -218,7 +218,7 @@ def _shorter_prompt(row: Encoded, excess: int, start: tuple[int, ...]) -> Encode
 
 
 def _of_another_prompt(prompts: Sequence[object]) -> list[int]:
-    """For each row the next one, in a circle, that asks something else; the next one where none does."""
+    """The row that follows each row, in a circle, and asks something else; the next one where none does."""
     count = len(prompts)
     others = [(i + 1) % count for i in range(count)]
     for i in reversed(range(2 * count - 1)):

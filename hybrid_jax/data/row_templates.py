@@ -50,7 +50,7 @@ def _formatted(row: Mapping[str, Any], templates: Sequence[str], where: str) -> 
 
 
 def _remedy(value: Any) -> str:
-    """What to do about a field that is null."""
+    """The advice for a field that is null."""
     if value is not None:
         return ""
     return (

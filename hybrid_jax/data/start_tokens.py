@@ -1,4 +1,4 @@
-"""What a tokenizer of ``transformers`` puts in front of every text, most often its BOS token or nothing."""
+"""Start tokens: those that a tokenizer of ``transformers`` puts in front of every text, often its BOS."""
 
 from __future__ import annotations
 
@@ -70,6 +70,6 @@ def _frame(backend: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _place_of(part: Sequence[int], whole: Sequence[int]) -> int | None:
-    """Where the last occurrence of ``part`` in ``whole`` begins."""
+    """The index at which the last occurrence of ``part`` in ``whole`` begins."""
     places = range(len(whole) - len(part), -1, -1)
     return next((place for place in places if list(whole[place : place + len(part)]) == list(part)), None)

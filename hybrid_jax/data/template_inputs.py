@@ -1,4 +1,4 @@
-"""What a row gives its chat template beside the messages: tools, documents, and arguments by name."""
+"""Inputs of a chat template beside the messages: tools, documents, and arguments by name."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TemplateInputs:
             raise ValueError(str(error)) from error
 
     def template_variables(self, row: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """What the template reads of a row beside its messages.
+        """The variables that the template reads of a row beside its messages.
 
         Raises:
             UserError: one line with the place and the field, where it holds something else.

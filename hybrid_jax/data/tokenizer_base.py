@@ -1,4 +1,4 @@
-"""What every tokenizer can do."""
+"""The protocol of all tokenizers."""
 
 from __future__ import annotations
 

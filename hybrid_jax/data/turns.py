@@ -1,4 +1,4 @@
-"""Where the answers of a conversation stand in what its chat template wrote.
+"""The places of the answers of a conversation in the text that its chat template wrote.
 
 A turn of the assistant reaches from the end of the header that asks for it (``add_generation_prompt``) to the
 end of what the template writes when the conversation ends there: its reasoning, its text, its tool calls, the
@@ -58,7 +58,7 @@ def learned_answers(messages: Sequence[Message]) -> list[int]:
 
 
 def wanted_parts(messages: Sequence[Message], answers: Sequence[int], marks: bool) -> list[Part]:
-    """What has to be rendered to find the ``answers`` among the messages."""
+    """The parts that must be rendered to find the ``answers`` among the messages."""
     whole = Part(len(messages))
     if not marks:
         asked = [Part(index, ask=True) for index in answers if index]
@@ -153,7 +153,7 @@ def _turn(chat: Chat, index: int, parts: Renderings, whole: str) -> _Turn:
 
 
 def _start(chat: Chat, index: int, text: str, parts: Renderings) -> int:
-    """Where the answer begins: behind what asks for it."""
+    """The start of the answer: behind the header that asks for it."""
     question = parts.get(Part(index, ask=True))
     if isinstance(question, Rendering) and text.startswith(question.text):
         return len(question.text)
@@ -259,7 +259,7 @@ def _ended(chat: Chat, text: str, spans: list[Span], answers: Sequence[int]) -> 
 
 
 def _behind(turn: str, message: Message) -> str:
-    """What the turn has behind the text of the message; nothing where tool calls may stand there."""
+    """The end of the turn behind the text of the message; empty where tool calls may stand there."""
     last_line = str(message.get("content", "")).strip().rpartition("\n")[2]
     return "" if message.get("tool_calls") or not last_line else turn.rpartition(last_line)[2]
 
@@ -274,7 +274,7 @@ def _closing(chat: Chat, text: str, start: int, index: int) -> int:
 
 
 def _said(message: Message, calls: bool) -> list[str]:
-    """What must be found in the turn of a message: its text, or the names of the functions that it calls."""
+    """The words that the turn of a message must hold: its text, and the names of functions that it calls."""
     if not calls:
         content = message.get("content")
         return [content.strip()] if isinstance(content, str) else []
@@ -292,7 +292,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts share at their start."""
+    """The number of characters that two texts share at their start."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""How far annotators agree beyond chance, by NLTK's `AnnotationTask`."""
+"""Agreement of annotators beyond chance, by NLTK's `AnnotationTask`."""
 
 from __future__ import annotations
 

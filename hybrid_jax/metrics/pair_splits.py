@@ -53,7 +53,7 @@ def length_matched(rows: Sequence[Row], ratio: float) -> list[Row]:
 
 
 def longer_wins(rows: Sequence[Row]) -> float:
-    """How often the longer answer is the better one; equal lengths count one half, no rows are 0.5."""
+    """The share of pairs that the longer answer won; equal lengths count one half, no rows are 0.5."""
     signs = [(math.copysign(1, ratio) if (ratio := _length_ratio(row)) else 0) for row in rows]
     return sum(0.5 * (sign + 1) for sign in signs) / len(signs) if signs else 0.5
 

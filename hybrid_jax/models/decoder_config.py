@@ -144,7 +144,7 @@ class DecoderSettings:
 
     @property
     def has_query_key_norm_bias(self) -> bool:
-        """Whether the norms of queries and keys have a bias."""
+        """Tells whether the norms of queries and keys have a bias."""
         has_layer_norm = self.query_key_norm is not None and self.norm == "layer" and self.norm_scale
         return self.query_key_norm_bias and has_layer_norm
 

@@ -120,7 +120,7 @@ def add_adapter(lora: Lora | None, params: Params, key: Array) -> Params:
 
 
 def _beside(lora: Lora, params: Params) -> dict[str, Array]:
-    """What trains of the base itself, by path: copies of leaves, and rows."""
+    """The parts of the base that train, by path: copies of leaves, and rows."""
     leaves, maps = _flat(params), targeted(lora, params)
     found = {p: jnp.copy(x.astype(jnp.float32)) for p, x in leaves.items() if _trains(lora, p, maps)}
     if lora.train_fully is not None:
@@ -267,7 +267,7 @@ def adapters_of(params: Params) -> dict[str, Params]:
 
 
 def in_full(params: Params) -> dict[str, Array]:
-    """What trains of the base itself, by path: leaves that are read in place of the base's, and rows."""
+    """The parts of the base that train, by path: leaves read in place of the base's, and rows."""
     leaves = _flat(params[ADAPTER]).items()
     return {path: leaf for path, leaf in leaves if path.rpartition("/")[2] not in _LOW_RANK}
 

@@ -24,7 +24,7 @@ _AXES = {("token_embedding", "embedding"): 0, ("lm_head", "kernel"): 1, ("lm_hea
 
 
 def own_tokenizer_of(folder: object) -> str:
-    """What helps where the tokenizer in a finished model's folder is larger than the model."""
+    """The advice where the tokenizer in a finished model's folder is larger than the model."""
     return (
         f"{str(folder)!r} needs the tokenizer that belongs to its model, or a model trained with these tokens"
     )

@@ -81,7 +81,7 @@ class A3C(A2C):
 
 
 class _Shared:
-    """What actors read and write, under its lock: the newest parameters, and what the reward remembers."""
+    """The state that actors share, under its lock: the newest parameters, and the memory of the reward."""
 
     def __init__(self, newest: TrainState, reward_state: Any):
         self.lock = threading.Lock()
@@ -119,11 +119,11 @@ class A3CPhase(PolicyGradientPhase):
 
     @property
     def _counts_key(self) -> str:
-        """Where ``RunState.host`` keeps the histogram of staleness."""
+        """The key of the histogram of staleness in ``RunState.host``."""
         return f"{self.name}/staleness"
 
     def init(self, params: Mapping[str, Any], key: Array) -> PhaseInit:
-        """What a policy gradient adds, and the histogram of staleness."""
+        """Adds the parts of a policy gradient and the histogram of staleness."""
         added = super().init(params, key)
         return replace(added, host={**added.host, self._counts_key: np.zeros(BINS, np.int64)})
 
@@ -184,7 +184,7 @@ class A3CPhase(PolicyGradientPhase):
         return state
 
     def _found(self, state: RunState) -> _Shared:
-        """What actors share; begun anew where the state is not the one that this phase left."""
+        """The state that actors share; begun anew where ``state`` is not the one that this phase left."""
         left = self._left
         remembered = state.host[self.rollouts.reward_key]
         goes_on = left is not None and state.step >= left[0] and self._own(state) == left[1]
@@ -226,7 +226,7 @@ class A3CPhase(PolicyGradientPhase):
         return cursor, again
 
     def _actors_wanted(self) -> int:
-        """All, once one rollout has compiled the programs for all; on devices of their own each compiles."""
+        """The number of actors that may be busy: one until it has compiled the programs that all share."""
         return 1 if self._left is None and len(self._places) == 1 else self._num_actors
 
     def _snapshot(self, state: RunState) -> TrainState:

@@ -1,4 +1,4 @@
-"""What the stages of a rollout hand on, on the host."""
+"""Records that the stages of a rollout hand on, on the host."""
 
 from __future__ import annotations
 

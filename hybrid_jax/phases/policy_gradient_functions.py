@@ -35,7 +35,7 @@ class PolicyGradientFunctions(PolicyLosses):
 
     @property
     def kl_key(self) -> str:
-        """Where ``TrainState.extra`` keeps the state of the KL control."""
+        """The key of the state of the KL control in ``TrainState.extra``."""
         return f"{self.name}/kl_control"
 
     def iteration(
@@ -166,7 +166,7 @@ class PolicyGradientFunctions(PolicyLosses):
         return replace(rollout, **estimated, loss_weights=weights, loss_shares=shares), metrics
 
     def current_log_probs(self, policy: Params, rollout: Rollout) -> Array | None:
-        """What ``policy`` says of the tokens, [B R], where a setting compares it with the one that sampled."""
+        """The log-probs of ``policy``, [B R], where a setting compares it with the policy that sampled."""
         if self.config.correction is None and not reads_ratios(self.config.advantage):
             return None
         return response_log_probs(
@@ -216,7 +216,7 @@ class PolicyGradientFunctions(PolicyLosses):
         )
 
     def _learned(self, rollout: Rollout) -> Rollout:
-        """What the losses read of a rollout: rows are drawn anew for every minibatch."""
+        """The fields of a rollout that losses read: rows are drawn anew for every minibatch."""
         references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
         unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
         return replace(rollout, reference_log_probs=references, **unread)

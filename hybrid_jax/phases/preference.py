@@ -109,7 +109,7 @@ class PreferenceSettings(Supervised):
 
     @property
     def keeps(self) -> bool:
-        """Whether what references say of a row is computed once."""
+        """Tells whether the references' log-probs of a row are computed once."""
         changing = any(r.refresh_every_cycles is not None for r in self.frozen.values())
         return bool(self.frozen) and not self.online_references and not changing
 
@@ -131,7 +131,7 @@ class AnswerBatch:
 
     @property
     def tokens(self) -> Any:
-        """Of all rows, [B 2 T]."""
+        """The tokens of all rows, [B 2 T]."""
         return self.rows.tokens
 
 

@@ -94,7 +94,7 @@ class RefilledBatch:
         return replace(self._rollout, counts=self._refill.put(self._filled))
 
     def metrics(self, of_rounds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What the reward said in each round, on average; scores are of all answers, not of those kept."""
+        """The metrics of the rounds, on average; scores are of all answers, not of those kept."""
         # Not every round has every number: a correlation needs two different values.
         names = dict.fromkeys(name for metrics in of_rounds for name in metrics)
         known = {name: [float(metrics[name]) for metrics in of_rounds if name in metrics] for name in names}

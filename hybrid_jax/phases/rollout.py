@@ -243,7 +243,7 @@ class Rollouts:
     def _raw(
         self, asked: PromptBatch, samples: Samples, opponents: Sequence[Samples], clock: Clock
     ) -> tuple[dict[str, Any] | None, Any, Any]:
-        """What each part of the reward says of the texts, with their lengths and which are complete."""
+        """The score of each part of the reward, the lengths of the answers, and which are complete."""
         reward = self.config.reward
         if reward.on_device:
             return None, None, None

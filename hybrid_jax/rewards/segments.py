@@ -80,7 +80,7 @@ def _added(decode: Callable[[Sequence[int]], str], ids: list[int]) -> list[str]:
 
 
 def _shared(first: str, second: str) -> int:
-    """How many characters two texts begin with alike."""
+    """The number of characters with which two texts begin alike."""
     if first.startswith(second):
         return len(second)
     return next((n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(first))

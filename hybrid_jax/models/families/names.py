@@ -61,7 +61,7 @@ def are_tied(family: Any, tensors: Tensors) -> bool:
 
 
 def _outer_prefix(family: Any, tensors: Mapping[str, Reader]) -> str:
-    """What stands before every name where a model was saved as a part of another one ("" where it was not)."""
+    """The prefix of every name where a model was saved as a part of another one, else ""."""
     if any(".lora_" in name for name in tensors):
         name = next(name for name in tensors if ".lora_" in name)
         fix = "merge the adapter into its base (merge_and_unload of peft), or name its folder as lora.path"

@@ -305,7 +305,7 @@ class _Folder:
         return tuple(sorted({i for module in self.tensors.tokens for i in tokens_of(self.content, module)}))
 
     def rows_of_tokens(self, base: Params) -> dict[str, jax.Array]:
-        """Those rows; the base's own where the folder has only that of the other table."""
+        """The rows of these tokens; the base's own where the folder has only those of the other table."""
         found, ids = {}, list(self.tokens())
         paths = {self._embedding: "token_embedding/embedding", self._head: "lm_head/kernel"}
         for module, rows in self.tensors.tokens.items():

@@ -46,7 +46,7 @@ class Module:
 
     @property
     def paths(self) -> list[str]:
-        """Of our maps."""
+        """The paths of our maps."""
         return [path.rpartition("/")[0] for path in self.row.ours]
 
     @property

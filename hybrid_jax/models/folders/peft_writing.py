@@ -61,7 +61,7 @@ def save_adapter(folder: str | Path, model: LanguageModel, params: Params) -> No
 
 @dataclass
 class _Written:
-    """What the folder shall hold."""
+    """The content of the folder."""
 
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)  # of the low-rank adapters, by module

@@ -35,7 +35,7 @@ _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # which column the k-th 4 bits of a num
 
 
 def unpacker(settings: Any) -> Unpack:
-    """What makes plain tensors of a folder with this ``quantization_config``.
+    """The function that makes plain tensors of a folder with this ``quantization_config``.
 
     Raises:
         UserError: the method is not read, or not in this variant.

@@ -33,6 +33,7 @@ from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     gdpo,
     grpo,
     gspo,
+    online_preference,
     ppo,
     preference,
     reinforce,

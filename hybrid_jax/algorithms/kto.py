@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class KTO:
     undesirable_weight: NonNegative = 1.0
 
     needs_reference: ClassVar[bool] = True
-    paired: ClassVar[bool] = False
+    learns_from: ClassVar[Literal["pairs", "answers", "groups"]] = "answers"
     sft_coef: ClassVar[float] = 0.0
 
     def __call__(

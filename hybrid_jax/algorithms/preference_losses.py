@@ -7,7 +7,8 @@ answers; log π_ref of the same, unless it reads none; and how many tokens were 
 
 the margin r⁺ − r⁻ is β h. Losses that read means divide log π(y) by the tokens of y first.
 
-All are at least 0 but ``robust``, which is unbounded below. ``kto`` learns from single answers.
+All are at least 0 but ``robust``, which is unbounded below. ``kto`` learns from single answers, ``sppo`` from
+groups of them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class PreferenceLoss(Protocol):
     """Settings of a loss, an entry of `PREFERENCE_LOSSES`."""
 
     needs_reference: ClassVar[bool]  # whether it reads log π_ref
-    paired: ClassVar[bool]  # a row is a pair; else it is one answer and whether that is good
+    learns_from: ClassVar[Literal["pairs", "answers", "groups"]]  # an answer is good or bad, of a group it wins
     sft_coef: ClassVar[float]  # of −log π(y⁺) a token, which the source of the loss adds to it
 
 
@@ -50,7 +51,7 @@ class PairLoss:
 
     needs_reference: ClassVar[bool] = True
     reads_means: ClassVar[bool] = False
-    paired: ClassVar[bool] = True
+    learns_from: ClassVar[Literal["pairs", "answers", "groups"]] = "pairs"
     sft_coef: ClassVar[float] = 0.0
 
     def __call__(self, policy: Pairs, reference: Pairs | None, tokens: Pairs) -> Float[Array, "B"]:

@@ -148,9 +148,13 @@ class PromptStream:
         """Rows an epoch."""
         return len(self._prompts)
 
+    def index(self, cursor: int, size: int) -> np.ndarray:
+        """The numbers of the rows ``cursor`` to ``cursor + size`` of the endless stream in ``examples``."""
+        return visits(self.num_rows, self._seed, cursor, size)[1]
+
     def batch(self, cursor: int, size: int, *, widest: bool = False) -> PromptBatch:
         """Rows ``cursor`` to ``cursor + size`` of the endless stream, [size P]; ``widest`` fixes P."""
-        _, rows = visits(self.num_rows, self._seed, cursor, size)
+        rows = self.index(cursor, size)
         longest = self.longest if widest else max(len(self._prompts[row]) for row in rows)
         return self._left_padded(rows, _bucket(longest, self._buckets))
 

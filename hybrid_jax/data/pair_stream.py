@@ -148,6 +148,20 @@ class AnswerStream(RowsOfTwo):
         super().__init__([pair for pair in fitted if pair is not None], length, seed)
 
 
+def encode_answers(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The tokens of the last answer of each row, with its end, and which of them are learned.
+
+    Raises:
+        UserError: a row has no answer, or cannot be encoded.
+    """
+    for place, row in zip(places_of(examples), examples, strict=True):
+        if row.response is None:
+            raise UserError(f"{place}: no answer to learn from, got a prompt alone")
+    rows = _encoded([_answered(row, row.response or "") for row in examples], tokenizer)
+    starts = [_prompt_length(row) for row in rows]
+    return [(row.tokens[n:], row.loss_mask[n:]) for row, n in zip(rows, starts, strict=True)]
+
+
 def _answered(example: Example, text: str) -> Example:
     """The example with another answer, which alone is learned: earlier ones belong to the prompt."""
     question = [{**m, "train": False} if m["role"] == "assistant" else m for m in example.question]

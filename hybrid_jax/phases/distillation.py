@@ -20,12 +20,9 @@ from hybrid_jax.algorithms.policy_gradient import OBJECTIVES, Clipped, PolicyObj
 from hybrid_jax.core.ranges import Count, NonNegative, settings
 from hybrid_jax.phases.policy_gradient import PolicyGradient
 from hybrid_jax.phases.references import Reference
+from hybrid_jax.phases.rollout_settings import NO_REWARD
 from hybrid_jax.rewards.composite import CompositeReward
-from hybrid_jax.rewards.part import Part
-from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.training.phase import PHASES
-
-NO_REWARD = CompositeReward({"nothing": Part(TokenCount(weights={}))})
 
 
 @PHASES.register("distillation")

@@ -1,4 +1,4 @@
-"""Updates on a rollout: epochs of minibatches, each row once an epoch, in an order of its own."""
+"""Updates on the rows of a rollout: epochs of minibatches, each row once an epoch, in an order of its own."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def update_in_minibatches(
     config: Any,
     objective: Objective,
     state: TrainState,
-    rollout: Rollout,
+    rows: Any,
     examples: TokenBatch | None,
     key: Array,
     rate: Array | float,
@@ -33,31 +33,37 @@ def update_in_minibatches(
     groups: tuple[str, ...],
     optimizer_key: str,
     model: LanguageModel,
-) -> tuple[TrainState, dict[str, Array]]:
-    """``epochs × minibatches`` optimizer steps; metrics are means over those that were taken.
+    target_kl: float | None = None,
+) -> tuple[TrainState, dict[str, Array], dict[str, Array]]:
+    """``epochs × minibatches`` optimizer steps.
 
     Args:
-        config: ``epochs``, ``minibatches``, ``microbatches``, ``target_kl`` and the ``optimizer``.
-        objective: the loss of the groups that train, on rows of the rollout and of the examples.
+        config: ``epochs``, ``minibatches``, ``microbatches`` and the ``optimizer``.
+        objective: the loss of the groups that train; its batch is some of the rows, and a part of the examples.
         state: its groups and their optimizer state are replaced.
-        rollout: with advantages.
+        rows: leaves [B ...], of what was sampled.
         examples: ``minibatches`` equal parts of rows; each has its own part in every epoch.
         key: of the orders, and of the loss.
         rate: the learning rate.
         groups: those that train.
         optimizer_key: which optimizer state to use.
         model: says whether the loss is scaled.
+        target_kl: the steps end where the metric ``approx_kl`` is above it; None never asks.
+
+    Returns:
+        The new state; the mean of each metric over the steps that were taken, and each as it was before the
+        first of them.
     """
     minibatches = config.minibatches
     order_key, loss_key = jax.random.split(key)
-    rows = _epoch_orders(order_key, rollout.tokens.shape[0], config.epochs)
-    rows = rows.reshape(config.epochs * minibatches, -1)
+    orders = _epoch_orders(order_key, len(jax.tree.leaves(rows)[0]), config.epochs)
+    orders = orders.reshape(config.epochs * minibatches, -1)
     parts = jnp.tile(jnp.arange(minibatches), config.epochs)
 
     def minibatch(carry, inputs):
         state, stopped = carry
-        rows, part, key = inputs
-        batch = shard_rows((jax.tree.map(lambda x: x[rows], rollout), _part(examples, part, minibatches)))
+        order, part, key = inputs
+        batch = shard_rows((jax.tree.map(lambda x: x[order], rows), _part(examples, part, minibatches)))
         state, metrics, taken = update_state(
             objective,
             config.optimizer,
@@ -69,22 +75,21 @@ def update_in_minibatches(
             groups=groups,
             microbatches=config.microbatches,
             scaling=loss_scale_of(model),
-            accept=lambda metrics: ~(stopped | _too_far(config.target_kl, metrics)),
+            accept=lambda metrics: ~(stopped | _too_far(target_kl, metrics)),
         )
-        return (state, stopped | _too_far(config.target_kl, metrics)), (metrics, taken)
+        return (state, stopped | _too_far(target_kl, metrics)), (metrics, taken)
 
     # The optimizer states of other phases stay out of the loop, which would carry a copy of them.
     own = replace(state, opt_state={optimizer_key: state.opt_state[optimizer_key]})
-    inputs = (rows, parts, jax.random.split(loss_key, len(parts)))
+    inputs = (orders, parts, jax.random.split(loss_key, len(parts)))
     (own, _), (metrics, taken) = jax.lax.scan(minibatch, (own, jnp.asarray(False)), inputs)
     state = replace(own, opt_state={**state.opt_state, **own.opt_state})
-    first_ratio = metrics["ratio"][0]  # 1 unless sampled by an older policy, or they disagree
     bad = metrics.pop(nonfinite.METRIC)
     # A minibatch that met NaN counts too, so that the log shows it; one behind the target does not.
     counted = taken | (bad != nonfinite.FINE)
     means = {name: Sum.of(values, counted).mean() for name, values in metrics.items()}
     means |= {nonfinite.METRIC: bad[jnp.argmax(bad != nonfinite.FINE)], "updates": taken.sum()}
-    return state, {**means, "first_ratio": first_ratio}
+    return state, means, {name: values[0] for name, values in metrics.items()}
 
 
 def whole_rollout(rollout: Rollout, key: Array) -> tuple[Rollout, Array]:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
+
+
+@dataclass(frozen=True)
+class ReadTexts:
+    """Answers as the reward has read them, those of this process.
+
+    Attributes:
+        raw: the scores of each part of the reward.
+        lengths: tokens of each answer.
+        complete: whether each ended by itself.
+    """
+
+    raw: Mapping[str, Any]
+    lengths: Any
+    complete: Any
 
 
 @dataclass(frozen=True)
@@ -17,9 +32,9 @@ class Answered:
         asked: the prompts, each as often as it was answered.
         samples: the answers.
         rollout: scored by the models.
-        raw: the scores of each part of the reward; None where the device computes it.
-        lengths: tokens of each answer on this process.
-        complete: whether each ended by itself.
+        rivals: other answers to the same prompts, scored by the references.
+        texts: the answers, then those of each opponent among the rivals; none where the device computes the
+            reward.
         following: answers to the next prompts, of rollouts ahead.
         cursor: of the prompts.
     """
@@ -27,9 +42,8 @@ class Answered:
     asked: PromptBatch
     samples: Samples
     rollout: Rollout
-    raw: dict[str, Any] | None
-    lengths: Any
-    complete: Any
+    rivals: Sequence[Rollout]
+    texts: Sequence[ReadTexts]
     following: Samples | None
     cursor: int
 
@@ -45,6 +59,7 @@ class Played:
         metrics: of host and reward, to log.
         waiting: what the next step finds answered, of rollouts ahead.
         cursors: to be kept.
+        rivals: other answers to the same prompts; an opponent's are rewarded, too.
     """
 
     rollout: Rollout
@@ -53,3 +68,4 @@ class Played:
     metrics: dict[str, Any]
     waiting: Samples | None
     cursors: Mapping[str, int]
+    rivals: tuple[Rollout, ...] = ()

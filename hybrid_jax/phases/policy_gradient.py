@@ -43,14 +43,14 @@ from hybrid_jax.algorithms.policy_gradient import (
 )
 from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, settings
 from hybrid_jax.models.base import Params
-from hybrid_jax.models.param_axes import param_axes
-from hybrid_jax.parallel.rules import shard_params, under
+from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.rollout import Rollouts
+from hybrid_jax.phases.rollout_functions import above_base
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft_mix import MixedExamples, SFTMix
-from hybrid_jax.phases.step_flops import policy_gradient_flops
+from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.phases.value_network import SeparateStart
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
@@ -124,9 +124,9 @@ class OnPolicy(RolloutSettings):
         return self.value_network if self.advantage.needs_value else None
 
     def flops(self, model: Any, prompt_length: int, tokens: Any, trains_policy: bool = True) -> dict[str, Any]:
-        """The metric ``flops`` of one step in which ``tokens`` were sampled: see `policy_gradient_flops`."""
+        """The metric ``flops`` of one step in which ``tokens`` were sampled: see `on_policy_flops`."""
         mix = self.sft_mix
-        return policy_gradient_flops(
+        return on_policy_flops(
             model,
             self.rows,
             prompt_length,
@@ -259,11 +259,4 @@ class PolicyGradientPhase:
 
     def _above_base(self, name: str) -> Callable[..., Any]:
         """One of the functions, with the base as its first argument."""
-
-        def function(base: Params, *inputs, **settings):
-            result = getattr(replace(self.functions, base=base), name)(*inputs, **settings)
-            new = name in ("learn", "apply")
-            return (shard_params(result[0], param_axes), *result[1:]) if new else result
-
-        function.__name__ = f"{self.name}_{name}"
-        return function
+        return above_base(self.functions, name)

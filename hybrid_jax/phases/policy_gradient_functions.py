@@ -109,7 +109,7 @@ class PolicyGradientFunctions(PolicyLosses):
         self, policy: Params, rollout: Rollout, kl_coef: Array, groups: tuple[str, ...]
     ) -> tuple[Rollout, dict[str, Any]]:
         """A rewarded rollout with all that losses read, for an update of ``policy``; and what is to log."""
-        metrics = self._score_metrics(rollout)
+        metrics = self.score_metrics(rollout)
         log_probs = self.current_log_probs(policy, rollout)
         rollout, estimated = self.advantages(rollout, kl_coef, log_probs)
         rollout, corrected = self.corrected(rollout, log_probs)
@@ -202,7 +202,7 @@ class PolicyGradientFunctions(PolicyLosses):
         ``kl_coef`` is β of a KL in the loss.
         """
         frozen = {group: tree for group, tree in state.params.items() if group not in groups}
-        return update_in_minibatches(
+        state, means, first = update_in_minibatches(
             self.config,
             self.objective(frozen, kl_coef),
             state,
@@ -213,25 +213,16 @@ class PolicyGradientFunctions(PolicyLosses):
             groups=groups,
             optimizer_key=self.optimizer_key,
             model=self.model,
+            target_kl=self.config.target_kl,
         )
+        # 1 unless sampled by an older policy, or they disagree
+        return state, {**means, "first_ratio": first["ratio"]}
 
     def _learned(self, rollout: Rollout) -> Rollout:
         """The fields of a rollout that losses read: rows are drawn anew for every minibatch."""
         references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
         unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
         return replace(rollout, reference_log_probs=references, **unread)
-
-    def _score_metrics(self, rollout: Rollout) -> dict[str, Array]:
-        """Scores and penalty, each logged under a name of its own."""
-        complete = self.complete(rollout)
-        return {
-            "score": rollout.plain_scores.mean(),
-            "score_std": rollout.plain_scores.std(),
-            "shaped_score": rollout.scores.mean(),
-            "penalty": self.penalties(complete).mean(),
-            "eos_fraction": complete.mean(),
-            "response_length": rollout.action_mask.sum(axis=1).mean(),
-        }
 
     def _work(self, rollout: Rollout, groups: tuple[str, ...]) -> dict[str, Any]:
         """Tokens sampled and arithmetic needed in one step."""

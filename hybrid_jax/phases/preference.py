@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from annotated_types import Ge
-from flax import struct
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from hybrid_jax.algorithms.kto import KTO, kto_baseline
+from hybrid_jax.algorithms import sppo  # noqa: F401  this fills PREFERENCE_LOSSES
+from hybrid_jax.algorithms.kto import kto_baseline
 from hybrid_jax.algorithms.preference_losses import PREFERENCE_LOSSES, PreferenceLoss, Sigmoid
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Example, TokenBatch
@@ -35,11 +35,17 @@ from hybrid_jax.data.preferences import PREFERENCES, Preference
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.lora import whole
-from hybrid_jax.models.scoring import target_log_probs
 from hybrid_jax.parallel.mesh import put_rows, whole_array
 from hybrid_jax.parallel.rules import under
+from hybrid_jax.phases.answer_losses import (
+    AnswerBatch,
+    answer_log_probs,
+    mixed_log_probs,
+    preference_terms,
+    preference_weights,
+)
 from hybrid_jax.phases.kept_log_probs import KeptLogProbs
-from hybrid_jax.phases.references import Reference
+from hybrid_jax.phases.references import Reference, shares_of
 from hybrid_jax.phases.sft import example_shapes
 from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
@@ -93,6 +99,11 @@ class PreferenceSettings(Supervised):
             raise ValueError(f"references must be null for the loss {name}, which reads none, got some")
         if self.references is not None and not sum(r.weight for r in self.references.values()) > 0:
             raise ValueError("references must be null or have a weight above 0 together, got none")
+        if self.loss.learns_from == "groups":
+            raise ValueError(
+                "loss must learn from pairs or single answers, got one that reads how often samples win: take "
+                "sppo_hard, or the phase online_preference"
+            )
 
     @property
     def frozen(self) -> Mapping[str, Reference]:
@@ -104,35 +115,17 @@ class PreferenceSettings(Supervised):
     @property
     def shares(self) -> dict[str, float]:
         """The weight of each reference, together 1."""
-        total = sum(reference.weight for reference in self.frozen.values())
-        return {name: reference.weight / total for name, reference in self.frozen.items()}
+        return shares_of(self.frozen)
 
     @property
     def keeps(self) -> bool:
         """Tells whether the references' log-probs of a row are computed once."""
-        changing = any(r.refresh_every_cycles is not None for r in self.frozen.values())
+        changing = any(reference.changes for reference in self.frozen.values())
         return bool(self.frozen) and not self.online_references and not changing
 
     def build(self, resources: Resources) -> PreferencePhase:
         """Makes the phase."""
         return PreferencePhase(self, resources)
-
-
-@struct.dataclass
-class AnswerBatch:
-    """Pairs of answers, the better first; or single answers, each beside the answer to another prompt."""
-
-    rows: TokenBatch  # [B 2 T]
-    reference: Float[Array, "B 2"] | None = (
-        None  # log π_ref of the answers; None where it is computed on the way
-    )
-    good: Bool[Array, "B"] | None = None  # of single answers
-    baseline: Float[Array, "B"] | None = None  # z of `KTO`, the same for all rows
-
-    @property
-    def tokens(self) -> Any:
-        """The tokens of all rows, [B 2 T]."""
-        return self.rows.tokens
 
 
 class PreferencePhase(SupervisedPhase):
@@ -179,7 +172,7 @@ class PreferencePhase(SupervisedPhase):
         return make(
             example_shapes(placement, config.batch_size, 2, config.length),
             reference=shape(2, dtype="float32") if config.keeps else None,
-            good=None if config.loss.paired else shape(dtype="bool"),
+            good=shape(dtype="bool") if config.loss.learns_from == "answers" else None,
         )
 
     def _reference_log_probs(self, base: Params, models: Groups, rows: TokenBatch) -> Float[Array, "B 2"]:
@@ -190,7 +183,7 @@ class PreferencePhase(SupervisedPhase):
         self, base: Params, references: Groups, state: TrainState, batch: Any, key: Array, rate: Array
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step; before it, the KL of the whole batch that all rows of `KTO` are compared with."""
-        if not self.config.loss.paired:
+        if self.config.loss.learns_from == "answers":
             policy = answer_log_probs(self.resources.model, whole(base, state.params["model"]), batch.rows)[0]
             known = batch.reference
             known = self._reference_log_probs(base, references, batch.rows) if known is None else known
@@ -199,102 +192,27 @@ class PreferencePhase(SupervisedPhase):
         return super()._learn(base, references, state, batch, key, rate)
 
 
-def answer_log_probs(
-    model: LanguageModel, params: Params, rows: TokenBatch, dropout_key: Array | None = None
-) -> tuple[Float[Array, "B K"], dict[str, Sum]]:
-    """log π(y|x) of the answers of rows [B K T], summed over their tokens, and the model's own losses.
-
-    What is no answer (prompts, padding, what stands behind the end) adds neither value nor gradient.
-    """
-    flat = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
-    hidden, losses = model.hidden_and_losses(params, flat.tokens, flat.segment_ids, dropout_key=dropout_key)
-    found, _ = target_log_probs(model, params, hidden[:, :-1], flat.tokens[:, 1:])
-    summed = jnp.where(flat.loss_mask[:, 1:], found, 0.0).sum(axis=1)
-    return summed.reshape(rows.tokens.shape[:-1]), losses
-
-
-def mixed_log_probs(
-    model: LanguageModel, shares: Mapping[str, float], params: Groups, rows: TokenBatch
-) -> Float[Array, "B K"]:
-    """Σ_i a_i log π_i(y|x) of references: log of their geometric mean, but for its normaliser.
-
-    The optimum of E r − β Σ_i a_i KL(π ‖ π_i) with Σ a_i = 1 is that with this one reference; of a pair the
-    normaliser cancels.
-    """
-    found = [
-        share * answer_log_probs(model, params[f"references/{name}"], rows)[0] for name, share in shares.items()
-    ]
-    return jax.lax.stop_gradient(sum(found[1:], found[0]))
-
-
 def preference_objective(config: PreferenceSettings, model: LanguageModel) -> Objective:
     """The loss of the group "model"."""
     read = config.loss
+    single = read.learns_from == "answers"
     sft_coef = read.sft_coef if config.sft_coef is None else config.sft_coef
 
     def loss(params: Groups, batch: AnswerBatch, key: Array) -> tuple[dict[str, Sum], dict[str, Sum]]:
-        rows = batch.rows if read.paired else jax.tree.map(lambda x: x[:, :1], batch.rows)
+        rows = jax.tree.map(lambda x: x[:, :1], batch.rows) if single else batch.rows
         policy, losses = answer_log_probs(model, params["model"], rows, key if config.dropout else None)
         reference = batch.reference
         if reference is None and read.needs_reference:
             reference = mixed_log_probs(model, config.shares, params, rows)
-        tokens = rows.loss_mask[..., 1:].sum(axis=-1, dtype=jnp.float32)
-        everything = jnp.ones(len(policy), bool)
-        if isinstance(read, KTO):
-            of_row, metrics = _answers(read, policy, reference, batch)
-        else:
-            of_row, metrics = _pairs(read, policy, reference, jnp.maximum(tokens, 1.0))
-        terms = {"loss": Sum.of(of_row, everything), **losses}
-        if sft_coef:
-            good = everything if batch.good is None else batch.good
-            log_prob, num_tokens = Sum.of(policy[:, 0], good), Sum.of(tokens[:, 0], good)
-            terms["sft"] = Sum(total=-log_prob.total, weight=num_tokens.total)
-        return terms, metrics
+        terms, metrics = preference_terms(read, sft_coef, policy, reference, batch)
+        if reference is not None and not single:
+            # KL(π_ref ‖ π) an answer, as far as the answers are samples of the reference
+            apart = jnp.mean(reference - policy, axis=1)
+            metrics["reference_kl"] = Sum.of(apart, jnp.ones(len(policy), bool))
+        return {**terms, **losses}, metrics
 
-    def weights(batch: AnswerBatch) -> dict[str, Array]:
-        mask = batch.rows.loss_mask[:, 0, 1:]
-        mask = mask if batch.good is None else mask & batch.good[:, None]
-        real = (batch.rows.segment_ids[:, : 2 if read.paired else 1] > 0).sum()
-        own = dict.fromkeys(model.loss_coefs, real)
-        return {"loss": jnp.float32(len(batch.rows.tokens)), "sft": mask.sum(), **own}
-
-    return Objective(loss, weights, coefs={"loss": 1.0, "sft": sft_coef, **model.loss_coefs})
-
-
-def _pairs(loss: Any, policy: Array, reference: Array | None, tokens: Array) -> tuple[Array, dict[str, Sum]]:
-    """The loss of each pair, and what is logged."""
-    rewards = loss.rewards(policy, reference, tokens)
-    margin = rewards[:, 0] - rewards[:, 1]
-    mean = functools.partial(Sum.of, mask=jnp.ones(len(policy), bool))
-    metrics = {
-        "chosen_log_prob": mean(policy[:, 0]),
-        "rejected_log_prob": mean(policy[:, 1]),
-        "chosen_reward": mean(rewards[:, 0]),
-        "rejected_reward": mean(rewards[:, 1]),
-        "margin": mean(margin),
-        "accuracy": mean(0.5 * (jnp.sign(margin) + 1.0)),
-    }
-    if reference is not None:
-        # KL(π_ref ‖ π) an answer, as far as the answers are samples of the reference
-        metrics["reference_kl"] = mean(jnp.mean(reference - policy, axis=1))
-    return loss(policy, reference, tokens), metrics
-
-
-def _answers(loss: KTO, policy: Array, reference: Any, batch: AnswerBatch) -> tuple[Array, dict[str, Sum]]:
-    """The loss of each single answer, and what is logged."""
-    good: Any = batch.good
-    ratios = policy[:, 0] - reference[:, 0]
-    rewards, ahead = loss.beta * ratios, jnp.sign(ratios - batch.baseline)
-    everything = jnp.ones(len(good), bool)
-    metrics = {
-        "chosen_log_prob": Sum.of(policy[:, 0], good),
-        "rejected_log_prob": Sum.of(policy[:, 0], ~good),
-        "chosen_reward": Sum.of(rewards, good),
-        "rejected_reward": Sum.of(rewards, ~good),
-        "accuracy": Sum.of(0.5 * (jnp.where(good, ahead, -ahead) + 1.0), everything),
-        "kl": Sum.of(jnp.asarray(batch.baseline), everything),
-    }
-    return loss(ratios, good, jnp.asarray(batch.baseline)), metrics
+    coefs = {"loss": 1.0, "sft": sft_coef, **model.loss_coefs}
+    return Objective(loss, functools.partial(preference_weights, read, model), coefs)
 
 
 def _check_model(config: PreferenceSettings, resources: Resources) -> None:
@@ -312,7 +230,7 @@ def _stream_of(config: PreferenceSettings, resources: Resources) -> PairStream |
     long_rows = LongRows.of_phase(resources.name, config.long_rows, "pairs")
     rest = resources.tokenizer, config.length, resources.seed, long_rows
     try:
-        if config.loss.paired:
+        if config.loss.learns_from == "pairs":
             return PairStream(_preferences(config, resources), *rest)
         return AnswerStream(*_labelled(config, resources), *rest)
     except UserError as error:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from hybrid_jax.core.batches import Example, PromptBatch
+from hybrid_jax.core.batches import Example, PromptBatch, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream
+from hybrid_jax.data.pair_stream import encode_answers
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft import SFT, sft_stream
@@ -104,3 +106,42 @@ def repeated(prompts: PromptBatch, times: int) -> PromptBatch:
         return prompts
     examples = tuple(example for example in prompts.examples for _ in range(times))
     return PromptBatch(np.repeat(prompts.tokens, times, 0), np.repeat(prompts.mask, times, 0), examples)
+
+
+class DataAnswers:
+    """The data's own answers to the prompts of a stream, as if a policy had written them.
+
+    One that is longer than a policy may write is cut, as its own answers are.
+
+    Args:
+        prompts: the stream.
+        config: how many answers each prompt has, and how long they may be.
+        resources: of the phase.
+
+    Raises:
+        UserError: a row has no answer.
+    """
+
+    def __init__(self, prompts: PromptStream, config: RolloutSettings, resources: Resources):
+        self._prompts, self._times = prompts, config.samples_per_prompt
+        try:
+            answers = encode_answers(prompts.examples, resources.tokenizer)
+        except UserError as error:
+            raise UserError(f"phases.{resources.name}: {error}") from error
+        self._length = config.sampler.max_new_tokens
+        self._answers = [(tokens[: self._length], mask[: self._length]) for tokens, mask in answers]
+
+    def batch(self, cursor: int, size: int) -> Samples:
+        """The answers to `PromptStream.batch`, each as often as its prompt is answered; on the host."""
+        rows = [self._answers[row] for row in self._prompts.index(cursor, size)]
+        tokens = np.zeros((size, self._length), np.int32)
+        chosen, read = np.zeros((2, size, self._length), bool)
+        for row, (answer, mask) in enumerate(rows):
+            tokens[row, : len(answer)], chosen[row, : len(answer)], read[row, : len(answer)] = (
+                answer,
+                mask,
+                True,
+            )
+        arrays = (tokens, np.zeros(tokens.shape, np.float32), chosen, read)
+        repeated: Any = [np.repeat(array, self._times, axis=0) for array in arrays]
+        return Samples(*repeated)

@@ -33,15 +33,35 @@ class Reference:
         "first_step"  # of the run, or of this phase (the SFT checkpoint)
     )
     refresh_every_cycles: Count | None = None  # copy the policy again each time this phase was entered n times
+    refresh_every_steps: Count | None = None  # copy the policy again after so many steps of this phase
     path: str | None = None  # another model in place of a copy: a Hugging Face folder of the same shape
 
     def __post_init__(self):
-        if self.path is not None and self.refresh_every_cycles is not None:
-            raise ValueError("refresh_every_cycles must be null for a reference with a path: it never changes")
+        for name in ("refresh_every_cycles", "refresh_every_steps"):
+            if self.path is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} must be null for a reference with a path: it never changes")
 
-    def is_due(self, cycle: int, entered: bool) -> bool:
-        """Tells whether to copy the policy again before a step; ``cycle`` counts the entries so far."""
-        return self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
+    @property
+    def changes(self) -> bool:
+        """Tells whether it is ever copied again."""
+        return self.refresh_every_cycles is not None or self.refresh_every_steps is not None
+
+    def is_due(self, cycle: int, entered: bool, steps: int = 0) -> bool:
+        """Tells whether to copy the policy again before a step.
+
+        Args:
+            cycle: entries into the phase so far.
+            entered: another phase took the last step.
+            steps: of the phase so far.
+        """
+        by_cycle = self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
+        return by_cycle or (self.refresh_every_steps is not None and steps % self.refresh_every_steps == 0)
+
+
+def shares_of(references: Mapping[str, Reference]) -> dict[str, float]:
+    """The weight of each reference, together 1."""
+    total = sum(reference.weight for reference in references.values())
+    return {name: reference.weight / total for name, reference in references.items()}
 
 
 class References:
@@ -82,10 +102,11 @@ class References:
         """The state at the start of a step of the phase, with the references that are due frozen or renewed."""
         schedule = state.schedule
         cycle, entered = schedule.entries.get(self._phase, 0), schedule.last != self._phase
+        steps = schedule.steps.get(self._phase, 0)
         due = {
             self._key(name): self._copy(self._source(reference, state))
             for name, reference in self._settings.items()
-            if self._key(name) not in state.references or reference.is_due(cycle, entered)
+            if self._key(name) not in state.references or reference.is_due(cycle, entered, steps)
         }
         return replace(state, references={**state.references, **due}) if due else state
 

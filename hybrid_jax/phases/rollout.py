@@ -22,8 +22,8 @@ from hybrid_jax.core.keys import Branch
 from hybrid_jax.parallel.mesh import fetch_rows, gather_rows, put_rows, rows_here
 from hybrid_jax.parallel.rules import ROLLOUTS, Placement, under
 from hybrid_jax.phases.clock import Clock
-from hybrid_jax.phases.played import Answered, Played
-from hybrid_jax.phases.prompts import prompt_stream, repeated, shared_with
+from hybrid_jax.phases.played import Answered, Played, ReadTexts
+from hybrid_jax.phases.prompts import DataAnswers, prompt_stream, repeated, shared_with
 from hybrid_jax.phases.references import References
 from hybrid_jax.phases.refill import Refill
 from hybrid_jax.phases.rollout_ahead import RolloutAhead
@@ -61,11 +61,13 @@ class Rollouts:
         )
         refill = Refill(self._placement, config.prompts_per_step, config.samples_per_prompt)
         self._refill = None if config.refill_rounds is None else refill
-        self.prompts, self._learner, self._columns = None, None, []
+        self.prompts, self._learner, self._columns, self._data_answers = None, None, [], None
         if resources.examples is not None:
             self.prompts, self._learner = prompt_stream(config, resources), shared_with(config, resources)
             self._columns = column_names(self.prompts.examples)
             config.reward.check_columns([*self._columns, *(["opponents"] if config.opponent else [])])
+            if config.rivals == "example":
+                self._data_answers = DataAnswers(self.prompts, config, resources)
         self._program = program
         self._compile()
 
@@ -140,12 +142,13 @@ class Rollouts:
         clock.lap("input")
         # Both are only started. The device works on them while the host reads and rewards the texts.
         samples, following = self._answers(state, cursor, prompts, sample_key)
-        references = self.references.of(state)
-        rollout = self._score(state.base, state.train.params, references, *prompts, samples)
+        score = partial(self._score, state.base, state.train.params, self.references.of(state), *prompts)
+        rollout = score(samples)
         # Before the reward is asked, which waits: the device then goes on with the opponent's answers.
         opponents = self._opponents(state, prompts, key)
-        scored = self._raw(asked, samples, opponents, clock)
-        return Answered(asked, samples, rollout, *scored, following, cursor)
+        rivals = [score(answers) for answers in self._rivals(cursor, opponents)]
+        texts = self._read(asked, samples, opponents, clock)
+        return Answered(asked, samples, rollout, rivals, texts, following, cursor)
 
     def weigh(self, answered: Answered, state: RunState, reward_state: Any, clock: Clock) -> Played:
         """The rollout with its scores, and what it changes.
@@ -157,7 +160,7 @@ class Rollouts:
             clock: told what the host waits for.
         """
         following, samples, cursor = answered.following, answered.samples, answered.cursor
-        rollout, reward_state, metrics = self._rewarded(state, answered, reward_state, clock)
+        (rollout, *rivals), reward_state, metrics = self._rewarded(state, answered, reward_state, clock)
         # Shared prompts have no cursor of their own: whoever learns them moves on.
         cursors = {} if self._learner else {self.name: cursor + self.config.prompts_per_step}
         waiting = None
@@ -165,7 +168,7 @@ class Rollouts:
             metrics["staleness"] = self._ahead.staleness(state)
             waiting = self._ahead.waiting(state) if following is None else following
             cursors |= {} if following is None else self._ahead.cursor(cursors[self.name])
-        return Played(rollout, samples, reward_state, metrics, waiting, cursors)
+        return Played(rollout, samples, reward_state, metrics, waiting, cursors, tuple(rivals))
 
     def lent(self, train: TrainState) -> TrainState:
         """The state for an update, which deletes it: without the responses that wait."""
@@ -182,7 +185,7 @@ class Rollouts:
             train = self._ahead.keep(train, played.waiting)
             jax.block_until_ready(played.waiting.tokens)
             clock.lap("rollout")
-        jax.block_until_ready(played.rollout)
+        jax.block_until_ready((played.rollout, played.rivals))
         clock.lap("score")
         return replace(
             state,
@@ -240,44 +243,66 @@ class Rollouts:
         keys = _opponent_keys(key, self.config.opponent.num_samples)
         return [self._sample(state.base, opponent, *prompts, each) for each in keys]
 
-    def _raw(
+    def _rivals(self, cursor: int, opponents: Sequence[Samples]) -> Sequence[Samples]:
+        """Other answers to the same prompts that the references are to score."""
+        if self.config.rivals == "opponent":
+            return opponents
+        if self._data_answers is None:
+            return []
+        answers = self._data_answers.batch(cursor, self.config.prompts_per_step)
+        return [put_rows(self._placement, answers)]
+
+    def _read(
         self, asked: PromptBatch, samples: Samples, opponents: Sequence[Samples], clock: Clock
-    ) -> tuple[dict[str, Any] | None, Any, Any]:
-        """The score of each part of the reward, the lengths of the answers, and which are complete."""
-        reward = self.config.reward
-        if reward.on_device:
-            return None, None, None
-        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
+    ) -> list[ReadTexts]:
+        """The answers, and those of opponents that are rivals, read by the parts of a reward on the host."""
+        if self.config.reward.on_device:
+            return []
+        fetched = [(fetch_rows(each.tokens), fetch_rows(each.action_mask)) for each in (samples, *opponents)]
+        clock.lap("rollout")
         rows = rows_here(samples.tokens)
         here, before = [asked.examples[row] for row in rows], asked.unpadded(rows)
-        others = [self._texts(before, other) for other in opponents]
-        clock.lap("rollout")
-        columns = columns_of(here, self._columns)
-        if others:
-            columns["opponents"] = [list(texts) for texts in zip(*others, strict=True)]
         eos_ids = self.functions.eos_ids
-        texts = self._tokenizer, before, tokens, mask, eos_ids
-        pieces = response_pieces(*texts) if reward.is_placed else None
-        responses = decode_responses(*texts)
-        raw = reward.raw([example.prompt for example in here], responses, columns, pieces, mask.shape[1])
-        return raw, mask.sum(axis=1).astype(np.float32), ended(tokens, mask, eos_ids)
+        own, *others = [decode_responses(self._tokenizer, before, *arrays, eos_ids) for arrays in fetched]
+
+        def read(texts: list[str], against: list[list[str]], tokens: np.ndarray, mask: np.ndarray) -> ReadTexts:
+            reward, columns = self.config.reward, columns_of(here, self._columns)
+            if against:
+                columns["opponents"] = [list(others) for others in zip(*against, strict=True)]
+            placed = (self._tokenizer, before, tokens, mask, eos_ids) if reward.is_placed else None
+            pieces = placed and response_pieces(*placed)
+            raw = reward.raw([example.prompt for example in here], texts, columns, pieces, mask.shape[1])
+            return ReadTexts(raw, mask.sum(axis=1).astype(np.float32), ended(tokens, mask, eos_ids))
+
+        found = [read(own, others, *fetched[0])]
+        if self.config.rivals == "opponent":
+            # A reward that compares reads the policy's answer beside the opponent's.
+            found += [read(texts, [own], *arrays) for texts, arrays in zip(others, fetched[1:], strict=True)]
+        return found
 
     def _rewarded(
         self, state: RunState, answered: Answered, reward_state: Any, clock: Clock
-    ) -> tuple[Rollout, Any, dict[str, Any]]:
-        """The rollout with its scores, what the reward remembers now, and what it says of itself."""
-        reward, asked, rollout = self.config.reward, answered.asked, answered.rollout
-        if answered.raw is None:
-            return self._reward_on_device(state.base, rollout), reward_state, {}
-        # A few numbers a row, from every process: statistics are over the whole rollout.
+    ) -> tuple[list[Rollout], Any, dict[str, Any]]:
+        """The rollout and its rivals with scores, what the reward remembers now, and what it says of itself."""
+        reward, asked, texts = self.config.reward, answered.asked, answered.texts
+        rollouts = [answered.rollout, *answered.rivals]
+        if reward.on_device:
+            return [self._reward_on_device(state.base, rollout) for rollout in rollouts], reward_state, {}
+        # A few numbers a row, from every process: statistics are over the whole rollout, and over its rivals,
+        # so that all are measured alike.
         gather = partial(gather_rows, self._placement, num_rows=len(asked.examples))
+        groups = np.arange(len(asked.examples)) // self.config.samples_per_prompt
+
+        def gathered(of: Callable[[ReadTexts], Any]) -> np.ndarray:
+            return np.concatenate([gather(of(each)) for each in texts])
+
         scores, reward_state = reward.weigh(
             reward_state,
-            {name: gather(part) for name, part in answered.raw.items()},
-            [example.prompt for example in asked.examples],
-            groups=np.arange(len(asked.examples)) // self.config.samples_per_prompt,
-            lengths=gather(answered.lengths),
-            penalties=gather(self.functions.penalties(answered.complete)),
+            {name: gathered(lambda each, name=name: each.raw[name]) for name in texts[0].raw},
+            [example.prompt for example in asked.examples] * len(texts),
+            groups=np.tile(groups, len(texts)),
+            lengths=gathered(lambda each: each.lengths),
+            penalties=gathered(lambda each: self.functions.penalties(each.complete)),
         )
         metrics: dict[str, Any] = {
             f"reward/{name.removesuffix('_mean')}": number for name, number in scores.metrics.items()
@@ -285,13 +310,12 @@ class Rollouts:
         if scores.baseline is not None:
             metrics["baseline"] = float(scores.baseline.mean())
         received = {"scores": scores.totals, "plain_scores": scores.plain, "placed": scores.placed}
-        received = {name: array for name, array in received.items() if array is not None}
+        split = {n: np.split(array, len(texts)) for n, array in received.items() if array is not None}
         clock.lap("reward")
-        return replace(rollout, **put_rows(self._placement, received)), reward_state, metrics
-
-    def _texts(self, prompts: Sequence[Sequence[int]], samples: Samples) -> list[str]:
-        tokens, mask = fetch_rows(samples.tokens), fetch_rows(samples.action_mask)
-        return decode_responses(self._tokenizer, prompts, tokens, mask, self.functions.eos_ids)
+        for place in range(len(texts)):
+            own = {name: arrays[place] for name, arrays in split.items()}
+            rollouts[place] = replace(rollouts[place], **put_rows(self._placement, own))
+        return rollouts, reward_state, metrics
 
     def longest_prompt(self, given: int | None) -> int:
         """Tokens of the longest prompts, for a plan: as given, else what the settings or the data allow."""

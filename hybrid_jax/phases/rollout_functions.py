@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int
 from hybrid_jax.core.batches import Rollout, Samples
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.lora import whole
+from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.scoring import response_log_probs
-from hybrid_jax.parallel.rules import shard_rows
+from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.sampling.base import sample
 from hybrid_jax.sampling.responses import ended, join
 
@@ -102,6 +103,33 @@ class RolloutFunctions:
         """The penalty of a response that did not end, float32 [B]; for arrays on the host or on the device."""
         return np.float32(self.config.missing_eos_penalty or 0.0) * ~complete
 
+    def score_metrics(self, rollout: Rollout) -> dict[str, Array]:
+        """Scores and penalty, each logged under a name of its own."""
+        complete = self.complete(rollout)
+        return {
+            "score": rollout.plain_scores.mean(),
+            "score_std": rollout.plain_scores.std(),
+            "shaped_score": rollout.scores.mean(),
+            "penalty": self.penalties(complete).mean(),
+            "eos_fraction": complete.mean(),
+            "response_length": rollout.action_mask.sum(axis=1).mean(),
+        }
+
     def whole(self, trained: Params) -> Params:
         """All parameters of a model, of those that train of it."""
         return whole(self.base, trained)
+
+
+def above_base(functions: RolloutFunctions, name: str) -> Callable[..., Any]:
+    """One of the functions as a program's, whose first argument is the base.
+
+    ``learn`` and ``apply`` give a new state first.
+    """
+
+    def function(base: Params, *inputs, **settings):
+        result = getattr(replace(functions, base=base), name)(*inputs, **settings)
+        new = name in ("learn", "apply")
+        return (shard_params(result[0], param_axes), *result[1:]) if new else result
+
+    function.__name__ = f"{functions.name}_{name}"
+    return function

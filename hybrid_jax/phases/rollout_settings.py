@@ -13,8 +13,12 @@ from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.phases.references import Reference
 from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.rewards.part import Part
+from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.base import SAMPLERS
+
+NO_REWARD = CompositeReward({"nothing": Part(TokenCount(weights={}))})  # of a phase that needs none
 
 
 @settings
@@ -80,6 +84,19 @@ class RolloutSettings:
     def rows(self) -> int:
         """Responses a step, B."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def sampled_rows(self) -> int:
+        """Responses that are sampled in a step, as far as its arithmetic counts them."""
+        return self.rows
+
+    @property
+    def rivals(self) -> Literal["opponent", "example"] | None:
+        """Other answers that the references score beside the policy's: the opponent's, or those of the data.
+
+        The reward scores an opponent's, too. A phase that compares answers says so.
+        """
+        return None
 
     def longest_prompt(self, name: str, context: int | None) -> tuple[int | None, LongRows]:
         """Tokens of a prompt at most, and what becomes of a longer one.

@@ -16,7 +16,7 @@ def sft_flops(model: Any, rows: int, length: int) -> dict[str, float]:
     return {} if config is None else {"flops": train_flops(config, rows * length, length)}
 
 
-def policy_gradient_flops(
+def on_policy_flops(
     model: Any,
     rows: int,
     prompt_length: int,
@@ -28,6 +28,8 @@ def policy_gradient_flops(
     value: str | None,
     trains_policy: bool = True,
     examples: tuple[int, int] = (0, 0),
+    scored: int | None = None,
+    learned: int | None = None,
 ) -> dict[str, Array | float]:
     """The metric ``flops`` of one step on a rollout: sampling, scoring and all updates.
 
@@ -42,22 +44,25 @@ def policy_gradient_flops(
         value: ``shared`` or ``separate``; None where there is no value.
         trains_policy: whether the updates train it, or the value alone.
         examples: rows of examples, and their length, that each epoch reads besides.
+        scored: rows that the models score; None: all responses.
+        learned: rows that an epoch reads; None: all responses.
     """
     config = _decoder_config(model)
     if config is None:
         return {}
     length = prompt_length + response_length
-    read, answered = rows * length, rows * response_length
+    scored, learned = scored or rows, learned or rows
 
     prefill = forward_flops(config, rows * prompt_length, prompt_length, head_tokens=rows)
-    a_token = (forward_flops(config, read, length, answered) - prefill) / answered
-    trunk = 0.0 if value is None else forward_flops(config, read, length, head_tokens=0)
-    score = trunk + num_references * forward_flops(config, read, length, answered)
+    answered = rows * response_length
+    a_token = (forward_flops(config, rows * length, length, answered) - prefill) / answered
+    trunk = 0.0 if value is None else forward_flops(config, scored * length, length, head_tokens=0)
+    score = trunk + num_references * forward_flops(config, scored * length, length, scored * response_length)
 
     learn = train_flops if trains_policy else forward_flops
-    update = learn(config, read, length, answered)
+    update = learn(config, learned * length, length, learned * response_length)
     if value == "separate":
-        update += train_flops(config, read, length, head_tokens=0)
+        update += train_flops(config, learned * length, length, head_tokens=0)
     if examples[0]:
         update += learn(config, examples[0] * examples[1], examples[1])
     return {"flops": prefill + a_token * tokens + score + epochs * update}

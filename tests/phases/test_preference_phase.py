@@ -14,8 +14,8 @@ import pytest
 from hybrid_jax import build, load_config
 from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.phases.answer_losses import AnswerBatch, answer_log_probs
 from hybrid_jax.phases.kept_log_probs import KeptLogProbs
-from hybrid_jax.phases.preference import AnswerBatch, answer_log_probs
 from hybrid_jax.training.update import gradients
 
 DEBUG = Path(__file__).parents[2] / "configs" / "debug"

@@ -1,0 +1,213 @@
+"""Preferences, online: the policy answers, its answers are compared, and it learns from the pairs at once.
+
+    prompts ─ rollout ─▶ answers with scores ─ pairs ─▶ rows [G K T] ─ loss ─▶ epochs × minibatches of updates
+
+Who stands against whom is the setting ``pairs``:
+
+    best_worst   of the answers to a prompt the best by score against the worst
+    opponent     each answer against those of a reference, by the same reward
+    example      the data's own answer, taken to be better, against the policy's: SPIN
+    group        all answers to a prompt, each with the share of the others that it beats: for the loss ``sppo``
+
+Equal scores teach nothing: such a pair has no weight in the loss. Everything reads the distribution that
+sampled: log π and log π_ref are those of ``softmax(logits / temperature)``, so that a KL-regularised optimum
+π ∝ π_ref exp(r/β) is one of π at the temperature of the sampler.
+
+Sources: Guo et al. 2024 (online DPO, arXiv 2402.04792); Chen et al. 2024 (SPIN, 2401.01335); Wu et al. 2024
+(SPPO, 2405.00675).
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+from jax import Array
+
+from hybrid_jax.algorithms import kto, sppo  # noqa: F401  these fill PREFERENCE_LOSSES
+from hybrid_jax.algorithms.preference_losses import PREFERENCE_LOSSES, PreferenceLoss, Sigmoid
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
+from hybrid_jax.models.base import Params
+from hybrid_jax.parallel.rules import under
+from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
+from hybrid_jax.phases.rollout import Rollouts
+from hybrid_jax.phases.rollout_functions import above_base
+from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
+from hybrid_jax.phases.step_flops import on_policy_flops
+from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale
+from hybrid_jax.training.offload import without_idle
+from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
+from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
+from hybrid_jax.training.state import RunState
+
+
+@PHASES.register("online_preference")
+@settings
+class OnlinePreference(RolloutSettings):
+    """Settings of learning from preferences among answers of the policy."""
+
+    reward: CompositeReward = NO_REWARD  # what ranks the answers; ``pairs: example`` needs none
+    samples_per_prompt: BatchSize = 2  # answers to each prompt
+    pairs: Literal["best_worst", "opponent", "example", "group"] = "best_worst"  # who stands against whom
+    loss: Annotated[PreferenceLoss, PREFERENCE_LOSSES] = Sigmoid()  # of a pair; of a group, ``sppo``
+    sft_coef: NonNegative | None = None  # of −log π a token of the better answer; null takes the loss's own
+    epochs: Count = 1  # times that the updates of a step read its pairs
+    minibatches: Count = 1  # updates an epoch
+    microbatches: Count = 1  # parts in which a minibatch is read, to save memory; the gradient is the same
+    optimizer: Annotated[Optimizer, OPTIMIZERS] = AdamW(learning_rate=1e-6)  # of the policy
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_pairs()
+        kind = PREFERENCE_LOSSES.name_of(type(self.loss))
+        wanted = "groups" if self.pairs == "group" else "pairs"
+        if self.loss.learns_from != wanted:
+            raise ValueError(
+                f"loss must learn from {wanted} with pairs: {self.pairs}, got {kind}, which learns from "
+                f"{self.loss.learns_from}"
+            )
+        if self.loss.needs_reference and not sum(r.weight for r in self.references.values()) > 0:
+            raise ValueError(f"references must have a weight above 0 together for the loss {kind}, got none")
+        if self.num_groups % (self.minibatches * self.microbatches):
+            raise ValueError(
+                f"minibatches × microbatches must divide the {self.num_groups} pairs or groups of a step, got "
+                f"{self.minibatches} × {self.microbatches}"
+            )
+
+    def _check_pairs(self) -> None:
+        ranked = self.pairs != "example"
+        if ranked and self.reward == NO_REWARD:
+            raise ValueError(f"reward must be given for pairs: {self.pairs}, got none")
+        if self.pairs in ("best_worst", "group") and self.samples_per_prompt == 1:
+            raise ValueError(f"samples_per_prompt must be at least 2 for pairs: {self.pairs}, got 1")
+        if self.pairs == "opponent" and self.opponent is None:
+            raise ValueError("opponent must name a reference for pairs: opponent, got none")
+        if self.refill_rounds is not None and self.pairs != "best_worst":
+            raise ValueError(f"refill_rounds must be null for pairs: {self.pairs}, got {self.refill_rounds}")
+
+    @property
+    def rivals(self) -> Literal["opponent", "example"] | None:
+        """`RolloutSettings.rivals`."""
+        return self.pairs if self.pairs in ("opponent", "example") else None
+
+    @property
+    def num_rivals(self) -> int:
+        """Other answers beside each of the policy."""
+        if self.pairs == "opponent" and self.opponent is not None:
+            return self.opponent.num_samples
+        return int(self.pairs == "example")
+
+    @property
+    def num_groups(self) -> int:
+        """Pairs, or groups, of a step, G."""
+        return self.rows * self.num_rivals or self.prompts_per_step
+
+    @property
+    def group_size(self) -> int:
+        """Answers of a pair, or of a group, K."""
+        return self.samples_per_prompt if self.pairs == "group" else 2
+
+    @property
+    def sampled_rows(self) -> int:
+        """Responses that policy and opponent sample in a step."""
+        return self.rows * (1 + self.num_rivals) if self.pairs == "opponent" else self.rows
+
+    def flops(self, model: Any, prompt_length: int, tokens: Any) -> dict[str, Any]:
+        """The metric ``flops`` of one step in which ``tokens`` were sampled: see `on_policy_flops`."""
+        return on_policy_flops(
+            model,
+            self.sampled_rows,
+            prompt_length,
+            self.sampler.max_new_tokens,
+            tokens,
+            num_references=len(self.references),
+            epochs=self.epochs,
+            value=None,
+            scored=self.rows * (1 + self.num_rivals),
+            learned=self.num_groups * self.group_size,
+        )
+
+    def build(self, resources: Resources) -> OnlinePreferencePhase:
+        """The phase, from what the experiment hands out."""
+        return OnlinePreferencePhase(self, resources)
+
+
+class OnlinePreferencePhase:
+    """Steps that learn from preferences among answers of the policy. Trains the group "model"."""
+
+    def __init__(self, config: OnlinePreference, resources: Resources):
+        self.config = config
+        self.waits_for_device = not config.rollout_ahead
+        self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
+        self.name, self.kind = resources.name, resources.kind
+        self.optimizer_key = resources.optimizer_key
+        model, eos_ids = resources.model, resources.eos_ids
+        self.functions = OnlinePreferenceFunctions(config, model, eos_ids, self.name, self.optimizer_key)
+        self._horizon, self._offload = resources.horizon, resources.offload
+        self._placement = resources.placement
+        parts = config.minibatches * config.microbatches
+        check_rows(resources, "prompts_per_step", config.prompts_per_step)
+        check_rows(resources, "pairs / (minibatches × microbatches)", config.num_groups // parts)
+        program = functools.partial(above_base, self.functions)
+        self.rollouts = Rollouts(self.functions, resources, program)
+        self.references = self.rollouts.references.names
+        self._rate = jax.jit(config.optimizer.rate)
+        self._learn = jax.jit(under(self._placement, program("learn")), donate_argnums=1)
+
+    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
+        """Adds the state of the optimizer, the references, and the reward's state."""
+        transform = layer_by_layer(self.config.optimizer.transform())
+        return PhaseInit(
+            opt_state={"model": transform.init(params["model"])},
+            extra={**initial_loss_scale(self.functions.model), **self.rollouts.init_extra()},
+            host=self.rollouts.init_host(),
+            references=self.rollouts.references.init(params["model"]),
+        )
+
+    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
+        """One step: references, rollout, updates; then what the next step is to find."""
+        clock = Clock()
+        steps = state.schedule.steps.get(self.name, 0)
+        state = self.rollouts.references.updated(state)
+        sample_key, learn_key = jax.random.split(key)
+        played = self.rollouts.play(state, key, sample_key, clock)
+        rate = self._rate(*jax.device_put((steps, self._horizon)))
+        train = self.rollouts.lent(state.train)
+        train, metrics = self._learn(state.base, train, played.rollout, played.rivals, learn_key, rate)
+        # The update has been started, so that the device does not wait while the host looks at the clock.
+        state = self.rollouts.kept(state, train, played, clock)
+        metrics = {**metrics, **played.metrics, **clock.seconds, "learning_rate": rate}
+        metrics["dispatch_seconds"] = time.perf_counter() - clock.started
+        return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
+
+    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
+        """Tells the reward what the evaluation measured."""
+        return self.rollouts.observe(state, numbers)
+
+    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
+        """The programs that a step compiles: sampling, scoring and the updates."""
+        config, length = self.config, self.rollouts.longest_prompt(prompt_length)
+        state, idle = without_idle(state, self)
+        references = self.rollouts.references.of(state)
+        others = {name: tree for name, tree in state.references.items() if name not in self.references}
+        waiting = {"optimizer_states": idle, "references": others}
+        waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
+        programs, rollout = self.rollouts.programs(state, length, waiting)
+        key, rate = key_shape(self._placement), rate_shape(self._placement)
+        read = config.epochs * config.num_groups * config.group_size
+        learn = Program(
+            f"{self.name}/learn",
+            self._learn,
+            (state.base, self.rollouts.lent(state.train), rollout, (rollout,) * config.num_rivals, key, rate),
+            tokens=read * (length + config.sampler.max_new_tokens),
+            learns=True,
+            beside=(references, waiting),
+        )
+        return [*programs, learn]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from hybrid_jax import build, load_config
+from hybrid_jax import Experiment, build, load_config
 from hybrid_jax.testing import sequence_probabilities
 from hybrid_jax.training.state import RunState
 
@@ -33,11 +33,11 @@ def on_policy() -> dict[str, Any]:
 
 
 @pytest.fixture
-def trained(tmp_path, monkeypatch) -> Trained:
-    """``trained(phases, steps)`` trains by a config and returns the state at the end."""
+def built(tmp_path, monkeypatch) -> Callable[..., Experiment]:
+    """``built(phases, steps)`` makes the experiment of a config."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
-    def run(phases: Mapping[str, Any], steps: int, **settings: Any) -> RunState:
+    def make(phases: Mapping[str, Any], steps: int, **settings: Any) -> Experiment:
         (tmp_path / "prompts.jsonl").write_text('{"prompt": "0"}\n')
         config = {
             "run_dir": str(tmp_path / "run"),
@@ -58,9 +58,15 @@ def trained(tmp_path, monkeypatch) -> Trained:
         }
         file = tmp_path / "config.yaml"
         file.write_text(yaml.safe_dump(config))
-        return build(load_config(file)).train()
+        return build(load_config(file))
 
-    return run
+    return make
+
+
+@pytest.fixture
+def trained(built) -> Trained:
+    """``trained(phases, steps)`` trains by a config and returns the state at the end."""
+    return lambda *arguments, **settings: built(*arguments, **settings).train()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,3 +100,24 @@ class Digits:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(""), "isolated")  # type: ignore
         backend.add_special_tokens([AddedToken(EOS_TOKEN, special=True)])
         return FastTokenizer(backend, "digits")
+
+
+@settings
+class Judge:
+    """The value of each answer as somebody sees it who is not sure: Gumbel noise is added to it.
+
+    Of two answers the higher one is then that which a vote by Bradley and Terry takes. An answer has the sum of
+    its tokens' values, less ½ if it is one of several that starts with 1: `hybrid_jax.testing.true_reward`.
+    """
+
+    values: tuple[float, ...]
+
+    def score_tokens(self, tokens, attention_mask, response_mask):
+        """`DeviceReward.score_tokens`; the noise is fresh for each batch, and the same in each run."""
+        length = response_mask.shape[1]
+        chosen = tokens[:, -length:]
+        value = jnp.asarray((*self.values, 0.0))[chosen].sum(axis=1)
+        value -= 0.5 * ((chosen[:, 0] == 1) & (length > 1))
+        weights = jax.random.bits(jax.random.key(1), chosen.shape).astype(jnp.uint32)
+        key = jax.random.fold_in(jax.random.key(0), jnp.sum(weights * chosen.astype(jnp.uint32)))
+        return value + jax.random.gumbel(key, value.shape)

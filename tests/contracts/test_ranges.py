@@ -28,6 +28,7 @@ VALUES = (
 # Needed beside the required settings, or instead of what `example` would give.
 GIVEN: dict[str, dict[str, Any]] = {
     "Distillation": {"references": {"teacher": {}}},
+    "OnlinePreference": {"reward": {"parts": {"1": {"reward": {"name": "length", "target": 1}}}}},
     "LengthOf": {"least": 1},
     "OneOf": {"values": [1]},
     "Bandit": {"metric": "sft/loss"},

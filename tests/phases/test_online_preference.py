@@ -1,0 +1,250 @@
+"""Preferences online: who stands against whom, what has a gradient, and what the settings allow."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hybrid_jax import build, load_config
+from hybrid_jax.core.batches import Rollout
+from hybrid_jax.core.config import parse
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.phases.answer_losses import answer_log_probs
+from hybrid_jax.phases.clock import Clock
+from hybrid_jax.phases.online_preference import OnlinePreference
+from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
+from hybrid_jax.phases.references import Reference
+from hybrid_jax.training.update import gradients
+
+DEBUG = Path(__file__).parents[2] / "configs" / "debug"
+LENGTH, PROMPT, ANSWER = 7, 3, 4
+REWARD = {"parts": {"length": {"reward": {"name": "length", "target": 3}}}}
+
+
+@dataclass(frozen=True)
+class States:
+    """A model whose hidden states are its parameters, row by row, and its logits those."""
+
+    vocab_size: int = 5
+    loss_coefs = {}  # noqa: RUF012
+
+    def hidden_and_losses(self, params, tokens, attention_mask=None, *, dropout_key=None):
+        return params["states"].reshape(*tokens.shape, self.vocab_size), {}
+
+    def cast(self, params):
+        return params
+
+    def logits(self, params, hidden):
+        return hidden
+
+
+def functions(**changes) -> OnlinePreferenceFunctions:
+    given = {"reward": REWARD, "sampler": {"max_new_tokens": ANSWER}, "prompts_per_step": 3, **changes}
+    model: Any = States()
+    return OnlinePreferenceFunctions(parse(OnlinePreference, given), model, (0,), "online", "online")
+
+
+def rollout(scores, seed=0, **fields) -> Rollout:
+    """Answers of random tokens and lengths behind prompts of other lengths, each with the end token 0."""
+    rng = np.random.default_rng(seed)
+    rows = len(scores)
+    tokens = rng.integers(1, 5, (rows, LENGTH)).astype(np.int32)
+    prompts, answers = rng.integers(1, PROMPT + 1, rows), rng.integers(1, ANSWER + 1, rows)
+    action_mask = np.arange(ANSWER) < answers[:, None]
+    tokens[np.arange(rows), PROMPT + answers - 1] = 0
+    read = np.hstack([np.arange(PROMPT) >= PROMPT - prompts[:, None], action_mask])
+    log_probs = rng.normal(-1, 0.3, (2, rows, ANSWER)).astype(np.float32)
+    scores = jnp.asarray(scores, jnp.float32)
+    made: dict[str, Any] = {
+        "tokens": jnp.asarray(tokens),
+        "attention_mask": jnp.asarray(read),
+        "action_mask": jnp.asarray(action_mask),
+        "log_probs": jnp.asarray(log_probs[0]),
+        "group": jnp.arange(rows) // 2,
+        "reference_log_probs": {"sft": jnp.asarray(log_probs[1])},
+        "scores": scores,
+        "plain_scores": scores,
+    }
+    return Rollout(**{**made, **fields})
+
+
+def reference_of(played: Rollout) -> np.ndarray:
+    return np.where(played.action_mask, played.reference_log_probs["sft"], 0.0).sum(axis=1)
+
+
+def test_the_best_of_a_group_stands_against_the_worst_and_equal_scores_have_no_weight():
+    played = rollout([1, 3, 2, 5, 5, 5, -1, -2, -2])
+    answers, metrics = functions(samples_per_prompt=3).compared(played, ())
+    chosen = np.array([[1, 0], [3, 5], [6, 8]])
+    np.testing.assert_array_equal(answers.rows.tokens, np.asarray(played.tokens)[chosen])
+    np.testing.assert_array_equal(answers.rows.segment_ids > 0, np.asarray(played.attention_mask)[chosen])
+    np.testing.assert_array_equal(answers.rows.loss_mask[..., PROMPT:], np.asarray(played.action_mask)[chosen])
+    assert not np.asarray(answers.rows.loss_mask[..., :PROMPT]).any()
+    np.testing.assert_allclose(answers.reference, reference_of(played)[chosen], rtol=1e-6)
+    assert np.asarray(answers.counts).tolist() == [True, False, True]
+    assert float(metrics["ties"]) == pytest.approx(1 / 3)
+
+
+def test_each_answer_stands_against_those_of_its_opponent_by_score():
+    settings = {
+        "pairs": "opponent",
+        "samples_per_prompt": 1,
+        "opponent": {"reference": "sft", "num_samples": 2},
+    }
+    own = rollout([1, 2, 3])
+    rivals = rollout([0, 2, 4], seed=1), rollout([2, 0, 3], seed=2)
+    answers, metrics = functions(**settings).compared(own, rivals)
+    tokens = [[own, rivals[0]], [rivals[1], own], None, [own, rivals[1]], [rivals[0], own], None]
+    for pair, sides in enumerate(tokens):
+        if sides is not None:
+            expected = [np.asarray(side.tokens)[pair // 2] for side in sides]
+            np.testing.assert_array_equal(answers.rows.tokens[pair], expected)
+    assert np.asarray(answers.counts).tolist() == [True, True, False, True, True, False]
+    assert {name: float(number) for name, number in metrics.items()} == {
+        "ties": pytest.approx(2 / 6),
+        "win_rate": pytest.approx((1 + 0 + 0.5 + 1 + 0 + 0.5) / 6),
+        "opponent_score": pytest.approx(11 / 6),
+    }
+
+
+def test_of_a_group_every_answer_is_learned_with_its_share_of_wins():
+    settings = {"pairs": "group", "loss": "sppo", "samples_per_prompt": 3}
+    played = rollout([1, 3, 2, 5, 5, 5, -1, -2, -2])
+    answers, metrics = functions(**settings).compared(played, ())
+    np.testing.assert_allclose(answers.wins, [[1, 0.5, 0], [0.5, 0.5, 0.5], [1, 0.25, 0.25]])
+    np.testing.assert_array_equal(answers.rows.tokens[0], np.asarray(played.tokens)[[1, 2, 0]])
+    assert answers.counts is None
+    assert float(metrics["ties"]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "simpo", "orpo"])
+def test_only_states_before_chosen_tokens_of_pairs_that_differ_have_a_gradient(loss):
+    made = functions(loss=loss, sampler={"max_new_tokens": ANSWER, "temperature": 0.8})
+    answers, _ = made.compared(rollout([1, 3, 5, 5, -1, -2]), ())
+    states = jax.random.normal(jax.random.key(0), (3, 2, LENGTH, 5))
+    objective = made.objective(PROMPT)
+    grads, _ = gradients(objective, {"model": {"states": states}}, (answers, None), jax.random.key(0))
+    slope = np.abs(grads["model"]["states"]).max(axis=-1) > 0
+    learned = np.asarray(answers.rows.loss_mask) & np.asarray(answers.counts)[:, None, None]
+    np.testing.assert_array_equal(slope, np.roll(learned, -1, axis=2))
+
+
+def test_the_loss_is_the_mean_over_pairs_that_differ_at_the_temperature_that_sampled():
+    made = functions(
+        sampler={"max_new_tokens": ANSWER, "temperature": 0.8}, loss={"name": "sigmoid", "beta": 0.3}
+    )
+    answers, _ = made.compared(rollout([1, 3, 5, 5, -1, -2]), ())
+    states = jax.random.normal(jax.random.key(0), (3, 2, LENGTH, 5))
+    _, metrics = gradients(
+        made.objective(PROMPT), {"model": {"states": states}}, (answers, None), jax.random.key(0)
+    )
+    logits = np.asarray(states, np.float64) / 0.8
+    table = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    losses = []
+    for pair in (0, 2):
+        gain = []
+        for side in (0, 1):
+            mask, tokens = np.asarray(answers.rows.loss_mask)[pair, side], answers.rows.tokens[pair, side]
+            own = sum(table[pair, side, t - 1, int(tokens[t])] for t in np.flatnonzero(mask))
+            gain.append(own - float(answers.reference[pair, side]))
+        losses.append(np.log1p(np.exp(-0.3 * (gain[0] - gain[1]))))
+    assert float(metrics["loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def experiment():
+    """A run of online DPO at another temperature, built."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(DEBUG.parents[1])
+        overrides = [
+            "run_dir=/nonexistent",
+            "tokenizer=bytes",
+            "phases.online_preference.sampler.temperature=0.7",
+        ]
+        return build(load_config(DEBUG / "online_dpo.yaml", overrides))
+
+
+def test_the_loss_reads_the_log_probs_that_the_sampler_recorded(experiment):
+    phase, state = experiment.phases["online_preference"], experiment.init()
+    state = phase.rollouts.references.updated(state)
+    played = phase.rollouts.play(state, jax.random.key(3), jax.random.key(4), Clock()).rollout
+    lengths = np.asarray(played.attention_mask[:, :-16]).sum(axis=1)
+    assert lengths.min() < lengths.max()  # prompts of other lengths, padded on the left
+    answers = phase.functions._answers(played)
+    read = jax.jit(answer_log_probs, static_argnums=0, static_argnames=("temperature", "prompt_length"))
+    prompt_length = played.tokens.shape[1] - 16
+    log_probs = read(
+        experiment.model, state.policy, answers.rows, temperature=0.7, prompt_length=prompt_length
+    )[0]
+    recorded = np.where(played.action_mask, played.log_probs, 0.0).sum(axis=1)
+    np.testing.assert_allclose(log_probs, recorded, atol=2e-4)
+    np.testing.assert_allclose(answers.reference, recorded, atol=2e-4)
+    hot = read(experiment.model, state.policy, answers.rows, prompt_length=prompt_length)[0]
+    assert np.abs(np.asarray(hot) - recorded).max() > 0.1
+
+
+def test_parts_padding_and_devices_change_no_gradient(experiment):
+    phase, state = experiment.phases["online_preference"], experiment.init()
+    made = replace(phase.functions, config=replace(phase.config, prompts_per_step=8, samples_per_prompt=2))
+    rng = np.random.default_rng(0)
+    played = rollout(rng.normal(size=16))
+    answers, _ = made.compared(played, ())
+    answers = answers.replace(counts=answers.counts.at[3].set(False))
+
+    def padded(x, before, after):
+        return jnp.pad(x, ((0, 0), (0, 0), (before, after)))
+
+    longer = answers.replace(rows=jax.tree.map(lambda x: padded(x, 5, 2), answers.rows))
+    compute = jax.jit(
+        lambda batch, prompt, parts: gradients(
+            made.objective(prompt), {"model": state.policy}, (batch, None), jax.random.key(0), parts
+        ),
+        static_argnums=(1, 2),
+    )
+    whole = compute(answers, PROMPT, 1)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("data",))
+    spread = jax.device_put(answers, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    for other in (compute(answers, PROMPT, 4), compute(longer, PROMPT + 5, 1), compute(spread, PROMPT, 1)):
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("loss=kto", "loss must learn from pairs with pairs: best_worst, got kto, which learns from answers"),
+        ("loss=sppo", "loss must learn from pairs with pairs: best_worst, got sppo, which learns from groups"),
+        ("pairs=group", "loss must learn from groups with pairs: group, got sigmoid, which learns from pairs"),
+        ("pairs=opponent", "opponent must name a reference for pairs: opponent, got none"),
+        ("samples_per_prompt=1", "samples_per_prompt must be at least 2 for pairs: best_worst, got 1"),
+        ("references={}", "references must have a weight above 0 together for the loss sigmoid, got none"),
+        ("minibatches=3", "minibatches × microbatches must divide the 4 pairs or groups of a step, got 3 × 2"),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line(override, line):
+    with pytest.raises(UserError, match=line):
+        load_config(DEBUG / "online_dpo.yaml", [f"phases.online_preference.{override}"])
+
+
+def test_a_reward_is_needed_unless_the_data_answers():
+    with pytest.raises(UserError, match="reward must be given for pairs: best_worst, got none"):
+        parse(OnlinePreference, {})
+    with pytest.raises(UserError, match="refill_rounds must be null for pairs: example, got 2"):
+        parse(OnlinePreference, {"pairs": "example", "refill_rounds": 2})
+    assert parse(OnlinePreference, {"pairs": "example"}).num_groups == 128
+
+
+def test_a_loss_of_groups_has_no_place_in_preferences_of_a_file():
+    with pytest.raises(UserError, match="take sppo_hard, or the phase online_preference"):
+        load_config(DEBUG / "dpo.yaml", ["phases.preference.loss=sppo"])
+
+
+def test_a_reference_is_copied_again_after_so_many_steps():
+    reference = Reference(refresh_every_steps=2)
+    assert [reference.is_due(0, False, steps) for steps in range(5)] == [True, False, True, False, True]
+    with pytest.raises(ValueError, match="refresh_every_steps must be null for a reference with a path"):
+        Reference(path="folder", refresh_every_steps=2)

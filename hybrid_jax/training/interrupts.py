@@ -63,8 +63,9 @@ class Interrupts:
     """Catches the first SIGINT, SIGTERM or SIGHUP inside a ``with``; a second one acts as usual.
 
     The signal is announced at once, even while the main thread waits for the device or for the compiler: Python
-    calls no handler then, but the bytes that it writes for every signal wake a thread. A SIGHUP that is ignored
-    (``nohup``) stays ignored, and so is one after another signal, since a terminal that closes sends several.
+    calls no handler then, but the bytes that it writes for every signal wake a thread. The handler waits for
+    that thread, so that nothing ends before the announcement. A SIGHUP that is ignored (``nohup``) stays
+    ignored, and so is one after another signal, since a terminal that closes sends several.
 
     Outside the main thread, as in some notebooks, Python delivers no signals, and nothing is caught.
     """
@@ -73,6 +74,7 @@ class Interrupts:
         self.number: int | None = None
         self._before: dict[int, Any] = {}  # handlers by signal; None for one that was not set by Python
         self._pipe: tuple[int, int] | None = None  # the end that the thread reads, the end that Python writes
+        self._announced = threading.Event()
         self._told_before = -1  # the file to which Python wrote signals before
 
     def agreed(self) -> int | None:
@@ -102,6 +104,9 @@ class Interrupts:
         self._restore(but=_HANGUP)
         if _HANGUP in self._before:
             signal.signal(_HANGUP, signal.SIG_IGN)
+        # A stop that is quick would otherwise end the process before the thread is awake. The limit is for a
+        # handler that interrupts a write to stderr, whose lock the thread then waits for.
+        self._announced.wait(timeout=1.0)
         if hosts.size() == 1:  # several processes must stop together, between two steps
             waiting.ask_to_stop()
 
@@ -115,22 +120,22 @@ class Interrupts:
         os.set_blocking(writes, False)
         self._told_before = signal.set_wakeup_fd(writes, warn_on_full_buffer=False)
         thread = threading.Thread(
-            target=_announce, args=(reads, self._told_before), name="signals", daemon=True
+            target=_announce, args=(reads, self._told_before, self._announced), name="signals", daemon=True
         )
         thread.start()
 
 
-def _announce(reads: int, told_before: int) -> None:
+def _announce(reads: int, told_before: int, announced: threading.Event) -> None:
     """Announces the first of our signals; passes all of them on to the file that Python wrote to before."""
-    said = False
     while numbers := os.read(reads, 64):
         if told_before >= 0:
             with contextlib.suppress(OSError):
                 os.write(told_before, numbers)
         for number in numbers:
-            if number in _NAMES and not said and hosts.is_first():
-                said = True
-                _say(f"{_NAMES[signal.Signals(number)]}: saving after this step …")
+            if number in _NAMES and not announced.is_set():
+                if hosts.is_first():
+                    _say(f"{_NAMES[signal.Signals(number)]}: saving after this step …")
+                announced.set()
     os.close(reads)
 
 

@@ -34,6 +34,19 @@ def test_the_first_signal_is_only_noted_and_handlers_are_put_back(number):
     assert {n: signal.getsignal(n) for n in before} == before
 
 
+def test_a_signal_is_announced_before_the_run_can_end(monkeypatch):
+    said = []
+
+    def say(text):
+        time.sleep(0.05)  # a thread that wakes late, as on a busy machine
+        said.append(text)
+
+    monkeypatch.setattr("hybrid_jax.training.interrupts._say", say)
+    with Interrupts():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert said == ["SIGTERM: saving after this step …"]
+
+
 def test_a_second_ctrl_c_interrupts_at_once(ctrl_c):
     with Interrupts() as interrupts:
         os.kill(os.getpid(), signal.SIGINT)

@@ -30,6 +30,7 @@ def _load(name):
     return module
 
 
+@pytest.mark.slow
 def test_a_measurement_is_one_json_line(bench, capsys):
     bench.main(["sft", "--size", "tiny", "--turns", "1", "--steps", "1"])
     (line,) = capsys.readouterr().out.splitlines()
@@ -102,6 +103,7 @@ def test_a_mistake_is_one_line_with_the_fix(bench, arguments, words, monkeypatch
         bench.main(arguments)
 
 
+@pytest.mark.slow
 def test_slots_are_compared_with_batches_and_with_all_prompts_at_once(bench, capsys):
     slots = _load("bench_slots")
     few = {"slots": 2, "prompts-per-slot": 2, "max-length": 4, "turns": 1, "steps": 1}

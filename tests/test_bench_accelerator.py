@@ -47,6 +47,7 @@ def sft_record(bench):
     return json.loads(lines.getvalue())
 
 
+@pytest.mark.slow
 def test_an_update_of_the_smoke_shape_has_the_flops_worked_out_by_hand(sft_record):
     seconds = sft_record["seconds"]
     # 2 rows of 8: 6·4,864·16, and attention 3·4·16 (channels of all heads)·16 tokens·4.5 keys·2 layers

@@ -368,6 +368,7 @@ def test_mistakes_of_evaluate(run_dir, command, arguments, message):
     assert message in err
 
 
+@pytest.mark.slow
 def test_a_tokenizer_whose_pad_is_its_end_learns_to_end(tiny, tmp_path):
     """With masks made of ``token != pad`` it would never see an end, and would never stop."""
     exported = HybridTrainer(tiny / "config.yaml", run_dir=tmp_path / "r").save_pretrained(tmp_path / "model")

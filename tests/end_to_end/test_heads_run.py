@@ -49,6 +49,7 @@ def test_every_phase_trains_its_own_groups(trained):
     assert set(state.train.opt_state["reward_model"]) == {"heads/quality"}  # its trunk is read as it is
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bits(trained, tmp_path):
     experiment, state = trained
     folder = tmp_path / "run"
@@ -147,6 +148,7 @@ def heads_alone(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_what_a_run_of_heads_alone_cannot_answer_is_one_line(heads_alone, command):
     code, _, error = command(evaluate.main, "--run", heads_alone, "--suite", "loss")
     assert code == 2
@@ -156,6 +158,7 @@ def test_what_a_run_of_heads_alone_cannot_answer_is_one_line(heads_alone, comman
     assert "did you mean 'num_prompts'" in error
 
 
+@pytest.mark.slow
 def test_several_heads_are_written_into_no_folder_of_somebody_else(heads_alone, command, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     code, _, error = command(export.main, "--run", heads_alone, "--output", tmp_path)

@@ -133,6 +133,7 @@ def test_with_the_whole_share_for_ppo_the_run_is_a_pure_ppo_run_bit_for_bit(tmp_
     assert bits(mixed.train.extra) == bits(pure.train.extra)
 
 
+@pytest.mark.slow
 def test_more_steps_continue_a_finished_run(tmp_path):
     # A schedule that looks at the horizon would take other rates in a run that was planned to be shorter.
     constant = [f"phases.{phase}.optimizer.schedule={{name: constant}}" for phase in ("sft", "ppo")]

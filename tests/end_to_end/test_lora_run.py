@@ -218,6 +218,7 @@ def test_another_base_below_the_adapter_is_noticed(built, run, tmp_path):
         save_base(base, seed=0)
 
 
+@pytest.mark.slow
 def test_a_base_from_scratch_is_made_again_from_the_seed(tiny, tmp_path):
     model = f"model={{name: decoder, num_layers: 1, width: {WIDTH}, num_heads: 2, max_length: 48, lora: {{}}}}"
     built = build(load_config(tiny / "config.yaml", [f"run_dir={tmp_path}", "seed=5", model]))

@@ -36,6 +36,7 @@ def records_of(folder, phase):
     return [record for record in read_records(folder / "metrics.jsonl") if record["phase"] == phase]
 
 
+@pytest.mark.slow
 def test_a_float16_run_keeps_its_loss_scale_over_a_restart(tiny, half, tmp_path):
     _, unbroken = half
     settings = ["model.dtype=float16", *CONSTANT]
@@ -64,6 +65,7 @@ def test_a_run_traces_the_step_that_it_is_asked_for_and_says_where_its_time_went
         assert step["sft/update_seconds"] == pytest.approx(left, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_with_rounded_moments_goes_on_to_the_same_bits(tiny, tmp_path):
     settings = [*CONSTANT, SFT_ALONE, "phases.sft.optimizer.state_dtype=bfloat16"]
     unbroken = train(experiment(tiny, tmp_path / "unbroken", "steps=3", *settings))

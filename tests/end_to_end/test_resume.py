@@ -66,6 +66,7 @@ def test_a_process_that_is_told_to_stop_while_it_compiles_its_first_step_ends_wi
     assert not (run_dir / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_with_one_line_and_keeps_its_checkpoints(environment, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

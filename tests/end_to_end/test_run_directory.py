@@ -109,6 +109,7 @@ def without_checkpoints(run_dir, folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_were_removed_keeps_its_records(run_dir, tiny, tmp_path, command, caplog):
     run = without_checkpoints(run_dir, tmp_path / "run")
     (run / "notes.txt").write_text("mine")
@@ -187,6 +188,7 @@ def stopping_at(step, action):
     return reward
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_its_directory_when_the_current_folder_changes(tiny, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -200,6 +202,7 @@ def test_a_run_goes_on_in_its_directory_when_the_current_folder_changes(tiny, tm
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_is_moved_ends_without_splitting_and_goes_on_where_it_is_now(tiny, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "moved"
 

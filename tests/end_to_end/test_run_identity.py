@@ -67,6 +67,7 @@ def test_the_same_run_goes_on_without_a_word(copy, caplog):
     assert changes(copy.folder) == []
 
 
+@pytest.mark.slow
 def test_other_rows_under_the_same_name_are_told_with_their_numbers_and_kept_as_a_change(copy, tiny, caplog):
     path = tiny / "data.jsonl"
     before = path.read_text()
@@ -147,6 +148,7 @@ def test_another_body_of_a_reward_and_another_file_that_it_reads_are_told(tiny, 
     assert sorted(name for name in made_of if made_of[name] != after[name]) == names
 
 
+@pytest.mark.slow
 def test_another_lambda_is_told(tiny, tmp_path, caplog):
     def trainer(reward):
         only_sft = {"name": "alternation", "cycle": {"sft": 1}}
@@ -274,6 +276,7 @@ def test_the_train_command_goes_on_with_a_change_on_purpose(copy, tiny, command)
     assert evaluations == [0, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_from_a_kept_checkpoint_of_another_run_and_needs_it_no_more(
     run_dir, tiny, tmp_path, command, caplog
 ):

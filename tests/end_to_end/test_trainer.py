@@ -31,6 +31,7 @@ def trained(tiny, tmp_path_factory):
     return trainer, trainer.train()
 
 
+@pytest.mark.slow
 def test_a_function_becomes_the_one_part_of_the_reward_named_after_itself(trained):
     trainer, numbers = trained
     parts = trainer.config.phases["ppo"].reward.parts

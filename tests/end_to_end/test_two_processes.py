@@ -115,6 +115,7 @@ def stopped(tmp_path_factory):
     return folder, ends(processes), sorted(int(p.name) for p in (folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_sigterm_at_one_process_makes_all_save_the_same_step_and_end_with_143(stopped):
     folder, (codes, errors), steps = stopped
     assert codes == [143, 143], "\n".join(errors)

@@ -45,6 +45,7 @@ def run(module, tiny, tmp_path_factory):
     return run_dir
 
 
+@pytest.mark.slow
 def test_its_folder_gives_the_same_scores(run, command, tmp_path):
     code, out, _ = command(export.main, "--run", run, "--output", tmp_path / "out", "--trust")
     assert (code, "language model, step 3" in out) == (0, True)

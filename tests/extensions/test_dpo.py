@@ -49,6 +49,7 @@ def test_a_supervised_loss_of_one_file_learns_from_pairs(tmp_path, run_extension
     assert (run.exported / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_its_loss_is_that_of_the_paper(tmp_path, run_extension, monkeypatch):
     shutil.copy(HERE / "my_dpo.py", tmp_path)
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

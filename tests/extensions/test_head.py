@@ -16,6 +16,7 @@ NAME = "my_head:Nearest"
 ROWS = [{"text": f"{word} {i}", "label": word} for i in range(12) for word in ("good", "bad")]
 
 
+@pytest.mark.slow
 def test_a_head_of_one_file_trains_on_a_running_trunk(tmp_path, run_extension):
     shutil.copy(Path(__file__).parent / "my_head.py", tmp_path)
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

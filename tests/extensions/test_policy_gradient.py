@@ -42,6 +42,7 @@ def test_reinforce_of_one_file_has_no_value_and_a_mean_loss_of_zero(tmp_path, ru
     assert "<h3>length</h3>" in run.page
 
 
+@pytest.mark.slow
 def test_two_phases_of_one_kind_have_rewards_values_and_references_of_their_own(tmp_path, run_extension):
     """One value shares the trunk of the policy, one has its own; both phases train the same policy in turn."""
     shared = {**TINY["phases"]["ppo"], "name": "ppo", "references": {"sft": {}}}

@@ -33,6 +33,7 @@ def variety(text: str) -> float:
     return min(len(set(words)) / len(words), 0.75) if words else 0.0
 
 
+@pytest.mark.slow
 def test_a_reward_of_one_file_is_trained_on_and_shown_as_a_part(outside, run_extension):
     parts = {"variety": {"reward": {"name": "my_reward:Variety", "at_most": 0.75}}}
     run = run_extension(outside("my_reward"), {"phases": ppo_with(parts)})
@@ -48,6 +49,7 @@ def test_a_reward_of_one_file_is_trained_on_and_shown_as_a_part(outside, run_ext
     assert (run.exported / "config.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_scheduler_of_one_file_decides_which_phase_takes_each_step(outside, run_extension):
     scheduler = {"name": "my_scheduler:Growing", "first": "sft", "second": "ppo", "longest": 2}
     run = run_extension(outside("my_scheduler"), {"scheduler": scheduler, "steps": 8})
@@ -56,6 +58,7 @@ def test_a_scheduler_of_one_file_decides_which_phase_takes_each_step(outside, ru
     assert "5 sft · 3 ppo" in run.page  # and the report counts them
 
 
+@pytest.mark.slow
 def test_a_family_of_one_file_is_read_trained_and_written_as_transformers_has_it(outside, run_extension):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

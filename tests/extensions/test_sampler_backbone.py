@@ -34,6 +34,7 @@ def answers(capsys, *arguments: object) -> list[str]:
     return [json.loads(line)["response"] for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_sampler_of_one_file_answers_in_evaluation_and_on_the_command_line(outside, run_extension, capsys):
     sampler = {"name": "best_of_n:BestOfN", "n": 6, "max_new_tokens": 8}
     sampler["reward"] = {"name": "token_length", "target": 0}  # the shortest answer is the best

@@ -37,7 +37,7 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(params=SETTINGS, scope="module")
+@pytest.fixture(params=["gpt2", pytest.param("llama", marks=pytest.mark.slow), "mixed"], scope="module")
 def model_and_params(request):
     """Random biases and scales too: a wrong bias must not hide behind zeros."""
     model, random = SETTINGS[request.param].build(VOCAB), np.random.default_rng(0)
@@ -56,6 +56,7 @@ def test_a_decoder_is_a_hashable_language_model():
     assert (model.vocab_size, model.width, model.max_length) == (31, 16, 64)
 
 
+@pytest.mark.slow
 def test_the_number_of_parameters_is_that_of_gpt2():
     model = DecoderConfig(num_layers=12, width=768, num_heads=12, max_length=1024).build(50257)
     shapes = jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))

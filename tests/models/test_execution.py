@@ -60,7 +60,7 @@ def loss_and_gradients(model, params):
     "name",
     [
         "every second layer windowed",
-        "experts",
+        pytest.param("experts", marks=pytest.mark.slow),
         pytest.param("gpt2", marks=pytest.mark.slow),
         pytest.param("adapters", marks=pytest.mark.slow),
     ],

@@ -141,7 +141,20 @@ def make_transformer(case):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Variants whose parts the default cases hold, too, and families that few people train today.
+RARE = {
+    "gpt2 untied, exact gelu", "gpt2 scores divided by layer", "gpt_neo", "gpt_neox sequential",
+    "gpt_neox odd rotary width", "gpt_bigcode", "gpt_bigcode multi-head, scores not scaled",
+    "opt post-norm, narrow embedding", "falcon multi-query", "falcon alibi", "phi head norms", "stablelm", "olmo",
+    "cohere", "starcoder2", "gptj",
+}  # fmt: skip
+
+
+def _slow_where_rare(case):
+    return pytest.param(case, marks=pytest.mark.slow) if case in RARE else case
+
+
+@pytest.fixture(scope="module", params=map(_slow_where_rare, CASES))
 def transformer(request, tmp_path_factory):
     """(their model, the folder it was saved to)"""
     model = make_transformer(request.param)

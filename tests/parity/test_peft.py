@@ -94,7 +94,9 @@ def relative_error(ours, theirs):
     return float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("case", ADAPTERS)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("gpt_neox", "llama dora") else c for c in ADAPTERS]
+)
 def test_logits_and_every_gradient_equal_those_of_peft_and_its_folders_load_both_ways(case, bases, tmp_path):
     family, settings = ADAPTERS[case]
     theirs = their_model(bases[family], **settings)
@@ -166,7 +168,7 @@ def check_gradients(ours, theirs, factor_of):
     assert not left
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_adapter_on_a_part_of_a_fused_map_is_one_that_peft_and_we_read_alike(dora, bases, tmp_path):
     targets = r"layer_0/attention/(query|value)|layer_1/(attention/key|mlp/up)|layer_\d/mlp/down"
     lora = Lora(rank=2, alpha=3.0, targets=targets, rank_stabilized=True, dora=dora, dropout=0.1)
@@ -243,7 +245,10 @@ BESIDE = {  # the base, rows that it is resized to, their settings
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of tied tables and saved embeddings
-@pytest.mark.parametrize("case", BESIDE)
+USUAL = ("both copies", "both of a tied model", "resized and tied", "tokens", "all biases", "pissa, fused")
+
+
+@pytest.mark.parametrize("case", [c if c in USUAL else pytest.param(c, marks=pytest.mark.slow) for c in BESIDE])
 def test_what_peft_trains_beside_low_rank_maps_is_read_and_written(case, bases, tmp_path):
     family, rows, settings = BESIDE[case]
 
@@ -379,7 +384,7 @@ def test_an_older_folder_of_torch_with_the_name_of_the_adapter_in_its_tensors_is
     ("family", "settings"),
     [
         ("llama", {"train_fully": "token_embedding|lm_head"}),
-        ("tied", {"train_fully": "token_embedding"}),
+        pytest.param("tied", {"train_fully": "token_embedding"}, marks=pytest.mark.slow),
         ("gpt2", {"bias": "lora_only", "targets": ".*/query"}),
         ("llama", {"tokens": (3, 60)}),
     ],

@@ -186,6 +186,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_two_references_have_the_published_geometric_optimum():
     """π ∝ Π π_i^a_i exp(r/β); an arithmetic mixture would be 0.0027 away, so the tolerance tells them apart."""
     policies = np.array([[0.4, 0.3, 0.2, 0.1], [0.1, 0.2, 0.3, 0.4]])
@@ -343,13 +344,16 @@ def test_what_compares_the_answers_to_one_prompt_needs_two_of_them(reward, setti
     PPO(reward=reward, samples_per_prompt=2)
 
 
-GROUPED = {
-    "a baseline": "phases.ppo.reward.baseline={kind: others}",
-    "a normaliser": "phases.ppo.reward.parts={a: {reward: {name: length, target: 3}, normalise: group}}",
-}
+NORMALISER = "phases.ppo.reward.parts={a: {reward: {name: length, target: 3}, normalise: group}}"
 
 
-@pytest.mark.parametrize("comparison", GROUPED.values(), ids=GROUPED)
+@pytest.mark.parametrize(
+    "comparison",
+    [
+        pytest.param("phases.ppo.reward.baseline={kind: others}", id="a baseline"),
+        pytest.param(NORMALISER, id="a normaliser", marks=pytest.mark.slow),
+    ],
+)
 def test_where_answers_are_compared_the_loss_at_ratio_one_is_about_zero_although_most_pay_a_penalty(
     tmp_path, comparison
 ):

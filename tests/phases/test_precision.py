@@ -89,6 +89,7 @@ def test_a_minibatch_that_meets_nan_is_left_out_and_reported(rollout):
     assert (int(fine["updates"]), int(fine["nonfinite"])) == (4, FINE)
 
 
+@pytest.mark.slow
 def test_ppo_in_float16_learns_what_it_learns_in_float32(rollout):
     full, _ = updated(functions(), state_of(functions()), rollout)
     half, metrics = updated(functions("float16"), state_of(functions("float16"), DynamicLossScale()), rollout)

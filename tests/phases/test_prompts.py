@@ -157,6 +157,7 @@ def test_a_run_with_shared_prompts_begins_by_learning(tmp_path):
         experiment.phases["ppo"].step(experiment.init(), experiment.key)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_answers_the_same_shared_prompts(tmp_path):
     ends = ["steps=4", "checkpoint={every: 3, keep: 4}"]  # between the batch and its answers
     whole = train(built(tmp_path, *ends))

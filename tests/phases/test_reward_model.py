@@ -169,6 +169,7 @@ def test_the_exported_rewards_of_the_training_responses_have_mean_0_and_deviatio
     assert spread.mean() == pytest.approx(doubtful.diagnostics()["uncertainty"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_goes_on_to_the_same_bits(tmp_path):
     constant = "phases.reward_model.optimizer.schedule=constant"  # a schedule to the end depends on the end
     straight = train(experiment(tmp_path / "straight", "steps=5", constant))

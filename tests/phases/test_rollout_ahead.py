@@ -127,6 +127,7 @@ def test_a_resumed_run_goes_on_with_the_responses_that_were_sampled_ahead(tmp_pa
     assert bits(resumed.host) == bits(whole.host)
 
 
+@pytest.mark.slow
 def test_a_step_does_not_wait_for_the_one_before(tmp_path):
     """Metrics are read a step late, so that the host rewards while the device still updates."""
     assert experiment(tmp_path).phases["ppo"].waits_for_device

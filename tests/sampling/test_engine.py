@@ -51,6 +51,7 @@ def test_steps_under_a_scan_give_the_tokens_of_generate_bit_for_bit(model_and_pa
     np.testing.assert_array_equal(np.asarray(finished).T, np.arange(1, R + 1) == lengths[:, None])
 
 
+@pytest.mark.slow
 def test_a_row_answers_by_its_prompt_and_its_key_whenever_it_is_admitted(model_and_params):
     model, params = model_and_params
     engine, (tokens, mask) = Engine(model, (), 4), _prompts()

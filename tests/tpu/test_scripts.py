@@ -322,6 +322,7 @@ def test_babysit_can_end_the_bill_itself(cloud):
     assert verbs(cloud) == ["create", "delete"]
 
 
+@pytest.mark.slow
 def test_babysit_gives_up_after_so_many_restarts(cloud):
     cloud.write("states", "MISSING", "ACTIVE", "ACTIVE", "SUSPENDED")
     cloud.behave("wait")
@@ -332,6 +333,7 @@ def test_babysit_gives_up_after_so_many_restarts(cloud):
     assert done.stderr.count("; restart ") == 2
 
 
+@pytest.mark.slow
 def test_time_that_a_run_was_up_forgives_earlier_restarts(cloud):
     cloud.write("states", "MISSING", *["ACTIVE", "ACTIVE", "SUSPENDED", "SUSPENDED"] * 3, "ACTIVE")
     cloud.behave("wait", "wait", "wait", "exit 0")

@@ -22,6 +22,7 @@ def compile_programs(count: int, start: int = 0) -> None:
         jax.jit(lambda x, n=number: jnp.sin(x * n).sum() + jnp.sort(x)[n])(jnp.ones(300 + number))
 
 
+@pytest.mark.slow
 def test_a_process_that_compiles_without_end_levels_off():
     jax.clear_caches()
     free_programs(limit=10**9)

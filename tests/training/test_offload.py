@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hybrid_jax.core.config import parse
 from hybrid_jax.experiment import ExperimentConfig, build
@@ -56,6 +57,7 @@ def test_a_run_with_idle_state_on_the_host_computes_the_same_bits():
     jax.tree.map(np.testing.assert_array_equal, plain, offloaded)
 
 
+@pytest.mark.slow
 def test_what_waits_on_the_host_is_saved_and_read_again(tmp_path):
     settings = {**SETTINGS, "run_dir": str(tmp_path), "offload": ("optimizer_states", "references")}
     experiment = build(parse(ExperimentConfig, settings))

@@ -184,6 +184,7 @@ def test_every_optimizer_finds_the_minimum_of_a_quadratic(name):
     assert_trees_close(params, PARAMS, atol=5e-3)
 
 
+@pytest.mark.slow
 def test_epsilon_outside_the_bias_correction_moves_the_policy_less_early():
     """Two epochs over one batch; lm-human-preference-details measured a 6 times smaller approximate KL."""
     random = np.random.default_rng(3)

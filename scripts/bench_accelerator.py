@@ -61,7 +61,8 @@ import jax.numpy as jnp
 from accelerator.roofline import Peaks, find_peaks, needed_bytes, slot_bytes
 from accelerator.shapes import DEFAULTS, SHAPES, SMOKE
 from accelerator.table import render
-from bench import PEER_PYTHON, Numbers, Ours, Peer, RandomNumbers, Step, measure
+from bench import PEER_PYTHON, Ours, Peer, measure
+from bench_work import Numbers, RandomNumbers, Step
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.errors import UserError
@@ -281,8 +282,7 @@ def main(arguments: list[str]) -> None:
     finally:
         if peer is not None:
             peer.close()
-    memory = memory_and_plan(programs)
-    print(json.dumps(record(options, arguments, bench, numbers, memory, recompiled, peer)))
+    print(json.dumps(record(options, arguments, bench, numbers, memory_and_plan(programs), recompiled, peer)))
 
 
 def read_records(file: str) -> list[dict[str, Any]]:

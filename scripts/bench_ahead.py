@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from bench import SHAPES, Step, experiment_step, ppo, work_of
+from bench_work import SHAPES, Step, experiment_step, ppo, work_of
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.errors import UserError

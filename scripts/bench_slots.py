@@ -24,7 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench import SHAPES, STEPS, Ours, Step, Work, work_of
+from bench import STEPS, Ours
+from bench_work import SHAPES, Step, Work, work_of
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.errors import UserError

@@ -1,7 +1,4 @@
-"""The peer of ppo: ``PPOTrainer`` of TRL 1.12.0, the last release that has one. See `bench.py`.
-
-The trainer cannot be called step by step, but it calls back after each one: there it waits for its turn.
-"""
+"""The peer of ppo: ``PPOTrainer`` of TRL 1.12.0, the last release that has one. See `bench.py`."""
 
 import json
 import os
@@ -11,32 +8,14 @@ os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "WANDB_DISABLED": "true"}
 sys.path.append(sys.path.pop(0))  # behind the packages: this file bears the name of one
 
 import torch
-import transformers
-import trl
 from datasets import Dataset
 from hf import gpt2_config
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from trl.experimental.ppo import PPOConfig, PPOTrainer
+from trl_turns import TakeTurns, tokenizer
 from turns import Turns
 
 ITERATIONS = 10_000  # more than any measurement takes
-
-
-class TakeTurns(TrainerCallback):
-    def __init__(self, turns):
-        self.turns = turns
-
-    def on_train_begin(self, *_, **__):
-        self.turns.begin(torch=torch.__version__, transformers=transformers.__version__, trl=trl.__version__)
-
-    def on_step_end(self, *_, **__):
-        self.turns.step_ended()
 
 
 def main():
@@ -84,13 +63,6 @@ def ppo_config(work):
         fp16=False,
         seed=0,
     )
-
-
-def tokenizer(vocab_size):
-    """Words w0, w1, …; TRL wants a tokenizer although it is given token ids."""
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab_size)}, unk_token="w1"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w1", pad_token="w0", eos_token="w0")
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ def make_transformer(case):
 RARE = {
     "gpt2 untied, exact gelu", "gpt2 scores divided by layer", "gpt_neo", "gpt_neox sequential",
     "gpt_neox odd rotary width", "gpt_bigcode", "gpt_bigcode multi-head, scores not scaled",
-    "opt post-norm, narrow embedding", "falcon multi-query", "falcon alibi", "phi head norms", "stablelm", "olmo",
-    "cohere", "starcoder2", "gptj",
+    "opt post-norm, narrow embedding", "falcon multi-query", "falcon alibi", "phi head norms", "stablelm",
+    "olmo", "cohere", "starcoder2", "gptj",
 }  # fmt: skip
 
 

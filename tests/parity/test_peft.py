@@ -54,6 +54,7 @@ ADAPTERS = {
     "gpt_neox": ("gpt_neox", {"target_modules": ["query_key_value", "dense_4h_to_h"]}),
     "falcon": ("falcon", {"target_modules": ["query_key_value"], "use_dora": True}),
 }
+USUAL_ADAPTERS = ("llama rslora, ranks, head", "gpt2", "falcon")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def relative_error(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow) if c in ("gpt_neox", "llama dora") else c for c in ADAPTERS]
+    "case", [c if c in USUAL_ADAPTERS else pytest.param(c, marks=pytest.mark.slow) for c in ADAPTERS]
 )
 def test_logits_and_every_gradient_equal_those_of_peft_and_its_folders_load_both_ways(case, bases, tmp_path):
     family, settings = ADAPTERS[case]
@@ -244,10 +245,10 @@ BESIDE = {  # the base, rows that it is resized to, their settings
 }
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of tied tables and saved embeddings
 USUAL = ("both copies", "both of a tied model", "resized and tied", "tokens", "all biases", "pissa, fused")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of tied tables and saved embeddings
 @pytest.mark.parametrize("case", [c if c in USUAL else pytest.param(c, marks=pytest.mark.slow) for c in BESIDE])
 def test_what_peft_trains_beside_low_rank_maps_is_read_and_written(case, bases, tmp_path):
     family, rows, settings = BESIDE[case]

@@ -1,7 +1,10 @@
 """Preferences online: who stands against whom, what has a gradient, and what the settings allow."""
 
+import copy
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,14 +13,20 @@ import numpy as np
 import pytest
 
 from hybrid_jax import build, load_config
-from hybrid_jax.core.batches import Rollout
+from hybrid_jax.core.batches import Example, PromptBatch, Rollout, Samples
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.answer_losses import answer_log_probs
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.online_preference import OnlinePreference
 from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
+from hybrid_jax.phases.played import Answered
 from hybrid_jax.phases.references import Reference
+from hybrid_jax.phases.rollout_settings import Opponent
+from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.rewards.part import Part
+from hybrid_jax.rewards.postprocess import Running
 from hybrid_jax.training.update import gradients
 
 DEBUG = Path(__file__).parents[2] / "configs" / "debug"
@@ -248,3 +257,78 @@ def test_a_reference_is_copied_again_after_so_many_steps():
     assert [reference.is_due(0, False, steps) for steps in range(5)] == [True, False, True, False, True]
     with pytest.raises(ValueError, match="refresh_every_steps must be null for a reference with a path"):
         Reference(path="folder", refresh_every_steps=2)
+
+
+def played_by(experiment, reward: CompositeReward, rows: list[str], rivals: list[str]) -> Any:
+    """The rollout of those answers, and of those of an opponent, once they are rewarded."""
+    rollouts = copy.copy(experiment.phases["online_preference"].rollouts)
+    settings: dict[str, Any] = {"pairs": "opponent", "opponent": Opponent("sft"), "samples_per_prompt": 1}
+    settings |= {"minibatches": 1, "microbatches": 1, "prompts_per_step": len(rows)}
+    rollouts.config = replace(rollouts.config, reward=reward, **settings)
+
+    def samples(texts):
+        mask = np.arange(4) < np.array([[len(text)] for text in texts])
+        tokens = np.array([list(text.encode().ljust(4)) for text in texts], np.int32)
+        return Samples.chosen(*put_rows(experiment.placement, (tokens, np.zeros(tokens.shape), mask)))
+
+    ones = np.ones((len(rows), 2), np.int32)
+    asked = PromptBatch(ones, ones > 0, (Example("a"),) * len(rows))
+    own, others = samples(rows), samples(rivals)
+    empty: list[Any] = [None] * 5
+    rollout = Rollout(*empty)
+    texts = rollouts._read(asked, own, (others,), Clock())
+    answered = Answered(asked, own, rollout, [rollout], texts, following=None, cursor=0)
+    state: Any = SimpleNamespace(host={})
+    return rollouts._rewarded(state, answered, reward.init(), Clock())[0]
+
+
+def test_policy_and_opponent_are_scored_on_one_scale(experiment):
+    reward = CompositeReward(
+        {"length": Part(lambda responses: [len(text) for text in responses], normalise=Running())}
+    )
+    own, rival = played_by(experiment, reward, ["a", "aaa"], ["aa", "aaaa"])
+    # 1, 3 and 2, 4 have mean 2.5 together; each by itself would be −1 and 1. Nobody ended: each pays 1.
+    scale = np.std([1, 2, 3, 4])
+    np.testing.assert_allclose(own.scores, np.array([-1.5, 0.5]) / scale - 1, rtol=1e-4)
+    np.testing.assert_allclose(rival.scores, np.array([-0.5, 1.5]) / scale - 1, rtol=1e-4)
+    assert np.asarray(rival.plain_scores).tolist() == [2, 4]
+
+
+def test_a_reward_that_compares_reads_each_answer_beside_the_other(experiment):
+    def beside(responses, opponents):
+        return [10 * len(text) + len(others[0]) for text, others in zip(responses, opponents, strict=True)]
+
+    reward = CompositeReward({"beside": Part(beside)})
+    own, rival = played_by(experiment, reward, ["a", "aaa"], ["aa", "aaaa"])
+    assert np.asarray(own.plain_scores).tolist() == [12, 34]
+    assert np.asarray(rival.plain_scores).tolist() == [21, 43]
+
+
+def spin(folder, rows, *fields) -> Any:
+    """A run of SPIN on those rows, built."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = f"{{name: jsonl, train: {folder}/rows.jsonl, held_out: {folder}/rows.jsonl}}"
+    overrides = [f"data={data}", *fields, "tokenizer=bytes", f"run_dir={folder}/run"]
+    overrides += ["scheduler.warmup={}", "phases.ppo=null", "phases.sft=null"]
+    return build(
+        load_config(DEBUG / "spin.yaml", [*overrides, "phases.online_preference.samples_per_prompt=2"])
+    )
+
+
+def test_the_answers_of_the_data_stand_behind_their_prompts_cut_as_the_policys_are(tmp_path):
+    texts = {"a": "short", "bb": "as long as 16 to", "ccc": "longer than what may be sampled"}
+    experiment = spin(tmp_path, [{"prompt": p, "completion": a} for p, a in texts.items()])
+    rollouts = experiment.phases["online_preference"].rollouts
+    prompts, answers = rollouts.prompts.batch(5, 3), rollouts._data_answers.batch(5, 3)
+    for row in range(6):
+        prompt = prompts.examples[row // 2].prompt
+        expected = [*texts[prompt].encode(), rollouts._tokenizer.eos_id][:16]
+        count = len(expected)
+        assert answers.tokens[row, :count].tolist() == expected
+        for mask in (answers.action_mask, answers.attention_mask):
+            assert mask[row].tolist() == [True] * count + [False] * (16 - count)
+
+
+def test_a_row_without_an_answer_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"phases.online_preference: .*rows.jsonl:1: no answer to learn from"):
+        spin(tmp_path, [{"prompt": "a"}, {"prompt": "b"}], "data.response_field=null")

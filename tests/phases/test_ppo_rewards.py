@@ -319,9 +319,9 @@ def test_the_responses_to_one_prompt_are_known_by_their_row_and_not_by_its_text(
     samples = Samples.chosen(*put_rows(built.placement, (np.ones((4, 3), np.int32), np.zeros((4, 3)), mask)))
     state: Any = SimpleNamespace(host={"ppo/reward": given.init()})
     rollout = Rollout(asked.tokens, mask, mask, np.zeros((4, 3)), np.arange(4) // 2)
-    scored = phase.rollouts._raw(asked, samples, (), Clock())
-    answered = Answered(asked, samples, rollout, *scored, following=None, cursor=0)
-    received, _, metrics = phase.rollouts._rewarded(state, answered, given.init(), Clock())
+    texts = phase.rollouts._read(asked, samples, (), Clock())
+    answered = Answered(asked, samples, rollout, (), texts, following=None, cursor=0)
+    (received,), _, metrics = phase.rollouts._rewarded(state, answered, given.init(), Clock())
     # None has ended: each pays 1, and so does the other one, with which it is compared.
     assert received.scores.tolist() == [0, 0, 0, 0]
     assert (metrics["reward/given"], metrics["baseline"]) == (5.0, 4.0)

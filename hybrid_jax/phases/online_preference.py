@@ -153,7 +153,7 @@ class OnlinePreferencePhase:
         self._horizon, self._offload = resources.horizon, resources.offload
         self._placement = resources.placement
         parts = config.minibatches * config.microbatches
-        check_rows(resources, "prompts_per_step", config.prompts_per_step)
+        check_rows(resources, "responses", config.rows)
         check_rows(resources, "pairs / (minibatches × microbatches)", config.num_groups // parts)
         program = functools.partial(above_base, self.functions)
         self.rollouts = Rollouts(self.functions, resources, program)

@@ -46,6 +46,45 @@ def test_every_method_without_a_critic_runs_from_its_config(name, tmp_path):
     assert all(np.isfinite(record[f"{name}/policy_loss"]) for record in steps)
 
 
+ONLINE = {"online_dpo": 1 / 4, "online_opponent": 0.0, "spin": None, "sppo_online": 1 / 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONLINE)
+def test_preferences_online_run_from_their_config_and_a_resumed_run_ends_alike(name, tmp_path):
+    def end(folder, *stops):
+        for stop in stops:
+            overrides = [f"run_dir={tmp_path}/{folder}", f"steps={stop}", "evaluation.num_prompts=0"]
+            state = train(build(load_config(CONFIGS / "debug" / f"{name}.yaml", overrides)))
+        return jax.tree.leaves((state.train, state.references))
+
+    whole, cut = end("whole", 6), end("cut", 3, 6)
+    assert all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in zip(whole, cut, strict=True))
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if record["phase"] == "online_preference"]
+    numbers = {key.removeprefix("online_preference/"): value for key, value in steps[0].items()}
+    assert len(steps) == 4
+    # The policy is its own reference, until the first update.
+    assert numbers["kl"] == pytest.approx(0.0, abs=1e-4)
+    assert numbers.get("ties") == ONLINE[name]
+    for metric in ("chosen_log_prob", "rejected_log_prob", "margin", "accuracy", "score"):
+        assert np.isfinite([step[f"online_preference/{metric}"] for step in steps]).all()
+    moved = [step["online_preference/kl"] for step in steps[1:]]
+    assert 0 < max(map(abs, moved)) < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((CONFIGS / "debug").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_debug_config_runs_to_its_end(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    experiment = build(load_config(path, [f"run_dir={tmp_path}/run"]))
+    assert train(experiment).step == experiment.steps
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [n for record in records for name, n in record.items() if name.endswith("loss")]
+    assert losses
+    assert np.isfinite(losses).all()
+
+
 def test_the_policy_is_exported_at_its_cadence(tmp_path):
     overrides = [f"run_dir={tmp_path}/run", "steps=5", "checkpoint.export_every=2", "evaluation.num_prompts=0"]
     overrides += ["phases.ppo.epochs=1", "scheduler.warmup.sft=4"]  # one step of PPO

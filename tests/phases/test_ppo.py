@@ -229,7 +229,7 @@ def test_a_response_that_does_not_end_pays_the_penalty():
     got = replace(ppo, config=replace(ppo.config, reward=QUARTER)).rewarded(scored)
     np.testing.assert_allclose(got.scores, [0.25, -0.45, 0.25], atol=1e-7)
     np.testing.assert_allclose(got.plain_scores, [0.25, 0.25, 0.25], atol=1e-7)
-    metrics = ppo._score_metrics(got)
+    metrics = ppo.score_metrics(got)
     assert metrics["penalty"] == pytest.approx(0.7 / 3)
     assert metrics["eos_fraction"] == pytest.approx(2 / 3)
     assert metrics["response_length"] == pytest.approx(8 / 3)

@@ -27,6 +27,7 @@ from hybrid_jax.phases.rollout_settings import Opponent
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.rewards.part import Part
 from hybrid_jax.rewards.postprocess import Running
+from hybrid_jax.testing import PrefixTable, reference_params
 from hybrid_jax.training.update import gradients
 
 DEBUG = Path(__file__).parents[2] / "configs" / "debug"
@@ -81,13 +82,28 @@ def rollout(scores, seed=0, **fields) -> Rollout:
     return Rollout(**{**made, **fields})
 
 
+def compared(made: OnlinePreferenceFunctions, own: Rollout, *rivals: Rollout) -> tuple[Any, dict[str, Any]]:
+    return jax.jit(lambda own, rivals: made.compared(own, rivals))(own, rivals)
+
+
+def slopes(made: OnlinePreferenceFunctions, states: Any, answers: Any) -> tuple[Any, dict[str, Any]]:
+    """The gradient of the hidden states, and the metrics."""
+
+    def compute(states):
+        params = {"model": {"states": states}}
+        return gradients(made.objective(PROMPT), params, (answers, None), jax.random.key(0))
+
+    grads, metrics = jax.jit(compute)(states)
+    return grads["model"]["states"], metrics
+
+
 def reference_of(played: Rollout) -> np.ndarray:
     return np.where(played.action_mask, played.reference_log_probs["sft"], 0.0).sum(axis=1)
 
 
 def test_the_best_of_a_group_stands_against_the_worst_and_equal_scores_have_no_weight():
     played = rollout([1, 3, 2, 5, 5, 5, -1, -2, -2])
-    answers, metrics = functions(samples_per_prompt=3).compared(played, ())
+    answers, metrics = compared(functions(samples_per_prompt=3), played)
     chosen = np.array([[1, 0], [3, 5], [6, 8]])
     np.testing.assert_array_equal(answers.rows.tokens, np.asarray(played.tokens)[chosen])
     np.testing.assert_array_equal(answers.rows.segment_ids > 0, np.asarray(played.attention_mask)[chosen])
@@ -106,7 +122,7 @@ def test_each_answer_stands_against_those_of_its_opponent_by_score():
     }
     own = rollout([1, 2, 3])
     rivals = rollout([0, 2, 4], seed=1), rollout([2, 0, 3], seed=2)
-    answers, metrics = functions(**settings).compared(own, rivals)
+    answers, metrics = compared(functions(**settings), own, *rivals)
     tokens = [[own, rivals[0]], [rivals[1], own], None, [own, rivals[1]], [rivals[0], own], None]
     for pair, sides in enumerate(tokens):
         if sides is not None:
@@ -123,7 +139,7 @@ def test_each_answer_stands_against_those_of_its_opponent_by_score():
 def test_of_a_group_every_answer_is_learned_with_its_share_of_wins():
     settings = {"pairs": "group", "loss": "sppo", "samples_per_prompt": 3}
     played = rollout([1, 3, 2, 5, 5, 5, -1, -2, -2])
-    answers, metrics = functions(**settings).compared(played, ())
+    answers, metrics = compared(functions(**settings), played)
     np.testing.assert_allclose(answers.wins, [[1, 0.5, 0], [0.5, 0.5, 0.5], [1, 0.25, 0.25]])
     np.testing.assert_array_equal(answers.rows.tokens[0], np.asarray(played.tokens)[[1, 2, 0]])
     assert answers.counts is None
@@ -133,11 +149,9 @@ def test_of_a_group_every_answer_is_learned_with_its_share_of_wins():
 @pytest.mark.parametrize("loss", ["sigmoid", "simpo", "orpo"])
 def test_only_states_before_chosen_tokens_of_pairs_that_differ_have_a_gradient(loss):
     made = functions(loss=loss, sampler={"max_new_tokens": ANSWER, "temperature": 0.8})
-    answers, _ = made.compared(rollout([1, 3, 5, 5, -1, -2]), ())
+    answers, _ = compared(made, rollout([1, 3, 5, 5, -1, -2]))
     states = jax.random.normal(jax.random.key(0), (3, 2, LENGTH, 5))
-    objective = made.objective(PROMPT)
-    grads, _ = gradients(objective, {"model": {"states": states}}, (answers, None), jax.random.key(0))
-    slope = np.abs(grads["model"]["states"]).max(axis=-1) > 0
+    slope = np.abs(slopes(made, states, answers)[0]).max(axis=-1) > 0
     learned = np.asarray(answers.rows.loss_mask) & np.asarray(answers.counts)[:, None, None]
     np.testing.assert_array_equal(slope, np.roll(learned, -1, axis=2))
 
@@ -146,11 +160,9 @@ def test_the_loss_is_the_mean_over_pairs_that_differ_at_the_temperature_that_sam
     made = functions(
         sampler={"max_new_tokens": ANSWER, "temperature": 0.8}, loss={"name": "sigmoid", "beta": 0.3}
     )
-    answers, _ = made.compared(rollout([1, 3, 5, 5, -1, -2]), ())
+    answers, _ = compared(made, rollout([1, 3, 5, 5, -1, -2]))
     states = jax.random.normal(jax.random.key(0), (3, 2, LENGTH, 5))
-    _, metrics = gradients(
-        made.objective(PROMPT), {"model": {"states": states}}, (answers, None), jax.random.key(0)
-    )
+    _, metrics = slopes(made, states, answers)
     logits = np.asarray(states, np.float64) / 0.8
     table = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     losses = []
@@ -196,29 +208,25 @@ def test_the_loss_reads_the_log_probs_that_the_sampler_recorded(experiment):
     assert np.abs(np.asarray(hot) - recorded).max() > 0.1
 
 
-def test_parts_padding_and_devices_change_no_gradient(experiment):
-    phase, state = experiment.phases["online_preference"], experiment.init()
-    made = replace(phase.functions, config=replace(phase.config, prompts_per_step=8, samples_per_prompt=2))
-    rng = np.random.default_rng(0)
-    played = rollout(rng.normal(size=16))
-    answers, _ = made.compared(played, ())
-    answers = answers.replace(counts=answers.counts.at[3].set(False))
+def test_parts_padding_and_devices_change_no_gradient():
+    made = replace(functions(prompts_per_step=8), model=PrefixTable())
+    played = rollout(np.random.default_rng(0).normal(size=16).round())  # with ties
+    answers, _ = compared(made, replace(played, tokens=played.tokens % 3))
+    assert 0 < int(answers.counts.sum()) < 8
+    longer = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (5, 2))), answers.rows)
 
-    def padded(x, before, after):
-        return jnp.pad(x, ((0, 0), (0, 0), (before, after)))
+    def compute(batch, prompt, parts):
+        params: Any = {"model": reference_params()}
+        return gradients(made.objective(prompt), params, (batch, None), jax.random.key(0), parts)
 
-    longer = answers.replace(rows=jax.tree.map(lambda x: padded(x, 5, 2), answers.rows))
-    compute = jax.jit(
-        lambda batch, prompt, parts: gradients(
-            made.objective(prompt), {"model": state.policy}, (batch, None), jax.random.key(0), parts
-        ),
-        static_argnums=(1, 2),
-    )
-    whole = compute(answers, PROMPT, 1)
+    jitted = jax.jit(compute, static_argnums=(1, 2))
+    whole = jitted(answers, PROMPT, 1)
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]), ("data",))
     spread = jax.device_put(answers, jax.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
-    for other in (compute(answers, PROMPT, 4), compute(longer, PROMPT + 5, 1), compute(spread, PROMPT, 1)):
-        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(other), strict=True):
+    others = [(answers, PROMPT, 4), (answers.replace(rows=longer), PROMPT + 5, 1), (spread, PROMPT, 1)]
+    assert np.abs(whole[0]["model"]["table"]).max() > 1e-3
+    for other in others:
+        for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(jitted(*other)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 

@@ -72,7 +72,7 @@ def answer_log_probs(
 
 
 def mixed_log_probs(
-    model: LanguageModel, shares: Mapping[str, float], params: Groups, rows: TokenBatch
+    models: Mapping[str, LanguageModel], shares: Mapping[str, float], params: Groups, rows: TokenBatch
 ) -> Float[Array, "B K"]:
     """Σ_i a_i log π_i(y|x) of references: log of their geometric mean, but for its normaliser.
 
@@ -80,7 +80,8 @@ def mixed_log_probs(
     normaliser cancels.
     """
     found = [
-        share * answer_log_probs(model, params[f"references/{name}"], rows)[0] for name, share in shares.items()
+        share * answer_log_probs(models[name], params[f"references/{name}"], rows)[0]
+        for name, share in shares.items()
     ]
     return jax.lax.stop_gradient(sum(found[1:], found[0]))
 

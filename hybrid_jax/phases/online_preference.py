@@ -34,6 +34,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
+from hybrid_jax.phases.references import reference_models
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import above_base
 from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
@@ -127,7 +128,7 @@ class OnlinePreference(RolloutSettings):
             prompt_length,
             self.sampler.max_new_tokens,
             tokens,
-            num_references=len(self.references),
+            references=[*reference_models(self.references, model).values()],
             epochs=self.epochs,
             value=None,
             scored=self.rows * (1 + self.num_rivals),
@@ -195,7 +196,7 @@ class OnlinePreferencePhase:
         """The programs that a step compiles: sampling, scoring and the updates."""
         config, length = self.config, self.rollouts.longest_prompt(prompt_length)
         state, idle = without_idle(state, self)
-        references = self.rollouts.references.of(state)
+        references = self.rollouts.references.shapes(state)
         others = {name: tree for name, tree in state.references.items() if name not in self.references}
         waiting = {"optimizer_states": idle, "references": others}
         waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}

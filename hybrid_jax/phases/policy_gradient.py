@@ -46,6 +46,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
+from hybrid_jax.phases.references import reference_models
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import above_base
 from hybrid_jax.phases.rollout_settings import RolloutSettings
@@ -126,14 +127,15 @@ class OnPolicy(RolloutSettings):
     def flops(self, model: Any, prompt_length: int, tokens: Any, trains_policy: bool = True) -> dict[str, Any]:
         """The metric ``flops`` of one step in which ``tokens`` were sampled: see `on_policy_flops`."""
         mix = self.sft_mix
+        # Comparing the policy with the one that sampled reads the rollout once more, as a reference does.
+        compared = [model] if self.correction is not None or reads_ratios(self.advantage) else []
         return on_policy_flops(
             model,
             self.rows,
             prompt_length,
             self.sampler.max_new_tokens,
             tokens,
-            # Comparing the policy with the one that sampled reads the rollout once more, as a reference does.
-            num_references=len(self.references) + (self.correction is not None or reads_ratios(self.advantage)),
+            references=[*reference_models(self.references, model).values(), *compared],
             epochs=self.epochs,
             value=self.value,
             trains_policy=trains_policy,
@@ -239,7 +241,7 @@ class PolicyGradientPhase:
         """The programs that a step compiles: sampling, scoring and the updates."""
         config, length = self.config, self.rollouts.longest_prompt(prompt_length)
         state, idle = without_idle(state, self)
-        references = self.rollouts.references.of(state)
+        references = self.rollouts.references.shapes(state)
         others = {name: tree for name, tree in state.references.items() if name not in self.references}
         waiting = {"optimizer_states": idle, "references": others}
         waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}

@@ -45,7 +45,7 @@ from hybrid_jax.phases.answer_losses import (
     preference_weights,
 )
 from hybrid_jax.phases.kept_log_probs import KeptLogProbs
-from hybrid_jax.phases.references import Reference, shares_of
+from hybrid_jax.phases.references import Reference, reference_models, shares_of, shortest_context
 from hybrid_jax.phases.sft import example_shapes
 from hybrid_jax.phases.supervised import Supervised, SupervisedPhase
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
@@ -177,7 +177,8 @@ class PreferencePhase(SupervisedPhase):
 
     def _reference_log_probs(self, base: Params, models: Groups, rows: TokenBatch) -> Float[Array, "B 2"]:
         params = {f"references/{name}": whole(base, tree) for name, tree in models.items()}
-        return mixed_log_probs(self.resources.model, self.config.shares, params, rows)
+        readers = reference_models(self.config.frozen, self.resources.model)
+        return mixed_log_probs(readers, self.config.shares, params, rows)
 
     def _learn(
         self, base: Params, references: Groups, state: TrainState, batch: Any, key: Array, rate: Array
@@ -203,7 +204,7 @@ def preference_objective(config: PreferenceSettings, model: LanguageModel) -> Ob
         policy, losses = answer_log_probs(model, params["model"], rows, key if config.dropout else None)
         reference = batch.reference
         if reference is None and read.needs_reference:
-            reference = mixed_log_probs(model, config.shares, params, rows)
+            reference = mixed_log_probs(reference_models(config.frozen, model), config.shares, params, rows)
         terms, metrics = preference_terms(read, sft_coef, policy, reference, batch)
         if reference is not None and not single:
             # KL(π_ref ‖ π) an answer, as far as the answers are samples of the reference
@@ -216,9 +217,10 @@ def preference_objective(config: PreferenceSettings, model: LanguageModel) -> Ob
 
 
 def _check_model(config: PreferenceSettings, resources: Resources) -> None:
-    where, context = f"phases.{resources.name}", resources.model.max_length
+    where = f"phases.{resources.name}"
     if isinstance(resources.model, EncoderDecoder):
         raise UserError(f"{where}: preferences need a decoder, got an encoder-decoder")
+    context = shortest_context(config.frozen, resources.model)
     if context is not None and config.length > context:
         raise UserError(
             f"{where}: length must be at most the model's max_length {context}, got {config.length}"

@@ -12,6 +12,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.loader import PromptStream
 from hybrid_jax.data.pair_stream import encode_answers
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.phases.references import shortest_context
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft import SFT, sft_stream
 from hybrid_jax.training.phase import Resources
@@ -27,7 +28,9 @@ def prompt_stream(config: RolloutSettings, resources: Resources) -> PromptStream
     learner = shared_with(config, resources)
     source = config.source if learner is None else resources.phases[learner].source
     examples = source.load("train") if source is not None else resources.examples
-    most, long_rows = config.longest_prompt(resources.name, resources.model.max_length)
+    most, long_rows = config.longest_prompt(
+        resources.name, shortest_context(config.references, resources.model)
+    )
     buckets, setting = config.prompt_buckets, f"phases.{resources.name}.prompt_buckets"
     if buckets is not None and most is not None and max(buckets) > most:
         raise UserError(

@@ -1,11 +1,13 @@
 """References: frozen models that hold a trained one back, copies of it or models out of folders.
 
-The references of a phase are its own state: ``RunState.references`` keeps them as ``<phase>/<reference>``. So
-two phases that freeze at different times keep different ones.
+The copies of a phase are its own state: ``RunState.references`` keeps them as ``<phase>/<reference>``. So two
+phases that freeze at different times keep different ones. A model out of a folder never changes: each start of
+a run reads it again, and no checkpoint holds it. It may be of any size.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
@@ -14,9 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import Count, NonNegative, settings
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder_config import ComputeDtype
+from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.families.family import flatten
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.param_axes import param_axes
@@ -34,7 +39,7 @@ class Reference:
     )
     refresh_every_cycles: Count | None = None  # copy the policy again each time this phase was entered n times
     refresh_every_steps: Count | None = None  # copy the policy again after so many steps of this phase
-    path: str | None = None  # another model in place of a copy: a Hugging Face folder of the same shape
+    path: str | None = None  # another model in place of a copy: a Hugging Face folder with the same tokens
 
     def __post_init__(self):
         for name in ("refresh_every_cycles", "refresh_every_steps"):
@@ -70,7 +75,7 @@ class References:
     Args:
         settings: of each, by name.
         phase: the name of the phase.
-        model: of the policy; a reference has its shape.
+        model: of the policy.
         placement: of the parameters.
     """
 
@@ -81,22 +86,37 @@ class References:
         model: LanguageModel,
         placement: Placement,
     ):
-        self._settings, self._phase, self._model = settings, phase, model
+        self._settings, self._phase, self._model, self._placement = settings, phase, model, placement
+        self._copies = [name for name, reference in settings.items() if reference.path is None]
+        self._others = {n: m for n, m in reference_models(settings, model).items() if n not in self._copies}
+        self._read: dict[str, Params] = {}
         self._copy = jax.jit(under(placement, self._frozen))
+
+    def on(self, placement: Placement) -> References:
+        """The same references on other devices."""
+        return References(self._settings, self._phase, self._model, placement)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Their names in `RunState.references`."""
-        return tuple(map(self._key, self._settings))
+        """The names of the copies in `RunState.references`."""
+        return tuple(map(self._key, self._copies))
 
     def init(self, policy: Params) -> dict[str, Params]:
         """Those that a fresh run freezes at its start."""
-        at_start = (n for n, r in self._settings.items() if r.frozen_at == "start" and not r.path)
+        at_start = (name for name in self._copies if self._settings[name].frozen_at == "start")
         return {self._key(name): self._frozen(policy) for name in at_start}
 
     def of(self, state: RunState) -> dict[str, Params]:
         """All of them, by the names in the settings."""
-        return {name: state.references[self._key(name)] for name in self._settings}
+        return {**self._copies_in(state), **{name: self._folder(name) for name in self._others}}
+
+    def shapes(self, state: RunState) -> dict[str, Params]:
+        """The shapes of all of them, for a state of shapes: no folder is read."""
+        others = {
+            name: self._placement.shapes(jax.eval_shape(model.cast, hf.abstract_params(model)), param_axes)
+            for name, model in self._others.items()
+        }
+        return {**self._copies_in(state), **others}
 
     def updated(self, state: RunState) -> RunState:
         """The state at the start of a step of the phase, with the references that are due frozen or renewed."""
@@ -104,17 +124,26 @@ class References:
         cycle, entered = schedule.entries.get(self._phase, 0), schedule.last != self._phase
         steps = schedule.steps.get(self._phase, 0)
         due = {
-            self._key(name): self._copy(self._source(reference, state))
-            for name, reference in self._settings.items()
-            if self._key(name) not in state.references or reference.is_due(cycle, entered, steps)
+            self._key(name): self._copy(state.train.params["model"])
+            for name in self._copies
+            if self._key(name) not in state.references or self._settings[name].is_due(cycle, entered, steps)
         }
         return replace(state, references={**state.references, **due}) if due else state
 
-    def _source(self, reference: Reference, state: RunState) -> Params:
-        policy = state.train.params["model"]
-        if reference.path is None:
-            return policy
-        return read_like(reference.path, self._model, policy, state.base)
+    def _copies_in(self, state: RunState) -> dict[str, Params]:
+        return {name: state.references[self._key(name)] for name in self._copies}
+
+    def _folder(self, name: str) -> Params:
+        """The parameters out of a folder, read once."""
+        if name not in self._read:
+            model = self._others[name]
+            params = under(self._placement, model.init)(
+                root_key(0, Purpose.MODEL)
+            )  # without adapters it draws nothing
+            self._read[name] = jax.jit(
+                under(self._placement, lambda x: shard_params(model.cast(x), param_axes))
+            )(params)
+        return self._read[name]
 
     def _frozen(self, trained: Params) -> Params:
         # It only computes, so it is kept in the dtype of the computation: its numbers are the same.
@@ -124,21 +153,45 @@ class References:
         return f"{self._phase}/{name}"
 
 
+def reference_model(reference: Reference, policy: LanguageModel) -> LanguageModel:
+    """The model that reads the parameters of a reference: the policy's, or that of its folder.
+
+    Raises:
+        UserError: the policy is no decoder, or the folder's model has fewer tokens.
+    """
+    if reference.path is None:
+        return policy
+    if not isinstance(policy, Decoder):
+        kind = type(policy).__name__
+        raise UserError(f"a model from {reference.path} can stand beside a decoder, got {kind}")
+    model = _model_in(reference.path, policy.config.dtype, policy.config.execution)
+    if model.vocab_size < policy.vocab_size:
+        raise UserError(
+            f"{reference.path} must hold a model of the policy's {policy.vocab_size} tokens or more, got "
+            f"{model.vocab_size}"
+        )
+    return model
+
+
+def reference_models(settings: Mapping[str, Reference], policy: LanguageModel) -> dict[str, LanguageModel]:
+    """The model of each reference, by name."""
+    return {name: reference_model(reference, policy) for name, reference in settings.items()}
+
+
+@functools.cache
+def _model_in(path: str, dtype: ComputeDtype, execution: Execution) -> LanguageModel:
+    return hf.Pretrained(path, dtype, execution=execution).build()
+
+
+def shortest_context(references: Mapping[str, Reference], policy: LanguageModel) -> int | None:
+    """Tokens that the policy and all references can read; None: any number."""
+    models = [policy, *reference_models(references, policy).values()]
+    return min((m.max_length for m in models if m.max_length is not None), default=None)
+
+
 def copied(params: Params) -> Params:
     """A copy with buffers of its own: updates donate, and so delete, those of the policy."""
     return shard_params(jax.tree.map(jnp.copy, params), param_axes)
-
-
-def read_like(path: str, model: LanguageModel, policy: Params, base: Params) -> Params:
-    """The parameters of a Hugging Face folder, arranged like those of the policy.
-
-    Raises:
-        UserError: the policy trains adapters, or the model in the folder is of another shape.
-    """
-    decoder = decoder_beside(path, model, base)
-    params = decoder.arranged(hf.load_pretrained(path)[1])
-    check_alike(path, params, policy)
-    return params
 
 
 def decoder_beside(path: str, model: LanguageModel, base: Params) -> Decoder:

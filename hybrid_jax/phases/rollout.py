@@ -73,14 +73,15 @@ class Rollouts:
 
     def _compile(self) -> None:
         sampling = self._placement.with_rules(ROLLOUTS[self.config.rollout_weights])
-        self._sample = jax.jit(under(sampling, self._program("sample")))
+        samplers = (jax.jit(under(sampling, self._program(name))) for name in ("sample", "sample_opponent"))
+        self._sample, self._sample_opponent = samplers
         scoring = (jax.jit(under(self._placement, self._program(name))) for name in ("score", "rewarded"))
         self._score, self._reward_on_device = scoring
 
     def on(self, placement: Placement) -> Rollouts:
         """The same rollouts on other devices."""
         other = copy.copy(self)
-        other._placement = placement
+        other._placement, other.references = placement, self.references.on(placement)
         other._compile()
         return other
 
@@ -239,9 +240,10 @@ class Rollouts:
         """Answers of the opponent to the same prompts."""
         if self.config.opponent is None:
             return []
-        opponent = self.references.of(state)[self.config.opponent.reference]
-        keys = _opponent_keys(key, self.config.opponent.num_samples)
-        return [self._sample(state.base, opponent, *prompts, each) for each in keys]
+        name, keys = self.config.opponent.reference, _opponent_keys(key, self.config.opponent.num_samples)
+        opponent = self.references.of(state)[name]
+        sample = self._sample if self.config.references[name].path is None else self._sample_opponent
+        return [sample(state.base, opponent, *prompts, each) for each in keys]
 
     def _rivals(self, cursor: int, opponents: Sequence[Samples]) -> Sequence[Samples]:
         """Other answers to the same prompts that the references are to score."""
@@ -339,7 +341,7 @@ class Rollouts:
         placement, rows, train = self._placement, self.config.rows, self.lent(state.train)
         responses = self.config.sampler.max_new_tokens
         prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
-        key, references = key_shape(placement), self.references.of(state)
+        key, references = key_shape(placement), self.references.shapes(state)
         policy = train.params["model"]
         samples = _like_rows(placement, jax.eval_shape(self._sample, state.base, policy, *prompts, key))
         inputs = (state.base, state.train.params, references, *prompts, samples)

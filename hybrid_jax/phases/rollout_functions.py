@@ -17,6 +17,7 @@ from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.parallel.rules import shard_params, shard_rows
+from hybrid_jax.phases.references import reference_model
 from hybrid_jax.sampling.base import sample
 from hybrid_jax.sampling.responses import ended, join
 
@@ -43,9 +44,18 @@ class RolloutFunctions:
         key: Array,
     ) -> Samples:
         """Answers of a policy."""
-        policy = self.whole(policy)
-        inputs = (self.model, policy, prompt_tokens, prompt_mask, key)
-        return sample(self.config.sampler, *inputs, eos_ids=self.eos_ids)
+        return self._sample(self.model, policy, prompt_tokens, prompt_mask, key)
+
+    def sample_opponent(self, opponent: Params, *inputs: Array) -> Samples:
+        """Answers of an opponent that has a model of its own."""
+        return self._sample(self.reference_model(self.config.opponent.reference), opponent, *inputs)
+
+    def _sample(self, model: LanguageModel, params: Params, *inputs: Array) -> Samples:
+        return sample(self.config.sampler, model, self.whole(params), *inputs, eos_ids=self.eos_ids)
+
+    def reference_model(self, name: str) -> LanguageModel:
+        """The model of a reference."""
+        return reference_model(self.config.references[name], self.model)
 
     def score(
         self,
@@ -72,7 +82,12 @@ class RolloutFunctions:
             values=self.values(params, tokens, attention_mask, length),
             reference_log_probs={
                 name: response_log_probs(
-                    self.model, self.whole(references[name]), tokens, attention_mask, length, temperature
+                    self.reference_model(name),
+                    self.whole(references[name]),
+                    tokens,
+                    attention_mask,
+                    length,
+                    temperature,
                 )
                 for name in self.config.references
             },

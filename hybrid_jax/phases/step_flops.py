@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax import Array
@@ -23,7 +24,7 @@ def on_policy_flops(
     response_length: int,
     tokens: Array | int,
     *,
-    num_references: int,
+    references: Sequence[Any],
     epochs: int,
     value: str | None,
     trains_policy: bool = True,
@@ -34,12 +35,12 @@ def on_policy_flops(
     """The metric ``flops`` of one step on a rollout: sampling, scoring and all updates.
 
     Args:
-        model: policy, reference and trunk of the value network.
+        model: policy and trunk of the value network.
         rows: responses, B.
         prompt_length: P, padding included.
         response_length: R, the longest that may be sampled.
         tokens: sampled, in all responses; the rollout counts no others, scoring and updates read whole rows.
-        num_references: models that score the responses.
+        references: models that score the responses.
         epochs: updates that read the whole rollout.
         value: ``shared`` or ``separate``; None where there is no value.
         trains_policy: whether the updates train it, or the value alone.
@@ -57,7 +58,10 @@ def on_policy_flops(
     answered = rows * response_length
     a_token = (forward_flops(config, rows * length, length, answered) - prefill) / answered
     trunk = 0.0 if value is None else forward_flops(config, scored * length, length, head_tokens=0)
-    score = trunk + num_references * forward_flops(config, scored * length, length, scored * response_length)
+    readers = [_decoder_config(reference) or config for reference in references]
+    score = trunk + sum(
+        forward_flops(reader, scored * length, length, scored * response_length) for reader in readers
+    )
 
     learn = train_flops if trains_policy else forward_flops
     update = learn(config, learned * length, length, learned * response_length)

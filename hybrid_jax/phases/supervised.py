@@ -144,7 +144,7 @@ class SupervisedPhase:
         """The update, for a batch of the longest rows."""
         batch, placement = self._shapes(), self.resources.placement
         state, idle = without_idle(state, self)
-        read = self._frozen.of(state)
+        read = self._frozen.shapes(state)
         inputs = (state.base, read, state.train, batch, key_shape(placement), rate_shape(placement))
         others = {name: tree for name, tree in state.references.items() if name not in self.references}
         beside = {"optimizer_states": idle, "references": others}

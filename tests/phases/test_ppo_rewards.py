@@ -16,17 +16,15 @@ import pytest
 from hybrid_jax.algorithms.advantages import gae
 from hybrid_jax.algorithms.kl import FixedKL
 from hybrid_jax.core.batches import Example, PromptBatch, Rollout, Samples
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.folders.hf import save_pretrained
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.played import Answered
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.ppo import PPO
-from hybrid_jax.phases.references import Reference, read_like
+from hybrid_jax.phases.references import Reference
 from hybrid_jax.phases.rollout_settings import Opponent
 from hybrid_jax.phases.value_network import read_value
 from hybrid_jax.rewards.combine import Baseline
@@ -240,19 +238,6 @@ class OneToken(PrefixTable):
 
 
 DECODER = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=32).build(11)
-
-
-def test_a_reference_may_come_from_a_folder_and_must_have_the_policys_shape(tmp_path):
-    policy, other = DECODER.init(jax.random.key(0)), DECODER.init(jax.random.key(1))
-    save_pretrained(tmp_path / "same", DECODER, other, eos_ids=(3,))
-    read = read_like(str(tmp_path / "same"), DECODER, policy, {})
-    assert bits(read) == bits(other)
-    wider = DecoderConfig(num_layers=1, width=32, num_heads=2, max_length=32).build(11)
-    save_pretrained(tmp_path / "wider", wider, wider.init(jax.random.key(0)), eos_ids=(3,))
-    with pytest.raises(UserError, match=r"must hold a model of the policy's shape: .* is \(32,"):
-        read_like(str(tmp_path / "wider"), DECODER, policy, {})
-    with pytest.raises(UserError, match="beside a decoder that trains whole, got adapters"):
-        read_like(str(tmp_path / "same"), DECODER, policy, {"base": 1})
 
 
 def test_a_value_network_starts_as_the_normalised_reward_model(tmp_path):

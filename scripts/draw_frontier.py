@@ -32,16 +32,16 @@ def lines(results: Mapping[str, Any]) -> dict[str, tuple[list[Point], list[Point
     return found
 
 
-def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights at least ``gap`` apart, in the same order, as near to the given ones as one sweep finds."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = list(heights)
+def spread(places: Sequence[Point], width: float, gap: float) -> list[float]:
+    """Heights of labels in their order, ``gap`` apart where places are less than ``width`` apart."""
+    order = sorted(range(len(places)), key=lambda i: places[i][1])
+    heights = [height for _, height in places]
     for _ in range(100):
-        for low, high in itertools.pairwise(order):
-            lack = gap - (placed[high] - placed[low])
-            if lack > 0:
-                placed[low], placed[high] = placed[low] - lack / 2, placed[high] + lack / 2
-    return placed
+        for low, high in itertools.combinations(order, 2):
+            lack = gap - (heights[high] - heights[low])
+            if lack > 0 and abs(places[high][0] - places[low][0]) < width:
+                heights[low], heights[high] = heights[low] - lack / 2, heights[high] + lack / 2
+    return heights
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
@@ -51,32 +51,35 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     plt.rcParams |= {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False}
-    figure, axes = plt.subplots(figsize=(8.6, 5.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
     start = results["start"]["kl"], results["start"][SHOWN]
-    best = [start, *((each["kl"], each[SHOWN]) for each in results["best_of_n"])]
-    axes.plot(*zip(*best, strict=True), color=GREY, lw=1.2, ls=(0, (4, 3)), zorder=1)
-    ends = {"best of 2, 4, 8, 16": (best[-1], GREY)}
+    ends = {}
     for method, (runs, means) in lines(results).items():
         colour = COLOURS[method]
         axes.plot(*zip(start, *means, strict=True), color=colour, lw=2, zorder=2, solid_capstyle="round")
-        axes.scatter(*zip(*runs, strict=True), s=16, color=colour, alpha=0.5, linewidths=0, zorder=3)
-        axes.scatter(*zip(*means, strict=True), s=60, color=colour, edgecolors="white", zorder=4)
-        ends[method] = means[-1], colour
-    axes.scatter(*start, s=150, marker="*", color="black", zorder=5)
-    axes.annotate("start", start, xytext=(9, -12), textcoords="offset points", fontweight="bold")
-    low, high = axes.get_ylim()
-    heights = spread([end[1] for end, _ in ends.values()], 0.05 * (high - low))
-    for (name, ((x, _), colour)), height in zip(ends.items(), heights, strict=True):
-        place = {"xytext": (10, 0), "textcoords": "offset points", "va": "center", "fontweight": "bold"}
-        axes.annotate(name, (x, height), color=colour, **place)
-    axes.set(xlabel="KL to the start, nats a response", ylabel="mean margin of the held-out judge B")
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.1)
+        axes.scatter(*zip(*runs, strict=True), s=18, color=colour, alpha=0.45, linewidths=0, zorder=3)
+        axes.scatter(*zip(*means, strict=True), s=64, color=colour, edgecolors="white", zorder=4)
+        ends[method] = means[-1]
+    top = max(run[SHOWN] for run in results["runs"])
+    axes.set(xlim=(0, axes.get_xlim()[1] * 1.05), ylim=(start[1] - 0.1 * top, 1.35 * top))
+    best = [start, *((each["kl"], each[SHOWN]) for each in results["best_of_n"])]
+    axes.plot(*zip(*best, strict=True), color=GREY, lw=1.3, ls=(0, (4, 3)), zorder=1)
+    axes.annotate("best of n by judge A\nleaves the picture", (0.24, 1.27 * top), color=GREY, va="center")
+    axes.scatter(*start, s=150, marker="*", color="black", zorder=5, clip_on=False)
+    axes.annotate("start", start, xytext=(9, -13), textcoords="offset points", fontweight="bold")
+    heights = spread(list(ends.values()), 0.8, 0.07 * top)
+    for (name, (x, _)), height in zip(ends.items(), heights, strict=True):
+        beside = {"xytext": (9, 0), "textcoords": "offset points", "va": "center", "fontweight": "bold"}
+        axes.annotate(name, (x, height), color=COLOURS[name], **beside)
+    axes.set(
+        xlabel="KL to the start, nats a response",
+        ylabel="mean margin of the held-out judge B, standard deviations",
+    )
     axes.grid(axis="y", color="#e6e6e6", lw=0.8)
     axes.set_axisbelow(True)
-    axes.set_title(
-        "Praise by five methods: what a judge that none of them saw says of it", loc="left", fontsize=12
-    )
-    figure.savefig(path, dpi=140)
+    title = "What a judge that no method saw gains by a nat of KL; points are seeds, circles their means"
+    axes.set_title(title, loc="left", fontsize=11.5)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:

@@ -205,6 +205,14 @@ def best_of_n(start: hj.Policy, judges: Mapping[str, NaiveBayesSvm]) -> list[dic
     return found
 
 
+def by_length(start: hj.Policy, score: NaiveBayesSvm) -> float:
+    """The slope of a judge's margin in the tokens of an answer, over answers of the start."""
+    answers = start.generate(held_out_prompts(start), num_samples=16, seed=2)
+    margins = score([answer.prompt for answer in answers], [answer.response for answer in answers])
+    tokens = [len(start.tokenizer.encode(answer.response)) + answer.complete for answer in answers]
+    return SCALE * float(np.polyfit(tokens, margins, 1)[0])
+
+
 def kept(path: Path, make: Callable[[], Any]) -> Any:
     """What a JSON file holds; it is made first unless it is there."""
     if not path.is_file():
@@ -225,14 +233,15 @@ def run(
 
     found = kept(folder(method, strength, seed) / "result.json", make)
     print(
-        method, strength, seed, {name: round(x, 3) for name, x in found.items() if name != "sample"}, flush=True
+        method, strength, seed, {name: round(found[name], 3) for name in ("A", "B", "kl", "tokens")}, flush=True
     )
     return {"method": method, "strength": strength, "seed": seed, **found}
 
 
 SHOWN = {
-    "A": "judge A, trained on",
+    "A": "judge A, learned from",
     "B": "judge B, held out",
+    "B_at_length": "B at the start's length",
     "B_positive": "positive to B",
     "kl": "KL, nats",
     "tokens": "tokens",
@@ -243,13 +252,22 @@ SHOWN = {
 
 def table(results: Mapping[str, Any]) -> str:
     """The means over the seeds, and in brackets the value of each seed."""
+    start, slope = results["start"], results["margin_by_token"]
+
+    def cell(name: str, runs: Sequence[Mapping[str, float]]) -> str:
+        values = [
+            run["B"] - slope * (run["tokens"] - start["tokens"]) if name == "B_at_length" else run[name]
+            for run in runs
+        ]
+        seeds = ", ".join(f"{value:.2f}" for value in values)
+        mean = f"{statistics.mean(values):.2f}"
+        return f"{mean} ({seeds})" if name in ("A", "B", "kl") and len(runs) > 1 else mean
+
     lines = ["| | " + " | ".join(SHOWN.values()) + " |", "|---" * (len(SHOWN) + 1) + "|"]
-    lines.append("| start | " + " | ".join(f"{results['start'][name]:.2f}" for name in SHOWN) + " |")
+    lines.append("| start | " + " | ".join(cell(name, [start]) for name in SHOWN) + " |")
     for method, strength in dict.fromkeys((run["method"], run["strength"]) for run in results["runs"]):
         runs = [run for run in results["runs"] if (run["method"], run["strength"]) == (method, strength)]
-        cells = [[run[name] for run in runs] for name in SHOWN]
-        texts = (f"{statistics.mean(each):.2f} ({', '.join(f'{x:.2f}' for x in each)})" for each in cells)
-        lines.append(f"| {method} {strength:g} | " + " | ".join(texts) + " |")
+        lines.append(f"| {method} {strength:g} | " + " | ".join(cell(name, runs) for name in SHOWN) + " |")
     return "\n".join(lines)
 
 
@@ -276,6 +294,7 @@ def main() -> None:
     results: dict[str, Any] = {
         "start": kept(HERE / "start.json", lambda: measure(start, start, judges)),
         "best_of_n": kept(HERE / "best_of_n.json", lambda: best_of_n(start, judges)),
+        "margin_by_token": kept(HERE / "margin_by_token.json", lambda: by_length(start, judges["B"])),
         "runs": [],
     }
     # Seeds outermost, so that a first picture is there early.

@@ -160,6 +160,9 @@ def whiten(x: Float[Array, "..."], mask: Bool[Array, "..."], *, shift_mean: bool
     """
     mean = masked_mean(x, mask)
     centred = jnp.where(mask, x - mean, 0.0)
+    # Once more: the mean is off by a rounding, which the division would make a signal where all are equal.
+    error = masked_mean(centred, mask)
+    mean, centred = mean + error, jnp.where(mask, centred - error, 0.0)
     variance = masked_sum(jnp.square(centred), mask) / jnp.maximum(jnp.sum(mask) - 1, 1)
     whitened = centred * jax.lax.rsqrt(variance + 1e-8)
     return whitened if shift_mean else jnp.where(mask, whitened + mean, 0.0)

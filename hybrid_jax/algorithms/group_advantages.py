@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.algorithms.advantages import ADVANTAGES
+from hybrid_jax.core.arrays import masked_mean, masked_sum
 from hybrid_jax.core.ranges import Count, settings
 
 EPSILON = 1e-4  # added to a standard deviation, as in the code of GRPO
@@ -63,12 +64,19 @@ class GroupRelative:
         earned = _earned(rewards, action_mask)
         count = _of_group(jnp.ones_like(earned), group)
         centred = earned - _of_group(earned, group) / count
+        # Once more: the mean is off by a rounding, which a small deviation would make a signal.
+        centred = centred - _of_group(centred, group) / count
         match self.scale:
             case "group":
                 deviation = jnp.sqrt(_of_group(jnp.square(centred), group) / jnp.maximum(count - 1, 1))
                 centred = centred / (deviation + EPSILON)
             case "rollout":
-                centred = centred / (jnp.std(earned, ddof=1) + EPSILON)
+                present = action_mask.any(
+                    axis=1
+                )  # a response that is left out has no reward, and not the reward 0
+                away = earned - masked_mean(earned, present)
+                variance = masked_sum(jnp.square(away), present) / jnp.maximum(present.sum() - 1, 1)
+                centred = centred / (jnp.sqrt(variance) + EPSILON)
         return _for_tokens(centred, action_mask), None
 
 
@@ -77,14 +85,14 @@ class GroupRelative:
 class PassAtK:
     """The gain of an answer for the best of k answers: a rare good one counts much, not so in a mean."""
 
-    k: Count = 4  # answers of which the best counts; at most the answers to a prompt
+    k: Count = 4  # answers of which the best counts; fewer than the answers to a prompt
 
     needs_value = False
 
     @property
     def min_group(self) -> int:
-        """k answers."""
-        return max(self.k, 2)
+        """One more than k answers: of k, every one is in the only set, and none gains."""
+        return self.k + 1
 
     def __call__(
         self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
@@ -109,20 +117,21 @@ def _best_with(earned: Float[Array, "B"], group: Int[Array, "B"], k: int) -> Flo
     )
     below = jnp.sum(together & before, axis=1)  # answers of the group that stand before
     count = jnp.sum(together, axis=1)
-    own = _choose(below, k - 1) / _choose(count - 1, k - 1)
-    later = _choose(below - 1, k - 2) / _choose(count - 1, k - 1)  # of j, for each b before it
+    own = _choices(below, count - 1, k - 1)
+    if k == 1:
+        return own * earned
+    # Of j, for each b before it; C(G − 1, k − 1) = C(G − 1, k − 2) (G − k + 1) / (k − 1).
+    later = _choices(below - 1, count - 1, k - 2) * (k - 1) / jnp.maximum(count - k + 1, 1)
     is_later = together & before.T
-    return own * earned + jnp.sum(jnp.where(is_later, (later * earned)[None, :], 0.0), axis=1)
+    best = own * earned + jnp.sum(jnp.where(is_later, (later * earned)[None, :], 0.0), axis=1)
+    return jnp.where(count >= k, best, 0.0)  # a group that lost rows may have fewer
 
 
-def _choose(n: Int[Array, "B"], k: int) -> Float[Array, "B"]:
-    """C(n, k); 0 where n < k or k < 0."""
-    if k < 0:
-        return jnp.zeros(n.shape, jnp.float32)
-    terms = [(n - i) / (i + 1) for i in range(k)]  # a loop over k, which is small
+def _choices(n: Int[Array, "B"], of: Int[Array, "B"], k: int) -> Float[Array, "B"]:
+    """C(n, k) / C(of, k), factor by factor: each alone may be larger than a float32."""
     product = jnp.ones(n.shape, jnp.float32)
-    for term in terms:
-        product = product * jnp.maximum(term, 0.0)
+    for i in range(k):
+        product = product * jnp.maximum(n - i, 0) / jnp.maximum(of - i, 1)
     return product
 
 

@@ -98,6 +98,8 @@ class Sigmoid(PairLoss):
         reverse_kl   f' = log u             forward_kl   f' = −1 / u
         js           f' = log 2u / (1 + u)  alpha        f' = (1 − u^−α) / α
 
+    Where 1/u, or u^−α, is beyond e^30 it goes on along its tangent, since float32 ends at e^88.
+
     Attributes:
         label_smoothing: ε, the share of labels that is taken to be wrong.
         divergence: from the reference.
@@ -115,14 +117,23 @@ class Sigmoid(PairLoss):
             case "reverse_kl":
                 return self.beta * log_u
             case "forward_kl":
-                return -self.beta * jnp.exp(-log_u)
+                return -self.beta * (_expm1(-log_u) + 1.0)
             case "js":
                 return self.beta * (jnp.log(2.0) + jax.nn.log_sigmoid(log_u))
-        return -self.beta * jnp.expm1(-self.alpha * log_u) / self.alpha
+        return -self.beta * _expm1(-self.alpha * log_u) / self.alpha
 
     def loss(self, better, worse):
         """`PairLoss.loss`."""
         return pair_loss(better - worse, label_smoothing=self.label_smoothing)
+
+
+LARGEST_EXPONENT = 30.0  # e^30 squared, and summed over parameters, is still a float32
+
+
+def _expm1(x: Pairs) -> Pairs:
+    """exp(x) − 1, beyond the largest exponent its tangent: finite, and with a gradient."""
+    near, slope = jnp.minimum(x, LARGEST_EXPONENT), jnp.exp(LARGEST_EXPONENT)
+    return jnp.where(x <= LARGEST_EXPONENT, jnp.expm1(near), slope * (1.0 + x - LARGEST_EXPONENT))
 
 
 @PREFERENCE_LOSSES.register("sigmoid_norm")
@@ -295,7 +306,9 @@ class DiscoPOP(PairLoss):
         """`PairLoss.loss`."""
         margin = better - worse
         share = jax.nn.sigmoid(margin / self.temperature)
-        return (1.0 - share) * jax.nn.softplus(-margin) + share * jnp.exp(-margin)
+        # m exp(−βh) as one exponential: apart they are 0 × ∞ where h is far below 0.
+        exponential = jnp.exp(jax.nn.log_sigmoid(margin / self.temperature) - margin)
+        return (1.0 - share) * jax.nn.softplus(-margin) + exponential
 
 
 @PREFERENCE_LOSSES.register("cpo")

@@ -13,6 +13,7 @@ rating, or by which share of the votes for either the better one is ahead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
@@ -50,12 +51,12 @@ def pairs_of(rows: Iterable[Placed], least_margin: float = 0.0, which: Which = "
         responses, scores, others = _scored(row, where)
         order = sorted(range(len(responses)), key=lambda i: -scores[i])
         for better, worse in combinations(order, 2) if which == "all" else [(order[0], order[-1])]:
-            margin = scores[better] - scores[worse]
+            margin = round(scores[better] - scores[worse], 9)  # 4.3 − 4.2 is as far as 4.2 − 4.1
             if margin <= least_margin or responses[better] == responses[worse]:
                 too_close += 1
                 continue
             texts = {"chosen": responses[better], "rejected": responses[worse]}
-            pairs.append({"prompt": row["prompt"], **texts, "margin": round(margin, 9), **others})
+            pairs.append({"prompt": row["prompt"], **texts, "margin": margin, **others})
     return Pairs(pairs, too_close)
 
 
@@ -118,4 +119,5 @@ def _is_index(value: Any, count: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    # Not NaN either, which has no place in an order.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

@@ -132,13 +132,18 @@ class AnswerStream(RowsOfTwo):
         long_rows: LongRows = DROP,
     ):
         others = _of_another_prompt([(row.prompt, row.question) for row in examples])
+        _check_answers(examples)
         answers = [
             _answered(row, text.response or "")
             for row, other in zip(examples, others, strict=True)
             for text in (row, examples[other])
         ]
         encoded = _encoded(answers, tokenizer)
-        pairs = list(zip(encoded[::2], encoded[1::2], strict=True))
+        # The other answer is only read, so that its length never leaves a row out.
+        beside = [
+            row._replace(tokens=row.tokens[:length], loss_mask=row.loss_mask[:length]) for row in encoded[1::2]
+        ]
+        pairs = list(zip(encoded[::2], beside, strict=True))
         fitted = _fitted(pairs, length, long_rows, places_of(examples), tokenizer)
         kept = [i for i, pair in enumerate(fitted) if pair is not None]
         self.good = np.array([good[i] for i in kept], bool)
@@ -154,12 +159,16 @@ def encode_answers(examples: Sequence[Example], tokenizer: Tokenizer) -> list[tu
     Raises:
         UserError: a row has no answer, or cannot be encoded.
     """
-    for place, row in zip(places_of(examples), examples, strict=True):
-        if row.response is None:
-            raise UserError(f"{place}: no answer to learn from, got a prompt alone")
+    _check_answers(examples)
     rows = _encoded([_answered(row, row.response or "") for row in examples], tokenizer)
     starts = [_prompt_length(row) for row in rows]
     return [(row.tokens[n:], row.loss_mask[n:]) for row, n in zip(rows, starts, strict=True)]
+
+
+def _check_answers(examples: Sequence[Example]) -> None:
+    for place, row in zip(places_of(examples), examples, strict=True):
+        if row.response is None:
+            raise UserError(f"{place}: no answer to learn from, got a prompt alone")
 
 
 def _answered(example: Example, text: str) -> Example:
@@ -232,10 +241,16 @@ def _shorter_prompt(row: Encoded, excess: int, start: tuple[int, ...]) -> Encode
 
 
 def _of_another_prompt(prompts: Sequence[object]) -> list[int]:
-    """The row that follows each row, in a circle, and asks something else; the next one where none does."""
+    """For each row one that asks something else; the next row where all ask the same.
+
+    Rows of one prompt that follow each other are a run. The k-th row of a run takes the k-th of the next run,
+    in a circle: so rows that list the good answer first are not all compared with good ones.
+    """
     count = len(prompts)
-    others = [(i + 1) % count for i in range(count)]
-    for i in reversed(range(2 * count - 1)):
-        here, after = i % count, (i + 1) % count
-        others[here] = others[after] if prompts[here] == prompts[after] else after
+    starts = [i for i in range(count) if not i or prompts[i] != prompts[i - 1]]
+    runs = [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    others = []
+    for i, run in enumerate(runs):
+        after = next((r for r in (*runs[i + 1 :], *runs[:i]) if prompts[r[0]] != prompts[run[0]]), None)
+        others += [(row + 1) % count if after is None else after[k % len(after)] for k, row in enumerate(run)]
     return others

@@ -52,7 +52,7 @@ def update_in_minibatches(
 
     Returns:
         The new state; the mean of each metric over the steps that were taken, and each as it was before the
-        first of them.
+        first of them. A minibatch in which no row counts takes none.
     """
     minibatches = config.minibatches
     order_key, loss_key = jax.random.split(key)
@@ -75,7 +75,7 @@ def update_in_minibatches(
             groups=groups,
             microbatches=config.microbatches,
             scaling=loss_scale_of(model),
-            accept=lambda metrics: ~(stopped | _too_far(target_kl, metrics)),
+            accept=lambda metrics: ~(stopped | _too_far(target_kl, metrics)) & _teaches(objective, batch),
         )
         return (state, stopped | _too_far(target_kl, metrics)), (metrics, taken)
 
@@ -102,6 +102,12 @@ def whole_rollout(rollout: Rollout, key: Array) -> tuple[Rollout, Array]:
 def _too_far(target: float | None, metrics: Mapping[str, Array]) -> Array:
     """Tells whether the policy has moved as far as one step may."""
     return jnp.asarray(False) if target is None else metrics["approx_kl"] > target
+
+
+def _teaches(objective: Objective, batch: Any) -> Array:
+    """Tells whether any row of a minibatch counts: without one, the momentum alone would take a step."""
+    weights = objective.weights(batch)
+    return jnp.stack([weights[name] > 0 for name, coef in objective.coefs.items() if coef]).any()
 
 
 def _epoch_orders(key: Array, rows: int, epochs: int) -> Int[Array, "epochs B"]:

@@ -137,7 +137,9 @@ class PolicyGradientFunctions(PolicyLosses):
         # What segments of a response have earned already is not received again with its last token.
         last = scores if placed is None else scores - placed.sum(axis=1)
         in_reward = kl_coef if config.kl_penalty == "reward" else jnp.zeros(())
-        rewards = token_rewards(last, rollout.log_probs, references, weights, in_reward, mask)
+        # Weighed by ratios, it must be the policy's own KL; at first that is the KL of who sampled.
+        own = rollout.log_probs if log_probs is None else log_probs
+        rewards = token_rewards(last, own, references, weights, in_reward, mask)
         rewards = rewards if placed is None else rewards + placed
         learned = mask if rollout.counts is None else mask & rollout.counts[:, None]
         inputs = (rewards, rollout.values, learned, rollout.group)
@@ -159,7 +161,7 @@ class PolicyGradientFunctions(PolicyLosses):
         )
         metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, mask)}
         if rollout.values is not None:
-            variance = explained_variance(rollout.values, returns, mask)
+            variance = explained_variance(rollout.values, returns, learned)
             metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
         weights, shares = loss_weights(config.aggregation, learned, rollout.group)
         estimated = {"advantages": advantages, "returns": returns}
@@ -179,10 +181,15 @@ class PolicyGradientFunctions(PolicyLosses):
         )
 
     def corrected(self, rollout: Rollout, log_probs: Array | None) -> tuple[Rollout, dict[str, Array]]:
-        """Weighs tokens that another policy sampled; with a correction, ratios start from ``log_probs``."""
+        """Weighs tokens that another policy sampled; ratios then start from ``log_probs``.
+
+        So they do, too, where advantages hold the ratios already: else a loss would weigh by them twice.
+        """
         mask, correction = rollout.action_mask, self.config.correction
-        if correction is None or log_probs is None:
+        if log_probs is None:
             return rollout, {}
+        if correction is None:
+            return replace(rollout, log_probs=log_probs), {}
         factors = correction(log_probs, rollout.log_probs, mask)
         rollout = replace(rollout, log_probs=log_probs, loss_weights=rollout.loss_weights * factors)
         return rollout, {"correction": masked_mean(factors, mask)}

@@ -59,8 +59,12 @@ class Reference:
             entered: another phase took the last step.
             steps: of the phase so far.
         """
-        by_cycle = self.refresh_every_cycles is not None and entered and cycle % self.refresh_every_cycles == 0
-        return by_cycle or (self.refresh_every_steps is not None and steps % self.refresh_every_steps == 0)
+        # Before the first step there is nothing to renew: it is frozen then, or was at the start.
+        by_cycle = bool(
+            self.refresh_every_cycles and entered and cycle and cycle % self.refresh_every_cycles == 0
+        )
+        by_step = bool(self.refresh_every_steps and steps and steps % self.refresh_every_steps == 0)
+        return by_cycle or by_step
 
 
 def shares_of(references: Mapping[str, Reference]) -> dict[str, float]:

@@ -156,8 +156,8 @@ def gradients(
 
     Returns the gradient and the mean of each term and metric over the whole batch.
     """
-    # A batch without a valid token has total 0, and its loss is 0, not NaN.
-    weights = {name: jnp.maximum(weight, 1) for name, weight in objective.weights(batch).items()}
+    # A batch without a valid token has total 0, and its loss is 0, not NaN. Weights below 1 are weights, too.
+    weights = {name: jnp.where(weight > 0, weight, 1) for name, weight in objective.weights(batch).items()}
 
     def part(params: Groups, batch: Any, key: Array):
         terms, metrics = objective.loss(params, batch, key)

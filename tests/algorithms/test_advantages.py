@@ -111,7 +111,7 @@ def test_whitening_is_over_all_rows_at_once():
     np.testing.assert_allclose(whiten(jnp.array(x), jnp.array(mask)), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("x", [[3.0], [0.5, 0.5, 0.5]])
+@pytest.mark.parametrize("x", [[3.0], [0.5, 0.5, 0.5], [87.3] * 64, [1000.1] * 64])
 def test_whitening_one_item_or_equal_ones_gives_zero(x):
     x = jnp.array([*x, jnp.nan])
     mask = jnp.arange(len(x)) < len(x) - 1

@@ -1,5 +1,6 @@
 """Advantages against the other answers to a prompt: literal numbers and sums over all subsets."""
 
+import math
 from itertools import combinations
 
 import jax.numpy as jnp
@@ -57,6 +58,30 @@ def test_groups_are_known_by_their_number_wherever_their_rows_lie():
 def test_answers_that_earn_the_same_have_no_advantage():
     for estimator in (LeaveOneOut(), GroupRelative(), PassAtK(3)):
         np.testing.assert_allclose(advantages(estimator, [0.7] * 4), 0.0, atol=1e-6)
+    # The mean of such numbers is off by a rounding, which a deviation of nearly 0 made an advantage of 0.37.
+    for earned in ([87.3] * 8, [1000.1] * 8, [87.3] * 3):
+        np.testing.assert_array_equal(advantages(GroupRelative(), earned), 0.0)
+
+
+def test_a_response_that_is_left_out_changes_no_deviation_of_a_rollout():
+    earned, there = jnp.array([10.0, 11.0, 12.0, 9.0]), jnp.array([True, True, False, False])
+    group = jnp.array([0, 0, 1, 1])
+    found, _ = GroupRelative("rollout")(earned[:, None], None, there[:, None], group)
+    np.testing.assert_allclose(found[:, 0], [-0.7070, 0.7070, 0.0, 0.0], atol=1e-4)
+
+
+def test_the_best_of_many_of_many_is_finite_and_a_group_that_is_too_small_has_no_advantage():
+    earned = np.arange(200.0) / 200  # the chance that the best of 100 is the i-th, of C(200, 100) sets
+    found = advantages(PassAtK(100), earned)
+    assert np.isfinite(found).all()
+    assert found[-1] == pytest.approx(199 / 200 - _best_of(earned, 100), abs=1e-5)
+    np.testing.assert_array_equal(advantages(PassAtK(3), [1.0, 0.5]), 0.0)
+    assert PassAtK(4).min_group == 5  # of four answers, all are in the only set of four
+
+
+def _best_of(earned, k):
+    sets = [math.comb(i, k - 1) for i in range(len(earned))]
+    return sum(count / math.comb(len(earned), k) * value for count, value in zip(sets, earned, strict=True))
 
 
 @pytest.mark.parametrize("k", [1, 2, 4, 7])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.algorithms.kto import KTO, kto_baseline
-from hybrid_jax.algorithms.preference_losses import ORPO, PREFERENCE_LOSSES, PairLoss
+from hybrid_jax.algorithms.preference_losses import ORPO, PREFERENCE_LOSSES, DiscoPOP, PairLoss, Sigmoid
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.errors import UserError
 
@@ -114,6 +114,41 @@ def test_tokens_are_counted_where_and_only_where_a_loss_reads_means(name):
         if isinstance(loss, PairLoss):
             values = [float(loss(POLICY, REFERENCE, TOKENS * n)[0]) for n in (1, 2)]
             assert (values[0] != values[1]) == loss.reads_means
+
+
+@pytest.mark.parametrize(
+    ("loss", "slope"),
+    [
+        ({"divergence": "forward_kl"}, lambda u: 1 / u),
+        ({"divergence": "alpha", "alpha": 1.0}, lambda u: 1 / u),
+        ({"divergence": "alpha", "alpha": 0.5}, lambda u: u**-0.5),
+    ],
+    ids=str,
+)
+def test_a_divergence_has_its_gradient_near_the_reference_and_a_finite_one_far_away(loss, slope):
+    divergence = Sigmoid(beta=0.1, **loss)
+
+    def found(log_ratios):
+        answers = jnp.array([log_ratios])
+        nothing, one = jnp.zeros((1, 2)), jnp.ones((1, 2))
+        return jax.value_and_grad(lambda x: divergence(x, nothing, one)[0])(answers)
+
+    value, gradient = found([0.3, -0.2])
+    wrong = 1 - np.exp(-float(value))  # σ(−margin)
+    expected = -0.1 * wrong * np.array([slope(np.exp(0.3)), -slope(np.exp(-0.2))])
+    np.testing.assert_allclose(gradient[0], expected, rtol=1e-5)
+    # Two answers that are told apart; the better one lost, by far; both lost.
+    for log_ratios, sign in (([1.0, -90.0], 0), ([-90.0, -1.0], -1), ([-120.0, -100.0], -1)):
+        value, gradient = found(log_ratios)
+        assert np.isfinite([value, *gradient[0], jnp.square(gradient).sum()]).all()
+        assert np.sign(gradient[0, 0]) == sign
+
+
+def test_discopop_is_dpo_where_the_worse_answer_is_far_ahead():
+    read = DiscoPOP(beta=5.0)
+    for h in (-18.0, -100.0):
+        loss = float(read(jnp.array([[h, 0.0]]), jnp.zeros((1, 2)), jnp.ones((1, 2)))[0])
+        assert loss == pytest.approx(-5 * h, rel=1e-6)
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.25])

@@ -118,9 +118,29 @@ def test_a_single_answer_stands_beside_the_next_one_to_another_prompt():
     assert learned(stream, 2) == [("b3|", "3|"), ("b1|", "1|")]
 
 
+def test_answers_to_one_prompt_stand_beside_different_answers_to_the_next():
+    # Files of single answers have the good one first: not all may stand beside good ones.
+    stream = answers(*((prompt, kind + prompt, kind == "+") for prompt in "abc" for kind in "+-"))
+    assert [learned(stream, i)[1][1] for i in range(6)] == ["+b|", "-b|", "+c|", "-c|", "+a|", "-a|"]
+    alone = answers(("a", "1", True), ("a", "2", False), ("a", "3", False))
+    assert [learned(alone, i)[1][0] for i in range(3)] == ["a2|", "a3|", "a1|"]
+
+
+def test_a_long_answer_leaves_out_its_own_row_and_not_the_one_that_it_stands_beside():
+    stream = answers(("a", "1", True), ("b", "x" * 30, False), ("c", "3", False))
+    assert [learned(stream, i)[0][0] for i in range(2)] == ["a1|", "c3|"]
+    assert learned(stream, 0)[1][0] == "a" + "x" * 15
+
+
+def test_a_row_without_an_answer_is_one_line():
+    with pytest.raises(UserError, match="no answer to learn from, got a prompt alone"):
+        AnswerStream([Example("a", "1"), Example("b")], [True, False], BYTES, 16)
+
+
 def test_the_label_of_an_answer_stays_with_it_where_others_are_left_out():
     stream = answers(("a", "1", True), ("b", "x" * 30, True), ("c", "3", False), ("d", "4", True))
     assert [(learned(stream, i)[0][0], good) for i, good in enumerate(stream.good)] == [
+        ("a1|", True),
         ("c3|", False),
         ("d4|", True),
     ]

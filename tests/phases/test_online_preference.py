@@ -262,7 +262,7 @@ def test_a_loss_of_groups_has_no_place_in_preferences_of_a_file():
 
 def test_a_reference_is_copied_again_after_so_many_steps():
     reference = Reference(refresh_every_steps=2)
-    assert [reference.is_due(0, False, steps) for steps in range(5)] == [True, False, True, False, True]
+    assert [reference.is_due(0, False, steps) for steps in range(5)] == [False, False, True, False, True]
     with pytest.raises(ValueError, match="refresh_every_steps must be null for a reference with a path"):
         Reference(path="folder", refresh_every_steps=2)
 

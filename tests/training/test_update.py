@@ -45,6 +45,17 @@ def test_the_sum_of_the_gradients_of_two_objectives_updates_like_their_sum():
     np.testing.assert_allclose(metrics["grad_norm"], 0.9, rtol=1e-6)
 
 
+def test_a_weight_below_1_divides_a_loss_like_any_other():
+    # As the shares of a minibatch that holds a quarter of the answers to a prompt.
+    def loss(params, batch, key):
+        return {"a": Sum(0.25 * (batch * params["model"]["w"]).mean(), jnp.float32(0.25))}, {}
+
+    objective = Objective(loss, lambda batch: {"a": jnp.float32(0.25)}, {"a": 1.0})
+    grads, metrics = gradients(objective, state().params, BATCH, KEY)
+    assert float(grads["model"]["w"]) == 3.0
+    assert float(metrics["a"]) == 6.0
+
+
 def test_a_gradient_from_elsewhere_that_is_not_finite_changes_nothing():
     grads = {"model": {"w": jnp.asarray(jnp.nan)}}
     new, _, taken = update(OPTIMIZER, state(), grads, {"loss": jnp.zeros(())}, 0.5, optimizer_key="sft")

@@ -107,7 +107,7 @@ def _too_far(target: float | None, metrics: Mapping[str, Array]) -> Array:
 def _teaches(objective: Objective, batch: Any) -> Array:
     """Tells whether any row of a minibatch counts: without one, the momentum alone would take a step."""
     weights = objective.weights(batch)
-    return jnp.stack([weights[name] > 0 for name, coef in objective.coefs.items() if coef]).any()
+    return jnp.stack([(weights[name] > 0) & (coef != 0) for name, coef in objective.coefs.items()]).any()
 
 
 def _epoch_orders(key: Array, rows: int, epochs: int) -> Int[Array, "epochs B"]:

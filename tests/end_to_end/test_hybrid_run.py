@@ -68,7 +68,10 @@ def test_every_function_compiles_once_for_each_prompt_length_and_every_update_co
     }
     once = {("sft", "_rate"): 1, ("sft", "_update"): 1, ("ppo", "_rate"): 1}
     once |= {("references", "_copy"): 1, ("value", "_copy"): 1}
-    once |= {("ppo", "_reward_on_device"): 0}  # the reward reads texts
+    once |= {
+        ("ppo", "_reward_on_device"): 0,
+        ("ppo", "_sample_opponent"): 0,
+    }  # it reads texts; nobody else answers
     assert compiled == once | {("ppo", f): len(lengths) for f in ("_sample", "_score", "_learn")}
 
 

@@ -123,7 +123,7 @@ def test_tokens_are_counted_where_and_only_where_a_loss_reads_means(name):
         ({"divergence": "alpha", "alpha": 1.0}, lambda u: 1 / u),
         ({"divergence": "alpha", "alpha": 0.5}, lambda u: u**-0.5),
     ],
-    ids=str,
+    ids=["forward KL", "alpha 1", "alpha 0.5"],
 )
 def test_a_divergence_has_its_gradient_near_the_reference_and_a_finite_one_far_away(loss, slope):
     divergence = Sigmoid(beta=0.1, **loss)

@@ -76,7 +76,7 @@ def _with_vocabulary(config: ExperimentConfig) -> ExperimentConfig:
 
 
 def _model_flops(config: ExperimentConfig, name: str, programs: Sequence[Program]) -> float | None:
-    """That one step needs by formula, as the run's log counts it; None where there is no formula."""
+    """The FLOPs that one step needs by formula, as the run's log counts it; None where there is no formula."""
     settings, model = config.phases[name], config.model.build(None)
     if isinstance(settings, SFT):
         return sft_flops(model, settings.batch_size, settings.length).get("flops")

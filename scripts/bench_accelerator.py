@@ -49,7 +49,6 @@ import os
 import shlex
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -62,12 +61,11 @@ from accelerator.roofline import Peaks, find_peaks, needed_bytes, slot_bytes
 from accelerator.shapes import DEFAULTS, SHAPES, SMOKE
 from accelerator.table import render
 from bench import PEER_PYTHON, Ours, Peer, measure
-from bench_work import Numbers, RandomNumbers, Step
+from bench_work import Step, experiment_of
 
 from hybrid_jax.core.cli import ArgumentParser, run_command, set_up_logging
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.evaluation.evaluate import EvaluationConfig
-from hybrid_jax.experiment import Experiment, ExperimentConfig, build, environment, plan_phases
+from hybrid_jax.experiment import Experiment, environment, plan_phases
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.families import FAMILIES
@@ -84,7 +82,6 @@ from hybrid_jax.training.optimizers import AdamW
 from hybrid_jax.training.phase import Program
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import PARTS, Recorder
-from hybrid_jax.training.scheduler import Alternation
 
 log = logging.getLogger("hybrid_jax.bench")
 
@@ -94,7 +91,7 @@ TORCH = "torch==2.13.0 'transformers>=5'"
 
 @dataclass(frozen=True)
 class Work:
-    """What is timed; a peer gets it as JSON."""
+    """The work that is timed; a peer gets it as JSON."""
 
     kind: str
     rows: int
@@ -138,7 +135,7 @@ class Bench:
     def sft(self, peer: Peer | None, turns: int, steps: int) -> tuple[dict[str, Any], list[Program], str]:
         w = self.work
         settings = SFT(batch_size=w.rows, length=w.length, optimizer=AdamW(learning_rate=1e-5))
-        experiment = self._experiment(settings)
+        experiment = experiment_of(self.work, self.config, settings)
         states = [experiment.init()]
 
         def step():
@@ -193,7 +190,7 @@ class Bench:
             sampler=Ancestral(w.new_tokens),
             minibatches=4,
         )
-        experiment = self._experiment(settings)
+        experiment = experiment_of(self.work, self.config, settings)
         records, states = Records(), [experiment.init()]
         machine = Machine(jax.devices()[:1], None if self.peaks.flops is None else self.peaks.flops / 1e12)
         recorder = Recorder(records, Progress(1, stream=io.StringIO()), machine=machine)
@@ -206,23 +203,6 @@ class Bench:
         for _ in range(WARM_UP + turns * steps):
             watched()
         return records.medians(WARM_UP), self._programs(experiment), watched.recompiled
-
-    def _experiment(self, phase: Any) -> Experiment:
-        """A run that knows one phase; nothing is written."""
-        work: Any = self.work
-        return build(
-            ExperimentConfig(
-                run_dir=Path(tempfile.gettempdir(), "hybrid_jax_bench"),
-                steps=1_000_000,
-                model=self.config,
-                tokenizer=Numbers(work.vocab_size),
-                data=RandomNumbers(work),
-                phases={work.kind: phase},
-                scheduler=Alternation({work.kind: 1}),
-                evaluation=EvaluationConfig(num_prompts=0, num_examples=0),
-                compilation_cache=None,
-            )
-        )
 
     def _programs(self, experiment: Experiment) -> list[Program]:
         phases, state = plan_phases(experiment.config, jax.devices()[:1])
@@ -242,7 +222,7 @@ class Records:
     def close(self) -> None: ...
 
     def medians(self, first: int) -> dict[str, Any]:
-        """Of PPO's steps from ``first`` on; ``split`` are shares of the seconds, each median by itself."""
+        """The medians of PPO's steps from ``first`` on; ``split`` are shares of the seconds."""
         timed = self.all[first:]
         median = lambda name: statistics.median(r[f"ppo/{name}"] for r in timed)  # noqa: E731
         split = {part: median(part) for part in (*PARTS, "update_seconds")}

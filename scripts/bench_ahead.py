@@ -1,4 +1,4 @@
-"""What answering prompts ahead of the update gains where rewards take their time; prints one JSON line.
+"""The gain of answering prompts ahead of the update where rewards take their time; prints one JSON line.
 
     python scripts/bench_ahead.py --size mini --reward-seconds 0.5
 

@@ -1,4 +1,4 @@
-"""Whether rewards keep the device busy: the time of all parts together against the larger of device and host.
+"""The load of a device that rewards: the time of all parts together against the larger of device and host.
 
     python scripts/bench_rewards.py --encoder FOLDER [--texts 256] [--tokens 128] [--repeats 7]
 

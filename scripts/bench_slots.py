@@ -1,4 +1,4 @@
-"""What slot refill gains where responses differ in length, on GPT-2 shapes; prints one JSON line.
+"""The gain of slot refill where responses differ in length, on GPT-2 shapes; prints one JSON line.
 
     python scripts/bench_slots.py --size mini
     python scripts/bench_slots.py --size mini --slots 32 --mean-length 8 --max-length 128

@@ -17,7 +17,7 @@ import numpy as np
 from hybrid_jax.core.batches import Example
 from hybrid_jax.data.preferences import Preference
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
-from hybrid_jax.experiment import ExperimentConfig, build
+from hybrid_jax.experiment import Experiment, ExperimentConfig, build
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.heads import value
 from hybrid_jax.phases.grpo import GRPO
@@ -120,13 +120,13 @@ def rollout_step(work: Work) -> Step:
     return lambda: sample(model, params, prompts, jnp.ones(prompts.shape, bool), jax.random.key(next(keys)))
 
 
-def experiment_step(work: Work, phase: Any) -> Step:
-    """A step of a run that knows one phase, with its data stream, its schedule and its metrics."""
-    experiment = build(
+def experiment_of(work: Any, model: DecoderConfig, phase: Any) -> Experiment:
+    """A run that knows one phase; nothing is written."""
+    return build(
         ExperimentConfig(
-            run_dir=Path(tempfile.gettempdir(), "hybrid_jax_bench"),  # nothing is written
+            run_dir=Path(tempfile.gettempdir(), "hybrid_jax_bench"),
             steps=1_000_000,
-            model=work.decoder(),
+            model=model,
             tokenizer=Numbers(work.vocab_size),
             data=RandomNumbers(work),
             phases={work.kind: phase},
@@ -135,6 +135,11 @@ def experiment_step(work: Work, phase: Any) -> Step:
             compilation_cache=None,
         )
     )
+
+
+def experiment_step(work: Work, phase: Any) -> Step:
+    """A step of a run that knows one phase, with its data stream, its schedule and its metrics."""
+    experiment = experiment_of(work, work.decoder(), phase)
     states = [experiment.init()]
 
     def step():

@@ -20,7 +20,7 @@ Point = tuple[float, float]
 
 
 def lines(results: Mapping[str, Any]) -> dict[str, tuple[list[Point], list[Point]]]:
-    """Of each method the points of its runs, and the means of each strength in the order of their KL."""
+    """The points of the runs of each method, and the means of each strength in the order of their KL."""
     found = {}
     for method in dict.fromkeys(run["method"] for run in results["runs"]):
         runs = [run for run in results["runs"] if run["method"] == method]

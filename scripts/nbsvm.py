@@ -73,7 +73,7 @@ def fit_naive_bayes(
 def _naive_bayes(
     texts: Sequence[str], labels: Sequence[int], alpha: float, ngram_range: tuple[int, int]
 ) -> tuple[Any, Any, np.ndarray]:
-    """What makes features of texts, those of these texts, and the log-count ratio r."""
+    """The function that makes features of texts, the features of these texts, and the log-count ratio r."""
     from sklearn.feature_extraction.text import CountVectorizer
 
     vectorizer = CountVectorizer(token_pattern=WORDS, ngram_range=ngram_range, binary=True, dtype=np.float64)

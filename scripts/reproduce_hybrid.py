@@ -22,7 +22,7 @@ SHOWN = {"score": "score", "bleu": "BLEU", "loss": "held-out loss", "eos_fractio
 
 
 def sft_only_steps(config_path: str, overrides: list[str]) -> int:
-    """How many SFT steps read as many tokens as the hybrid run."""
+    """The number of SFT steps that read as many tokens as the hybrid run."""
     config = load_config(config_path, overrides)
     phases = build(config).phases
     steps = {name: count or 0 for name, count in planned_steps(config.scheduler, config.steps).items()}

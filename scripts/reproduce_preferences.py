@@ -214,7 +214,7 @@ def by_length(start: hj.Policy, score: NaiveBayesSvm) -> float:
 
 
 def kept(path: Path, make: Callable[[], Any]) -> Any:
-    """What a JSON file holds; it is made first unless it is there."""
+    """The content of a JSON file, which is made first unless it is there."""
     if not path.is_file():
         path.write_text(json.dumps(make()), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def kept(path: Path, make: Callable[[], Any]) -> Any:
 def run(
     method: str, strength: float, seed: int, start: hj.Policy, judges: Any, reward: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What a run came to."""
+    """The result of a run."""
 
     def make() -> dict[str, Any]:
         began = time.perf_counter()

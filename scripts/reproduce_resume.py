@@ -203,7 +203,7 @@ def _experiment(folder: Path, options: argparse.Namespace) -> Any:
 
 
 def _differences(one: Path, other: Path, options: argparse.Namespace) -> list[str]:
-    """What differs between two finished runs, one line each."""
+    """The differences between two finished runs, one line each."""
     from hybrid_jax.training.checkpoint import Checkpoints
     from hybrid_jax.training.loggers import without_timings
 

@@ -101,7 +101,7 @@ class _Start:
 
 
 def _problems(starts: list[_Start], *, killed: bool) -> list[str]:
-    """What is wrong with how the processes of a trial ended."""
+    """The faults in how the processes of a trial ended."""
     found = []
     for number, start in enumerate(starts, start=1):
         errors = [line for line in start.said.splitlines() if line.startswith("error:")]

@@ -20,7 +20,7 @@ Half = Literal["first", "second"]
 
 @dataclass(frozen=True)
 class NaiveBayesSvm:
-    """How positive NB-SVM finds prompt and response together."""
+    """The opinion of NB-SVM on prompt and response together: how positive they are."""
 
     train: str  # of reviews {"text", "label"}, gzip
     half: Half | None = None  # learns from this half of the reviews of each label; null is all

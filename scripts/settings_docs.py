@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def is_of_machine(self) -> bool:
-        """Whether a function finds the default on the machine at hand."""
+        """Tells whether a function finds the default on the machine at hand."""
         return (
             inspect.isfunction(self.field.default_factory) and self.field.default_factory.__name__ != "<lambda>"
         )
@@ -101,7 +101,7 @@ def settings_of(cls: type) -> list[Setting]:
 
 @functools.cache
 def sentences_of(cls: type) -> dict[str, str]:
-    """What a class says of its own fields: under ``Attributes:``, or else in the comments behind them."""
+    """The sentences of a class on its fields: under ``Attributes:``, or else in the comments behind them."""
     try:
         source = textwrap.dedent(inspect.getsource(cls))
     except (OSError, TypeError):
@@ -133,7 +133,7 @@ def _attributes(docstring: str) -> dict[str, str]:
 
 
 def names_of(registry: Registry) -> list[str]:
-    """What the package itself has registered."""
+    """The components that the package itself has registered."""
     return [name for name in registry if registry[name].__module__.startswith("hybrid_jax.")]
 
 
@@ -396,7 +396,7 @@ def registry_of_default(hint: Any) -> Registry | None:
 
 
 def _changed(registry: Registry | None, value: Mapping[str, Any]) -> dict[str, Any]:
-    """What a default component says otherwise than its class does."""
+    """The settings in which a default component differs from its class."""
     entry = registry[value["name"]] if registry is not None and value["name"] in registry else None
     usual = (
         {}
@@ -418,7 +418,7 @@ def _yaml(value: Any) -> str:
 
 
 def words(hint: Any) -> str:
-    """What a setting takes, in words."""
+    """The values that a setting takes, in words."""
     registry, markers = registry_of(hint), getattr(hint, "__metadata__", ())
     if registry is not None:
         return f"a [{registry.kind}](#{_anchor(_title(registry))})"

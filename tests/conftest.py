@@ -1,9 +1,11 @@
 """Eight fake devices on the CPU, so that sharded = single is tested everywhere; set before JAX starts."""
 
 import gc
+import importlib
 import logging
 import os
 import signal
+import sys
 
 # A test compiles far longer than it computes: the compiler skips what is dear, unless it is told not to.
 os.environ["XLA_FLAGS"] = " ".join(
@@ -59,6 +61,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no shared data folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """``scripts(name)`` imports one of the scripts with its modules, as where it runs."""
+    folder, before = str(Path(__file__).parents[1] / "scripts"), {*sys.modules}
+    sys.path.insert(0, folder)
+    try:
+        yield importlib.import_module
+    finally:
+        sys.path.remove(folder)
+        for name in {*sys.modules} - before:
+            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(folder):
+                del sys.modules[name]
 
 
 @pytest.fixture

@@ -1,9 +1,6 @@
 """The measurements themselves are no test's business; that they run is."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -12,22 +9,6 @@ import pytest
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import build
 from hybrid_jax.phases.kept_log_probs import KeptLogProbs
-
-SCRIPTS = str(Path(__file__).parents[1] / "scripts")
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """Imports a script, as where it runs."""
-    before = {*sys.modules}
-    sys.path.insert(0, SCRIPTS)
-    try:
-        yield importlib.import_module
-    finally:
-        sys.path.remove(SCRIPTS)
-        for name in {*sys.modules} - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(SCRIPTS):
-                del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

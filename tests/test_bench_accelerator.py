@@ -1,12 +1,10 @@
 """The arithmetic of the figures against numbers worked out by hand; that the commands run, on a smoke shape."""
 
 import contextlib
-import importlib
 import io
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +14,14 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.family import parameter_shapes
 
-SCRIPTS = str(Path(__file__).parents[1] / "scripts")
 ONCE = ("--turns", "1", "--steps", "1")
 SFT_COMMAND = ["sft", "--size", "smoke", *ONCE, "--peaks", "2", "1", "--attention", "einsum"]
 
 
 @pytest.fixture(scope="module")
-def bench():
-    """The script with its modules, imported as where it runs."""
-    before = {*sys.modules}
-    sys.path.insert(0, SCRIPTS)
-    try:
-        yield importlib.import_module("bench_accelerator")
-    finally:
-        sys.path.remove(SCRIPTS)
-        for name in {*sys.modules} - before:
-            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(SCRIPTS):
-                del sys.modules[name]
+def bench(scripts):
+    """The script with its modules."""
+    return scripts("bench_accelerator")
 
 
 # The smoke shape: 2 layers of width 16, 4 query and 2 key/value heads of 4 channels, MLP of 24, 64 tokens. A

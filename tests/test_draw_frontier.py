@@ -1,19 +1,16 @@
 """The figure of the frontier: means over seeds in the order of their KL, and labels that do not overlap."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import pytest
 
-SPEC = importlib.util.spec_from_file_location(
-    "draw_frontier", Path(__file__).parents[1] / "scripts" / "draw_frontier.py"
-)
-draw_frontier = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(draw_frontier)
+
+@pytest.fixture(scope="module")
+def draw_frontier(scripts):
+    return scripts("draw_frontier")
 
 
-def test_a_line_goes_through_the_means_of_the_seeds_in_the_order_of_their_kl():
+def test_a_line_goes_through_the_means_of_the_seeds_in_the_order_of_their_kl(draw_frontier):
     def run(strength, kl, score):
         return {"method": "DPO", "strength": strength, "kl": kl, "B": score}
 
@@ -23,7 +20,7 @@ def test_a_line_goes_through_the_means_of_the_seeds_in_the_order_of_their_kl():
     assert means == [pytest.approx((1.5, 0.3)), pytest.approx((4.0, 0.6))]
 
 
-def test_labels_keep_their_order_and_their_distance_unless_they_stand_side_by_side():
+def test_labels_keep_their_order_and_their_distance_unless_they_stand_side_by_side(draw_frontier):
     placed = draw_frontier.spread([(0, 0.0), (0, 0.1), (0, 3.0), (0, 0.05), (9, 0.1)], width=2.0, gap=1.0)
     assert placed[2] == pytest.approx(3.0, abs=0.35)
     assert placed[0] < placed[3] < placed[1] < placed[2]

@@ -1,10 +1,8 @@
 """NB-SVM as a reward: each half learns from its own reviews, and the outputs are functions of one margin."""
 
 import gzip
-import importlib
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +14,9 @@ PROMPTS, RESPONSES = ["a good", "an awful", "a lovely"], [" film", " film", " pl
 
 
 @pytest.fixture
-def judge(monkeypatch, tmp_path):
+def judge(scripts, tmp_path):
     """Makes judges of the rows."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "scripts"))
-    module = importlib.import_module("sentiment_judge")
+    module = scripts("sentiment_judge")
     path = tmp_path / "reviews.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
     return lambda **settings: module.NaiveBayesSvm(str(path), **settings)

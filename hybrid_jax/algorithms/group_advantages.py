@@ -71,9 +71,8 @@ class GroupRelative:
                 deviation = jnp.sqrt(_of_group(jnp.square(centred), group) / jnp.maximum(count - 1, 1))
                 centred = centred / (deviation + EPSILON)
             case "rollout":
-                present = action_mask.any(
-                    axis=1
-                )  # a response that is left out has no reward, and not the reward 0
+                # A response that is left out has no reward, and not the reward 0.
+                present = action_mask.any(axis=1)
                 away = earned - masked_mean(earned, present)
                 variance = masked_sum(jnp.square(away), present) / jnp.maximum(present.sum() - 1, 1)
                 centred = centred / (jnp.sqrt(variance) + EPSILON)

@@ -249,8 +249,12 @@ def _of_another_prompt(prompts: Sequence[object]) -> list[int]:
     count = len(prompts)
     starts = [i for i in range(count) if not i or prompts[i] != prompts[i - 1]]
     runs = [range(start, end) for start, end in zip(starts, [*starts[1:], count], strict=True)]
+    if len(runs) == 1:
+        return [(row + 1) % count for row in range(count)]
     others = []
     for i, run in enumerate(runs):
-        after = next((r for r in (*runs[i + 1 :], *runs[:i]) if prompts[r[0]] != prompts[run[0]]), None)
-        others += [(row + 1) % count if after is None else after[k % len(after)] for k, row in enumerate(run)]
+        after = runs[(i + 1) % len(runs)]
+        if prompts[after[0]] == prompts[run[0]]:  # the last run, which asks what the first one does
+            after = runs[1]
+        others += [after[k % len(after)] for k in range(len(run))]
     return others

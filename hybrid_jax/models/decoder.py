@@ -275,7 +275,7 @@ def _mean_losses(written: Any) -> dict[str, Sum]:
 
 @partial(jax.jit, static_argnames="model")
 def _init(model: Decoder, key: Array) -> Params:
-    """As a list: the same numbers, however the layers are arranged then."""
+    """Draws the parameters of a list of layers: the numbers do not depend on their arrangement."""
     attend: Attend = lambda q, k, v, rule, sinks, cache: (q, cache)  # noqa: E731
     tokens = jnp.zeros((1, 1), jnp.int32)
     variables = Network(model.as_list().config, attend).init(key, tokens, tokens, tokens == 0, tokens + 1)

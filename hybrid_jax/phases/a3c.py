@@ -103,7 +103,7 @@ class A3CPhase(PolicyGradientPhase):
         self._compares = config.correction is not None or reads_ratios(config.advantage)
         self._read = ("model", self.functions.value_key)  # the groups of parameters
         self._copy = jax.jit(under(self._placement, copied))
-        apply = under(self._placement, self._above_base("apply"))
+        apply = under(self._placement, self._program("apply"))
         self._apply = jax.jit(apply, donate_argnums=1)
         devices = list(self._placement.mesh.devices.flat)
         alone = len(devices) == 1
@@ -111,7 +111,7 @@ class A3CPhase(PolicyGradientPhase):
         self._gradients, self._rollouts = [], []
         for placement in placements[: config.actors]:
             self._rollouts.append(self.rollouts if alone else self.rollouts.on(placement))
-            gradient = under(placement, self._above_base("gradient"))
+            gradient = under(placement, self._program("gradient"))
             self._gradients.append(jax.jit(gradient, static_argnames="groups"))
         self._places = [NamedSharding(placement.mesh, PartitionSpec()) for placement in placements]
         self._shared: _Shared | None = None

@@ -28,9 +28,8 @@ class AnswerBatch:
     """
 
     rows: TokenBatch  # [B K T]
-    reference: Float[Array, "B K"] | None = (
-        None  # log π_ref of the answers; None where it is computed on the way
-    )
+    # log π_ref of the answers; None where it is computed on the way
+    reference: Float[Array, "B K"] | None = None
     good: Bool[Array, "B"] | None = None  # of single answers
     baseline: Float[Array, "B"] | None = None  # z of `KTO`, the same for all rows
     counts: Bool[Array, "B"] | None = None  # groups that are learned; None: all

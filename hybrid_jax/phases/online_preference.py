@@ -19,7 +19,6 @@ Sources: Guo et al. 2024 (online DPO, arXiv 2402.04792); Chen et al. 2024 (SPIN,
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
@@ -31,21 +30,18 @@ from hybrid_jax.algorithms import kto, sppo  # noqa: F401  these fill PREFERENCE
 from hybrid_jax.algorithms.preference_losses import PREFERENCE_LOSSES, PreferenceLoss, Sigmoid
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
 from hybrid_jax.models.base import Params
-from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
 from hybrid_jax.phases.references import reference_models
-from hybrid_jax.phases.rollout import Rollouts
-from hybrid_jax.phases.rollout_functions import above_base
+from hybrid_jax.phases.rollout_phase import RolloutPhase
 from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
-from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
-from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.shapes import check_rows
 from hybrid_jax.training.state import RunState
 
 
@@ -116,6 +112,11 @@ class OnlinePreference(RolloutSettings):
         return self.samples_per_prompt if self.pairs == "group" else 2
 
     @property
+    def learned_rows(self) -> int:
+        """Rows that an epoch reads."""
+        return self.num_groups * self.group_size
+
+    @property
     def sampled_rows(self) -> int:
         """Responses that policy and opponent sample in a step."""
         return self.rows * (1 + self.num_rivals) if self.pairs == "opponent" else self.rows
@@ -132,7 +133,7 @@ class OnlinePreference(RolloutSettings):
             epochs=self.epochs,
             value=None,
             scored=self.rows * (1 + self.num_rivals),
-            learned=self.num_groups * self.group_size,
+            learned=self.learned_rows,
         )
 
     def build(self, resources: Resources) -> OnlinePreferencePhase:
@@ -140,27 +141,14 @@ class OnlinePreference(RolloutSettings):
         return OnlinePreferencePhase(self, resources)
 
 
-class OnlinePreferencePhase:
+class OnlinePreferencePhase(RolloutPhase):
     """Steps that learn from preferences among answers of the policy. Trains the group "model"."""
 
     def __init__(self, config: OnlinePreference, resources: Resources):
-        self.config = config
-        self.waits_for_device = not config.rollout_ahead
-        self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
-        self.name, self.kind = resources.name, resources.kind
-        self.optimizer_key = resources.optimizer_key
-        model, eos_ids = resources.model, resources.eos_ids
-        self.functions = OnlinePreferenceFunctions(config, model, eos_ids, self.name, self.optimizer_key)
-        self._horizon, self._offload = resources.horizon, resources.offload
-        self._placement = resources.placement
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses", config.rows)
         check_rows(resources, "pairs / (minibatches × microbatches)", config.num_groups // parts)
-        program = functools.partial(above_base, self.functions)
-        self.rollouts = Rollouts(self.functions, resources, program)
-        self.references = self.rollouts.references.names
-        self._rate = jax.jit(config.optimizer.rate)
-        self._learn = jax.jit(under(self._placement, program("learn")), donate_argnums=1)
+        super().__init__(config, resources, OnlinePreferenceFunctions)
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         """Adds the state of the optimizer, the references, and the reward's state."""
@@ -188,27 +176,6 @@ class OnlinePreferencePhase:
         metrics["dispatch_seconds"] = time.perf_counter() - clock.started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
-    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
-        """Tells the reward what the evaluation measured."""
-        return self.rollouts.observe(state, numbers)
-
-    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
-        """The programs that a step compiles: sampling, scoring and the updates."""
-        config, length = self.config, self.rollouts.longest_prompt(prompt_length)
-        state, idle = without_idle(state, self)
-        references = self.rollouts.references.shapes(state)
-        others = {name: tree for name, tree in state.references.items() if name not in self.references}
-        waiting = {"optimizer_states": idle, "references": others}
-        waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
-        programs, rollout = self.rollouts.programs(state, length, waiting)
-        key, rate = key_shape(self._placement), rate_shape(self._placement)
-        read = config.epochs * config.num_groups * config.group_size
-        learn = Program(
-            f"{self.name}/learn",
-            self._learn,
-            (state.base, self.rollouts.lent(state.train), rollout, (rollout,) * config.num_rivals, key, rate),
-            tokens=read * (length + config.sampler.max_new_tokens),
-            learns=True,
-            beside=(references, waiting),
-        )
-        return [*programs, learn]
+    def _learned_with(self, rollout: Any) -> tuple[Any, Mapping[str, Any]]:
+        """`RolloutPhase._learned_with`: the other answers."""
+        return (rollout,) * self.config.num_rivals, {}

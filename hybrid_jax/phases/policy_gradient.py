@@ -24,7 +24,7 @@ Ouyang et al. 2022 (2203.02155).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -43,22 +43,19 @@ from hybrid_jax.algorithms.policy_gradient import (
 )
 from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, settings
 from hybrid_jax.models.base import Params
-from hybrid_jax.parallel.rules import under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.policy_gradient_functions import PolicyGradientFunctions
 from hybrid_jax.phases.references import reference_models
-from hybrid_jax.phases.rollout import Rollouts
-from hybrid_jax.phases.rollout_functions import above_base
+from hybrid_jax.phases.rollout_phase import RolloutPhase
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft_mix import MixedExamples, SFTMix
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.phases.value_network import SeparateStart
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
-from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Program, Resources
-from hybrid_jax.training.shapes import check_rows, key_shape, rate_shape
+from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.shapes import check_rows
 from hybrid_jax.training.state import RunState
 
 
@@ -156,31 +153,18 @@ class PolicyGradient(OnPolicy):
     objective: Annotated[PolicyObjective, OBJECTIVES] = Clipped()  # pyright: ignore
 
 
-class PolicyGradientPhase:
+class PolicyGradientPhase(RolloutPhase):
     """Steps of a policy gradient. Trains the group "model" and its own value, if the method has one."""
 
     def __init__(self, config: OnPolicy, resources: Resources):
-        self.config = config
-        self.waits_for_device = not config.rollout_ahead
-        self.shapes_setting = f"phases.{resources.name}.prompt_buckets, the lengths that prompts are padded to"
-        self.name, self.kind = resources.name, resources.kind
-        self.optimizer_key = resources.optimizer_key
-        model, eos_ids = resources.model, resources.eos_ids
-        self.functions = PolicyGradientFunctions(config, model, eos_ids, self.name, self.optimizer_key)
-        self._horizon, self._offload = resources.horizon, resources.offload
-        self._placement = resources.placement
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
-        self.rollouts = Rollouts(self.functions, resources, self._above_base)
-        self.references = self.rollouts.references.names
+        super().__init__(config, resources, PolicyGradientFunctions)
         mix = config.sft_mix
         self.examples = None if mix is None else MixedExamples(mix, config.minibatches, resources)
-        starts = config.value == "separate"
-        start = SeparateStart(self.functions.value_key, config.value_init, model, self._placement)
-        self._start_value = start if starts else None
-        self._rate = jax.jit(config.optimizer.rate)
-        learn = under(self._placement, self._above_base("learn"))
-        self._learn = jax.jit(learn, donate_argnums=1, static_argnames="groups")
+        value_key, model = self.functions.value_key, resources.model
+        start = SeparateStart(value_key, config.value_init, model, self._placement)
+        self._start_value = start if config.value == "separate" else None
 
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
         """Adds the value, if there is one, optimizer states, KL control, references, the reward's state."""
@@ -233,32 +217,7 @@ class PolicyGradientPhase:
         metrics["dispatch_seconds"] = time.perf_counter() - clock.started
         return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
-    def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
-        """Tells the reward what the evaluation measured."""
-        return self.rollouts.observe(state, numbers)
-
-    def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
-        """The programs that a step compiles: sampling, scoring and the updates."""
-        config, length = self.config, self.rollouts.longest_prompt(prompt_length)
-        state, idle = without_idle(state, self)
-        references = self.rollouts.references.shapes(state)
-        others = {name: tree for name, tree in state.references.items() if name not in self.references}
-        waiting = {"optimizer_states": idle, "references": others}
-        waiting = {name: trees for name, trees in waiting.items() if name not in self._offload}
-        programs, rollout = self.rollouts.programs(state, length, waiting)
+    def _learned_with(self, rollout: Any) -> tuple[Any, Mapping[str, Any]]:
+        """`RolloutPhase._learned_with`: the examples of an update."""
         examples = None if self.examples is None else self.examples.shapes()
-        key, rate = key_shape(self._placement), rate_shape(self._placement)
-        learn = Program(
-            f"{self.name}/learn",
-            self._learn,
-            (state.base, self.rollouts.lent(state.train), rollout, examples, key, rate),
-            settings={"groups": self.functions.groups},
-            tokens=config.epochs * config.rows * (length + config.sampler.max_new_tokens),
-            learns=True,
-            beside=(references, waiting),
-        )
-        return [*programs, learn]
-
-    def _above_base(self, name: str) -> Callable[..., Any]:
-        """One of the functions, with the base as its first argument."""
-        return above_base(self.functions, name)
+        return examples, {"groups": self.functions.groups}

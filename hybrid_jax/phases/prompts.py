@@ -140,11 +140,8 @@ class DataAnswers:
         tokens = np.zeros((size, self._length), np.int32)
         chosen, read = np.zeros((2, size, self._length), bool)
         for row, (answer, mask) in enumerate(rows):
-            tokens[row, : len(answer)], chosen[row, : len(answer)], read[row, : len(answer)] = (
-                answer,
-                mask,
-                True,
-            )
+            own = np.s_[row, : len(answer)]
+            tokens[own], chosen[own], read[own] = answer, mask, True
         arrays = (tokens, np.zeros(tokens.shape, np.float32), chosen, read)
         repeated: Any = [np.repeat(array, self._times, axis=0) for array in arrays]
         return Samples(*repeated)

@@ -60,11 +60,9 @@ class Reference:
             steps: of the phase so far.
         """
         # Before the first step there is nothing to renew: it is frozen then, or was at the start.
-        by_cycle = bool(
-            self.refresh_every_cycles and entered and cycle and cycle % self.refresh_every_cycles == 0
-        )
-        by_step = bool(self.refresh_every_steps and steps and steps % self.refresh_every_steps == 0)
-        return by_cycle or by_step
+        cycles, every = self.refresh_every_cycles, self.refresh_every_steps
+        by_cycle = cycles is not None and entered and cycle > 0 and cycle % cycles == 0
+        return by_cycle or (every is not None and steps > 0 and steps % every == 0)
 
 
 def shares_of(references: Mapping[str, Reference]) -> dict[str, float]:
@@ -143,10 +141,9 @@ class References:
             model = self._others[name]
             params = under(self._placement, model.init)(
                 root_key(0, Purpose.MODEL)
-            )  # without adapters it draws nothing
-            self._read[name] = jax.jit(
-                under(self._placement, lambda x: shard_params(model.cast(x), param_axes))
-            )(params)
+            )  # of a folder: draws nothing
+            cast = under(self._placement, lambda x: shard_params(model.cast(x), param_axes))
+            self._read[name] = jax.jit(cast)(params)
         return self._read[name]
 
     def _frozen(self, trained: Params) -> Params:

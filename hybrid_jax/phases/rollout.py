@@ -56,6 +56,7 @@ class Rollouts:
         self.config, self.functions, self.name = config, functions, functions.name
         self._tokenizer, self._placement = resources.tokenizer, resources.placement
         self.references = References(config.references, self.name, functions.model, resources.placement)
+        functions.check_opponent()
         self._ahead = (
             RolloutAhead(self.name, self._placement, resources.following) if config.rollout_ahead else None
         )
@@ -87,7 +88,7 @@ class Rollouts:
 
     @property
     def reward_key(self) -> str:
-        """Where ``RunState.host`` keeps what the reward remembers."""
+        """The key in ``RunState.host`` of what the reward remembers."""
         return f"{self.name}/reward"
 
     def init_host(self) -> dict[str, Any]:
@@ -201,7 +202,7 @@ class Rollouts:
         return replace(state, host={**state.host, self.reward_key: remembered})
 
     def _cursor(self, state: RunState) -> int:
-        """Where the prompts begin: behind the last ones, or with the batch that was learned last."""
+        """The start of the prompts: behind the last ones, or with the batch that was learned last."""
         if self._learner is None:
             return state.cursors.get(self.name, 0)
         if not (learned := state.cursors.get(self._learner, 0)):

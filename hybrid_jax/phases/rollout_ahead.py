@@ -61,7 +61,7 @@ class RolloutAhead:
         return {self._key: next_prompts}
 
     def settled(self, samples: Samples) -> Samples:
-        """Lying as in a fresh state; to be called before the update is started, not to wait for it."""
+        """Places samples as in a fresh state; call it before the update is started, not to wait for it."""
         return self._split(samples)
 
     def without(self, train: TrainState) -> TrainState:

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Bool, Int
 
 from hybrid_jax.core.batches import Rollout, Samples
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
@@ -49,6 +50,16 @@ class RolloutFunctions:
     def sample_opponent(self, opponent: Params, *inputs: Array) -> Samples:
         """Answers of an opponent that has a model of its own."""
         return self._sample(self.reference_model(self.config.opponent.reference), opponent, *inputs)
+
+    def check_opponent(self) -> None:
+        """Raises `UserError` if the opponent may answer with tokens that the policy has not."""
+        if self.config.opponent is None:
+            return
+        name = self.config.opponent.reference
+        theirs, own = self.reference_model(name).vocab_size, self.model.vocab_size
+        if theirs != own:
+            where, path = f"phases.{self.name}.opponent", self.config.references[name].path
+            raise UserError(f"{where}: {path} must hold a model of the policy's {own} tokens, got {theirs}")
 
     def _sample(self, model: LanguageModel, params: Params, *inputs: Array) -> Samples:
         return sample(self.config.sampler, model, self.whole(params), *inputs, eos_ids=self.eos_ids)

@@ -86,6 +86,11 @@ class RolloutSettings:
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def learned_rows(self) -> int:
+        """Rows that an epoch reads."""
+        return self.rows
+
+    @property
     def sampled_rows(self) -> int:
         """Responses that are sampled in a step, as far as its arithmetic counts them."""
         return self.rows

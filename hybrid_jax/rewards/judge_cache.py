@@ -105,12 +105,10 @@ def key_of(*parts: Any) -> str:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """As a whole or not at all, also beside another writer."""
+    """Writes as a whole or not at all, also beside another writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    name = path.with_name(
-        f"{secrets.token_hex(8)}.part"
-    )  # by `open`, so that the umask decides who may read it
-    try:
+    name = path.with_name(f"{secrets.token_hex(8)}.part")
+    try:  # by `open`, so that the umask decides who may read it
         with name.open("x") as file:
             json.dump(content, file)
         os.replace(name, path)

@@ -116,7 +116,7 @@ def _is_same_file(there: Any, here: Any) -> bool:
 
 
 def why_fixed(name: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Why a run cannot go on with another value of a setting; None if it can."""
+    """The reason why a run cannot go on with another value of a setting; None if it can."""
     if part := re.fullmatch(_PART, name):  # one that is new, or gone
         combiners = [s["phases"][part[1]]["reward"]["combine"]["name"] for s in (there, here)]
         return None if combiners == ["weighted_sum"] * 2 else "what the combiner has learnt is of the old parts"

@@ -1,4 +1,4 @@
-"""What a device can do at best, and the bytes that decoding has to read."""
+"""The best that a device can do, and the bytes that decoding has to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybrid_jax.planning.accelerators import local_accelerator
 
 @dataclass(frozen=True)
 class Peaks:
-    """What one device can do at best, a second; None where nobody knows."""
+    """The best that one device can do in a second; None where nobody knows."""
 
     flops: float | None
     bandwidth: float | None  # bytes
@@ -29,7 +29,7 @@ class Peaks:
 
 
 def find_peaks(given: Sequence[float] | None = None) -> Peaks:
-    """Of the first device; ``given`` are 10¹² FLOPs and 10⁹ bytes a second."""
+    """The limits of the first device; ``given`` are 10¹² FLOPs and 10⁹ bytes a second."""
     if given is not None:
         return Peaks(given[0] * 1e12, given[1] * 1e9, "given")
     chip = local_accelerator(jax.devices()[:1])
@@ -39,14 +39,14 @@ def find_peaks(given: Sequence[float] | None = None) -> Peaks:
 
 
 def needed_bytes(config: DecoderConfig, rows: int, prompt: int, new_tokens: int) -> float:
-    """That the turns of decoding have to read: all weights, and the keys and values of the tokens so far."""
+    """The bytes that decoding must read: in each turn all weights, and the keys and values so far."""
     turns = new_tokens - 1
     contexts = turns * prompt + turns * (turns + 1) // 2
     return turns * _weight_bytes(config) + rows * contexts * _token_bytes(config)
 
 
 def slot_bytes(config: DecoderConfig, rows: int, prompt: int, lengths: Sequence[int]) -> float:
-    """That they read, with every slot of the cache, which grows through ``lengths``."""
+    """The bytes that they read with every slot of the cache, which grows through ``lengths``."""
     starts = (prompt, *lengths)  # tokens read before the first turn with so many slots
     turns_and_slots = [(after - before, after) for before, after in zip(starts, lengths, strict=False)]
     slots = sum(turns * length for turns, length in turns_and_slots)
@@ -58,5 +58,5 @@ def _weight_bytes(config: DecoderConfig) -> int:
 
 
 def _token_bytes(config: DecoderConfig) -> int:
-    """Of the keys and values of one token."""
+    """The bytes of the keys and values of one token."""
     return 2 * config.num_layers * config.kv_heads * config.channels * jnp.dtype(config.dtype).itemsize

@@ -1,4 +1,4 @@
-"""How a peer of `bench.py` takes turns: each line of stdin is a number of steps, the answer their seconds.
+"""Turns of a peer of `bench.py`: each line of stdin is a number of steps, the answer their seconds.
 
 It imports nothing but the standard library: peers run in environments of their own.
 """

@@ -49,6 +49,7 @@ def test_a_float16_run_keeps_its_loss_scale_over_a_restart(tiny, half, tmp_path)
         assert [record[f"{phase}/loss_scale"] for record in records_of(tmp_path, phase)] == [2.0**15] * 2
 
 
+@pytest.mark.slow
 def test_a_run_traces_the_step_that_it_is_asked_for_and_says_where_its_time_went(half):
     folder, _ = half
     assert list((folder / "profile").rglob("*.xplane.pb"))

@@ -33,6 +33,7 @@ CONFIG = {
 }
 
 
+@pytest.mark.slow
 def test_a_supervised_loss_of_one_file_learns_from_pairs(tmp_path, run_extension):
     shutil.copy(HERE / "my_dpo.py", tmp_path)
     assert len((tmp_path / "my_dpo.py").read_text().splitlines()) <= 60

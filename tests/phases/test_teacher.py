@@ -117,6 +117,41 @@ def test_a_teacher_that_lacks_tokens_is_one_line_and_the_shortest_context_counts
         reference_models(given, student.build(301))
 
 
+def against(folder, run_dir):
+    other = f"{{sft: {{}}, other: {{path: {folder}, weight: 0.0}}}}"
+    phase = {"references": other, "opponent": "{reference: other}", "sampler.max_new_tokens": NEW}
+    settings = [f"phases.online_preference.{name}={value}" for name, value in phase.items()]
+    scheduler = "scheduler={name: alternation, cycle: {online_preference: 1}}"
+    return load_config(
+        DEBUG / "online_opponent.yaml",
+        [f"run_dir={run_dir}", f"model={STUDENT}", "tokenizer=bytes", scheduler, *settings],
+    )
+
+
+@pytest.mark.usefixtures("in_repository")
+def test_an_opponent_with_tokens_that_the_policy_has_not_is_one_line(teacher, tmp_path):
+    with pytest.raises(UserError, match=r"opponent: .* must hold a model of the policy's 257 tokens, got 300"):
+        build(against(teacher[0], tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_repository")
+def test_an_opponent_out_of_a_folder_answers_with_its_own_probabilities(tmp_path):
+    model = DecoderConfig(num_layers=2, width=16, num_heads=2, max_length=64, position="rotary").build(257)
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    save_pretrained(tmp_path / "other", model, params)
+    experiment = build(against(tmp_path / "other", tmp_path / "run"))
+    phase, rivals = experiment.phases["online_preference"], []
+    learn = phase._learn
+    phase._learn = lambda *inputs: rivals.extend(inputs[3]) or learn(*inputs)
+    take_step(experiment, phase, experiment.init())
+    (rival,) = rivals
+    mask = np.asarray(rival.action_mask)
+    np.testing.assert_allclose(
+        np.asarray(rival.log_probs)[mask], log_probs(model, params, rival)[mask], atol=1e-4
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_repository")
 def test_a_distilled_run_ends_alike_if_it_is_resumed_with_adapters_too(teacher, tmp_path):

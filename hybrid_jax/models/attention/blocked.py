@@ -23,7 +23,7 @@ _MOST_BLOCKS = 16  # bounds the size of the compiled program for long sequences
 
 
 def reason(call: AttentionCall) -> str | None:
-    """Why this implementation cannot serve the call."""
+    """The reason why this implementation cannot serve the call."""
     if call.rule.softcap is not None:
         return "blocked has no soft-cap"
     if call.rule.slopes is not None:

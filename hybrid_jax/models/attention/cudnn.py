@@ -22,7 +22,7 @@ _HOPPER = (9, 0)
 
 
 def reason(call: AttentionCall) -> str | None:
-    """Why this implementation cannot serve the call."""
+    """The reason why this implementation cannot serve the call."""
     if call.platform != "gpu" or call.capability is None or call.capability < (8, 0):
         return "cudnn needs an NVIDIA GPU of compute capability 8.0 or more"
     if call.dtype not in ("bfloat16", "float16"):
@@ -42,7 +42,7 @@ def reason(call: AttentionCall) -> str | None:
 
 
 def drawback(call: AttentionCall) -> str | None:
-    """Why einsum is the safer choice where nobody has asked for this one."""
+    """The reason why einsum is the safer choice where nobody has asked for this one."""
     if call.segments:
         return "cudnn would read segments as a mask, which has not been measured on a GPU"
     if call.capability != _HOPPER:

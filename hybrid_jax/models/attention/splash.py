@@ -22,7 +22,7 @@ _LARGEST_BLOCK = 512  # of queries and of keys; its scores, float32, fill 1 MiB 
 
 
 def reason(call: AttentionCall) -> str | None:
-    """Why this implementation cannot serve the call."""
+    """The reason why this implementation cannot serve the call."""
     if call.platform != "tpu":
         return f"splash runs on a TPU, not on a {call.platform}"
     if call.dtype not in ("bfloat16", "float32"):
@@ -35,7 +35,7 @@ def reason(call: AttentionCall) -> str | None:
 
 
 def drawback(call: AttentionCall) -> str | None:
-    """Why einsum serves the call better, where nobody has asked for this one."""
+    """The reason why einsum serves the call better, where nobody has asked for this one."""
     return (
         f"splash works on blocks of {_LANES} tokens, here are {call.length}" if call.length < _LANES else None
     )

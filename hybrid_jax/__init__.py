@@ -64,6 +64,7 @@ _PUBLIC = {
     "algorithms.kl": ["KL_CONTROLS", "KLControl", "k1", "k2", "k3", "token_rewards"],
     # samplers
     "sampling.base": ["SAMPLERS", "Sampler"],
+    "environments.base": ["ENVIRONMENTS", "Environment", "Step"],
     "sampling.ancestral": ["Ancestral"],
     "sampling.engine": ["Engine"],
     # rewards

@@ -28,6 +28,7 @@ LAYERS = {
     **dict.fromkeys(["algorithms"], 0.7),  # knows no model, and models score tokens by its log-probs
     **dict.fromkeys(["models", "data", "metrics"], 1),
     **dict.fromkeys(["sampling", "environments", "rewards"], 2),
+    **dict.fromkeys(["dialogue"], 2.5),  # lets a policy and an environment talk
     **dict.fromkeys(["training"], 3),
     **dict.fromkeys(["phases", "evaluation"], 4),
     **dict.fromkeys(["planning", "runs"], 5),

@@ -5,7 +5,9 @@ Ctrl-C does not interrupt a training step, since a step ends soon. One that wait
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Collection
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import TypeVar
@@ -40,13 +42,17 @@ def result_of(future: Future[T]) -> T:
     return future.result()
 
 
-def first_of(futures: Collection[Future[T]]) -> set[Future[T]]:
-    """Waits until any of ``futures`` is done, and gives all that are.
+def first_of(futures: Collection[Future[T]], seconds: float = math.inf) -> set[Future[T]]:
+    """Waits until any of ``futures`` is done, and gives all that are; none after so many ``seconds``.
 
     Raises:
         Stopped: `ask_to_stop` was called before one was.
     """
-    while not (done := wait(futures, timeout=_LOOK_SECONDS, return_when=FIRST_COMPLETED).done):
+    end = time.monotonic() + seconds
+    while True:
+        left = max(end - time.monotonic(), 0.0)
+        done = wait(futures, timeout=min(_LOOK_SECONDS, left), return_when=FIRST_COMPLETED).done
+        if done or left == 0.0:
+            return done
         if _stop.is_set():
             raise Stopped
-    return done

@@ -4,8 +4,8 @@
     messages, reward, terminated, truncated, info = environment.step(text)       # after each of its answers
 
 It is the five-tuple of gymnasium over chat messages. The two ends differ in what follows: after ``terminated``
-nothing can be earned any more; ``truncated`` breaks off a conversation that could have gone on, so that the value
-of its last state counts.
+nothing can be earned any more; ``truncated`` breaks off a conversation that could have gone on, so that the
+value of its last state counts.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """One conversation at a time, on one thread of the host at a time. What it remembers is its own.
 
-    It may have ``tools``, JSON schemas of functions that the chat template shows to the policy, to be read after
-    `reset`; and ``close()``, which is called once nothing more is asked of it.
+    It may have ``tools``, JSON schemas of functions that the chat template shows to the policy, to be read
+    after `reset`; and ``close()``, which is called once nothing more is asked of it.
     """
 
     def reset(self, seed: int, **row: Any) -> Sequence[Message]:

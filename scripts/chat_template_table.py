@@ -21,6 +21,7 @@ import numpy as np
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.chat import encode_conversation
 from hybrid_jax.data.tokenizer import HuggingFaceTokenizer
+from hybrid_jax.data.turn_tokens import TurnEncoder
 
 PAGE = Path(__file__).parents[1] / "docs" / "chat_templates.md"
 CONTROL = re.compile(r'<\|[^<>\s"\']+>|<[^<>\s"\'|]+\|>|<｜[^<>｜]+｜>|<(?:start|end)_of_\w+>')
@@ -160,6 +161,17 @@ Written by `scripts/chat_template_table.py`; a test holds it to the code. Each l
 {version} ships, each column a conversation (below). hybrid_jax encodes it with the model's own template. The
 other side is `transformers` with TRL's training template, which has generation marks
 (`apply_chat_template(..., return_assistant_tokens_mask=True)`). `hybrid_jax/data/turns.py` finds the turns.
+"""
+
+ACROSS = """## Across turns
+
+A conversation that is sampled turn by turn only grows: tokens that were sampled or read stay, and what
+follows is tokenised alone (`hybrid_jax/data/turn_tokens.py`). Where a template is stable, these are the
+tokens of the whole conversation rendered at once; a slow test compares them with `transformers`. One
+that rewrites a turn once others follow (it leaves out the reasoning of earlier answers, or ends them by
+another token) is refused, with the turn; `rewriting_template: append` takes it, and keeps every turn as
+it was sampled and read. It is asked with answers that hold a `<think>` reasoning and with answers that
+hold none.
 """
 
 
@@ -394,9 +406,23 @@ def row(template: Template) -> str:
     return f"{template.name:24}" + "".join(f"{compare(template, shape):>3}" for shape in SHAPES)
 
 
+def across_turns(template: Template) -> str:
+    """Stable where a conversation may grow turn by turn, the turn that is rewritten, or "refused"."""
+    try:
+        TurnEncoder(template.ours).opening([ASK])
+    except UserError as error:
+        rewritten = re.search(r"writes (turn \d \(\w+\)) differently", str(error))
+        return f"rewrites {rewritten[1]}" if rewritten else "refused"
+    return "stable"
+
+
 def page() -> str:
     """The text of the page."""
-    rows = [row(template) for template in templates()]
+    every = templates()
+    rows = [row(template) for template in every]
+    turns: dict[str, list[str]] = {}
+    for template in every:
+        turns.setdefault(across_turns(template), []).append(template.name)
     used = [letter for letter in LETTERS if any(letter in line[24:] for line in rows)]
     numbers = " " * 24 + "".join(f"{number:>3}" for number in range(1, len(SHAPES) + 1))
     return "\n".join(
@@ -414,6 +440,9 @@ def page() -> str:
             "The conversations:",
             "",
             *(f"{number}. {shape}" for number, shape in enumerate(SHAPES, start=1)),
+            "",
+            ACROSS,
+            *(f"- **{kind}**: {', '.join(names)}." for kind, names in sorted(turns.items(), reverse=True)),
             "",
         ]
     )

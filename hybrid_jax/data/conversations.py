@@ -8,10 +8,11 @@ from typing import Any
 
 from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import Fraction, settings
+from hybrid_jax.core.ranges import Count, Fraction, settings
 from hybrid_jax.data.files import json_rows
 from hybrid_jax.data.filtering import Filtered
 from hybrid_jax.data.messages import check_messages
+from hybrid_jax.data.oldest_turns import one_turn_each
 from hybrid_jax.data.sources import SOURCES, HuggingFaceDataset, Split, check_held_out, choose
 from hybrid_jax.data.template_inputs import TemplateInputs
 
@@ -40,6 +41,9 @@ class Chat(TemplateInputs, Filtered):
         messages_field: the field with the messages; "conversations" where a row has none.
         train_split: in a folder with several splits, the one to train on.
         held_out_split: in such a folder, the held-out one.
+        context_turns: turns that an answer is read behind, its own question's included: 1 is the next utterance
+            from the previous one alone. A turn begins with a message of the user; those of the system stay. A
+            conversation then becomes a row for each turn that is answered. None reads all.
     """
 
     train: Path
@@ -48,6 +52,7 @@ class Chat(TemplateInputs, Filtered):
     messages_field: str = "messages"
     train_split: str = "train"
     held_out_split: str | None = None
+    context_turns: Count | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,7 +66,17 @@ class Chat(TemplateInputs, Filtered):
         own = self.held_out is not None or self.held_out_split is not None
         rows = self.kept(_rows(path, name), str(path))
         examples = [conversation(row, where, self.messages_field, self) for where, row in rows]
-        return choose(examples, split, own, self.held_out_fraction, str(path))
+        examples = choose(examples, split, own, self.held_out_fraction, str(path))
+        return examples if self.context_turns is None else _turn_by_turn(examples, self.context_turns)
+
+
+def _turn_by_turn(examples: Iterable[Example], count: int) -> list[Example]:
+    """An example for each answered turn, which reads ``count`` turns."""
+    return [
+        chat_example(messages, example.where, example.columns, example.template_variables)
+        for example in examples
+        for messages in one_turn_each(example.messages, count)
+    ]
 
 
 def conversation(

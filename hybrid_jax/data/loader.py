@@ -111,7 +111,8 @@ class PromptStream:
         seed: of the order of rows, at least 0.
         buckets: lengths to pad to; `length_buckets` of the data if None. One bucket means one compiled
             rollout.
-        long_rows: what becomes of a longer prompt. Cut at its start it keeps its end, which says what is asked.
+        long_rows: what becomes of a longer prompt. Cut at its start it keeps its end, which says what is asked;
+            cut between turns, a conversation keeps the system's messages and the last turns.
 
     Raises:
         UserError: no examples, an empty prompt, or long ones that ``long_rows`` does not allow.
@@ -130,9 +131,16 @@ class PromptStream:
         _check(examples, seed)
         places = places_of(examples)
         prompts = [_prompt(row, tokenizer, place) for row, place in zip(examples, places, strict=True)]
-        most = max_prompt_length or max(map(len, prompts))
+        lengths = [len(prompt) for prompt in prompts]
+        most = max_prompt_length or max(lengths)
+        if long_rows.policy == "drop_turns":
+            prompts = [
+                prompt if len(prompt) <= most else np.asarray(encode_prompt(row, tokenizer, most), np.int32)
+                for row, prompt in zip(examples, prompts, strict=True)
+            ]
         kept = [len(prompt) <= most or long_rows.policy.startswith("truncate") for prompt in prompts]
-        long_rows.report([len(prompt) for prompt in prompts], [not keep for keep in kept], places, most)
+        why = "no conversation, or its last turn does not fit"
+        long_rows.report(lengths, [not keep for keep in kept], places, most, why)
         self.examples = tuple(itertools.compress(examples, kept))
         prompts = itertools.compress(prompts, kept)
         if long_rows.policy == "truncate_end":

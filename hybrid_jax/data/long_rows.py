@@ -13,6 +13,7 @@ from hybrid_jax.data.places import line_of, share_of
 log = logging.getLogger(__name__)
 
 Policy = Literal["truncate_end", "truncate_start", "drop", "error"]
+ChatPolicy = Literal["truncate_end", "truncate_start", "drop_turns", "drop", "error"]  # of conversations, too
 
 
 @dataclass(frozen=True)
@@ -20,22 +21,22 @@ class LongRows:
     """A policy for rows that are too long, with the words to report it.
 
     Attributes:
-        policy: "truncate_end" cuts a row at its end, "truncate_start" at its start, "drop" leaves it out,
-            "error" stops.
+        policy: "truncate_end" cuts a row at its end, "truncate_start" at its start, "drop_turns" between two
+            turns of a conversation, "drop" leaves it out, "error" stops.
         limit: the setting that bounds the tokens of a row.
         choice: the setting that holds the policy; None where there is none.
         advice: how to read longer rows; None says to raise ``limit``.
         rows: what they are.
     """
 
-    policy: Policy = "truncate_end"
+    policy: ChatPolicy = "truncate_end"
     limit: str = "max_length"
     choice: str | None = "long_rows"
     advice: str | None = None
     rows: str = "rows"
 
     @staticmethod
-    def of_phase(name: str, policy: Policy, rows: str = "rows") -> LongRows:
+    def of_phase(name: str, policy: ChatPolicy, rows: str = "rows") -> LongRows:
         """Makes the policy for ``rows`` from the settings ``length`` and ``long_rows`` of a phase."""
         return LongRows(policy, f"phases.{name}.length", f"phases.{name}.long_rows", rows=rows)
 
@@ -82,8 +83,8 @@ class LongRows:
     def _fate(self, cut: int, dropped: int, why: str) -> str:
         if self.policy == "drop":
             return f"{dropped:,} left out"
-        end = "end" if self.policy == "truncate_end" else "start"
-        parts = [f"{cut:,} cut at the {end}"] if cut else []
+        where = {"truncate_end": "at the end", "drop_turns": "between turns"}.get(self.policy, "at the start")
+        parts = [f"{cut:,} cut {where}"] if cut else []
         return ", ".join([*parts, *([f"{dropped:,} left out ({why})"] if dropped else [])])
 
 

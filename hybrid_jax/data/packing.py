@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybrid_jax.core.batches import Example, TokenBatch
+from hybrid_jax.core.batches import Example, Message, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.long_work import shown
 from hybrid_jax.data.chat import encode_conversations, encode_question
 from hybrid_jax.data.continuations import Continuation, encode_continuations, encode_prompts, start_ids
-from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
+from hybrid_jax.data.long_rows import DEFAULT, ChatPolicy, LongRows
+from hybrid_jax.data.oldest_turns import fitting_conversations, fitting_question
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.tokenizer import Tokenizer
 
@@ -50,35 +51,39 @@ def encode_examples(
     What becomes of a sequence of more than ``max_length`` tokens is said by ``long_rows``. Cut at its end, it
     keeps its first tokens: the response then has no end token, since it did not end there. Cut at its start, it
     keeps its last tokens, and a response whose own start or whole prompt is lost is read, not learned. One that
-    is left without anything to learn is left out. A line in the log counts them.
+    is left without anything to learn is left out. A conversation that is cut between turns becomes several rows
+    (`hybrid_jax.data.oldest_turns`); other rows are then left out. A line in the log counts them.
 
     Raises:
         UserError: for an example without a response, or a conversation that cannot be encoded; it names the
             row. Also where ``long_rows`` does not allow long ones, or all would be left out.
     """
     _report_empty(examples)
-    encoded: list[Encoded] = []
-    places: list[str] = []
+    encoded: list[list[Encoded]] = []  # of each example
     straddled = 0
     chats = [(example.messages, example.template_variables) for example in examples if example.messages]
     encoded_chats = shown(encode_conversations(chats, tokenizer), len(chats), "encoding", "conversations")
     pairs = iter(_encode_pairs(examples, tokenizer))
-    for place, example in zip(places_of(examples), examples, strict=True):
+    places = places_of(examples)
+    for place, example in zip(places, examples, strict=True):
         try:
             if example.messages:
                 conversations = next(encoded_chats)
-                encoded += [Encoded(tokens, mask) for tokens, mask, _ in conversations]
+                encoded.append([Encoded(tokens, mask) for tokens, mask, _ in conversations])
                 straddled += sum(conversation.straddled for conversation in conversations)
             else:
-                encoded.append(next(pairs))
+                encoded.append([next(pairs)])
         except UserError as error:
             raise UserError(f"{place}: {error}") from error
-        places += [place] * (len(encoded) - len(places))
     if straddled:
         log.warning("%d answers begin inside a token of their header, which is not learned", straddled)
+    if max_length is not None and long_rows.policy == "drop_turns":
+        return _cut_between_turns(encoded, examples, places, max_length, long_rows, tokenizer)
+    sequences = [sequence for row in encoded for sequence in row]
     if max_length is None:
-        return encoded
-    return _fitted(encoded, max_length, long_rows, places, start_ids(tokenizer))
+        return sequences
+    places = [place for place, row in zip(places, encoded, strict=True) for _ in row]
+    return _fitted(sequences, max_length, long_rows, places, start_ids(tokenizer))
 
 
 def _report_empty(examples: Sequence[Example]) -> None:
@@ -112,7 +117,30 @@ def _fitted(
     return [sequence for sequence in fitted if sequence is not None]
 
 
-def _cut(sequence: Encoded, most: int, policy: Policy, start: tuple[int, ...]) -> Encoded | None:
+def _cut_between_turns(
+    rows: Sequence[list[Encoded]],
+    examples: Sequence[Example],
+    places: Sequence[str],
+    most: int,
+    long_rows: LongRows,
+    tokenizer: Tokenizer,
+) -> list[Encoded]:
+    """The sequences of each example; of a conversation with one of more than ``most`` tokens, its parts."""
+    lengths = [max(len(sequence.tokens) for sequence in row) for row in rows]
+    fitted = [row if length <= most else [] for row, length in zip(rows, lengths, strict=True)]
+    long = [n for n, row in enumerate(fitted) if not row and examples[n].messages]
+    chats = [(examples[n].messages, examples[n].template_variables) for n in long]
+    parts, passed_over = fitting_conversations(chats, [places[n] for n in long], tokenizer, most)
+    for number, found in zip(long, parts, strict=True):
+        fitted[number] = [Encoded(tokens, mask) for tokens, mask, _ in found]
+    left_out = [not row for row in fitted]
+    long_rows.report(lengths, left_out, places, most, "no conversation, or none of its turns fits")
+    if passed_over:
+        log.warning("%d turns alone have more than %d tokens: left out", passed_over, most)
+    return [sequence for row in fitted for sequence in row]
+
+
+def _cut(sequence: Encoded, most: int, policy: ChatPolicy, start: tuple[int, ...]) -> Encoded | None:
     tokens, mask = sequence.tokens, sequence.loss_mask
     if policy == "truncate_end":
         tokens, mask = tokens[:most], mask[:most]
@@ -139,11 +167,23 @@ def kept_start(tokens: np.ndarray, most: int, start: tuple[int, ...]) -> int:
     return len(start) if begins and len(start) < most else 0
 
 
-def encode_prompt(example: Example, tokenizer: Tokenizer) -> list[int]:
-    """The tokens to answer: start tokens and prompt, or a conversation up to the header of its last answer."""
+def encode_prompt(example: Example, tokenizer: Tokenizer, most: int | None = None) -> list[int]:
+    """The tokens to answer: start tokens and prompt, or a conversation up to the header of its last answer.
+
+    Args:
+        example: whose response is not read.
+        tokenizer: makes the tokens.
+        most: the oldest turns of a conversation with more tokens are left out, so that it fits if it can.
+    """
     if not example.messages:
         return encode_prompts(tokenizer, [example.prompt])[0]
-    return encode_question(example.question, tokenizer, example.template_variables)
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        return encode_question(messages, tokenizer, example.template_variables)
+
+    if most is None:
+        return encode(example.question)
+    return fitting_question(example.question, encode, most)
 
 
 def _encode_pairs(examples: Sequence[Example], tokenizer: Tokenizer) -> list[Encoded]:

@@ -17,7 +17,7 @@ from hybrid_jax.core.batches import Example, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.continuations import start_ids
 from hybrid_jax.data.loader import visits
-from hybrid_jax.data.long_rows import LongRows, Policy
+from hybrid_jax.data.long_rows import ChatPolicy, LongRows
 from hybrid_jax.data.packing import Encoded, cut_start, encode_examples, pad
 from hybrid_jax.data.places import places_of, some_of
 from hybrid_jax.data.preferences import Preference
@@ -218,7 +218,7 @@ def _fitted(
     return fitted
 
 
-def _cut(pair: Pair, most: int, policy: Policy, start: tuple[int, ...]) -> Pair | None:
+def _cut(pair: Pair, most: int, policy: ChatPolicy, start: tuple[int, ...]) -> Pair | None:
     if policy == "truncate_end":
         cut = [row._replace(tokens=row.tokens[:most], loss_mask=row.loss_mask[:most]) for row in pair]
     elif policy == "truncate_start":

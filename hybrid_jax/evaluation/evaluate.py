@@ -16,7 +16,7 @@ from hybrid_jax.core.batches import Example, PromptBatch
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
-from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
+from hybrid_jax.data.long_rows import DEFAULT, ChatPolicy, LongRows
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.evaluation.answer_scores import AnswerScores
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
@@ -79,7 +79,7 @@ class Evaluator:
         eos_ids: tuple[int, ...],
         length: int | None = None,
         long_rows: LongRows = DEFAULT,
-        long_prompts: Policy = "drop",
+        long_prompts: ChatPolicy = "drop",
     ):
         self.config = config
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids

@@ -37,7 +37,9 @@ class RolloutSettings:
     prompts_per_step: BatchSize = 64  # how many prompts a step answers
     samples_per_prompt: BatchSize = 1  # answers to each prompt
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
-    long_prompts: Literal["drop", "truncate_start", "error"] = "drop"  # one cut at its end asks nothing
+    long_prompts: Literal["drop", "drop_turns", "truncate_start", "error"] = (
+        "drop"  # one cut at its end asks nothing
+    )
     prompt_buckets: Annotated[tuple[Count, ...], MinLen(1)] | None = None  # padded lengths; each compiles once
     sampler: Annotated[Any, SAMPLERS] = Ancestral(
         max_new_tokens=64

@@ -14,7 +14,7 @@ from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import settings
 from hybrid_jax.data.loader import SFTStream
-from hybrid_jax.data.long_rows import DEFAULT, LongRows, Policy
+from hybrid_jax.data.long_rows import DEFAULT, ChatPolicy, LongRows
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
@@ -33,7 +33,7 @@ class SFT(Supervised):
     """Settings of supervised fine-tuning."""
 
     length: Annotated[int, Ge(2)] = 256  # tokens a row
-    long_rows: Policy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
+    long_rows: ChatPolicy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
     packing: bool = True  # several examples a row
     source: Annotated[Any, SOURCES] | None = None  # examples of its own; None takes the run's
 

@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.ranges import BatchSize, Positive, settings
-from hybrid_jax.data.long_rows import Policy
+from hybrid_jax.data.long_rows import ChatPolicy
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.phases.sft import SFT, example_shapes, sft_stream
 from hybrid_jax.training.phase import Resources
@@ -22,7 +22,7 @@ class SFTMix:
     coef: Positive  # of their loss
     batch_size: BatchSize = 16  # rows a minibatch
     length: Annotated[int, Ge(2)] = 256  # tokens a row
-    long_rows: Policy = "truncate_end"  # as in `SFT`
+    long_rows: ChatPolicy = "truncate_end"  # as in `SFT`
     packing: bool = True  # several examples a row
 
     def as_sft(self) -> SFT:

@@ -57,6 +57,20 @@ class Advantage(Protocol):
 ADVANTAGES: Registry[Advantage] = Registry("advantage", needs=("needs_value", "min_group"))
 
 
+Unit = Literal["token", "turn"]  # turn: γ and λ act behind the last token of each turn alone, and are 1 within
+
+
+def counted(rate: float, per: Unit, mask: Bool[Array, "*batch R"]) -> float | Float[Array, "*batch R"]:
+    """A discount or a trace for each token: where a turn counts, it acts behind the last token of one alone.
+
+    A turn is a stretch of tokens that the policy chose: between two of them lies what it read.
+    """
+    if per == "token":
+        return rate
+    goes_on = jnp.concatenate([mask[..., 1:], jnp.zeros_like(mask[..., :1])], axis=-1)
+    return jnp.where(mask & ~goes_on, rate, 1.0)
+
+
 def reads_ratios(advantage: Advantage) -> bool:
     """Tells whether an estimator takes log-ratios."""
     return getattr(advantage, "reads_ratios", False)
@@ -69,6 +83,7 @@ class GAE:
 
     discount: Share = 1.0  # γ; below 1 it shrinks what long responses earn
     trace: Share = 0.95  # λ; 1 trusts the rewards alone, 0 the values after one token
+    per: Unit = "token"  # what γ and λ count
 
     needs_value = True
     min_group = 1
@@ -81,7 +96,8 @@ class GAE:
         group: Int[Array, "B"],
     ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
         assert values is not None, "gae reads values"
-        return gae(rewards, values, action_mask, discount=self.discount, trace=self.trace)
+        discount, trace = (counted(x, self.per, action_mask) for x in (self.discount, self.trace))
+        return gae(rewards, values, action_mask, discount=discount, trace=trace)
 
 
 def gae(
@@ -89,8 +105,8 @@ def gae(
     values: Float[Array, "*batch R"],
     mask: Bool[Array, "*batch R"],
     *,
-    discount: float | Float[Array, ""] = 1.0,
-    trace: float | Float[Array, ""] = 0.95,
+    discount: float | Float[Array, ""] | Float[Array, "*batch R"] = 1.0,
+    trace: float | Float[Array, ""] | Float[Array, "*batch R"] = 0.95,
 ) -> tuple[Float[Array, "*batch R"], Float[Array, "*batch R"]]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438, equations 11 and 16).
 
@@ -100,8 +116,9 @@ def gae(
     the last valid token the value is 0 (the response has ended, by choice or by length).
 
     Args:
-        discount: γ in [0, 1]; below 1 it shrinks what long responses earn.
-        trace: λ in [0, 1].
+        discount: γ in [0, 1]; below 1 it shrinks what long responses earn. One for all, or one for each token:
+            item ``t`` is between it and the next valid token.
+        trace: λ in [0, 1], likewise.
 
     Returns:
         Advantages A (not whitened) and returns G, both 0 where masked.
@@ -112,11 +129,12 @@ def gae(
     # Backwards, each item from the next valid one: a masked item hands on what it was given.
     def step(later, now):
         later_advantage, later_value = later
-        reward, value, valid = now
+        reward, value, valid, discount, trace = now
         advantage = reward + discount * later_value - value + discount * trace * later_advantage
         return (jnp.where(valid, advantage, later_advantage), jnp.where(valid, value, later_value)), advantage
 
-    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask))
+    rates = (jnp.broadcast_to(jnp.asarray(rate, values.dtype), values.shape) for rate in (discount, trace))
+    time_first = jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), (rewards, values, mask, *rates))
     nothing = jnp.zeros(values.shape[:-1], jnp.result_type(rewards, values))
     _, advantages = jax.lax.scan(step, (nothing, nothing), time_first, reverse=True)
     advantages = jnp.where(mask, jnp.moveaxis(advantages, 0, -1), 0.0)
@@ -133,6 +151,7 @@ class Returns:
     """
 
     discount: Share = 1.0  # γ
+    per: Unit = "token"  # what γ counts
     baseline: Literal["none", "rollout"] = "none"  # rollout takes the mean of all G_t of the rollout away
 
     needs_value = False
@@ -146,7 +165,8 @@ class Returns:
         group: Int[Array, "B"],
     ) -> tuple[Float[Array, "B R"], None]:
         nothing = jnp.zeros_like(rewards)
-        returns, _ = gae(rewards, nothing, action_mask, discount=self.discount, trace=1.0)
+        discount = counted(self.discount, self.per, action_mask)
+        returns, _ = gae(rewards, nothing, action_mask, discount=discount, trace=1.0)
         if self.baseline == "rollout":
             returns = jnp.where(action_mask, returns - masked_mean(returns, action_mask), 0.0)
         return returns, None

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.algorithms.advantages import ADVANTAGES
+from hybrid_jax.algorithms.advantages import ADVANTAGES, Unit, counted
 from hybrid_jax.core.ranges import Count, Positive, Share, settings
 
 Discount = float | Float[Array, "*batch R"]
@@ -34,6 +34,7 @@ class NStep:
 
     steps: Count = 16  # n; at least the tokens of a response takes all rewards and no value
     discount: Share = 1.0  # γ
+    per: Unit = "token"  # what γ counts
 
     needs_value = True
     min_group = 1
@@ -46,7 +47,8 @@ class NStep:
         group: Int[Array, "B"],
     ) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
         assert values is not None, "n_step reads values"
-        return n_step(rewards, values, action_mask, steps=self.steps, discount=self.discount)
+        discount = counted(self.discount, self.per, action_mask)
+        return n_step(rewards, values, action_mask, steps=self.steps, discount=discount)
 
 
 @ADVANTAGES.register("vtrace")

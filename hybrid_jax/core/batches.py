@@ -127,6 +127,8 @@ class Rollout:
     scores: Float[Array, "B"] = _LATER  # what is received for the whole response
     placed: Float[Array, "B R"] = _LATER  # the part of the scores that is received with earlier tokens
     counts: Bool[Array, "B"] = _LATER  # which rows the policy learns from, where some do not count
+    last_values: Float[Array, "B"] = _LATER  # of the states that conversations ended in
+    truncated: Bool[Array, "B"] = _LATER  # whether a conversation was broken off: its last value counts
     # Estimated:
     advantages: Float[Array, "B R"] = _LATER
     returns: Float[Array, "B R"] = _LATER  # what the values are to become

@@ -57,6 +57,14 @@ class SlotCache(RefillCache, Protocol):
         """With empty slots behind the others, ``length`` in all; only before any slot is written twice."""
         ...
 
+    def apart(self: CacheT) -> CacheT:
+        """With rows that write slots of their own from now on: one that reads nothing keeps all it has read.
+
+        What a row has read then lies in the same slots whatever others read, so that its numbers do not depend
+        on them, not by a bit.
+        """
+        ...
+
 
 OwnCache = Any  # the `Cache` of one model, which reads no other
 

@@ -186,7 +186,7 @@ class Decoder:
             cache,
             key_positions=lax.dynamic_update_slice(cache.key_positions, written, (0, 0)),
             positions=jnp.sum(segment_ids, axis=1),
-            slot=jnp.int32(tokens.shape[1]),
+            slot=jnp.full_like(cache.slot, tokens.shape[1]),
         )
         return self._read(params, tokens, positions, segment_lengths(segment_ids), attend, cache)
 
@@ -194,12 +194,15 @@ class Decoder:
         self, params, tokens, attention_mask, cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
         """`LanguageModel.extend`: attention over all slots."""
-        count, last = tokens.shape[1], self.config.max_length - 1
-        slots = (cache.slot + jnp.arange(count)) % cache.key_positions.shape[1]
+        last, slots = self.config.max_length - 1, cache.next_slots(attention_mask > 0)
         after_each = cache.positions[:, None] + jnp.cumsum(attention_mask, axis=1)
         positions = jnp.clip(after_each - 1, 0, last)
         written = jnp.where(attention_mask > 0, positions, EMPTY)
-        key_positions = cache.key_positions.at[:, slots].set(written)
+        if slots.ndim == 1:
+            key_positions = cache.key_positions.at[:, slots].set(written)
+        else:
+            put = jax.vmap(lambda row, slots, new: row.at[slots].set(new, mode="drop"))
+            key_positions = put(cache.key_positions, slots, written)
         distance = positions[:, :, None] - key_positions[:, None]
         visible = (key_positions[:, None] != EMPTY) & (distance >= 0)
 
@@ -214,7 +217,7 @@ class Decoder:
             cache,
             key_positions=key_positions,
             positions=jnp.minimum(after_each[:, -1], last),
-            slot=cache.slot + count,
+            slot=cache.slot + (jnp.sum(attention_mask > 0, axis=1) if cache.slot.ndim else tokens.shape[1]),
         )
         lengths = jnp.broadcast_to(positions[:, -1:] + 1, positions.shape)
         return self._read(params, tokens, positions, lengths, attend, after)
@@ -223,6 +226,8 @@ class Decoder:
         self, params, token: Int[Array, "B"], cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
         """`LanguageModel.step`."""
+        if cache.slot.ndim:
+            return self.extend(params, token[:, None], jnp.ones((len(token), 1), bool), cache)
         slot, written = cache.slot % cache.key_positions.shape[1], cache.positions[:, None]
         key_positions = lax.dynamic_update_slice(cache.key_positions, written, (0, slot))
         visible, distance = key_positions != EMPTY, written - key_positions

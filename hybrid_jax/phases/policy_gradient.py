@@ -86,6 +86,10 @@ class OnPolicy(RolloutSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.environment is None and not self.has_reward:
+            raise ValueError(
+                "reward must be set: what a response earns; or an environment, which rewards itself"
+            )
         if self.rows % (self.minibatches * self.microbatches):
             raise ValueError(
                 "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
@@ -130,7 +134,7 @@ class OnPolicy(RolloutSettings):
             model,
             self.rows,
             prompt_length,
-            self.sampler.max_new_tokens,
+            self.response_length,
             tokens,
             references=[*reference_models(self.references, model).values(), *compared],
             epochs=self.epochs,

@@ -136,6 +136,10 @@ class PolicyGradientFunctions(PolicyLosses):
         placed = None if rollout.placed is None else jnp.where(mask, rollout.placed, 0)
         # What segments of a response have earned already is not received again with its last token.
         last = scores if placed is None else scores - placed.sum(axis=1)
+        if rollout.truncated is not None and rollout.last_values is not None:
+            # A conversation that was broken off goes on in the value of its last state.
+            discount = getattr(config.advantage, "discount", 1.0)
+            last = last + jnp.where(rollout.truncated, discount * rollout.last_values, 0.0)
         in_reward = kl_coef if config.kl_penalty == "reward" else jnp.zeros(())
         # Weighed by ratios, it must be the policy's own KL; at first that is the KL of who sampled.
         own = rollout.log_probs if log_probs is None else log_probs
@@ -228,7 +232,7 @@ class PolicyGradientFunctions(PolicyLosses):
     def _learned(self, rollout: Rollout) -> Rollout:
         """The fields of a rollout that losses read: rows are drawn anew for every minibatch."""
         references = rollout.reference_log_probs if self.config.kl_penalty != "reward" else {}
-        unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts"))
+        unread = dict.fromkeys(("scores", "plain_scores", "placed", "counts", "truncated", "last_values"))
         return replace(rollout, reference_log_probs=references, **unread)
 
     def _work(self, rollout: Rollout, groups: tuple[str, ...]) -> dict[str, Any]:

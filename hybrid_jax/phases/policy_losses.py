@@ -131,12 +131,12 @@ class PolicyLosses(RolloutFunctions):
         attention_mask: Bool[Array, "B T"],
         length: int,
     ) -> Any:
-        """The values of the states before each response token, [B R], if the method reads them."""
+        """`RolloutFunctions.values`."""
         if self.config.value is None:
             return None
         group = params[self.value_key]
         trunk = self.whole(group.get("model", params["model"]))
-        return value(group["head"], states_before(self.model, trunk, tokens, attention_mask, length))
+        return value(group["head"], self.model.hidden(trunk, tokens, attention_mask)[:, -length - 1 :])
 
 
 def _counted(rollout: Rollout) -> Bool[Array, "B R"]:

@@ -10,7 +10,7 @@ Sources: Schulman et al. 2017 (arXiv 1707.06347), Ziegler et al. 2019 (1909.0859
 
 from __future__ import annotations
 
-from hybrid_jax.algorithms.advantages import GAE
+from hybrid_jax.algorithms.advantages import GAE, Unit
 from hybrid_jax.algorithms.policy_gradient import Clipped
 from hybrid_jax.core.ranges import Positive, Share, settings
 from hybrid_jax.phases.policy_gradient import OnPolicy
@@ -24,12 +24,13 @@ class PPO(OnPolicy):
 
     discount: Share = 1.0  # γ of the advantages
     trace: Share = 0.95  # λ of the advantages
+    discount_per: Unit = "token"  # what γ and λ count; turn: they act between turns of a conversation alone
     clip_range: Positive = 0.2  # ε: how far a ratio may move and still gain
 
     @property
     def advantage(self) -> GAE:
         """Generalised advantage estimation."""
-        return GAE(self.discount, self.trace)
+        return GAE(self.discount, self.trace, self.discount_per)
 
     @property
     def objective(self) -> Clipped:

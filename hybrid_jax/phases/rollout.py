@@ -340,7 +340,7 @@ class Rollouts:
             waiting: what lies on the devices beside all programs.
         """
         placement, rows, train = self._placement, self.config.rows, self.lent(state.train)
-        responses = self.config.sampler.max_new_tokens
+        responses = self.config.response_length
         prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
         key, references = key_shape(placement), self.references.shapes(state)
         policy = train.params["model"]

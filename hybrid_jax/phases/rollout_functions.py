@@ -47,6 +47,10 @@ class RolloutFunctions:
         """Answers of a policy."""
         return self._sample(self.model, policy, prompt_tokens, prompt_mask, key)
 
+    def speaker(self, policy: Params) -> Params:
+        """A policy as the computation reads it: for many calls that sample from it."""
+        return shard_params(self.model.cast(self.whole(policy)), param_axes)
+
     def sample_opponent(self, opponent: Params, *inputs: Array) -> Samples:
         """Answers of an opponent that has a model of its own."""
         return self._sample(self.reference_model(self.config.opponent.reference), opponent, *inputs)
@@ -84,13 +88,20 @@ class RolloutFunctions:
         length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
         # Answers to one prompt lie one after the other: they are known by their place, never by their text.
         group = jnp.arange(len(tokens), dtype=jnp.int32) // self.config.samples_per_prompt
+        values: Any = self.values(params, tokens, attention_mask, length)
+        of_tokens: Any = None if values is None else values[:, :length]
+        last_values: Any = None
+        if values is not None and self.config.environment is not None:
+            last = samples.attention_mask.sum(axis=1, keepdims=True)
+            last_values = jnp.take_along_axis(values, last, axis=1)[:, 0]
         return Rollout(
             tokens=tokens,
             attention_mask=attention_mask,
             action_mask=samples.action_mask,
             log_probs=samples.log_probs,
             group=group,
-            values=self.values(params, tokens, attention_mask, length),
+            values=of_tokens,
+            last_values=last_values,
             reference_log_probs={
                 name: response_log_probs(
                     self.reference_model(name),
@@ -111,7 +122,10 @@ class RolloutFunctions:
         attention_mask: Bool[Array, "B T"],
         length: int,
     ) -> Any:
-        """The values of the states before each response token, [B R]; None for a method without."""
+        """The values of the states before each response token and behind the last, [B R+1].
+
+        None for a method without.
+        """
         return None
 
     def rewarded(self, rollout: Rollout) -> Rollout:

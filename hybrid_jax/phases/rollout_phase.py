@@ -13,6 +13,7 @@ from jax import Array
 
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import under
+from hybrid_jax.phases.conversation_rollouts import ConversationRollouts
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import above_base
 from hybrid_jax.training.offload import without_idle
@@ -40,7 +41,8 @@ class RolloutPhase(ABC):
         model, eos_ids = resources.model, resources.eos_ids
         self.functions = functions(config, model, eos_ids, self.name, self.optimizer_key)
         self._program = functools.partial(above_base, self.functions)
-        self.rollouts = Rollouts(self.functions, resources, self._program)
+        rollouts = Rollouts if config.environment is None else ConversationRollouts
+        self.rollouts = rollouts(self.functions, resources, self._program)
         self.references = self.rollouts.references.names
         self._rate = jax.jit(config.optimizer.rate)
         learn = under(self._placement, self._program("learn"))
@@ -74,7 +76,7 @@ class RolloutPhase(ABC):
             self._learn,
             (state.base, self.rollouts.lent(state.train), rollout, beside, key, rate),
             settings=settings,
-            tokens=config.epochs * config.learned_rows * (length + config.sampler.max_new_tokens),
+            tokens=config.epochs * config.learned_rows * (length + config.response_length),
             learns=True,
             beside=(references, waiting),
         )

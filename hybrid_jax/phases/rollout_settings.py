@@ -11,6 +11,8 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
 from hybrid_jax.data.long_rows import LongRows
 from hybrid_jax.data.sources import SOURCES
+from hybrid_jax.dialogue.conversation import ConversationSettings
+from hybrid_jax.environments.base import ENVIRONMENTS
 from hybrid_jax.phases.references import Reference
 from hybrid_jax.rewards.composite import CompositeReward
 from hybrid_jax.rewards.part import Part
@@ -33,7 +35,11 @@ class Opponent:
 class RolloutSettings:
     """How a phase makes its rollouts."""
 
-    reward: CompositeReward  # what a response earns
+    reward: CompositeReward = NO_REWARD  # what a response earns; with an environment each answer, beside it
+    environment: Annotated[Any, ENVIRONMENTS] | None = (
+        None  # whom the policy talks with; null: one answer a prompt
+    )
+    conversation: ConversationSettings = ConversationSettings()  # how, with an environment
     prompts_per_step: BatchSize = 64  # how many prompts a step answers
     samples_per_prompt: BatchSize = 1  # answers to each prompt
     max_prompt_length: Count | None = None  # tokens; None takes what the model's context leaves
@@ -60,6 +66,7 @@ class RolloutSettings:
     def __post_init__(self):
         if self.prompt_buckets is not None and len(set(self.prompt_buckets)) < len(self.prompt_buckets):
             raise ValueError(f"prompt_buckets must be different lengths, got {list(self.prompt_buckets)}")
+        self._check_environment()
         if self.prompts == "shared" and (self.source is not None or self.rollout_ahead):
             given = "a source" if self.source is not None else "rollout_ahead: true"
             raise ValueError(f"prompts: shared takes neither a source nor rollout_ahead, got {given}")
@@ -81,6 +88,35 @@ class RolloutSettings:
                 "sampler must not truncate (top_k, top_p), be greedy, choose or search: a policy learns from "
                 "the distribution that it samples, over the whole vocabulary"
             )
+
+    def _check_environment(self) -> None:
+        """Refuses settings that are about one answer to one prompt."""
+        if self.environment is None:
+            return
+        off = {
+            "prompts": self.prompts == "own",
+            "refill_rounds": self.refill_rounds is None,
+            "rollout_ahead": not self.rollout_ahead,
+            "opponent": self.opponent is None,
+            "sampler.slots": getattr(self.sampler, "slots", None) is None,
+            "reward": not (self.has_reward and self.reward.on_device),
+            "reward.parts.*.level": not self.reward.is_placed,
+        }
+        if wrong := [name for name, fine in off.items() if not fine]:
+            hint = {"sampler.slots": "; conversation.slots is meant", "reward": ", not a reward on tokens"}
+            raise ValueError(f"{wrong[0]} must be left out with an environment{hint.get(wrong[0], '')}")
+        if not isinstance(self.sampler, Ancestral):
+            raise ValueError("sampler must be ancestral with an environment")
+
+    @property
+    def has_reward(self) -> bool:
+        """Tells whether anything beside an environment gives a reward."""
+        return self.reward != NO_REWARD
+
+    @property
+    def response_length(self) -> int:
+        """Tokens behind a prompt at most, R: of one answer, or of a conversation."""
+        return self.sampler.max_new_tokens if self.environment is None else self.conversation.max_tokens
 
     @property
     def rows(self) -> int:

@@ -279,7 +279,7 @@ def _any_of_registry(registry: Registry) -> dict[str, Any]:
         "type": "object",
         "required": ["name"],
         "properties": {"name": {"anyOf": [{"enum": names}, own]}},
-        "allOf": settings,
+        **({"allOf": settings} if settings else {}),
     }
     switch = [] if registry.default is None else [{"type": "boolean"}]
     return {"anyOf": [{"enum": names}, own, named, *switch]}

@@ -12,7 +12,7 @@ Sources: Agarwal et al. 2024 (arXiv 2306.13649); Gu et al. 2024 (2306.08543).
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from hybrid_jax.algorithms.advantages import ADVANTAGES, Advantage, Returns
 from hybrid_jax.algorithms.kl import KL_CONTROLS, FixedKL, KLControl
@@ -38,6 +38,8 @@ class Distillation(PolicyGradient):
     kl_control: Annotated[KLControl, KL_CONTROLS] = FixedKL(1.0)  # of the KL to the teacher
     epochs: Count = 1  # times that the updates of a step read its rollout
     whiten_advantages: bool = False  # scale them to mean 0 and standard deviation 1
+
+    needs_reward: ClassVar[bool] = False
 
     def __post_init__(self):
         super().__post_init__()

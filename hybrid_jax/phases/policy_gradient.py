@@ -26,7 +26,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 from jax import Array
@@ -41,6 +41,7 @@ from hybrid_jax.algorithms.policy_gradient import (
     PolicyObjective,
     RatioLevel,
 )
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, Natural, NonNegative, Positive, settings
 from hybrid_jax.models.base import Params
 from hybrid_jax.phases.clock import Clock
@@ -84,12 +85,10 @@ class OnPolicy(RolloutSettings):
         learning_rate=1e-5, schedule=Linear(), epsilon=1e-5, weight_decay=0.0
     )
 
+    needs_reward: ClassVar[bool] = True  # what the policy learns from; a teacher may be enough
+
     def __post_init__(self):
         super().__post_init__()
-        if self.environment is None and not self.has_reward:
-            raise ValueError(
-                "reward must be set: what a response earns; or an environment, which rewards itself"
-            )
         if self.rows % (self.minibatches * self.microbatches):
             raise ValueError(
                 "minibatches × microbatches must divide the prompts_per_step × samples_per_prompt = "
@@ -161,6 +160,11 @@ class PolicyGradientPhase(RolloutPhase):
     """Steps of a policy gradient. Trains the group "model" and its own value, if the method has one."""
 
     def __init__(self, config: OnPolicy, resources: Resources):
+        if config.needs_reward and config.environment is None and not config.has_reward:
+            here = f"phases.{resources.name}"
+            raise UserError(
+                f"{here}.reward must be set, or {here}.environment, which rewards itself; got neither"
+            )
         parts = config.minibatches * config.microbatches
         check_rows(resources, "responses / (minibatches × microbatches)", config.rows // parts)
         super().__init__(config, resources, PolicyGradientFunctions)

@@ -115,7 +115,7 @@ def parse(cls: type[T], settings: Any, path: str = "", trust: Container[str] = N
 def to_dict(value: Any, hint: Any = Any) -> Any:
     """Writes a dataclass as plain values that YAML can hold, components with their names: undoes `parse`."""
     if registry := registry_of(hint):
-        settings = to_dict(value) if dataclasses.is_dataclass(value) else {}
+        settings = to_dict(value) if dataclasses.is_dataclass(value) and not registry.as_it_is else {}
         return {"name": registry.name_of(value), **settings} if value is not None else None
     hint = without_extras(hint)
     if get_origin(hint) in (Union, types.UnionType):
@@ -224,18 +224,21 @@ def _parse_component(registry: Registry, value: Any, path: str, trust: Container
         entry = registry.find(name, trust)
     except UserError as error:
         raise type(error)(f"{path}: {error}") from error
-    component = _component_of(entry, name, settings, path, trust)
+    component = _component_of(registry, entry, name, settings, path, trust)
     if missing := [attribute for attribute in registry.needs if not hasattr(component, attribute)]:
         raise UserError(f"{path}: {name!r} is no {registry.kind}: it has no {missing[0]!r}")
     return component
 
 
-def _component_of(entry: Any, name: str, settings: Any, path: str, trust: Container[str]) -> Any:
-    if dataclasses.is_dataclass(entry):
+def _component_of(
+    registry: Registry, entry: Any, name: str, settings: Any, path: str, trust: Container[str]
+) -> Any:
+    if dataclasses.is_dataclass(entry) and not registry.as_it_is:
         return _parse_dataclass(entry, settings, path, trust)
-    if inspect.isclass(entry) or not is_definition(entry):
+    if (inspect.isclass(entry) and not registry.as_it_is) or not is_definition(entry):
         kind = "a class" if inspect.isclass(entry) else f"an object of type {type(entry).__name__}"
-        raise UserError(f"{path}: {name!r} must be a function or a dataclass, got {kind}")
+        wanted = "class" if registry.as_it_is else "dataclass"
+        raise UserError(f"{path}: {name!r} must be a function or a {wanted}, got {kind}")
     if settings:
         raise UserError(f"{path}: {name!r} takes no settings, got {', '.join(settings)}")
     return entry

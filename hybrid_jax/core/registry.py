@@ -54,10 +54,13 @@ class Registry(Generic[T]):
         kind: what to call an entry in an error.
         default: the entry that a config means by ``true``, and by settings without a name; ``false`` is none.
         needs: attributes of every component, which code of a user's may have forgotten.
+        as_it_is: its entries are functions and classes to call, not settings: any class will do.
     """
 
-    def __init__(self, kind: str, default: str | None = None, needs: tuple[str, ...] = ()):
-        self.kind, self.needs = kind, needs
+    def __init__(
+        self, kind: str, default: str | None = None, needs: tuple[str, ...] = (), as_it_is: bool = False
+    ):
+        self.kind, self.needs, self.as_it_is = kind, needs, as_it_is
         self.default = default
         self._entries: dict[str, Any] = {}
         self._risks: dict[str, str] = {}

@@ -10,6 +10,7 @@ import hybrid_jax.rewards.likelihood
 import hybrid_jax.rewards.mixture
 import hybrid_jax.rewards.ngram
 import hybrid_jax.rewards.overlap
+import hybrid_jax.rewards.reasoning_gym
 import hybrid_jax.rewards.reward_model
 import hybrid_jax.rewards.shaping
 import hybrid_jax.rewards.similarity

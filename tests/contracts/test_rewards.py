@@ -129,7 +129,8 @@ def scorer(name):
 NEED_A_SERVER = {"pairwise_judge", "rubric_judge"}  # tests/rewards/test_judge.py has one
 
 
-NEED_A_PACKAGE = {"bleurt", "comet", "detoxify"}  # which do not go with ours; tests/rewards/test_adapters.py
+# Which do not go with ours, or are an extra: tests/rewards/test_adapters.py, test_reasoning_gym.py
+NEED_A_PACKAGE = {"bleurt", "comet", "detoxify", "reasoning_gym"}
 
 
 @pytest.fixture(params=[name for name in REWARDS if name not in NEED_A_SERVER | NEED_A_PACKAGE])

@@ -30,6 +30,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Distillation": {"references": {"teacher": {}}},
     "OnlinePreference": {"reward": {"parts": {"1": {"reward": {"name": "length", "target": 1}}}}},
     "LengthOf": {"least": 1},
+    "Gymnasium": {"id": "a"},
+    "SkyRLGym": {"id": "a"},
     "OneOf": {"values": [1]},
     "Bandit": {"metric": "sft/loss"},
     "Endpoint": {"url": "https://example.com/v1", "model": "m"},

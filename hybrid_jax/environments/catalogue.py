@@ -1,0 +1,6 @@
+"""Imports every module that registers an environment, so that a config finds it by name."""
+
+import hybrid_jax.environments.gymnasium
+import hybrid_jax.environments.skyrl_gym
+import hybrid_jax.environments.textarena
+import hybrid_jax.environments.textworld  # noqa: F401

@@ -3,6 +3,7 @@
 import hybrid_jax.rewards.adapters
 import hybrid_jax.rewards.classifier
 import hybrid_jax.rewards.coverage
+import hybrid_jax.rewards.dialogue
 import hybrid_jax.rewards.format
 import hybrid_jax.rewards.judge_rewards
 import hybrid_jax.rewards.learned_metrics

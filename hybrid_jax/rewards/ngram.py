@@ -36,7 +36,7 @@ class NgramFluency:
     field: str = "text"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        (model,) = _models(_files(self.path), self.order, self.unit, self.field)
+        (model,) = _models(dated_files(self.path), self.order, self.unit, self.field)
         blind = -math.log(model.model.vocab_size)
         log_probs = [model.log_probs(response) for response in responses]
         return [float(row.mean()) if len(row) else blind for row in log_probs]
@@ -66,15 +66,16 @@ class DomainRelevance:
     field: str = "text"
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-        inside, outside = _models(_files(self.path, self.general), self.order, self.unit, self.field)
+        inside, outside = _models(dated_files(self.path, self.general), self.order, self.unit, self.field)
         pairs = [(inside.log_probs(response), outside.log_probs(response)) for response in responses]
         return [float(ours.mean() - theirs.mean()) if len(ours) else 0.0 for ours, theirs in pairs]
 
 
-_Files = tuple[tuple[Path, int], ...]  # path of each file, and when it was changed: then it is read anew
+Files = tuple[tuple[Path, int], ...]  # path of each file, and when it was changed: then it is read anew
 
 
-def _files(*paths: Path) -> _Files:
+def dated_files(*paths: Path) -> Files:
+    """The files with their times, by which what was made of them is remembered."""
     try:
         return tuple((path, path.stat().st_mtime_ns) for path in map(Path, paths))
     except OSError as error:
@@ -82,14 +83,15 @@ def _files(*paths: Path) -> _Files:
 
 
 @functools.lru_cache(maxsize=4)
-def _models(files: _Files, order: int, unit: Unit, field: str) -> list[NgramText]:
+def _models(files: Files, order: int, unit: Unit, field: str) -> list[NgramText]:
     """Trains a model of each file, all over the vocabulary of all files together."""
-    corpora = [_read(path, field) for path, _ in files]
+    corpora = [read_texts(path, field) for path, _ in files]
     vocabulary = vocabulary_of((text for texts in corpora for text in texts), unit)
     return [NgramText.train(texts, unit, order - 1, vocabulary=vocabulary) for texts in corpora]
 
 
-def _read(path: Path, field: str) -> list[str]:
+def read_texts(path: Path, field: str) -> list[str]:
+    """The texts of a file: of ``field`` in each row of a jsonl, else the whole."""
     rows = ".jsonl" in path.suffixes[-2:]
     source = Jsonl(train=path, prompt_field=None, response_field=field) if rows else Text(train=path)
     return [example.response or "" for example in source.load("train")]

@@ -70,6 +70,7 @@ REQUIRED = {  # settings without a default
     "gptscore": with_language_model(template="{prompt}{response}"),
     "perplexity": with_language_model(),
     "truthful_contrast": with_encoder(),
+    "relevance": {"path": __file__},
     "win_rate": {"reward": {"name": "length", "target": 5}},
     "domain_relevance": {"path": __file__, "general": str(Path(__file__).parents[1] / "conftest.py")},
     "json_schema": {"schema": {"type": "object", "required": ["stars"]}},
@@ -96,6 +97,7 @@ COLUMNS = {
     "correct_answers": [["good food", "a cat"], ["two"], ["漢字"], ["good"]],
     "incorrect_answers": [["bad food"], ["one"], ["a tree", "a dog"], ["awful"]],
     "concepts": [["french", "serve"], ["area"], ["漢字"], ["park"]],
+    "turns_left": [3, 0, 1, 9],
     "final_answer": ["5", 7, "1/2", 3.5],
     "facts": [{"name": ["the eagle"]}, {"name": ["cotto"], "area": ["river"]}, [["ranch"]], {"x": "awful"}],
 }

@@ -58,6 +58,8 @@ class Environment(Protocol):
 class EnvironmentSettings(Protocol):
     """Settings of an environment: a frozen dataclass, registered in `ENVIRONMENTS` or named ``my_module:Mine``.
 
+    One that has much to make before its first conversation, such as its games, may have ``prepare()``, which is
+    called before conversations begin, outside of their time-outs, and often has nothing left to do.
     One whose conversations begin with a row of data says ``reads_rows = True``. One that asks another language
     model, such as a user played by it, names the reference in its setting ``answered_by``.
     """

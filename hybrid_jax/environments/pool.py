@@ -68,6 +68,7 @@ class Worlds:
         most_letters: int,
         answer_fn: AnswerFn | None = None,
     ):
+        getattr(environment, "prepare", lambda: None)()
         self._environment, self._answer_fn = environment, answer_fn
         self._timeout, self._retries, self._most_letters = timeout_seconds, retries, most_letters
         self._conversations: dict[int, _Conversation] = {}

@@ -6,6 +6,7 @@ nothing else. What is no command of the game, or not possible now, changes nothi
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -20,6 +21,8 @@ from hybrid_jax.core.ranges import Count, settings
 from hybrid_jax.core.writing import user_cache
 from hybrid_jax.environments.base import ENVIRONMENTS, AnswerFn, Step
 from hybrid_jax.environments.factories import package_of
+
+log = logging.getLogger(__name__)
 
 _LOCK = threading.Lock()  # the parsers of TextWorld are not made for several threads
 _NOTHING = "That's not a verb I recognise."
@@ -61,7 +64,10 @@ class TextWorld:
 
     def prepare(self) -> None:
         """Makes the games of the family that are missing."""
-        for number in range(self.num_games):
+        missing = [number for number in range(self.num_games) if not self._path(number).is_file()]
+        if missing:
+            log.info("making %d TextWorld games, some seconds each, in %s", len(missing), self._path(0).parent)
+        for number in missing:
             self.game_file(number)
 
     def game_file(self, seed: int) -> Path:
@@ -70,27 +76,27 @@ class TextWorld:
         Raises:
             UserError: there is no game of such a size.
         """
-        textworld = package_of("textworld", "textworld")
-        size = f"{textworld.__version__}-{self.rooms}-{self.objects}-{self.quest_length}-{self.theme}"
-        folder, number = (
-            (self.cache or user_cache() / "textworld") / size,
-            self.first_game + seed % self.num_games,
-        )
-        path = folder / f"{number}.z8"
+        path = self._path(seed)
         with _LOCK:
             if not path.is_file():
-                folder.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(dir=folder) as beside:
-                    self._compile(textworld, number, Path(beside) / path.name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(dir=path.parent) as beside:
+                    self._compile(int(path.stem), Path(beside) / path.name)
                     for made in (path.with_suffix(".json"), path):  # the game last: it says that all is there
                         os.replace(Path(beside) / made.name, made)
         return path
 
-    def _compile(self, textworld: Any, number: int, path: Path) -> None:
-        from textworld.generator import KnowledgeBase
+    def _path(self, seed: int) -> Path:
+        version = package_of("textworld", "textworld").__version__
+        size = f"{version}-{self.rooms}-{self.objects}-{self.quest_length}-{self.theme}"
+        return (
+            (self.cache or user_cache() / "textworld") / size / f"{self.first_game + seed % self.num_games}.z8"
+        )
 
+    def _compile(self, number: int, path: Path) -> None:
+        textworld = package_of("textworld", "textworld")
         options = textworld.GameOptions()
-        options.kb = KnowledgeBase.default()
+        options.kb = textworld.generator.KnowledgeBase.default()
         options.nb_rooms, options.nb_objects = self.rooms, self.objects
         options.quest_length, options.grammar.theme = self.quest_length, self.theme
         options.seeds, options.path = number, str(path)

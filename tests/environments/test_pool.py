@@ -73,6 +73,20 @@ def reply_to(step, **settings):
     return reply
 
 
+def test_what_is_made_beforehand_takes_the_time_that_it_takes():
+    """Longer than a conversation may wait for a reply."""
+
+    class Slow(Scripted):
+        def prepare(self):
+            time.sleep(0.3)
+            self.at_reset = [{"role": "user", "content": "prepared"}]
+
+    pool = worlds(Slow(), timeout_seconds=0.2)
+    pool.reset(0, 7, {})
+    (reply,) = pool.finished()
+    assert (reply.messages[0]["content"], reply.failure) == ("prepared", None)
+
+
 def test_conversations_go_on_independently_and_replies_come_in_order_of_place():
     settings = Scripted([echo, echo])
     pool = worlds(settings)

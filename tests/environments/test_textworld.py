@@ -93,6 +93,7 @@ def test_the_seed_chooses_the_game_and_families_share_none(cache):
 def test_a_game_does_not_depend_on_those_that_were_made_before(cache, tmp_path):
     """Its text, from a process of its own."""
     TextWorld(num_games=3, cache=cache).prepare()
+    assert sorted(path.name for path in cache.rglob("*-2-4-3-house/*.z8"))[:3] == ["0.z8", "1.z8", "2.z8"]
     code = (
         "import sys; from pathlib import Path; from hybrid_jax.environments.textworld import TextWorld;"
         "TextWorld(num_games=3, cache=Path(sys.argv[1])).game_file(2)"

@@ -3,4 +3,5 @@
 import hybrid_jax.environments.gymnasium
 import hybrid_jax.environments.skyrl_gym
 import hybrid_jax.environments.textarena
-import hybrid_jax.environments.textworld  # noqa: F401
+import hybrid_jax.environments.textworld
+import hybrid_jax.environments.trl  # noqa: F401

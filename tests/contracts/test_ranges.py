@@ -32,6 +32,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "LengthOf": {"least": 1},
     "Gymnasium": {"id": "a"},
     "SkyRLGym": {"id": "a"},
+    "TRL": {"factory": object},
     "OneOf": {"values": [1]},
     "Bandit": {"metric": "sft/loss"},
     "Endpoint": {"url": "https://example.com/v1", "model": "m"},

@@ -21,6 +21,7 @@ EXAMPLES = """\
   python -m hybrid_jax.generate --run runs/quickstart --prompt "name: Luna | food: Thai ->"
   python -m hybrid_jax.generate --model gpt2_folder --prompt "Once" sampler.temperature=0.7
   python -m hybrid_jax.generate --model chat_folder --chat --prompt "What is a comet?"
+  python -m hybrid_jax.generate --model chat_folder --chat
   head -3 prompts.txt | python -m hybrid_jax.generate --run runs/quickstart --num-samples 4 --json
 """
 
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> None:
     parser = ArgumentParser(
         prog="python -m hybrid_jax.generate",
         description="Samples responses from a run or a folder. Prompts come from --prompt, from a "
-        "file, or from standard input, one a line.",
+        "file, or from standard input, one a line. With --chat in a terminal and without prompts it is a "
+        "conversation.",
         epilog="examples:\n" + EXAMPLES,
     )
     source = parser.add_mutually_exclusive_group(required=True)
@@ -72,12 +74,25 @@ def main(arguments: list[str]) -> None:
     else:
         keep_compiled(cache_folder(), instead=False)
         policy = load_pretrained_policy(options.model, options.overrides, trust)
+    if options.chat and not (options.prompt or options.prompts) and sys.stdin and sys.stdin.isatty():
+        from hybrid_jax.runs.terminal_chat import TerminalChat, talk
+
+        if options.num_samples != 1:
+            raise UserError(
+                f"a conversation has one answer to a message, got --num-samples {options.num_samples}"
+            )
+        return talk(TerminalChat(policy, options.seed), lambda answer: print(_said(answer, options.json)))
     prompts = options.prompt or _read_prompts(options.prompts, options.chat)
     if options.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
     answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
     for answer in answers:
         print(_json(answer) if options.json else _readable(answer))
+
+
+def _said(answer, as_json: bool) -> str:
+    """An answer in a conversation, whose question stands above it."""
+    return _json(answer) if as_json else answer.response + ("" if answer.complete else " […]") + "\n"
 
 
 def _json(answer) -> str:

@@ -165,15 +165,24 @@ class Policy:
             log.info("Hugging Face has no format for this model, it is written for hybrid_jax alone")
             save_ours(folder, self.model, self.params, self.component, dtype)
 
-    def _longest_prompt(self, prompts: Sequence[Example]) -> int:
-        lengths = [self._prompt_length(prompt, row) for row, prompt in enumerate(prompts, start=1)]
+    def prompt_room(self) -> int | None:
+        """Tokens of a prompt at most, which leave room for an answer; None has no bound.
+
+        Raises:
+            UserError: the answer alone fills the context.
+        """
         context, new = self.model.max_length, self.sampler.max_new_tokens
-        room = 2**30 if context is None else context - new
-        if room < 1:
+        if context is not None and context <= new:
             raise UserError(
                 f"sampler.max_new_tokens must leave room for a prompt in the context of {context} tokens, "
                 f"got {new}"
             )
+        return None if context is None else context - new
+
+    def _longest_prompt(self, prompts: Sequence[Example]) -> int:
+        lengths = [self._prompt_length(prompt, row) for row, prompt in enumerate(prompts, start=1)]
+        context, new = self.model.max_length, self.sampler.max_new_tokens
+        room = self.prompt_room() or 2**30
         for row, length in enumerate(lengths, start=1):
             if length == 0:
                 raise UserError(f"prompt {row} is empty; give it at least one token to go on from")

@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hybrid_jax.core.batches import Message
@@ -110,7 +111,8 @@ class TerminalChat:
         tokens, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
         tokens[0, width - len(prompt) :], mask[0, width - len(prompt) :] = prompt, True
         key: Any = jax.random.fold_in(self._key, number)
-        drawn = sample(policy.sampler, policy.model, policy.params, tokens, mask, key, eos_ids=policy.eos_ids)
+        inputs = (policy.model, policy.params, jnp.asarray(tokens), jnp.asarray(mask), key)
+        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids)
         said, chosen = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
         (text,) = decode_responses(policy.tokenizer, [prompt], said, chosen, policy.eos_ids)
         complete = bool(np.asarray(ended(drawn.tokens, drawn.action_mask, policy.eos_ids))[0])

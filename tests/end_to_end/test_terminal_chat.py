@@ -34,7 +34,7 @@ def scripted(monkeypatch):
     asked, answers = [], []
 
     def sample(sampler, model, params, tokens, mask, key, *, eos_ids):
-        asked.append(tokens[0][mask[0]].tolist())
+        asked.append(np.asarray(tokens)[0][np.asarray(mask)[0]].tolist())
         said = answers.pop(0)
         if callable(said):
             said = said()

@@ -27,6 +27,7 @@ VALUES = (
 )
 # Needed beside the required settings, or instead of what `example` would give.
 GIVEN: dict[str, dict[str, Any]] = {
+    "Demonstrations": {"environment": {"name": "booking"}},
     "Distillation": {"references": {"teacher": {}}},
     "OnlinePreference": {"reward": {"parts": {"1": {"reward": {"name": "length", "target": 1}}}}},
     "LengthOf": {"least": 1},

@@ -1,0 +1,86 @@
+"""Demonstrations: conversations of an environment's expert, to begin by examples before learning by reward."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from hybrid_jax.core.batches import Example, Message
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.ranges import Count, Seed, Share, settings
+from hybrid_jax.data.conversations import chat_example
+from hybrid_jax.data.sources import SOURCES, Split
+from hybrid_jax.environments import catalogue  # noqa: F401  registers the environments
+from hybrid_jax.environments.base import ENVIRONMENTS, reads_rows
+from hybrid_jax.environments.replies import BadReply, said_at_reset, said_at_step, tools_of
+
+FIRST_SEED = 2**31  # those below are for training by reward
+MOST_LETTERS = 2**20
+
+
+@SOURCES.register("demonstrations")
+@settings(kw_only=True)
+class Demonstrations:
+    """Conversations that the expert of an environment has with it, as examples to learn from.
+
+    The environment's settings have ``expert(messages)``, which answers a conversation so far, and ``moves()``,
+    all answers to choose from. Each row has its return in the column "return". No seed of a conversation is
+    below 2^31, and none of the held-out ones is among those of training.
+
+    Attributes:
+        environment: to play with.
+        num_rows: conversations to learn from.
+        num_held_out: conversations that are held out.
+        expert_share: of the answers; the others are drawn from all moves.
+        max_turns: after which a conversation is broken off.
+        seed: of the conversations and of what is drawn.
+    """
+
+    environment: Annotated[Any, ENVIRONMENTS]
+    num_rows: Count = 1000
+    num_held_out: Count = 100
+    expert_share: Share = 1.0
+    max_turns: Count = 64
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        name = type(self.environment).__name__
+        if not (hasattr(self.environment, "expert") and hasattr(self.environment, "moves")):
+            raise ValueError(f"environment must have an expert and moves, which {name} has not")
+        if reads_rows(self.environment):
+            raise ValueError(f"environment must begin without a row of data, which {name} reads")
+
+    def load(self, split: Split) -> Sequence[Example]:
+        """Plays the conversations of the split, the same ones every time."""
+        rows = range(self.num_rows)
+        if split == "held_out":
+            rows = range(self.num_rows, self.num_rows + self.num_held_out)
+        first = self.seed * (self.num_rows + self.num_held_out)
+        return [self._play((first + row) % FIRST_SEED) for row in rows]
+
+    def _play(self, number: int) -> Example:
+        environment, seed = self.environment.make(), FIRST_SEED + number
+        where = f"{type(self.environment).__name__}, seed {seed}"
+        try:
+            rewards, messages = zip(*self._turns(environment, seed), strict=True)
+            variables = {"tools": list(tools)} if (tools := tools_of(environment)) else {}
+        except BadReply as error:
+            raise UserError(f"environment {where}: {error}") from error
+        return chat_example([m for part in messages for m in part], where, {"return": sum(rewards)}, variables)
+
+    def _turns(self, environment: Any, seed: int) -> Iterator[tuple[float, Sequence[Message]]]:
+        """What is earned by each answer, and the messages up to it, which come after the one before."""
+        draw, messages = random.Random(seed), list[Message]()
+        said = said_at_reset(environment.reset(seed), MOST_LETTERS)
+        for _ in range(self.max_turns):
+            if draw.random() < self.expert_share:
+                text = self.environment.expert([*messages, *said.messages])
+            else:
+                text = draw.choice(self.environment.moves())
+            new = [*said.messages, {"role": "assistant", "content": text}]
+            messages += new
+            said = said_at_step(environment.step(text), MOST_LETTERS)
+            yield said.reward, new
+            if said.terminated or said.truncated:
+                return

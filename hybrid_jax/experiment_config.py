@@ -16,7 +16,7 @@ from hybrid_jax.core.registry import EVERYTHING, NOTHING
 from hybrid_jax.data import e2e, labelled, preferences, reasoning_gym  # noqa: F401  these register sources
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS
-from hybrid_jax.environments import catalogue  # noqa: F401  this fills ENVIRONMENTS
+from hybrid_jax.environments import catalogue, demonstrations  # noqa: F401  these fill registries
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
 from hybrid_jax.models import decoder, ngrams, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES

@@ -15,7 +15,7 @@ from hybrid_jax.environments import catalogue  # noqa: F401  registers the envir
 from hybrid_jax.environments.base import ENVIRONMENTS, reads_rows
 from hybrid_jax.environments.replies import BadReply, said_at_reset, said_at_step, tools_of
 
-FIRST_SEED = 2**31  # those below are for training by reward
+FIRST_SEED = 2**32  # those below are for training by reward and for evaluation
 MOST_LETTERS = 2**20
 
 
@@ -24,9 +24,10 @@ MOST_LETTERS = 2**20
 class Demonstrations:
     """Conversations that the expert of an environment has with it, as examples to learn from.
 
-    The environment's settings have ``expert(messages)``, which answers a conversation so far, and ``moves()``,
-    all answers to choose from. Each row has its return in the column "return". No seed of a conversation is
-    below 2^31, and none of the held-out ones is among those of training.
+    An environment has an expert where its settings have ``expert(messages)``, which answers a conversation so
+    far, or where it has ``expert()`` itself. ``moves()`` of the settings are all answers to choose from. Each
+    row has its return in the column "return". The seeds of the conversations are those from 2^32 on, which no
+    phase and no evaluation draws; held-out ones are others than those of training.
 
     Attributes:
         environment: to play with.
@@ -46,10 +47,10 @@ class Demonstrations:
 
     def __post_init__(self) -> None:
         name = type(self.environment).__name__
-        if not (hasattr(self.environment, "expert") and hasattr(self.environment, "moves")):
-            raise ValueError(f"environment must have an expert and moves, which {name} has not")
         if reads_rows(self.environment):
             raise ValueError(f"environment must begin without a row of data, which {name} reads")
+        if self.expert_share < 1 and not hasattr(self.environment, "moves"):
+            raise ValueError(f"expert_share must be 1 for an environment without moves, which {name} is")
 
     def load(self, split: Split) -> Sequence[Example]:
         """Plays the conversations of the split, the same ones every time."""
@@ -57,10 +58,10 @@ class Demonstrations:
         if split == "held_out":
             rows = range(self.num_rows, self.num_rows + self.num_held_out)
         first = self.seed * (self.num_rows + self.num_held_out)
-        return [self._play((first + row) % FIRST_SEED) for row in rows]
+        return [self._play(FIRST_SEED + first + row) for row in rows]
 
-    def _play(self, number: int) -> Example:
-        environment, seed = self.environment.make(), FIRST_SEED + number
+    def _play(self, seed: int) -> Example:
+        environment = self.environment.make()
         where = f"{type(self.environment).__name__}, seed {seed}"
         try:
             rewards, messages = zip(*self._turns(environment, seed), strict=True)
@@ -71,11 +72,11 @@ class Demonstrations:
 
     def _turns(self, environment: Any, seed: int) -> Iterator[tuple[float, Sequence[Message]]]:
         """What is earned by each answer, and the messages up to it, which come after the one before."""
-        draw, messages = random.Random(seed), list[Message]()
+        draw, messages = random.Random(f"moves {seed}"), list[Message]()  # apart from the environment's draws
         said = said_at_reset(environment.reset(seed), MOST_LETTERS)
         for _ in range(self.max_turns):
             if draw.random() < self.expert_share:
-                text = self.environment.expert([*messages, *said.messages])
+                text = self._expert(environment, [*messages, *said.messages])
             else:
                 text = draw.choice(self.environment.moves())
             new = [*said.messages, {"role": "assistant", "content": text}]
@@ -84,3 +85,10 @@ class Demonstrations:
             yield said.reward, new
             if said.terminated or said.truncated:
                 return
+
+    def _expert(self, environment: Any, messages: Sequence[Message]) -> str:
+        if hasattr(self.environment, "expert"):
+            return self.environment.expert(messages)
+        if hasattr(environment, "expert"):
+            return environment.expert()
+        raise UserError(f"environment {type(self.environment).__name__} has no expert to demonstrate it")

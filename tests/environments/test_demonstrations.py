@@ -42,17 +42,46 @@ def test_conversations_of_training_are_none_of_the_held_out_ones_nor_of_another_
     parts = [seeds(seed, split) for seed in (0, 1) for split in ("train", "held_out")]
     assert [len(part) for part in parts] == [50, 20, 50, 20]
     assert len(set.union(*parts)) == 140
-    assert min(set.union(*parts)) >= 2**31  # below are those of training by reward
+    assert min(set.union(*parts)) >= 2**32  # a phase draws 32 bits
 
 
 def test_a_config_names_the_environment_and_one_without_an_expert_is_one_line():
     given = {"environment": {"name": "booking", "num_slots": 2}, "num_rows": 3}
     source = parse(SOURCES["demonstrations"], given, "data")
     assert [row.messages[0]["content"] for row in source.load("train")] == ["a table please"] * 3
-    with pytest.raises(ValueError, match="environment must have an expert and moves, which object has not"):
-        Demonstrations(environment=object())
-    with pytest.raises(UserError, match="environment Silent, seed 2147483648: reset returned no message"):
+    with pytest.raises(
+        ValueError, match="expert_share must be 1 for an environment without moves, which Coy is"
+    ):
+        Demonstrations(environment=Coy(), expert_share=0.5)
+    with pytest.raises(UserError, match="environment Coy has no expert to demonstrate it"):
+        Demonstrations(environment=Coy()).load("train")
+    with pytest.raises(UserError, match="environment Silent, seed 4294967296: reset returned no message"):
         Demonstrations(environment=Silent()).load("train")
+
+
+def test_an_expert_may_be_of_the_conversation_itself():
+    (row,) = Demonstrations(environment=Coy(expert=lambda: "aha"), num_rows=1).load("train")
+    assert [message["content"] for message in row.messages] == ["hello", "aha"]
+    assert row.columns["return"] == 0.5
+
+
+class Coy:
+    """Settings and environment in one: a conversation of one turn."""
+
+    def __init__(self, expert=None):
+        self.made_with = expert
+
+    def make(self, answer_fn=None):
+        live = Coy()
+        if self.made_with is not None:
+            live.expert = self.made_with
+        return live
+
+    def reset(self, seed):
+        return [{"role": "user", "content": "hello"}]
+
+    def step(self, text):
+        return [], 0.5, True, False, {}
 
 
 class Silent(TwentyQuestions):

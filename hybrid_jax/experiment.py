@@ -68,7 +68,7 @@ from hybrid_jax.training.loggers import METRICS_FILE, Logger, open_loggers, read
 from hybrid_jax.training.loop import train
 from hybrid_jax.training.machine import Machine
 from hybrid_jax.training.offload import Idle
-from hybrid_jax.training.phase import LM, PHASES, MeasuredPhase, ObservingPhase, Phase, Resources
+from hybrid_jax.training.phase import LM, PHASES, MeasuredPhase, ObservingPhase, Phase, Resources, with_talks
 from hybrid_jax.training.profiler import Profiler
 from hybrid_jax.training.progress import Progress
 from hybrid_jax.training.recorder import Recorder
@@ -312,7 +312,7 @@ class Experiment:
         numbers, samples, by_prompt = {}, [], {}
         if self.evaluator is not None:
             numbers, samples, by_prompt = under(self.placement, self.evaluator.run)(state.policy)
-        numbers |= self.measure_heads(state)
+        numbers, samples = with_talks(self.phases, state, numbers | self.measure_heads(state), samples)
         where = {"step": state.step, "phase": "evaluation", "kind": "evaluation"}
         return numbers, [{**where, **sample} for sample in samples], by_prompt
 

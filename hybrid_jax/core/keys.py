@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     EVALUATION = 2  # answers to held-out prompts; every batch folds its number in
     GENERATION = 3  # answers that a user asks for
     REFERENCE_ANSWERS = 4  # what a reward model's scores are centred on
+    CONVERSATIONS = 5  # those of an evaluation; every phase folds its own seeds in
 
 
 class Branch(IntEnum):

@@ -19,6 +19,7 @@ class ConversationSettings:
     max_turns: Count = 8  # answers of the policy; after the last one a conversation is broken off
     max_tokens: Count = 256  # of a conversation behind its opening: answers and replies
     max_reply_tokens: Count = 64  # of a reply; the text of a longer one is cut at its end
+    num_held_out: Natural = 16  # of every evaluation, the same each time, with seeds that training never has
     slots: BatchSize | None = None  # conversations at a time; one that ends makes room; null: all
     timeout_seconds: Seconds = 60.0  # for one reply of the environment
     retries: Natural = 0  # how often a conversation whose environment failed is brought back to its last answer
@@ -69,12 +70,13 @@ class Conversation:
         return float(sum(turn.reward for turn in self.turns))
 
     @property
-    def messages(self) -> list[Message]:
-        """Everything that was said."""
-        found = list(self.opening)
+    def record(self) -> dict[str, Any]:
+        """Everything that was said, as JSON, with the reward of every answer."""
+        said = [dict(message) for message in self.opening]
         for turn in self.turns:
-            found += [{"role": "assistant", "content": turn.text}, *turn.replies]
-        return found
+            said.append({"role": "assistant", "content": turn.text, "reward": turn.reward})
+            said += [dict(message) for message in turn.replies]
+        return {"conversation": said, "score": self.reward, "end": self.end}
 
     @property
     def chosen(self) -> np.ndarray:

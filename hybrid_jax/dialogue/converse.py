@@ -56,6 +56,7 @@ class Converser:
         settings: of the conversations.
         tokenizer: of the model; it has a chat template.
         prompt_length: tokens of an opening at most, P.
+        slots: conversations at a time.
         compiled: makes a program of a pure function, for the devices that sample.
         where: the setting that a mistake is told of, such as "phases.ppo".
         answer_fn: another model's answers, for environments that ask for them.
@@ -68,11 +69,12 @@ class Converser:
         settings: ConversationSettings,
         tokenizer: Tokenizer,
         prompt_length: int,
+        slots: int,
         compiled: Callable[..., Any] = jax.jit,
         where: str = "",
         answer_fn: AnswerFn | None = None,
     ):
-        self.settings, self.prompt_length = settings, prompt_length
+        self.settings, self.prompt_length, self.slots = settings, prompt_length, slots
         self._engine, self._environment, self._where = engine, environment, where
         self._tokenizer, self._answer_fn = tokenizer, answer_fn
         self._encoder = TurnEncoder(tokenizer, rewriting=settings.rewriting_template)
@@ -172,7 +174,7 @@ class _Session:
     def __init__(self, of: Converser, worlds: Worlds, params: Any, key: Array, openings: Sequence[Opening]):
         self.of, self.worlds, self.params, self.key, self.openings = of, worlds, params, key, openings
         self.talks = [Conversation() for _ in openings]
-        self.slots = min(of.settings.slots or len(openings), len(openings))
+        self.slots = of.slots
         self.free = deque(range(self.slots))
         self.slot: dict[int, int] = {}  # of each conversation under way
         self.begun = 0  # whose environments have been reset

@@ -7,6 +7,7 @@ on in the value of its last state; one whose environment failed is left out.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from jax import Array
 
 from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.data.loader import visits
 from hybrid_jax.dialogue.conversation import Conversation, Turn
 from hybrid_jax.dialogue.converse import Converser, Opening, Talks
@@ -32,6 +34,9 @@ from hybrid_jax.sampling.turns import TurnEngine
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.state import RunState
 
+log = logging.getLogger(__name__)
+
+_SHOWN = 8  # conversations of an evaluation that are kept in samples.jsonl
 _TURN_COLUMNS = ("turn", "turns_left")  # of the policy's answers: the number of each, and of those behind it
 
 
@@ -71,6 +76,8 @@ class ConversationRollouts(Rollouts):
         if jax.process_count() > 1:
             raise UserError(f"{here}.environment needs one process, got {jax.process_count()}")
         self._seed = resources.seed
+        self._load_held_out: Callable[[], Sequence[Any]] = resources.held_out or (lambda: ())
+        self._held_out: list[Opening] | None = None  # made once, for the first evaluation
         super().__init__(functions, replace(resources, examples=None), program)
         self._examples: Sequence[Any] = ()
         if reads_rows(self._environment):
@@ -104,6 +111,7 @@ class ConversationRollouts(Rollouts):
             config.conversation,
             self._tokenizer,
             self._opening,
+            config.conversation.slots or config.rows,
             compiled,
             f"phases.{self.name}",
         )
@@ -126,6 +134,10 @@ class ConversationRollouts(Rollouts):
         talks = answered.talks.conversations
         earned, plain, reward_state, metrics = self._earned(answered, reward_state)
         counts = np.array([talk.end != "failed" for talk in talks])
+        if not counts.all():
+            first = next(talk.failure for talk in talks if talk.end == "failed")
+            left_out = f"{(~counts).sum()} of {len(talks)} conversations are left out"
+            log.warning("phases.%s.environment: %s; the first: %s", self.name, left_out, first)
         placed = np.zeros((len(talks), self.config.conversation.max_tokens), np.float32)
         scores = np.zeros(len(talks), np.float32)
         shown = np.zeros(len(talks), np.float32)
@@ -148,6 +160,23 @@ class ConversationRollouts(Rollouts):
         cursors = {self.name: answered.cursor + self.config.prompts_per_step}
         metrics = {**metrics, **conversation_metrics(talks), **answered.talks.metrics}
         return Played(rollout, answered.samples, reward_state, metrics, None, cursors, ())
+
+    def held_out(self, state: RunState) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Numbers and records of conversations that training never has, the same ones each time."""
+        count = self.config.conversation.num_held_out
+        if not count:
+            return {}, []
+        if self._held_out is None:
+            rows = self._load_held_out() if reads_rows(self._environment) else ()
+            self._held_out = [
+                Opening(episode_seed(self._seed, i, held_out=True), _row(rows[i % len(rows)]) if rows else {})
+                for i in range(count)
+            ]
+        params = self._speaker(state.base, state.train.params["model"])
+        key = root_key(self._seed, Purpose.CONVERSATIONS)
+        talks = self._converser.converse(params, key, self._held_out).conversations
+        records = [{"index": i, **talk.record} for i, talk in enumerate(talks[:_SHOWN])]
+        return conversation_metrics(talks), records
 
     def _openings(self, cursor: int) -> list[Opening]:
         """How the conversations of a step begin; those of one group alike."""
@@ -234,8 +263,9 @@ class ConversationRollouts(Rollouts):
 
 
 def episode_seed(seed: int, number: int, held_out: bool = False) -> int:
-    """The seed of the environment of a conversation; held-out ones are drawn apart."""
-    return int(np.random.SeedSequence([seed, int(held_out), number]).generate_state(1)[0])
+    """The seed of the environment of a conversation: below 2^31, or from there on if it is held out."""
+    drawn = int(np.random.SeedSequence([seed, int(held_out), number]).generate_state(1)[0])
+    return drawn % 2**31 + 2**31 * held_out
 
 
 def _row(example: Any) -> dict[str, Any]:

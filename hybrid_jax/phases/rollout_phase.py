@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -59,6 +59,12 @@ class RolloutPhase(ABC):
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
         """Tells the reward what the evaluation measured."""
         return self.rollouts.observe(state, numbers)
+
+    def converse(self, state: RunState) -> tuple[Mapping[str, float], Sequence[Mapping[str, Any]]]:
+        """Holds the conversations of an evaluation, where the phase has an environment."""
+        if not isinstance(self.rollouts, ConversationRollouts):
+            return {}, []
+        return self.rollouts.held_out(state)
 
     def programs(self, state: RunState, prompt_length: int | None = None) -> list[Program]:
         """The programs that a step compiles: sampling, scoring and the updates."""

@@ -88,6 +88,26 @@ GLOSSARY = {
         "Share of responses that end by themselves.",
         "Falling: the policy rambles up to the length limit.",
     ),
+    "return": (
+        "All that an environment gives in one conversation, on average.",
+        "Below the best that is known: look at the conversations where it is lost.",
+    ),
+    "turns": (
+        "Answers of the policy in one conversation.",
+        "At conversation.max_turns: conversations are broken off before they end.",
+    ),
+    "truncated_fraction": (
+        "Share of conversations that were broken off: by a limit, or by the environment.",
+        "High: raise conversation.max_turns or conversation.max_tokens.",
+    ),
+    "failed_fraction": (
+        "Share of conversations whose environment raised, hung or replied with nonsense; they are left out.",
+        "Above 0: the first failure is in the log.",
+    ),
+    "world/tool_errors": (
+        "Calls of tools that went wrong, in one conversation.",
+        "Not falling: the policy does not learn how a tool is called.",
+    ),
     "response_length": (
         "Mean tokens of a response.",
         "Drifting up or down with the score: the reward may be counting length.",

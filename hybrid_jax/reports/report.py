@@ -18,6 +18,7 @@ from hybrid_jax.core.writing import write_text
 from hybrid_jax.core.yaml_text import dump_yaml
 from hybrid_jax.reports.change import METHOD, Change, change_of, signed
 from hybrid_jax.reports.charts import short_number
+from hybrid_jax.reports.conversations import conversations_section
 from hybrid_jax.reports.flags import find_flags
 from hybrid_jax.reports.glossary import GLOSSARY, glossary_entry
 from hybrid_jax.reports.metrics import headline_charts, loss_entry, speed_charts, training_charts
@@ -41,7 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     run = read_run(files := fetched(run_dir))
     figures = Figures(run)
-    body = "\n".join([_headline(run), _progress(run, figures), samples_section(run), *_details(run, figures)])
+    shown = (conversations_section(run), samples_section(run))
+    body = "\n".join([_headline(run), _progress(run, figures), *shown, *_details(run, figures)])
     page = _fill(body, {"end": run.end, "panels": figures.hover}, run.name)
     path = files.folder / "report.html"
     write_text(path, page)

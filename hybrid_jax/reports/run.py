@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Run:
         extremes: answers that were picked since a part likes them best or least.
         config: the settings, without secrets.
         environment: the content of ``environment.json``.
+        conversations: with the same held-out environments at each evaluation.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Run:
     extremes: list[dict[str, Any]]
     config: dict[str, Any]
     environment: dict[str, Any]
+    conversations: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def curves(self) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -190,10 +192,12 @@ def read_run(files: RunFiles) -> Run:
     records = [r for r in read_records(run_dir / METRICS_FILE) if isinstance(r.get("phase"), str)]
     if not records:
         raise UserError(f"{files.name}/{METRICS_FILE} holds no metrics yet; train first, or name another run")
+    samples = [r for r in read_records(run_dir / SAMPLES_FILE) if isinstance(r.get("conversation"), list)]
+    conversations = [r for r in samples if {"index", "of"} <= r.keys()]
     samples = [r for r in read_records(run_dir / SAMPLES_FILE) if {"index", "prompt", "response"} <= r.keys()]
     config_file, environment_file = run_dir / "config.yaml", run_dir / "environment.json"
     config = without_secrets(load_yaml(config_file)) if config_file.is_file() else {}
     environment = _read_environment(environment_file) if environment_file.exists() else {}
     shown = without_extremes(samples)
     extremes = [record for record in samples if "extreme" in record]
-    return Run(run_dir.resolve().name, records, shown, extremes, config, environment)
+    return Run(run_dir.resolve().name, records, shown, extremes, config, environment, conversations)

@@ -87,6 +87,15 @@ class MeasuredPhase(Phase, Protocol):
 
 
 @runtime_checkable
+class TalkingPhase(Phase, Protocol):
+    """A phase that may hold conversations to measure and to show."""
+
+    def converse(self, state: RunState) -> tuple[Mapping[str, float], Sequence[Mapping[str, Any]]]:
+        """Numbers, logged as ``evaluation/<phase>/<name>``, and conversations for ``samples.jsonl``."""
+        ...
+
+
+@runtime_checkable
 class ObservingPhase(Phase, Protocol):
     """A phase that learns from the evaluation too."""
 
@@ -102,6 +111,19 @@ class StagedPhase(Phase, Protocol):
     def stage(self, state: RunState) -> str:
         """A name for the programs of the next step; empty where the name of the phase is enough."""
         ...
+
+
+def with_talks(
+    phases: Mapping[str, Phase], state: RunState, numbers: Mapping[str, float], samples: Sequence[Any]
+) -> tuple[dict[str, float], list[Any]]:
+    """Numbers and samples of an evaluation, with those of the conversations that phases hold."""
+    numbers, samples = dict(numbers), list(samples)
+    for phase in phases.values():
+        if isinstance(phase, TalkingPhase):
+            found, conversations = phase.converse(state)
+            numbers |= {f"evaluation/{phase.name}/{name}": value for name, value in found.items()}
+            samples += [{"of": phase.name, **each} for each in conversations]
+    return numbers, samples
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def converser(model, tokenizer, environment, max_new_tokens=12, **settings):
     settings = ConversationSettings(**{"max_turns": 10, "max_tokens": 600, "max_reply_tokens": 64, **settings})
     ends = (tokenizer.special_tokens["<|im_end|>"],)
     engine = TurnEngine(model, ends, max_new_tokens, settings.max_tokens)
-    return Converser(engine, environment, settings, tokenizer, 40)
+    return Converser(engine, environment, settings, tokenizer, 40, settings.slots or 8)
 
 
 def openings(count, first=0):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.start_tokens import start_ids
-from hybrid_jax.data.tokenizer_base import Tokens, encodable
+from hybrid_jax.data.tokenizer_base import Tokens, encodable, one_at_a_time
 
 
 class HuggingFaceTokenizer:
@@ -19,6 +20,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, backend: Any):
         self._backend = backend
+        self._lock = threading.Lock()
         added = backend.added_tokens_decoder.items()
         special = {token.content: id for id, token in added if token.special}
         self.special_tokens = special | dict(
@@ -53,10 +55,12 @@ class HuggingFaceTokenizer:
         """The ids of all tokens."""
         return self._backend.get_vocab()
 
+    @one_at_a_time
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; no special token is added."""
         return self._backend.encode(encodable(text), add_special_tokens=False)
 
+    @one_at_a_time
     def encode_batch(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         """The ids of each text; written special tokens are those tokens unless ``plain``."""
         if not texts:
@@ -75,6 +79,7 @@ class HuggingFaceTokenizer:
         """The ids of a rendered chat, with their places in it; see `encode_all_rendered`."""
         return self.encode_all_rendered([text], plain=plain)[0]
 
+    @one_at_a_time
     def encode_all_rendered(self, texts: Sequence[str], *, plain: bool = False) -> list[Tokens]:
         """The ids of rendered chats, with their places in them.
 
@@ -97,6 +102,7 @@ class HuggingFaceTokenizer:
             backend.encode_special_tokens = before
         return [Tokens(one.ids, one.offsets) for one in found]
 
+    @one_at_a_time
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` as they are, without special tokens."""
         known = [int(i) for i in ids if i < self.vocab_size]

@@ -7,6 +7,7 @@ Bytes and BPE never import ``transformers``, which takes seconds.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -20,7 +21,7 @@ from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.chat_templates import ChatTemplate, read_chat_template
 from hybrid_jax.data.huggingface_tokenizer import HuggingFaceTokenizer, end_id
 from hybrid_jax.data.start_tokens import AddBos, force_bos
-from hybrid_jax.data.tokenizer_base import Tokenizer, Tokens, encodable
+from hybrid_jax.data.tokenizer_base import Tokenizer, Tokens, encodable, one_at_a_time
 from hybrid_jax.data.tokenizer_files import (
     CONFIG,
     SENTENCEPIECE,
@@ -53,6 +54,7 @@ class FastTokenizer:
     def __init__(self, backend: Any, kind: str, chat_template: str | None = None):
         backend.encode_special_tokens = True
         self._backend = backend
+        self._lock = threading.Lock()
         self._kind = kind
         self.chat_template = chat_template
         self.template_variables = {"eos_token": EOS_TOKEN}
@@ -74,10 +76,12 @@ class FastTokenizer:
         """The ids of all tokens."""
         return self._backend.get_vocab()
 
+    @one_at_a_time
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``; special tokens written in it are ordinary letters."""
         return self._backend.encode(encodable(text), add_special_tokens=False).ids
 
+    @one_at_a_time
     def encode_batch(self, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
         """The ids of each text; special tokens are ordinary letters, ``plain`` or not."""
         encodings = self._backend.encode_batch_fast([*map(encodable, texts)], add_special_tokens=False)
@@ -87,6 +91,7 @@ class FastTokenizer:
         """The ids of a rendered chat, whose special tokens count unless ``plain``."""
         return self.encode_all_rendered([text], plain=plain)[0]
 
+    @one_at_a_time
     def encode_all_rendered(self, texts: Sequence[str], *, plain: bool = False) -> list[Tokens]:
         """The ids of rendered chats, as of each alone."""
         self._backend.encode_special_tokens = plain
@@ -96,6 +101,7 @@ class FastTokenizer:
             self._backend.encode_special_tokens = True
         return [Tokens(one.ids, one.offsets) for one in encoded]
 
+    @one_at_a_time
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids`` without special tokens."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -59,7 +59,6 @@ class Converser:
         slots: conversations at a time.
         compiled: makes a program of a pure function, for the devices that sample.
         where: the setting that a mistake is told of, such as "phases.ppo".
-        answer_fn: another model's answers, for environments that ask for them.
     """
 
     def __init__(
@@ -72,11 +71,10 @@ class Converser:
         slots: int,
         compiled: Callable[..., Any] = jax.jit,
         where: str = "",
-        answer_fn: AnswerFn | None = None,
     ):
         self.settings, self.prompt_length, self.slots = settings, prompt_length, slots
         self._engine, self._environment, self._where = engine, environment, where
-        self._tokenizer, self._answer_fn = tokenizer, answer_fn
+        self._tokenizer = tokenizer
         self._encoder = TurnEncoder(tokenizer, rewriting=settings.rewriting_template)
         longest = settings.max_reply_tokens
         self._buckets = [n for n in (longest // 4,) if n >= _SHORTEST] + [longest]
@@ -87,13 +85,16 @@ class Converser:
         self._decode = compiled(self._decoded, donate_argnums=1)
         self._harvest = compiled(engine.harvest)
 
-    def converse(self, params: Params, key: Array, openings: Sequence[Opening]) -> Talks:
+    def converse(
+        self, params: Params, key: Array, openings: Sequence[Opening], answer_fn: AnswerFn | None = None
+    ) -> Talks:
         """Holds a conversation for each opening.
 
         Args:
             params: of the model, as the computation reads them.
             key: of all answers; conversation i folds i in.
             openings: how each begins.
+            answer_fn: another model's answers, for environments that ask for them.
 
         Raises:
             UserError: an environment failed and ``on_failure`` is error, or all of them did.
@@ -103,7 +104,7 @@ class Converser:
             timeout_seconds=self.settings.timeout_seconds,
             retries=self.settings.retries,
             most_letters=self.settings.max_reply_tokens * 64,
-            answer_fn=self._answer_fn,
+            answer_fn=answer_fn,
         )
         try:
             return _Session(self, worlds, params, key, openings).run()
@@ -243,9 +244,6 @@ class _Session:
             except UserError as error:
                 self._fail(number, str(error))
                 return
-        elif not broken_off:
-            self._fail(number, "an environment that goes on must reply with a message, got none")
-            return
         room = limits.max_tokens - turn.end
         if broken_off or len(tokens) >= room:
             # The last reply is part of the state that is valued, if it fits.
@@ -345,4 +343,5 @@ class _Session:
                 f"{self.of._where}.environment: all {len(failed)} conversations of a step failed; the first: "
                 f"{failed[0].failure}"
             )
-        return {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}
+        counts = {f"world_{name}": float(count) for name, count in self.worlds.take_counts().items()}
+        return counts | {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}

@@ -6,4 +6,5 @@ import hybrid_jax.environments.skyrl_gym
 import hybrid_jax.environments.textarena
 import hybrid_jax.environments.textworld
 import hybrid_jax.environments.trl
-import hybrid_jax.environments.twenty_questions  # noqa: F401
+import hybrid_jax.environments.twenty_questions
+import hybrid_jax.environments.user  # noqa: F401

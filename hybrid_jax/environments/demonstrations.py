@@ -68,6 +68,8 @@ class Demonstrations:
             variables = {"tools": list(tools)} if (tools := tools_of(environment)) else {}
         except BadReply as error:
             raise UserError(f"environment {where}: {error}") from error
+        finally:
+            getattr(environment, "close", lambda: None)()
         return chat_example([m for part in messages for m in part], where, {"return": sum(rewards)}, variables)
 
     def _turns(self, environment: Any, seed: int) -> Iterator[tuple[float, Sequence[Message]]]:

@@ -8,6 +8,7 @@ on in the value of its last state; one whose environment failed is left out.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,20 +17,23 @@ import jax
 import numpy as np
 from jax import Array
 
-from hybrid_jax.core.batches import PromptBatch, Rollout, Samples
+from hybrid_jax.core.batches import Message, PromptBatch, Rollout, Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
+from hybrid_jax.data.chat import encode_question
 from hybrid_jax.data.loader import visits
 from hybrid_jax.dialogue.conversation import Conversation, Turn
 from hybrid_jax.dialogue.converse import Converser, Opening, Talks
-from hybrid_jax.environments.base import reads_rows
+from hybrid_jax.environments.base import AnswerFn, reads_rows
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.played import Played
+from hybrid_jax.phases.references import shortest_context
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.rewards.base import column_names, columns_of
+from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.sampling.turns import TurnEngine
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.state import RunState
@@ -121,7 +125,7 @@ class ConversationRollouts(Rollouts):
         cursor = state.cursors.get(self.name, 0)
         openings = self._openings(cursor)
         params = self._speaker(state.base, state.train.params["model"])
-        talks = self._converser.converse(params, sample_key, openings)
+        talks = self._converser.converse(params, sample_key, openings, self._answer_fn(state))
         clock.lap("rollout")
         prompts, samples = self._arrays(talks.conversations)
         prompts, samples = put_rows(self._placement, prompts), put_rows(self._placement, samples)
@@ -172,11 +176,46 @@ class ConversationRollouts(Rollouts):
                 Opening(episode_seed(self._seed, i, held_out=True), _row(rows[i % len(rows)]) if rows else {})
                 for i in range(count)
             ]
+        if self.config.answered_by is not None:  # before the first step it may not be frozen yet
+            state = self.references.updated(state)
         params = self._speaker(state.base, state.train.params["model"])
         key = root_key(self._seed, Purpose.CONVERSATIONS)
-        talks = self._converser.converse(params, key, self._held_out).conversations
-        records = [{"index": i, **talk.record} for i, talk in enumerate(talks[:_SHOWN])]
-        return conversation_metrics(talks), records
+        found = self._converser.converse(params, key, self._held_out, self._answer_fn(state))
+        talks, numbers = found.conversations, conversation_metrics(found.conversations)
+        if self.config.has_reward:
+            turns, prompts, raw = self._read_turns(found, self._held_out)
+            for (_, turn), score in zip(turns, self.config.reward.plain_scores(raw, prompts), strict=True):
+                turn.reward += float(score)
+        numbers["score"] = float(np.mean([talk.reward for talk in talks if talk.end != "failed"]))
+        return numbers, [{"index": i, **talk.record} for i, talk in enumerate(talks[:_SHOWN])]
+
+    def _answer_fn(self, state: RunState) -> AnswerFn | None:
+        """The answers of the reference that plays a part in the environment; the same to the same messages."""
+        if self.config.answered_by is None:
+            return None
+        context = shortest_context(self.config.references, self.functions.model)
+        # It reads its instruction beside the conversation, whose texts may be other tokens than those sampled.
+        length = 2 * (self._opening + self.config.conversation.max_tokens)
+        length = length if context is None else min(length, context - self.config.sampler.max_new_tokens)
+        root = root_key(self._seed, Purpose.CONVERSATIONS)
+
+        def answer(messages: Sequence[Message]) -> str:
+            asked = encode_question(messages, self._tokenizer)
+            if len(asked) > length:
+                raise UserError(
+                    f"{self.config.answered_by} reads {length} tokens, the conversation has {len(asked)}"
+                )
+            rows = np.zeros((self._placement.mesh.size, length), np.int32)  # one for each device, all alike
+            mask = np.zeros(rows.shape, bool)
+            rows[:, -len(asked) :], mask[:, -len(asked) :] = asked, True
+            # Of the messages alone: whoever says them again, after a failure too, hears the same.
+            key = jax.random.fold_in(root, zlib.crc32(rows.tobytes()))
+            samples = self._other_answers(state, put_rows(self._placement, (rows, mask)), key)
+            tokens, chosen = (np.asarray(x)[:1] for x in (samples.tokens, samples.action_mask))
+            return decode_responses(self._tokenizer, [asked], tokens, chosen, self.functions.eos_ids)[0]
+
+        answer([{"role": "user", "content": "Hi"}])  # compiled before any time-out counts
+        return answer
 
     def _openings(self, cursor: int) -> list[Opening]:
         """How the conversations of a step begin; those of one group alike."""

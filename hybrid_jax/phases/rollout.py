@@ -241,10 +241,15 @@ class Rollouts:
         """Answers of the opponent to the same prompts."""
         if self.config.opponent is None:
             return []
-        name, keys = self.config.opponent.reference, _opponent_keys(key, self.config.opponent.num_samples)
-        opponent = self.references.of(state)[name]
+        keys = _opponent_keys(key, self.config.opponent.num_samples)
+        return [self._other_answers(state, prompts, each) for each in keys]
+
+    def _other_answers(self, state: RunState, prompts: tuple[Any, Any], key: Array) -> Samples:
+        """Answers of the reference that answers, too."""
+        name = self.config.answered_by
+        assert name is not None
         sample = self._sample if self.config.references[name].path is None else self._sample_opponent
-        return [sample(state.base, opponent, *prompts, each) for each in keys]
+        return sample(state.base, self.references.of(state)[name], *prompts, key)
 
     def _rivals(self, cursor: int, opponents: Sequence[Samples]) -> Sequence[Samples]:
         """Other answers to the same prompts that the references are to score."""

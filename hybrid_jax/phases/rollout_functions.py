@@ -53,13 +53,13 @@ class RolloutFunctions:
 
     def sample_opponent(self, opponent: Params, *inputs: Array) -> Samples:
         """Answers of an opponent that has a model of its own."""
-        return self._sample(self.reference_model(self.config.opponent.reference), opponent, *inputs)
+        return self._sample(self.reference_model(self.config.answered_by), opponent, *inputs)
 
     def check_opponent(self) -> None:
         """Raises `UserError` if the opponent may answer with tokens that the policy has not."""
-        if self.config.opponent is None:
+        name = self.config.answered_by
+        if name is None or self.config.environment is not None:  # a user's text becomes tokens of its own
             return
-        name = self.config.opponent.reference
         theirs, own = self.reference_model(name).vocab_size, self.model.vocab_size
         if theirs != own:
             where, path = f"phases.{self.name}.opponent", self.config.references[name].path

@@ -107,6 +107,16 @@ class RolloutSettings:
             raise ValueError(f"{wrong[0]} must be left out with an environment{hint.get(wrong[0], '')}")
         if not isinstance(self.sampler, Ancestral):
             raise ValueError("sampler must be ancestral with an environment")
+        if self.answered_by is not None and self.answered_by not in self.references:
+            known = ", ".join(self.references) or "none"
+            raise ValueError(f"environment.answered_by must be one of {known}, got {self.answered_by!r}")
+
+    @property
+    def answered_by(self) -> str | None:
+        """The reference that answers, too: as the opponent, or as who plays a part in the environment."""
+        if self.opponent is not None:
+            return self.opponent.reference
+        return getattr(self.environment, "answered_by", None)
 
     @property
     def has_reward(self) -> bool:

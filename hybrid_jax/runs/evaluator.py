@@ -20,8 +20,10 @@ def make_evaluator(
     held_out: Sequence[Example] | None = None,
 ) -> Evaluator:
     """Makes the evaluator of an experiment, with the sampler and the rewards that it trains with."""
-    rewarded = {name: phase for name, phase in config.phases.items() if hasattr(phase, "reward")}
-    trained_by = next(iter(rewarded.values()), None)
+    answering = {name: phase for name, phase in config.phases.items() if hasattr(phase, "reward")}
+    # What conversations earn is measured by conversations; one answer to a prompt is none.
+    rewarded = {name: phase for name, phase in answering.items() if phase.environment is None}
+    trained_by = next(iter((rewarded or answering).values()), None)
     # A phase without steps does nothing; but what the first one wants also measures a run of SFT alone.
     used = [name for name, phase in rewarded.items() if phase is trained_by or name in config.scheduler.phases]
     length, long_rows = sft.examples_read(config.phases)

@@ -252,3 +252,23 @@ def test_gae_over_turns_has_the_numbers_of_its_reference():
     whole, _ = Returns(0.9, "turn")(rewards, None, mask, group)
     np.testing.assert_allclose(whole[mask], [0.9, 0.9, 1.0, 1.0], atol=1e-6)
     np.testing.assert_allclose(returns[mask], np.asarray(per_turn + values)[mask], atol=1e-6)
+
+
+def test_a_reference_plays_the_user_and_says_the_same_to_the_same_messages(tmp_path, rows):
+    world = {"environment": {"name": "user", "answered_by": "sft", "end": None}, "max_prompt_length": 40}
+    limits = {"max_turns": 2, "max_tokens": 200, "max_reply_tokens": 64, "num_held_out": 2}
+    common = {"conversation": limits, "samples_per_prompt": 2, "missing_eos_penalty": None, **world}
+    reward = {"parts": {"goes_on": {"reward": {"name": "engagement", "horizon": 1}}}}
+    built = experiment(tmp_path, rows, reward=reward, **common)
+    phase, state = built.phases["rl"], built.init()
+    numbers, records = phase.converse(state)  # before any step: no reference is frozen yet
+    assert (numbers["turns"], numbers["return"], numbers["score"]) == (2, 0, 1)
+    assert [m["role"] for m in records[0]["conversation"]] == ["user", "assistant"] * 2 + ["user"]
+    state = phase.rollouts.references.updated(state)
+    once, again = (phase.rollouts.play(state, jax.random.key(0), jax.random.key(1), Clock()) for _ in range(2))
+    np.testing.assert_array_equal(once.rollout.tokens, again.rollout.tokens)
+    # The first of two answers is followed by another turn, the last by none.
+    np.testing.assert_array_equal(once.rollout.scores, np.full(8, 1.0))
+    answer_fn = phase.rollouts._answer_fn(state)
+    asked = [{"role": "user", "content": "Tell me more"}]
+    assert answer_fn(asked) == answer_fn(asked)

@@ -10,6 +10,7 @@ from hybrid_jax.core.batches import Example, Message
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, Seed, Share, settings
 from hybrid_jax.data.conversations import chat_example
+from hybrid_jax.data.filtering import Filtered
 from hybrid_jax.data.sources import SOURCES, Split
 from hybrid_jax.environments import catalogue  # noqa: F401  registers the environments
 from hybrid_jax.environments.base import ENVIRONMENTS, reads_rows
@@ -21,13 +22,14 @@ MOST_LETTERS = 2**20
 
 @SOURCES.register("demonstrations")
 @settings(kw_only=True)
-class Demonstrations:
+class Demonstrations(Filtered):
     """Conversations that the expert of an environment has with it, as examples to learn from.
 
     An environment has an expert where its settings have ``expert(messages)``, which answers a conversation so
     far, or where it has ``expert()`` itself. ``moves()`` of the settings are all answers to choose from. Each
-    row has its return in the column "return". The seeds of the conversations are those from 2^32 on, which no
-    phase and no evaluation draws; held-out ones are others than those of training.
+    row has its return in the column "return", by which ``filter`` may choose. The seeds of the conversations
+    are those from 2^32 on, which no phase and no evaluation draws; held-out ones are others than those of
+    training.
 
     Attributes:
         environment: to play with.
@@ -58,7 +60,8 @@ class Demonstrations:
         if split == "held_out":
             rows = range(self.num_rows, self.num_rows + self.num_held_out)
         first = self.seed * (self.num_rows + self.num_held_out)
-        return [self._play(FIRST_SEED + first + row) for row in rows]
+        played = {row.where: row for row in (self._play(FIRST_SEED + first + row) for row in rows)}
+        return [played[where] for where, _ in self.kept(((w, row.columns) for w, row in played.items()), split)]
 
     def _play(self, seed: int) -> Example:
         environment = self.environment.make()

@@ -59,6 +59,14 @@ def test_a_config_names_the_environment_and_one_without_an_expert_is_one_line():
         Demonstrations(environment=Silent()).load("train")
 
 
+def test_a_filter_keeps_conversations_by_their_return():
+    given = {"environment": "twenty_questions", "num_rows": 40, "expert_share": 0.5}
+    best = {"name": "one_of", "column": "return", "values": [0.85]}
+    returns = [row.columns["return"] for row in parse(SOURCES["demonstrations"], given, "data").load("train")]
+    kept = parse(SOURCES["demonstrations"], {**given, "filter": [best]}, "data").load("train")
+    assert 0 < len(kept) == returns.count(0.85) < 40
+
+
 def test_an_expert_may_be_of_the_conversation_itself():
     (row,) = Demonstrations(environment=Coy(expert=lambda: "aha"), num_rows=1).load("train")
     assert [message["content"] for message in row.messages] == ["hello", "aha"]

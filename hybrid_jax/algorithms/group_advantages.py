@@ -6,8 +6,8 @@ R_b is all that response b received, G the number of answers to its prompt. The 
     group           (R_b − mean) / (std + 1e-4), or without std     (GRPO; Dr. GRPO)
     pass_at_k       E[max R over k answers of which b is one] − E[max R over k answers]
 
-The first is G/(G − 1) times the second without std. Masked tokens have the advantage 0. A rollout whose group
-lost a row (its number stands alone) gives that row the advantage 0.
+The first is G/(G − 1) times the second without std. Masked tokens have the advantage 0. A row without
+tokens is no member of its group; one whose group has lost all others has the advantage 0.
 
 Sources: Kool et al. 2019, Ahmadian et al. 2024 (arXiv 2402.14740); Shao et al. 2024 (2402.03300); Liu et al.
 2025 (2503.20783); Chen et al. 2025 (2508.10751), of whose rewards 0 and 1 pass_at_k is the numerator.
@@ -43,7 +43,7 @@ class LeaveOneOut:
         self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
-        count, total = _of_group(jnp.ones_like(earned), group), _of_group(earned, group)
+        count, total = _count(action_mask, group), _of_group(earned, group)
         others = (total - earned) / jnp.maximum(count - 1, 1)
         return _for_tokens(jnp.where(count > 1, earned - others, 0.0), action_mask), None
 
@@ -62,17 +62,15 @@ class GroupRelative:
         self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
-        count = _of_group(jnp.ones_like(earned), group)
-        centred = earned - _of_group(earned, group) / count
+        present, count = action_mask.any(axis=1), jnp.maximum(_count(action_mask, group), 1)
+        centred = jnp.where(present, earned - _of_group(earned, group) / count, 0.0)
         # Once more: the mean is off by a rounding, which a small deviation would make a signal.
-        centred = centred - _of_group(centred, group) / count
+        centred = jnp.where(present, centred - _of_group(centred, group) / count, 0.0)
         match self.scale:
             case "group":
                 deviation = jnp.sqrt(_of_group(jnp.square(centred), group) / jnp.maximum(count - 1, 1))
                 centred = centred / (deviation + EPSILON)
             case "rollout":
-                # A response that is left out has no reward, and not the reward 0.
-                present = action_mask.any(axis=1)
                 away = earned - masked_mean(earned, present)
                 variance = masked_sum(jnp.square(away), present) / jnp.maximum(present.sum() - 1, 1)
                 centred = centred / (jnp.sqrt(variance) + EPSILON)
@@ -97,20 +95,22 @@ class PassAtK:
         self, rewards: Rewards, values: Rewards | None, action_mask: Bool[Array, "B R"], group: Int[Array, "B"]
     ) -> Estimated:
         earned = _earned(rewards, action_mask)
-        best_with = _best_with(earned, group, self.k)
+        best_with = _best_with(earned, action_mask.any(axis=1), group, self.k)
         # Over the answers of a group, the mean of the best with each is the best of any k.
-        mean = _of_group(best_with, group) / _of_group(jnp.ones_like(earned), group)
+        mean = _of_group(best_with, group) / jnp.maximum(_count(action_mask, group), 1)
         return _for_tokens(best_with - mean, action_mask), None
 
 
-def _best_with(earned: Float[Array, "B"], group: Int[Array, "B"], k: int) -> Float[Array, "B"]:
+def _best_with(
+    earned: Float[Array, "B"], present: Bool[Array, "B"], group: Int[Array, "B"], k: int
+) -> Float[Array, "B"]:
     """E[max R over k answers to the prompt of b, of which b is one].
 
     In ascending order, answer j is the best of C(j − 1, k − 1) sets of b = j, and of C(j − 2, k − 2) sets with
     an earlier b, out of the C(G − 1, k − 1) sets that hold b.
     """
     index = jnp.arange(len(earned))
-    together = group[:, None] == group[None, :]
+    together = (group[:, None] == group[None, :]) & present[:, None] & present[None, :]
     before = (earned[None, :] < earned[:, None]) | (
         (earned[None, :] == earned[:, None]) & (index[None] < index[:, None])
     )
@@ -136,6 +136,11 @@ def _choices(n: Int[Array, "B"], of: Int[Array, "B"], k: int) -> Float[Array, "B
 
 def _earned(rewards: Rewards, mask: Bool[Array, "B R"]) -> Float[Array, "B"]:
     return jnp.sum(jnp.where(mask, rewards, 0.0), axis=1)
+
+
+def _count(mask: Bool[Array, "B R"], group: Int[Array, "B"]) -> Float[Array, "B"]:
+    """The answers in the group of each row; one that is left out has no token, and is none of them."""
+    return _of_group(mask.any(axis=1).astype(jnp.float32), group)
 
 
 def _of_group(x: Float[Array, "B"], group: Int[Array, "B"]) -> Float[Array, "B"]:

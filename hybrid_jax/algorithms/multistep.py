@@ -60,6 +60,7 @@ class VTrace:
     trace: Share = 1.0  # λ
     rho_cap: Positive = 1.0  # ρ̄: a larger one learns values nearer to those of π, with more noise
     trace_cap: Positive = 1.0  # c̄: a larger one lets what comes later reach back further, with more noise
+    per: Unit = "token"  # what γ and λ count
 
     needs_value = True
     reads_ratios = True
@@ -80,8 +81,8 @@ class VTrace:
             values,
             jnp.zeros_like(rewards) if log_ratios is None else log_ratios,
             action_mask,
-            discount=self.discount,
-            trace=self.trace,
+            discount=counted(self.discount, self.per, action_mask),
+            trace=counted(self.trace, self.per, action_mask),
             rho_cap=self.rho_cap,
             trace_cap=self.trace_cap,
         )
@@ -125,7 +126,7 @@ def vtrace(
     mask: Bool[Array, "*batch R"],
     *,
     discount: Discount = 1.0,
-    trace: float = 1.0,
+    trace: Discount = 1.0,
     rho_cap: float = 1.0,
     trace_cap: float = 1.0,
     advantage_cap: float | None = None,
@@ -141,7 +142,7 @@ def vtrace(
         log_ratios: log π/b of each token.
         mask: the tokens that the policy chose.
         discount: γ, one for all or one for each token.
-        trace: λ in [0, 1].
+        trace: λ in [0, 1], one for all or one for each token.
         rho_cap: ρ̄.
         trace_cap: c̄.
         advantage_cap: of the ratio in the advantage; None takes ρ̄.
@@ -152,6 +153,7 @@ def vtrace(
     chex.assert_equal_shape((rewards, values, log_ratios, mask))
     log_ratios = jax.lax.stop_gradient(log_ratios)
     order, (rewards_, values_, discounts, valid) = _first(mask, rewards, values, discount)
+    trace = jnp.take_along_axis(jnp.broadcast_to(jnp.asarray(trace, rewards.dtype), mask.shape), order, axis=-1)
     ratios = jnp.exp(jnp.where(valid, jnp.take_along_axis(log_ratios, order, axis=-1), 0.0))
     rho, carried = jnp.minimum(ratios, rho_cap), trace * jnp.minimum(ratios, trace_cap)
     surprises = rho * (rewards_ + discounts * _next(values_) - values_)

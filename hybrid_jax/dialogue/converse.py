@@ -36,7 +36,12 @@ from hybrid_jax.sampling.turns import TurnEngine, TurnState
 
 _AT_ONCE = 8  # rows that begin, or read, in one call: a call costs as much for fewer
 _STEPS = 8  # tokens that rows draw before the host looks for replies
+_LETTERS = 64  # of a token, at most: what is longer is not even encoded
 _SHORTEST = 16  # tokens that replies are padded to, at least
+
+
+class TooSmall(UserError):
+    """A setting that lets no conversation go on: no failure of an environment."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Converser:
             self._environment,
             timeout_seconds=self.settings.timeout_seconds,
             retries=self.settings.retries,
-            most_letters=self.settings.max_reply_tokens * 64,
+            most_letters=_LETTERS * max(self.settings.max_reply_tokens, self.prompt_length),
             answer_fn=answer_fn,
         )
         try:
@@ -140,7 +145,7 @@ class Converser:
             longest = max(shown, key=lambda message: len(message["content"]))
             letters = len(longest["content"])
             if not letters:
-                raise UserError(
+                raise TooSmall(
                     f"{self._where}.conversation.max_reply_tokens must hold a reply without its text, "
                     f"{len(tokens)} tokens, got {most}"
                 )
@@ -241,6 +246,8 @@ class _Session:
             try:
                 tools = self.worlds.tools(number)
                 tokens = self.of.reply_tokens(reply.messages, tools, turn.complete)
+            except TooSmall:
+                raise
             except UserError as error:
                 self._fail(number, str(error))
                 return
@@ -337,11 +344,5 @@ class _Session:
         self.free.append(row)
 
     def _metrics(self) -> dict[str, float]:
-        failed = [talk for talk in self.talks if talk.end == "failed"]
-        if len(failed) == len(self.talks):
-            raise UserError(
-                f"{self.of._where}.environment: all {len(failed)} conversations of a step failed; the first: "
-                f"{failed[0].failure}"
-            )
         counts = {f"world_{name}": float(count) for name, count in self.worlds.take_counts().items()}
         return counts | {f"{name}_seconds": seconds for name, seconds in self.seconds.items()}

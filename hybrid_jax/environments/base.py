@@ -26,7 +26,7 @@ class Step(NamedTuple):
     reward: float  # of the answer; finite
     terminated: bool  # the conversation has ended
     truncated: bool = False  # it is broken off, though it could go on
-    info: Mapping[str, Any] = {}  # numbers to log, by name
+    info: Mapping[str, Any] = {}  # numbers to log, by name: they are added up over the conversation
 
 
 @runtime_checkable

@@ -163,6 +163,9 @@ class Worlds:
             return self._failed(place, conversation, number, error)
         conversation.task, conversation.tools = None, outcome.tools
         last = said[-1]
+        if not known and last.cut:
+            error = f"its first messages have {last.cut:,} letters more than are read, {self._most_letters:,}"
+            return self._failed(place, conversation, 0, error)
         known.append(last)
         self._counts["cut_letters"] += last.cut
         return [Reply(place, last.messages, last.reward, last.terminated, last.truncated, last.info)]

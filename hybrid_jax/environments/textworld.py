@@ -135,8 +135,8 @@ class TextWorldGame:
             reply = self._state.feedback
         else:  # others would save files, begin anew or stop the interpreter
             reply, ended = _NOTHING, False
-        numbers = {"score": self._state.score, "max_score": self._state.max_score, "won": self._state.won}
-        return Step(self._said(reply, ended), float(self._state.score - before), ended, False, numbers)
+        won = {"won": float(ended and self._state.won)}
+        return Step(self._said(reply, ended), float(self._state.score - before), ended, False, won)
 
     def expert(self) -> str:
         """The next command of a shortest solution from here; ``look`` where there is none."""

@@ -68,7 +68,7 @@ class DecoderCache:
 
     def with_rows(self, rows: Int[Array, "G M"], fresh: DecoderCache) -> DecoderCache:
         """`RefillCache.with_rows`: each prompt ends right before the slot that is written next."""
-        shift = jnp.int32(0) if self.slot.ndim else self.slot - fresh.slot
+        shift = 0 if self.slot.ndim else self.slot - fresh.slot
 
         def put_slots(array: Array, new: Array) -> Array:
             turned = jnp.roll(new, shift, axis=-2)

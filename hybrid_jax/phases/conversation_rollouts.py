@@ -11,6 +11,7 @@ import logging
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -127,6 +128,11 @@ class ConversationRollouts(Rollouts):
         params = self._speaker(state.base, state.train.params["model"])
         talks = self._converser.converse(params, sample_key, openings, self._answer_fn(state))
         clock.lap("rollout")
+        if all(talk.end == "failed" for talk in talks.conversations):
+            count, first = len(talks.conversations), talks.conversations[0].failure
+            raise UserError(
+                f"phases.{self.name}.environment: all {count} conversations failed; the first: {first}"
+            )
         prompts, samples = self._arrays(talks.conversations)
         prompts, samples = put_rows(self._placement, prompts), put_rows(self._placement, samples)
         references = self.references.of(state)
@@ -151,7 +157,6 @@ class ConversationRollouts(Rollouts):
             # The last turn's is received with the last token anyway.
             if turn is not talks[row].turns[-1]:
                 placed[row, turn.end - 1] = reward
-        shown[~counts] = shown[counts].mean()  # so that what failed moves no mean
         received = {
             "scores": scores,
             "plain_scores": shown,
@@ -171,7 +176,9 @@ class ConversationRollouts(Rollouts):
         if not count:
             return {}, []
         if self._held_out is None:
-            rows = self._load_held_out() if reads_rows(self._environment) else ()
+            own = self.config.source
+            load = self._load_held_out if own is None else partial(own.load, "held_out")
+            rows = load() if reads_rows(self._environment) else ()
             self._held_out = [
                 Opening(episode_seed(self._seed, i, held_out=True), _row(rows[i % len(rows)]) if rows else {})
                 for i in range(count)
@@ -182,11 +189,12 @@ class ConversationRollouts(Rollouts):
         key = root_key(self._seed, Purpose.CONVERSATIONS)
         found = self._converser.converse(params, key, self._held_out, self._answer_fn(state))
         talks, numbers = found.conversations, conversation_metrics(found.conversations)
-        if self.config.has_reward:
+        if self.config.has_reward and numbers["failed_fraction"] < 1:
             turns, prompts, raw = self._read_turns(found, self._held_out)
             for (_, turn), score in zip(turns, self.config.reward.plain_scores(raw, prompts), strict=True):
                 turn.reward += float(score)
-        numbers["score"] = float(np.mean([talk.reward for talk in talks if talk.end != "failed"]))
+        if fine := [talk.reward for talk in talks if talk.end != "failed"]:
+            numbers["score"] = float(np.mean(fine))
         return numbers, [{"index": i, **talk.record} for i, talk in enumerate(talks[:_SHOWN])]
 
     def _answer_fn(self, state: RunState) -> AnswerFn | None:
@@ -317,6 +325,8 @@ def _row(example: Any) -> dict[str, Any]:
 def conversation_metrics(talks: Sequence[Conversation]) -> dict[str, float]:
     """Numbers of conversations to log: means over those that did not fail, and the share of those that did."""
     fine = [talk for talk in talks if talk.end != "failed"]
+    if not fine:
+        return {"failed_fraction": 1.0}
     turns = [turn for talk in fine for turn in talk.turns]
     infos: dict[str, list[float]] = {}
     for talk in fine:

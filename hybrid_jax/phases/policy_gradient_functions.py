@@ -21,6 +21,7 @@ from hybrid_jax.models.base import Params
 from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.phases.minibatches import update_in_minibatches, whole_rollout
 from hybrid_jax.phases.policy_losses import PolicyLosses
+from hybrid_jax.phases.rollout_functions import whole_rows
 from hybrid_jax.training import loss_scale
 from hybrid_jax.training.loss_scale import loss_scale_of
 from hybrid_jax.training.state import TrainState
@@ -153,20 +154,23 @@ class PolicyGradientFunctions(PolicyLosses):
         if config.whiten_advantages:
             # Over the whole rollout: minibatches of an epoch then share one scale.
             advantages = whiten(advantages, learned)
+        own = whole_rows(rollout)
+        read = mask if own is None else learned
         kl, kl_k3 = (
             sum(
                 (
-                    weights[name] * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean()
+                    weights[name]
+                    * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean(where=own)
                     for name, reference in references.items()
                 ),
                 jnp.zeros(()),
             )
             for estimate in (k1, k3)
         )
-        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, mask)}
+        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, read)}
         if rollout.values is not None:
             variance = explained_variance(rollout.values, returns, learned)
-            metrics |= {"value": masked_mean(rollout.values, mask), "explained_variance": variance}
+            metrics |= {"value": masked_mean(rollout.values, read), "explained_variance": variance}
         weights, shares = loss_weights(config.aggregation, learned, rollout.group)
         estimated = {"advantages": advantages, "returns": returns}
         return replace(rollout, **estimated, loss_weights=weights, loss_shares=shares), metrics

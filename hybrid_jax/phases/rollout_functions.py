@@ -145,19 +145,24 @@ class RolloutFunctions:
 
     def score_metrics(self, rollout: Rollout) -> dict[str, Array]:
         """Scores and penalty, each logged under a name of its own."""
-        complete = self.complete(rollout)
+        complete, own = self.complete(rollout), whole_rows(rollout)
         return {
-            "score": rollout.plain_scores.mean(),
-            "score_std": rollout.plain_scores.std(),
-            "shaped_score": rollout.scores.mean(),
-            "penalty": self.penalties(complete).mean(),
-            "eos_fraction": complete.mean(),
-            "response_length": rollout.action_mask.sum(axis=1).mean(),
+            "score": rollout.plain_scores.mean(where=own),
+            "score_std": rollout.plain_scores.std(where=own),
+            "shaped_score": rollout.scores.mean(where=own),
+            "penalty": self.penalties(complete).mean(where=own),
+            "eos_fraction": complete.mean(where=own),
+            "response_length": rollout.action_mask.sum(axis=1).mean(where=own),
         }
 
     def whole(self, trained: Params) -> Params:
         """All parameters of a model, of those that train of it."""
         return whole(self.base, trained)
+
+
+def whole_rows(rollout: Rollout) -> Bool[Array, "B"] | None:
+    """The conversations that did not fail; None where rows are answers, which are whole."""
+    return None if rollout.truncated is None else rollout.counts
 
 
 def above_base(functions: RolloutFunctions, name: str) -> Callable[..., Any]:

@@ -107,3 +107,18 @@ def test_returns_are_what_is_received_from_a_token_on():
     mean = (2.75 + 3.5 + 3.0 + 4.5 + 1.0) / 5
     expected = np.where(mask, np.array([[2.75, 0, 3.5, 3], [4.5, 1, 0, 0]]) - mean, 0)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [LeaveOneOut(), *(GroupRelative(scale) for scale in ("group", "rollout", "none")), PassAtK(2), PassAtK(1)],
+    ids=["rloo", "grpo", "rollout", "dr_grpo", "pass_2", "pass_1"],
+)
+def test_an_answer_that_is_left_out_is_no_member_of_its_group(estimator):
+    rewards = jnp.array([51.0, 50.0, 0.0, 50.0, 50.0, 53.0, 0.0, 49.0, 50.0, 0.0, 52.0, 47.0])[:, None]
+    group = jnp.arange(12) // 4
+    here = np.array([True, True, False, True, True, True, False, True, True, False, True, True])
+    found, _ = estimator(rewards, None, jnp.asarray(here)[:, None], group)
+    alone, _ = estimator(rewards[here], None, jnp.ones((9, 1), bool), group[here])
+    np.testing.assert_allclose(found[here], alone, rtol=1e-5, atol=1e-5)
+    assert not np.asarray(found[~here]).any()

@@ -370,3 +370,12 @@ def test_a_request_to_stop_ends_the_wait():
             pool.finished()
     finally:
         waiting.go_on()
+
+
+def test_a_beginning_that_is_longer_than_is_read_is_a_failure_and_never_cut():
+    pool = worlds(
+        Scripted(at_reset=lambda world, _: [{"role": "user", "content": "x" * 2000}]), most_letters=1500
+    )
+    pool.reset(0, 0, {})
+    (reply,) = pool.finished(5.0)
+    assert "its first messages have 500 letters more than are read, 1,500" in reply.failure

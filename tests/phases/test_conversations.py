@@ -10,6 +10,7 @@ import pytest
 
 import hybrid_jax as hj
 from hybrid_jax.algorithms.advantages import GAE, Returns
+from hybrid_jax.algorithms.multistep import VTrace
 from hybrid_jax.core.config import parse
 from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.environments.base import Step
@@ -272,3 +273,85 @@ def test_a_reference_plays_the_user_and_says_the_same_to_the_same_messages(tmp_p
     answer_fn = phase.rollouts._answer_fn(state)
     asked = [{"role": "user", "content": "Tell me more"}]
     assert answer_fn(asked) == answer_fn(asked)
+
+
+@hj.settings
+class Failing:
+    """A world of two turns in which some conversations of a step fail in the second."""
+
+    which: tuple[int, ...] = ()
+
+    def make(self, answer_fn=None):
+        return FailingWorld(self.which)
+
+
+class FailingWorld:
+    made = 0
+
+    def __init__(self, which):
+        self.fails = FailingWorld.made in which
+        FailingWorld.made += 1
+        self.turn = 0
+
+    def reset(self, seed):
+        return [{"role": "user", "content": "Hi"}]
+
+    def step(self, text):
+        self.turn += 1
+        if self.fails and self.turn == 2:
+            raise RuntimeError("lost")
+        return Step([{"role": "user", "content": "And?"}], float(len(text)), self.turn == 2)
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_conversation_whose_environment_failed_is_no_member_of_its_group_and_of_no_mean(tmp_path, rows, kind):
+    world = {"environment": Failing((2, 6)), "max_prompt_length": 40, "references": {}}
+    limits = {"max_turns": 2, "max_tokens": 100, "max_reply_tokens": 48, "slots": 1}  # made in their order
+    groups = {"prompts_per_step": 2, "samples_per_prompt": 4, "missing_eos_penalty": None}
+    built = experiment(tmp_path, rows, kind, conversation=limits, **groups, **world)
+    FailingWorld.made = 0
+    rolled, state = played(built)
+    counts = np.asarray(rolled.rollout.counts)
+    assert counts.tolist() == [True, True, False, True, True, True, False, True]
+    functions = built.phases["rl"].functions
+    prepared, metrics = functions.prepared(
+        state.train.params["model"], rolled.rollout, jnp.float32(0), ("model",)
+    )
+    scores = np.asarray(rolled.rollout.scores)
+    found = np.asarray(prepared.advantages).max(axis=1) + np.asarray(prepared.advantages).min(axis=1)
+    for group in (np.array([0, 1, 3]), np.array([4, 5, 7])):
+        earned = scores[group]
+        expected = 1.5 * (earned - earned.mean())
+        if kind == "grpo":
+            expected = (earned - earned.mean()) / (earned.std(ddof=1) + 1e-4)
+        np.testing.assert_allclose(found[group], expected, rtol=1e-4, atol=1e-5)
+    assert not found[~counts].any()
+    assert float(metrics["shaped_score"]) == pytest.approx(scores[counts].mean())
+    assert float(metrics["score_std"]) == pytest.approx(scores[counts].std())
+    tokens = np.asarray(rolled.rollout.action_mask).sum(axis=1)
+    assert float(metrics["response_length"]) == pytest.approx(tokens[counts].mean())
+
+
+def test_limits_that_let_no_conversation_go_on_are_named_and_a_failing_evaluation_ends_no_run(tmp_path, rows):
+    limits = {"max_turns": 2, "max_tokens": 100, "max_reply_tokens": 16}
+    world = {"environment": Counting(turns=2), "max_prompt_length": 40}
+    with pytest.raises(
+        hj.UserError, match=r"^phases.rl.conversation.max_reply_tokens must hold a reply without"
+    ):
+        played(experiment(tmp_path / "a", rows, conversation=limits, **world))
+    limits["max_reply_tokens"] = 48
+    broken = {"environment": Failing(tuple(range(999))), "max_prompt_length": 40}
+    built = experiment(tmp_path / "b", rows, conversation=limits, **broken)
+    FailingWorld.made = 0
+    assert built.phases["rl"].converse(built.init())[0] == {"failed_fraction": 1.0}
+    with pytest.raises(hj.UserError, match=r"all 4 conversations failed; the first: .*RuntimeError: lost"):
+        played(built)
+
+
+def test_v_trace_at_ratio_1_is_gae_per_turn_too():
+    draw = np.random.default_rng(3).normal(size=(2, 4, 9)).astype(np.float32)
+    mask, group = jnp.asarray(np.random.default_rng(4).random((4, 9)) < 0.6), jnp.arange(4)
+    of_gae, returns = GAE(0.9, 0.7, "turn")(*draw, mask, group)
+    of_vtrace, targets = VTrace(0.9, 0.7, per="turn")(*draw, mask, group)
+    np.testing.assert_allclose(of_gae, of_vtrace, atol=1e-5)
+    np.testing.assert_allclose(returns, targets, atol=1e-5)

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -26,6 +27,7 @@ from hybrid_jax.data.loader import visits
 from hybrid_jax.dialogue.conversation import Conversation, Turn
 from hybrid_jax.dialogue.converse import Converser, Opening, Talks
 from hybrid_jax.environments.base import AnswerFn, reads_rows
+from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.mesh import put_rows
 from hybrid_jax.parallel.rules import ROLLOUTS, under
 from hybrid_jax.phases.clock import Clock
@@ -37,6 +39,7 @@ from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.sampling.responses import decode_responses
 from hybrid_jax.sampling.turns import TurnEngine
 from hybrid_jax.training.phase import Program, Resources
+from hybrid_jax.training.shapes import row_shape
 from hybrid_jax.training.state import RunState
 
 log = logging.getLogger(__name__)
@@ -101,22 +104,24 @@ class ConversationRollouts(Rollouts):
             return jax.jit(under(sampling, function), **settings)
 
         self._speaker = compiled(self._program("speaker"))
-        if self._tokenizer is None:  # only planned
-            return
-        engine = TurnEngine(
+        self._engine = engine = TurnEngine(
             functions.model,
             functions.eos_ids,
             config.sampler.max_new_tokens,
             config.conversation.max_tokens,
             config.sampler.policy_temperature or 1.0,
         )
+        self._slots = config.conversation.slots or config.rows
+        self._decode = compiled(engine.decode)
+        if self._tokenizer is None:  # only planned
+            return
         self._converser = Converser(
             engine,
             self._environment,
             config.conversation,
             self._tokenizer,
             self._opening,
-            config.conversation.slots or config.rows,
+            self._slots,
             compiled,
             f"phases.{self.name}",
         )
@@ -301,12 +306,28 @@ class ConversationRollouts(Rollouts):
         raise NotImplementedError("a conversation begins with its environment")
 
     def programs(self, state: RunState, length: int, waiting: Any) -> tuple[list[Program], Rollout]:
-        """`Rollouts.programs`, where conversations are sampled as one long answer each is."""
-        programs, rollout = super().programs(state, length, waiting)
-        shape = rollout.action_mask
-        row = jax.ShapeDtypeStruct((shape.shape[0],), bool, sharding=rollout.scores.sharding)
-        placed = jax.ShapeDtypeStruct(shape.shape, np.float32, sharding=shape.sharding)
-        return programs, replace(rollout, counts=row, truncated=row, placed=placed)
+        """`Rollouts.programs`, with the program that draws the tokens of all answers."""
+        (sample, *programs), rollout = super().programs(state, length, waiting)
+        config, slots = self.config, self._slots
+        talks = jax.eval_shape(lambda: self._engine.init(slots, length))
+        talks = jax.tree.map(self._rows_of_slots, talks)
+        speaker = jax.eval_shape(self._speaker, state.base, state.train.params["model"])
+        inputs = (self._placement.shapes(speaker, param_axes), talks, self._rows_of_slots(jnp.int32(0)))
+        tokens = config.conversation.max_tokens
+        in_turn = -(-config.rows // slots)  # conversations that a slot holds, one after the other
+        drawn = replace(sample, function=self._decode, arguments=inputs, loop_steps=in_turn * tokens)
+        mask = rollout.action_mask
+        row = jax.ShapeDtypeStruct((mask.shape[0],), bool, sharding=rollout.scores.sharding)
+        placed = jax.ShapeDtypeStruct(mask.shape, np.float32, sharding=mask.sharding)
+        return [drawn, *programs], replace(rollout, counts=row, truncated=row, placed=placed)
+
+    def _rows_of_slots(self, x: Any) -> Any:
+        """The shape of something of each slot, split like rows; of anything else, whole on every device."""
+        if x.shape and x.shape[0] == self._slots:
+            return row_shape(self._placement, *x.shape, dtype=x.dtype)
+        return jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=self._placement.sharding(x.shape, (None,) * x.ndim)
+        )
 
 
 def episode_seed(seed: int, number: int, held_out: bool = False) -> int:

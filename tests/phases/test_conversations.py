@@ -17,6 +17,7 @@ from hybrid_jax.environments.base import Step
 from hybrid_jax.experiment_config import ExperimentConfig
 from hybrid_jax.models.heads import value
 from hybrid_jax.phases.clock import Clock
+from hybrid_jax.runs.initial_state import state_shapes
 from hybrid_jax.sampling.logits import response_keys, response_noise, sample_token
 from tests.dialogue.talkers import Counting
 
@@ -95,6 +96,18 @@ def played(built, key=1):
 def talked(tmp_path_factory, rows):
     built = experiment(tmp_path_factory.mktemp("talked"), rows)
     return built, *played(built)
+
+
+def test_a_plan_counts_the_tokens_of_whole_conversations(tmp_path, rows):
+    limits = {"max_turns": 2, "max_tokens": 100, "max_reply_tokens": 48, "slots": 3}
+    world = {"environment": Counting(turns=2), "max_prompt_length": 40}
+    built = experiment(tmp_path, rows, conversation=limits, **world)
+    phase = built.phases["rl"]
+    state = state_shapes(built.model, built.phases, built.placement)
+    sample, score, learn = phase.programs(state)
+    assert sample.loop_steps == 2 * 100  # 4 conversations in 3 slots
+    assert (sample.tokens, score.tokens, learn.tokens) == (400, 560, 560)
+    assert sample.function.lower(*sample.arguments).out_info is not None
 
 
 def test_every_token_that_is_learned_is_the_one_that_was_drawn_behind_those_before_it(talked):

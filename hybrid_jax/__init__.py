@@ -65,6 +65,7 @@ _PUBLIC = {
     # samplers
     "sampling.base": ["SAMPLERS", "Sampler"],
     "environments.base": ["ENVIRONMENTS", "Environment", "Step"],
+    "environments.tools": ["TOOLS"],
     "environments.factories": ["FACTORIES"],
     "sampling.ancestral": ["Ancestral"],
     "sampling.engine": ["Engine"],

@@ -1,7 +1,11 @@
-"""Calls of functions in an answer, read strictly: ``<tool_call>{"name": …, "arguments": {…}}</tool_call>``.
+"""Calls of functions in an answer, read strictly.
 
-It is the form of Hermes and Qwen. Only functions that are given are called, with arguments of the types that
-they declare; everything else is an error that the policy reads.
+    <tool_call>{"name": "calculator", "arguments": {"expression": "2 * 3"}}</tool_call>   Hermes, Qwen
+    calculator(2 * 3)                                                                     for small models
+
+The second form is the whole answer and calls a function of one argument, whose text it is. Only functions that
+are given are called, with arguments of the types that they declare; everything else is an error that the policy
+reads.
 """
 
 from __future__ import annotations
@@ -10,12 +14,15 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from hybrid_jax.core.batches import Message
 from hybrid_jax.core.errors import UserError
 
 _CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+_PLAIN = re.compile(r"([A-Za-z_]\w*)\((.*)\)", re.DOTALL)
+MOST_CALLS = 16  # in one answer
 _TYPES: Mapping[str, tuple[type, ...]] = {
     **{"string": (str,), "boolean": (bool,), "integer": (int,), "number": (int, float)},
     **{"array": (list,), "object": (dict,), "null": (type(None),)},
@@ -55,14 +62,24 @@ def call_tools(
         A message of the role ``tool`` for each call, none where nothing is called, and the number of errors.
     """
     declared = {schema["function"]["name"]: schema["function"]["parameters"] for schema in schemas}
+    written = _CALL.findall(text)
+    if not len(written) == text.count("<tool_call>") == text.count("</tool_call>") <= MOST_CALLS:
+        error = f"error: a <tool_call> is not closed, or there are more than {MOST_CALLS}"
+        return [{"role": "tool", "content": error}], 1
+    readers: list[Callable[[], tuple[str, dict[str, Any]]]] = [
+        partial(_read, each, declared) for each in written
+    ]
+    plain = _PLAIN.fullmatch(text.strip())
+    if plain is not None and plain[1] in declared:
+        readers = [partial(_read_plain, plain[1], plain[2], declared[plain[1]])]
     messages, errors = list[Message](), 0
-    for written in _CALL.findall(text):
+    for read in readers:
         name = ""
         try:
-            name, arguments = _read(written, declared)
+            name, arguments = read()
             content = str(functions[name](**arguments))
         except Exception as error:  # of the call, or of the function itself
-            content, errors = f"error: {error}", errors + 1
+            content, errors = f"error: {' '.join(str(error).split())[:300]}", errors + 1
         messages.append({"role": "tool", **({"name": name} if name else {}), "content": content})
     return messages, errors
 
@@ -79,6 +96,25 @@ def _read(written: str, declared: Mapping[str, Mapping[str, Any]]) -> tuple[str,
     ):
         raise CallError('a call must be {"name": …, "arguments": {…}}')
     name, arguments = call["name"], call["arguments"]
+    _check_call(name, arguments, declared)
+    return name, arguments
+
+
+def _read_plain(name: str, written: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    properties = parameters.get("properties", {})
+    if len(properties) != 1:
+        raise CallError(f"{name} has {len(properties)} arguments: call it in <tool_call>")
+    ((key, schema),) = properties.items()
+    try:
+        value = written if schema.get("type") == "string" else json.loads(written)
+    except (ValueError, RecursionError) as error:
+        raise CallError(f"{name}: {key} must be JSON: {error}") from None
+    _check_call(name, {key: value}, {name: parameters})
+    return name, {key: value}
+
+
+def _check_call(name: Any, arguments: Mapping[str, Any], declared: Mapping[str, Mapping[str, Any]]) -> None:
+    """Checks that the function is there, and takes these arguments."""
     if not isinstance(name, str) or name not in declared:
         raise CallError(f"there is no function {name!r}; known: {', '.join(declared)}")
     properties, required = declared[name].get("properties", {}), declared[name].get("required", ())
@@ -88,7 +124,6 @@ def _read(written: str, declared: Mapping[str, Mapping[str, Any]]) -> tuple[str,
         if key not in properties:
             raise CallError(f"{name} has no argument {key!r}; known: {', '.join(properties) or 'none'}")
         _check(f"{name}: {key}", value, properties[key])
-    return name, arguments
 
 
 def _check(where: str, value: Any, schema: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ import hybrid_jax.environments.gymnasium
 import hybrid_jax.environments.skyrl_gym
 import hybrid_jax.environments.textarena
 import hybrid_jax.environments.textworld
+import hybrid_jax.environments.tools
 import hybrid_jax.environments.trl
 import hybrid_jax.environments.twenty_questions
 import hybrid_jax.environments.user  # noqa: F401

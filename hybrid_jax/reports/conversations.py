@@ -48,5 +48,5 @@ def _bubble(message: dict[str, Any]) -> str:
     own = role == "assistant"
     shown = escaped(text) if text.strip() else "<i>empty</i>"
     reward = f"<small>{score_text(message['reward'])}</small>" if message.get("reward") is not None else ""
-    who = "" if role in ("assistant", "user") else f"<small>{escaped(role)}</small>"
+    who = "" if role in ("assistant", "user") else f'<small class="role">{escaped(role)}</small>'
     return f'<p class="bubble{" own" if own else ""}">{who}{shown}{reward}</p>'

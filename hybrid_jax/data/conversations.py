@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ class Chat(TemplateInputs, Filtered):
         held_out_split: in such a folder, the held-out one.
         context_turns: turns that an answer is read behind, its own question's included: 1 is the next utterance
             from the previous one alone. A turn begins with a message of the user; those of the system stay. A
-            conversation then becomes a row for each turn that is answered. None reads all.
+            conversation then becomes a row for each turn that is answered, with its answer as the column
+            "references" where the data has none. None reads all.
     """
 
     train: Path
@@ -73,10 +75,17 @@ class Chat(TemplateInputs, Filtered):
 def _turn_by_turn(examples: Iterable[Example], count: int) -> list[Example]:
     """An example for each answered turn, which reads ``count`` turns."""
     return [
-        chat_example(messages, example.where, example.columns, example.template_variables)
+        _with_reference(chat_example(messages, example.where, example.columns, example.template_variables))
         for example in examples
         for messages in one_turn_each(example.messages, count)
     ]
+
+
+def _with_reference(example: Example) -> Example:
+    """The example with its answer as what rewards compare with, where it has nothing else."""
+    if example.response is None:
+        return example
+    return replace(example, columns={"references": example.response, **example.columns})
 
 
 def conversation(

@@ -1,20 +1,22 @@
-"""Rewards of an answer within a conversation: is it about what the user said, and does the user go on?"""
+"""Rewards of an answer in a conversation: by what the user said, what a reference names, and what follows."""
 
 from __future__ import annotations
 
 import functools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from annotated_types import Interval
+from annotated_types import Interval, MinLen
 
 from hybrid_jax.core.ranges import BatchSize, Count, settings
-from hybrid_jax.metrics.text import words
+from hybrid_jax.metrics.text import sentences, words
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.rewards.ngram import Files, dated_files, read_texts
+from hybrid_jax.rewards.overlap import accepted_texts
 from hybrid_jax.rewards.similarity import CosineSimilarity
 
 
@@ -88,6 +90,55 @@ class Engagement:
         self, prompts: Sequence[str], responses: Sequence[str], turns_left: Sequence[int]
     ) -> list[float]:
         return [min(left, self.horizon) / self.horizon for left in turns_left]
+
+
+@REWARDS.register("entity_overlap")
+@settings
+class EntityOverlap:
+    """F1 of the names, times and numbers that an answer shares with its best reference, in [0, 1].
+
+    ``2 |A ∩ R| / (|A| + |R|)`` over sets; 1 where neither has any. A time is ``12:45`` or ``5 pm``; a number is
+    a word with a digit that is no part of a time; a name is a word with a capital that does not begin a
+    sentence. The column is ``references``; `Chat` with ``context_turns`` gives it.
+
+    Attributes:
+        kinds: Which of them count.
+    """
+
+    kinds: Annotated[tuple[Literal["names", "times", "numbers"], ...], MinLen(1)] = (
+        "names",
+        "times",
+        "numbers",
+    )
+
+    def __call__(
+        self, prompts: Sequence[str], responses: Sequence[str], references: Sequence[Any]
+    ) -> list[float]:
+        accepted = accepted_texts("references", references)
+        return [
+            max(self._f1(response, reference) for reference in known)
+            for response, known in zip(responses, accepted, strict=True)
+        ]
+
+    def _f1(self, *texts: str) -> float:
+        found, wanted = ({(k, e) for k in self.kinds for e in entities(text)[k]} for text in texts)
+        both = len(found) + len(wanted)
+        return 2 * len(found & wanted) / both if both else 1.0
+
+
+_TIME = re.compile(r"\b\d{1,2}:\d{2}(?:\s*[ap]\.?m\b)?|\b\d{1,2}\s*[ap]\.?m\b", re.IGNORECASE)
+_WITH_DIGIT = re.compile(r"\b\w*\d\w*\b")
+_WORD = re.compile(r"\b[^\W\d_][\w'-]*")
+
+
+def entities(text: str) -> dict[str, set[str]]:
+    """The names, times and numbers of a text, in lower case and without white space within them."""
+    times = {"".join(time.lower().split()) for time in _TIME.findall(text)}
+    rest = _TIME.sub(" ", text)
+    numbers = {number.lower() for number in _WITH_DIGIT.findall(rest)}
+    inner = [word for sentence in sentences(rest) for word in _WORD.findall(sentence)[1:]]
+    names = {word.lower() for word in inner if word[0].isupper() and len(word) > 1}
+    return {"times": times, "numbers": numbers, "names": {name for name in names if name not in numbers}}
 
 
 def _weights(text: str, counts: Mapping[str, int], texts: int) -> dict[str, float]:

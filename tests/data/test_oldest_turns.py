@@ -171,7 +171,9 @@ def test_each_answered_turn_becomes_a_row_that_reads_so_many_turns(tmp_path):
     assert [(e.prompt, e.response) for e in (one, two)] == [
         (t[0]["content"], t[1]["content"]) for t in TURNS[:2]
     ]
-    assert two.columns == {"id": 7, "messages": [SYSTEM, TURNS[1][0]]}
+    answer = TURNS[1][1]["content"]
+    assert two.columns == {"id": 7, "messages": [SYSTEM, TURNS[1][0]], "references": answer}
+    assert "references" not in alone.columns
     assert (alone.messages, alone.response) == ((TURNS[0][0],), None)
     assert two.where == f"{path}:1"
     _, both, last, _ = Chat(train=path, context_turns=2).load("train")

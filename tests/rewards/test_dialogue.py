@@ -8,7 +8,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.rewards.base import check_columns
-from hybrid_jax.rewards.dialogue import Engagement, Relevance
+from hybrid_jax.rewards.dialogue import Engagement, EntityOverlap, Relevance, entities
 from hybrid_jax.rewards.similarity import CosineSimilarity
 from hybrid_jax.testing import tiny_encoder_folder
 
@@ -64,3 +64,22 @@ def test_engagement_is_the_share_of_the_horizon_that_the_user_goes_on():
     assert np.asarray(scores).tolist() == [0, 0.25, 1, 1]
     with pytest.raises(UserError, match="needs the column 'turns_left', which the data lacks"):
         check_columns("engagement", Engagement(), ["references"])
+
+
+def test_entities_are_names_times_and_numbers():
+    text = (
+        "The train TR1234 to Cambridge leaves at 12:45 . It costs 10.10 pounds; I book 2 for Yu Garden at 5 PM?"
+    )
+    assert entities(text) == {
+        "names": {"cambridge", "yu", "garden"},
+        "times": {"12:45", "5pm"},
+        "numbers": {"tr1234", "10", "2"},
+    }
+
+
+def test_entity_overlap_is_the_f1_of_what_both_name():
+    reference = "It leaves Cambridge at 12:45 for 2 people ."  # three entities
+    texts = ["At 12:45 .", "To Ely and Cambridge at 12:45 for 2 .", "Yes .", reference]
+    assert EntityOverlap()(["x"] * 4, texts, [reference] * 4) == pytest.approx([1 / 2, 6 / 7, 0, 1])
+    assert EntityOverlap(kinds=("times",))(["x"] * 2, texts[:2], [reference] * 2) == [1, 1]
+    assert EntityOverlap()(["x"] * 2, ["Yes .", "At 9:15 ."], [["No ."], ["No .", "At 9:15 ."]]) == [1, 1]

@@ -7,7 +7,7 @@ from hybrid_jax.environments.base import ENVIRONMENTS
 from hybrid_jax.environments.replies import said_at_reset, said_at_step, tools_of
 from hybrid_jax.environments.tools import Calculator
 
-NEED_A_PACKAGE = {"gymnasium", "skyrl_gym", "textarena", "textworld", "trl"}
+NEED_A_PACKAGE = {"gymnasium", "openenv", "skyrl_gym", "textarena", "textworld", "trl"}
 GIVEN = {"tools": {"tools": {"calculator": Calculator()}}, "user": {"answered_by": "other"}}
 ROW = {"prompt": "What is 2 + 2?", "response": "4", "messages": ()}
 

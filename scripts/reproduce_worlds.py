@@ -4,8 +4,8 @@
 
 Trains `configs/worlds` by PPO and by RLOO, and by PPO with a policy that has no history: one layer of attention
 over three tokens, which sees the last reply alone, and its place in the conversation. The number of a run is
-the mean return of its last evaluation: 256 conversations, sampled as in training, with seeds that training never
-had. Runs that are there are only read.
+the mean return of its last evaluation: 256 conversations, sampled as in training, with seeds that training
+never had. Runs that are there are only read.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ def test_the_walkthrough_solves_a_game_with_the_score_that_it_has(cache):
         assert info == {"won": 1.0}
         assert said[-1].endswith(f"You scored 1 out of a possible 1, in {len(commands) + 1} turns.")
         assert "Possible" not in said[-1]
+        assert game.step("look").reward == 0.0  # of a command, not of the game so far
     game.close()
 
 

@@ -91,7 +91,12 @@ class Converser:
         self._harvest = compiled(engine.harvest)
 
     def converse(
-        self, params: Params, key: Array, openings: Sequence[Opening], answer_fn: AnswerFn | None = None
+        self,
+        params: Params,
+        key: Array,
+        openings: Sequence[Opening],
+        answer_fn: AnswerFn | None = None,
+        environment: EnvironmentSettings | None = None,
     ) -> Talks:
         """Holds a conversation for each opening.
 
@@ -100,12 +105,13 @@ class Converser:
             key: of all answers; conversation i folds i in.
             openings: how each begins.
             answer_fn: another model's answers, for environments that ask for them.
+            environment: in place of the own one.
 
         Raises:
             UserError: an environment failed and ``on_failure`` is error, or all of them did.
         """
         worlds = Worlds(
-            self._environment,
+            environment or self._environment,
             timeout_seconds=self.settings.timeout_seconds,
             retries=self.settings.retries,
             most_letters=_LETTERS * max(self.settings.max_reply_tokens, self.prompt_length),

@@ -74,6 +74,7 @@ class ConversationRollouts(Rollouts):
             )
         self._opening: int = config.max_prompt_length
         self._environment: Any = config.environment
+        self._other_environment: Any = config.held_out_environment or config.environment
         whole = config.max_prompt_length + config.conversation.max_tokens
         most = resources.model.max_length
         if most is not None and whole > most:
@@ -183,7 +184,7 @@ class ConversationRollouts(Rollouts):
         if self._held_out is None:
             own = self.config.source
             load = self._load_held_out if own is None else partial(own.load, "held_out")
-            rows = load() if reads_rows(self._environment) else ()
+            rows = load() if reads_rows(self._other_environment) else ()
             self._held_out = [
                 Opening(episode_seed(self._seed, i, held_out=True), _row(rows[i % len(rows)]) if rows else {})
                 for i in range(count)
@@ -192,7 +193,9 @@ class ConversationRollouts(Rollouts):
             state = self.references.updated(state)
         params = self._speaker(state.base, state.train.params["model"])
         key = root_key(self._seed, Purpose.CONVERSATIONS)
-        found = self._converser.converse(params, key, self._held_out, self._answer_fn(state))
+        found = self._converser.converse(
+            params, key, self._held_out, self._answer_fn(state), self._other_environment
+        )
         talks, numbers = found.conversations, conversation_metrics(found.conversations)
         if self.config.has_reward and numbers["failed_fraction"] < 1:
             turns, prompts, raw = self._read_turns(found, self._held_out)

@@ -39,6 +39,9 @@ class RolloutSettings:
     environment: Annotated[Any, ENVIRONMENTS] | None = (
         None  # whom the policy talks with; null: one answer a prompt
     )
+    held_out_environment: Annotated[Any, ENVIRONMENTS] | None = (
+        None  # whom it talks with at evaluations, such as games that training never plays; null: the same
+    )
     conversation: ConversationSettings = ConversationSettings()  # how, with an environment
     prompts_per_step: BatchSize = 64  # how many prompts a step answers
     samples_per_prompt: BatchSize = 1  # answers to each prompt
@@ -92,6 +95,8 @@ class RolloutSettings:
     def _check_environment(self) -> None:
         """Refuses settings that are about one answer to one prompt."""
         if self.environment is None:
+            if self.held_out_environment is not None:
+                raise ValueError("held_out_environment needs an environment to train in, got none")
             return
         off = {
             "prompts": self.prompts == "own",
@@ -110,6 +115,10 @@ class RolloutSettings:
         if self.answered_by is not None and self.answered_by not in self.references:
             known = ", ".join(self.references) or "none"
             raise ValueError(f"environment.answered_by must be one of {known}, got {self.answered_by!r}")
+        other = getattr(self.held_out_environment or self.environment, "answered_by", None)
+        if other != self.answered_by:
+            name = self.answered_by
+            raise ValueError(f"held_out_environment.answered_by must be {name}, as of environment, got {other}")
 
     @property
     def answered_by(self) -> str | None:

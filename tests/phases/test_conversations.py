@@ -288,6 +288,18 @@ def test_a_reference_plays_the_user_and_says_the_same_to_the_same_messages(tmp_p
     assert answer_fn(asked) == answer_fn(asked)
 
 
+def test_evaluations_talk_with_the_environment_that_is_held_out(tmp_path, rows):
+    """Both ask nothing and end at once; what an unclear answer costs tells which of them it was."""
+    world = {"name": "twenty_questions", "max_questions": 0, "question_cost": 1.0}
+    common = {"conversation": {"max_turns": 2, "max_tokens": 100, "max_reply_tokens": 40, "num_held_out": 2}}
+    common["missing_eos_penalty"] = None
+    other = {"held_out_environment": {**world, "question_cost": 3.0}, "environment": world}
+    built = experiment(tmp_path, rows, max_prompt_length=40, **other, **common)
+    assert built.phases["rl"].converse(built.init())[0]["return"] == -3.0
+    scores = played(built)[0].rollout.scores
+    np.testing.assert_array_equal(scores, np.full(len(scores), -1.0))
+
+
 @hj.settings
 class Failing:
     """A world of two turns in which some conversations of a step fail in the second."""

@@ -40,6 +40,8 @@ _PUBLIC = {
         "RowCache",
         "SlotCache",
     ],
+    "models.recurrent.cell": ["Cell"],
+    "models.recurrent.model": ["RecurrentModel", "RecurrentSettings"],
     "models.families": ["FAMILIES"],
     "models.families.family": ["Family"],
     "models.families.settings": ["fixed", "require", "same"],

@@ -28,6 +28,7 @@ from hybrid_jax.models.base import BACKBONES, ModelOutput, Params
 from hybrid_jax.models.blocks import LOSSES, Attend, Network
 from hybrid_jax.models.decoder_cache import EMPTY, DecoderCache
 from hybrid_jax.models.decoder_config import DecoderSettings
+from hybrid_jax.models.layers import placed_logits
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, overlaid
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
@@ -141,11 +142,7 @@ class Decoder:
             hidden = mapped(adapters.get("embedding_out"), hidden, params["embedding_out"]["kernel"])
         kernel = params["token_embedding"]["embedding"].T if c.tie_embeddings else params["lm_head"]["kernel"]
         bias = params["lm_head"]["bias"] if c.head_bias else None
-        logits = mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32)
-        if logits.ndim == 3:
-            logits = shard(logits, "batch", "length", "vocab")
-        elif logits.ndim == 2:  # of one token a row, to be sampled where the row is; else the head would travel
-            logits = shard(shard(logits, "batch", "vocab"), "attention_batch", None)
+        logits = placed_logits(mapped(adapters.get("lm_head"), hidden, kernel, bias, out_dtype=jnp.float32))
         if c.logit_scale != 1.0:
             logits = logits * c.logit_scale
         return logits if c.logit_softcap is None else c.logit_softcap * jnp.tanh(logits / c.logit_softcap)

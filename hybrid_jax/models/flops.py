@@ -1,4 +1,4 @@
-"""The arithmetic that a decoder needs, by formula: what utilisation (MFU) is measured against.
+"""The arithmetic that a decoder or a recurrent model needs, by formula: what MFU is measured against.
 
     forward   2 · N + 4 · H · C · S   a token     N: matmul parameters, S: mean number of keys that a token sees
     training  3 × forward                         the gradient of a product is two products
@@ -12,6 +12,8 @@ B), with these conventions, the same for plans and for the logs of a run:
 - Attention counts what causality lets through, nothing above the diagonal: in a row of T a token sees
   S = (T + 1) / 2 keys on average, fewer where the layer has a window. In training that is about 6·L·T·H·C a
   token, *half* of the 12·L·T·H·C of papers that count the hidden half. A row is taken as one segment.
+- A recurrent layer has no attention; what its cell computes beside products with kernels counts where the cell
+  says how much (`Cell.flops`), as the reading of a memory; gates do not.
 - What rematerialisation computes again is not needed and does not count.
 - Below an adapter nothing learns: the base has a gradient of its inputs but none of its kernels, so 4·N instead
   of 6·N.
@@ -23,48 +25,57 @@ import re
 from collections.abc import Iterator
 
 from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.lora import Lora
+from hybrid_jax.models.recurrent.model import RecurrentSettings, kernels
 
+Counted = DecoderConfig | RecurrentSettings  # settings of the models that there is a formula for
 Map = tuple[str, int, int, int]  # path, inputs, outputs, times that a token goes through such a map
 
 
-def forward_flops(config: DecoderConfig, tokens: int, length: int, head_tokens: int | None = None) -> float:
+def forward_flops(config: Counted, tokens: int, length: int, head_tokens: int | None = None) -> float:
     """FLOPs to read ``tokens`` tokens in rows of ``length``, at once or token by token from a cache.
 
     Args:
-        config: of a decoder whose ``vocab_size`` is known.
+        config: whose ``vocab_size`` is known.
         tokens: in all rows together, padding included.
         length: of a row.
         head_tokens: for how many tokens the scores of the next one are computed; all.
     """
-    return 2 * sum(_multiply_adds(config, tokens, head_tokens)) + _attention(config, tokens, length)
+    return 2 * sum(_multiply_adds(config, tokens, head_tokens)) + _mixing(config, tokens, length)
 
 
-def train_flops(config: DecoderConfig, tokens: int, length: int, head_tokens: int | None = None) -> float:
+def train_flops(config: Counted, tokens: int, length: int, head_tokens: int | None = None) -> float:
     """FLOPs to learn from ``tokens`` tokens once: `forward_flops` and the gradient."""
     base, adapter = _multiply_adds(config, tokens, head_tokens)
-    base = 6 * base if config.lora is None else 4 * base
-    return base + 6 * adapter + 3 * _attention(config, tokens, length)
+    base = 6 * base if _lora(config) is None else 4 * base
+    return base + 6 * adapter + 3 * _mixing(config, tokens, length)
 
 
-def matmul_parameters(config: DecoderConfig) -> int:
+def matmul_parameters(config: Counted) -> int:
     """N: parameters that a token is multiplied with, adapters not counted."""
     return sum(inputs * outputs * times for _, inputs, outputs, times in _maps(config))
 
 
-def _multiply_adds(config: DecoderConfig, tokens: int, head_tokens: int | None) -> tuple[int, int]:
+def _multiply_adds(config: Counted, tokens: int, head_tokens: int | None) -> tuple[int, int]:
     """FLOPs of the base and of the adapter, for one reading."""
     head_tokens = tokens if head_tokens is None else head_tokens
-    base = adapter = 0
+    base, adapter, lora = 0, 0, _lora(config)
     for path, inputs, outputs, times in _maps(config):
         reads = times * (head_tokens if path in ("lm_head", "embedding_out") else tokens)
         base += reads * inputs * outputs
-        if config.lora is not None and re.fullmatch(config.lora.targets, path):
-            adapter += reads * config.lora.rank * (inputs + outputs)
+        if lora is not None and re.fullmatch(lora.targets, path):
+            adapter += reads * lora.rank * (inputs + outputs)
     return base, adapter
 
 
-def _attention(config: DecoderConfig, tokens: int, length: int) -> float:
-    """Scores and mixing, of one reading."""
+def _lora(config: Counted) -> Lora | None:
+    return config.lora if isinstance(config, DecoderConfig) else None
+
+
+def _mixing(config: Counted, tokens: int, length: int) -> float:
+    """Scores and mixing of attention, or what recurrent cells do beside their maps, of one reading."""
+    if isinstance(config, RecurrentSettings):
+        return config.num_layers * config.cell().flops() * tokens
     keys = sum(_mean_keys(length, config.window if config.is_windowed(i) else None) for i in _layers(config))
     return 4 * config.num_heads * config.channels * tokens * keys
 
@@ -79,7 +90,15 @@ def _layers(config: DecoderConfig) -> range:
     return range(config.num_layers)
 
 
-def _maps(c: DecoderConfig) -> Iterator[Map]:
+def _maps(c: Counted) -> Iterator[Map]:
+    if isinstance(c, RecurrentSettings):
+        for path, (inputs, outputs) in kernels(c).items():
+            yield path, inputs, outputs, 1
+    else:
+        yield from _decoder_maps(c)
+
+
+def _decoder_maps(c: DecoderConfig) -> Iterator[Map]:
     embedding = c.width if c.embedding_width is None else c.embedding_width
     if embedding != c.width:
         yield "embedding_in", embedding, c.width, 1

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from hybrid_jax.parallel.rules import target_platform
+from hybrid_jax.parallel.rules import shard, target_platform
 
 
 def on_cpu() -> bool:
@@ -79,6 +79,15 @@ def linear(
         return plain_linear(x, kernel, bias, dtype)
     y: Array = _linear(x.reshape(-1, x.shape[-1]), kernel, bias, dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[1])
+
+
+def placed_logits(logits: Float[Array, "... V"]) -> Float[Array, "... V"]:
+    """Constrains how next-token scores are split, of whole rows [B T V] or of one token a row [B V]."""
+    if logits.ndim == 3:
+        return shard(logits, "batch", "length", "vocab")
+    if logits.ndim == 2:  # to be sampled where the row is; else the head would travel
+        return shard(shard(logits, "batch", "vocab"), "attention_batch", None)
+    return logits
 
 
 def plain_linear(x, kernel, bias=None, out_dtype=None):

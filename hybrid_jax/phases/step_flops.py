@@ -7,13 +7,12 @@ from typing import Any
 
 from jax import Array
 
-from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.flops import forward_flops, train_flops
+from hybrid_jax.models.flops import Counted, forward_flops, train_flops
 
 
 def sft_flops(model: Any, rows: int, length: int) -> dict[str, float]:
     """The metric ``flops`` of one update; nothing for a model that has no formula."""
-    config = _decoder_config(model)
+    config = _counted_config(model)
     return {} if config is None else {"flops": train_flops(config, rows * length, length)}
 
 
@@ -48,7 +47,7 @@ def on_policy_flops(
         scored: rows that the models score; None: all responses.
         learned: rows that an epoch reads; None: all responses.
     """
-    config = _decoder_config(model)
+    config = _counted_config(model)
     if config is None:
         return {}
     length = prompt_length + response_length
@@ -58,7 +57,7 @@ def on_policy_flops(
     answered = rows * response_length
     a_token = (forward_flops(config, rows * length, length, answered) - prefill) / answered
     trunk = 0.0 if value is None else forward_flops(config, scored * length, length, head_tokens=0)
-    readers = [_decoder_config(reference) or config for reference in references]
+    readers = [_counted_config(reference) or config for reference in references]
     score = trunk + sum(
         forward_flops(reader, scored * length, length, scored * response_length) for reader in readers
     )
@@ -72,6 +71,6 @@ def on_policy_flops(
     return {"flops": prefill + a_token * tokens + score + epochs * update}
 
 
-def _decoder_config(model: Any) -> DecoderConfig | None:
+def _counted_config(model: Any) -> Counted | None:
     config = getattr(model, "config", None)
-    return config if isinstance(config, DecoderConfig) else None
+    return config if isinstance(config, Counted) else None

@@ -12,9 +12,12 @@ import pytest
 
 from hybrid_jax.models.base import BACKBONES, Cache, LanguageModel, RefillCache, SlotCache
 from hybrid_jax.models.decoder import DecoderConfig
-from hybrid_jax.models.encoder_decoder import EncoderDecoderConfig
+from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
+from hybrid_jax.models.recurrent.elman import Elman
+from hybrid_jax.models.recurrent.gru import GRU
+from hybrid_jax.models.recurrent.lstm import LSTM
 from hybrid_jax.testing import PrefixTable, tiny_decoder_folder
 
 V, P, T = 29, 5, 14
@@ -41,10 +44,9 @@ class Case:
     def expected(self) -> np.ndarray:
         """Scores after each token, as reading everything in one go gives them."""
         mask = self.mask
-        if isinstance(self.model.init_cache(1, 9), SlotCache) or isinstance(self.model, PrefixTable):
-            return np.asarray(jax.jit(self.model.apply)(self.params, self.tokens, mask).logits)
-        segments = jnp.where(jnp.arange(mask.shape[1]) < P, 1, 2) * mask  # the prompt is a source
-        return np.asarray(jax.jit(self.model.apply)(self.params, self.tokens, segments).logits)
+        if isinstance(self.model, EncoderDecoder):
+            mask = jnp.where(jnp.arange(mask.shape[1]) < P, 1, 2) * mask  # the prompt is a source
+        return np.asarray(jax.jit(self.model.apply)(self.params, self.tokens, mask).logits)
 
 
 def _random(config) -> tuple[Any, Any, int]:
@@ -78,6 +80,9 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "decoder, scanned with slopes": _decoder(position="alibi", execution=Execution(scan_layers=True)),
     "encoder_decoder": _encoder_decoder,
     "pretrained": _pretrained,
+    "lstm, two with projections": lambda _: _random(LSTM(num_layers=2, width=9, projection_width=6)),
+    "gru, residual with an MLP": lambda _: _random(GRU(num_layers=2, width=8, residual=True, mlp_width=12)),
+    "elman, normed and tied": lambda _: _random(Elman(width=8, layer_norm=True, tie_embeddings=True)),
     "prefix table": _table,
 }
 

@@ -1,0 +1,7 @@
+"""Language models whose memory is a state of constant size: each file registers its backbones."""
+
+from hybrid_jax.models.recurrent.elman import Elman
+from hybrid_jax.models.recurrent.gru import GRU
+from hybrid_jax.models.recurrent.lstm import LSTM
+
+__all__ = ["GRU", "LSTM", "Elman"]

@@ -17,7 +17,9 @@ from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
 from hybrid_jax.models.recurrent.elman import Elman
 from hybrid_jax.models.recurrent.gru import GRU
+from hybrid_jax.models.recurrent.lru import LRU
 from hybrid_jax.models.recurrent.lstm import LSTM
+from hybrid_jax.models.recurrent.mingru import MinGRU
 from hybrid_jax.testing import PrefixTable, tiny_decoder_folder
 
 V, P, T = 29, 5, 14
@@ -83,6 +85,8 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "lstm, two with projections": lambda _: _random(LSTM(num_layers=2, width=9, projection_width=6)),
     "gru, residual with an MLP": lambda _: _random(GRU(num_layers=2, width=8, residual=True, mlp_width=12)),
     "elman, normed and tied": lambda _: _random(Elman(width=8, layer_norm=True, tie_embeddings=True)),
+    "mingru": lambda _: _random(MinGRU(width=8)),
+    "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
     "prefix table": _table,
 }
 

@@ -2,6 +2,7 @@
 
 import hybrid_jax.environments.booking
 import hybrid_jax.environments.gymnasium
+import hybrid_jax.environments.memory
 import hybrid_jax.environments.openenv
 import hybrid_jax.environments.skyrl_gym
 import hybrid_jax.environments.textarena

@@ -22,7 +22,7 @@ _MAPS: tuple[tuple[str, str | None, str | None], ...] = (
     (r"lm_head", "embed", "vocab"),
     (r"embedding_in", None, "embed"),
     (r"embedding_out", "embed", None),
-    (r"(input|recurrent|projection)", "embed", None),  # of a recurrent cell: whole where it is used
+    (r"(input|recurrent|projection|interface)", "embed", None),  # of a recurrent cell: whole where it is used
 )
 AHEAD = "ahead"  # responses [B R] that wait in the state of a run for the next step
 VECTORS = ("bias", "scale", "sinks", "magnitude")  # of any shape: one for each expert or head is no matrix

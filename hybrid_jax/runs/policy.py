@@ -27,7 +27,7 @@ from hybrid_jax.data.messages import check_messages
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.template_inputs import KWARGS
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
-from hybrid_jax.models import ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.folders import hf

@@ -15,6 +15,8 @@ from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
+from hybrid_jax.models.memory.dnc import DNC
+from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.elman import Elman
 from hybrid_jax.models.recurrent.gru import GRU
 from hybrid_jax.models.recurrent.lru import LRU
@@ -87,6 +89,8 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "elman, normed and tied": lambda _: _random(Elman(width=8, layer_norm=True, tie_embeddings=True)),
     "mingru": lambda _: _random(MinGRU(width=8)),
     "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
+    "ntm, over an LSTM": lambda _: _random(NTM(width=6, num_slots=5, word_width=4)),
+    "dnc, over Elman's": lambda _: _random(DNC(controller="elman", width=6, num_slots=5, word_width=4)),
     "prefix table": _table,
 }
 

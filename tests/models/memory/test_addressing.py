@@ -110,16 +110,14 @@ def test_links_follow_a_plain_loop_and_keep_their_bounds():
     m = 6
     link, precedence = np.zeros((m, m)), np.zeros(m)
     ours, our_precedence = jnp.zeros((m, m)), jnp.zeros(m)
+    after = jax.jit(lambda link, p, w: (dnc.link_after(link, p, w), dnc.precedence_after(p, w)))
     for _ in range(12):
-        w = weights(m)
+        w = np.asarray(weights(m))
         for i in range(m):
             for j in range(m):
                 link[i, j] = 0 if i == j else (1 - w[i] - w[j]) * link[i, j] + w[i] * precedence[j]
         precedence = (1 - np.sum(w)) * precedence + w
-        ours, our_precedence = (
-            dnc.link_after(ours, our_precedence, w),
-            dnc.precedence_after(our_precedence, w),
-        )
+        ours, our_precedence = after(ours, our_precedence, w)
         np.testing.assert_allclose(ours, link, atol=1e-6)
         np.testing.assert_allclose(our_precedence, precedence, atol=1e-6)
         assert (ours >= 0).all()

@@ -209,3 +209,14 @@ class LanguageModel(Protocol):
     ) -> tuple[Float[Array, "B V"], OwnCache]:
         """Reads one token a row; returns the scores of the next one."""
         ...
+
+
+@runtime_checkable
+class StateReader(LanguageModel, Protocol):
+    """A language model that also gives the hidden states of what it reads into a cache."""
+
+    def read_on(
+        self, params: Params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: OwnCache
+    ) -> tuple[Float[Array, "B X D"], OwnCache]:
+        """`LanguageModel.extend` with the hidden state of each token in place of the scores after the last."""
+        ...

@@ -191,6 +191,13 @@ class Decoder:
         self, params, tokens, attention_mask, cache: DecoderCache
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
         """`LanguageModel.extend`: attention over all slots."""
+        hidden, cache = self.read_on(params, tokens, attention_mask, cache)
+        return self.logits(params, hidden[:, -1]), cache
+
+    def read_on(
+        self, params, tokens, attention_mask, cache: DecoderCache
+    ) -> tuple[Float[Array, "B X D"], DecoderCache]:
+        """`StateReader.read_on`."""
         last, slots = self.config.max_length - 1, cache.next_slots(attention_mask > 0)
         after_each = cache.positions[:, None] + jnp.cumsum(attention_mask, axis=1)
         positions = jnp.clip(after_each - 1, 0, last)
@@ -217,7 +224,7 @@ class Decoder:
             slot=cache.slot + (jnp.sum(attention_mask > 0, axis=1) if cache.slot.ndim else tokens.shape[1]),
         )
         lengths = jnp.broadcast_to(positions[:, -1:] + 1, positions.shape)
-        return self._read(params, tokens, positions, lengths, attend, after)
+        return self._states(params, tokens, positions, lengths, attend, after)
 
     def step(
         self, params, token: Int[Array, "B"], cache: DecoderCache
@@ -245,10 +252,16 @@ class Decoder:
 
     def _read(self, params, tokens, positions, lengths, attend: Attend, cache: DecoderCache):
         """Reads tokens into the keys and values of the cache; returns the scores after the last one."""
+        hidden, cache = self._states(params, tokens, positions, lengths, attend, cache)
+        return self.logits(params, hidden[:, -1]), cache
+
+    def _states(self, params, tokens, positions, lengths, attend: Attend, cache: DecoderCache):
+        """Reads tokens into the keys and values of the cache; returns the hidden state of each."""
         real = jnp.ones(tokens.shape, bool)
         hidden, layers, _ = self._run(params, tokens, positions, real, lengths, attend, cache.layers())
-        cache = replace(cache, keys=tuple(x.keys for x in layers), values=tuple(x.values for x in layers))
-        return self.logits(params, hidden[:, -1]), cache
+        return hidden, replace(
+            cache, keys=tuple(x.keys for x in layers), values=tuple(x.values for x in layers)
+        )
 
     def _run(self, params, tokens, positions, real, lengths, attend: Attend, caches, dropout_key=None):
         """Hidden states, the caches after, and the losses of the routers, averaged over the layers."""

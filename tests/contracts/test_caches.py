@@ -16,6 +16,7 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
 from hybrid_jax.models.memory.dnc import DNC
+from hybrid_jax.models.memory.neural_cache import NeuralCacheSettings
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.elman import Elman
 from hybrid_jax.models.recurrent.gru import GRU
@@ -91,6 +92,10 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
     "ntm, over an LSTM": lambda _: _random(NTM(width=6, num_slots=5, word_width=4)),
     "dnc, over Elman's": lambda _: _random(DNC(controller="elman", width=6, num_slots=5, word_width=4)),
+    "neural_cache, of Elman's": lambda _: _random(NeuralCacheSettings(Elman(width=8), 0.4, 0.3, slots=4)),
+    "neural_cache, of a decoder": lambda _: _random(
+        NeuralCacheSettings(DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=32), 0.4, 0.3)
+    ),
     "prefix table": _table,
 }
 

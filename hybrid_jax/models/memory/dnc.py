@@ -13,9 +13,16 @@ from jaxtyping import Array, Float
 
 from hybrid_jax.core.ranges import settings
 from hybrid_jax.models.base import BACKBONES
-from hybrid_jax.models.memory import dnc_addressing as addressing
 from hybrid_jax.models.memory.cell import EMPTY, MemoryCell, MemorySettings
 from hybrid_jax.models.memory.content import content_weights, read, write
+from hybrid_jax.models.memory.dnc_addressing import (
+    allocation,
+    link_after,
+    precedence_after,
+    read_weights,
+    usage_after,
+    write_weights,
+)
 from hybrid_jax.models.recurrent.model import RecurrentModel
 
 
@@ -75,15 +82,15 @@ class DNCCell(MemoryCell):
     def access(self, memory: DNCMemory, said: Mapping[str, Array]) -> DNCMemory:
         """`MemoryCell.access`."""
         free, allocate, writes = (jax.nn.sigmoid(said[name]) for name in ("free", "allocate", "write"))
-        usage = addressing.usage_after(memory.usage, memory.written, memory.read_weights, free)
+        usage = usage_after(memory.usage, memory.written, memory.read_weights, free)
         content = content_weights(memory.slots, said["write_key"], _oneplus(said["write_strength"]))[:, 0]
-        written = addressing.write_weights(content, addressing.allocation(usage), allocate, writes)
+        written = write_weights(content, allocation(usage), allocate, writes)
         slots = write(memory.slots, written[:, None], jax.nn.sigmoid(said["erase"]), said["add"])
-        link = addressing.link_after(memory.link, memory.precedence, written)
-        precedence = addressing.precedence_after(memory.precedence, written)
+        link = link_after(memory.link, memory.precedence, written)
+        precedence = precedence_after(memory.precedence, written)
         content = content_weights(slots, said["key"], _oneplus(said["strength"]))
         modes = jax.nn.softmax(said["modes"])
-        weights = addressing.read_weights(link, memory.read_weights, content, modes)
+        weights = read_weights(link, memory.read_weights, content, modes)
         return DNCMemory(slots, read(slots, weights), usage, written, weights, link, precedence)
 
     def flops(self) -> int:

@@ -153,10 +153,17 @@ class RecurrentModel:
         self, params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: RowCache
     ) -> tuple[Float[Array, "B V"], RowCache]:
         """`LanguageModel.extend`."""
-        hidden, state = self.read(params, tokens, cache.state, Flow((attention_mask > 0).T))
-        return self.logits(params, hidden[:, -1]), RowCache(state)
+        hidden, cache = self.read_on(params, tokens, attention_mask, cache)
+        return self.logits(params, hidden[:, -1]), cache
 
     prefill = extend
+
+    def read_on(
+        self, params, tokens: Int[Array, "B X"], attention_mask: Bool[Array, "B X"], cache: RowCache
+    ) -> tuple[Float[Array, "B X D"], RowCache]:
+        """`StateReader.read_on`."""
+        hidden, state = self.read(params, tokens, cache.state, Flow((attention_mask > 0).T))
+        return hidden, RowCache(state)
 
     def step(self, params, token: Int[Array, "B"], cache: RowCache) -> tuple[Float[Array, "B V"], RowCache]:
         """`LanguageModel.step`."""

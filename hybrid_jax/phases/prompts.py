@@ -81,6 +81,8 @@ def shared_with(config: RolloutSettings, resources: Resources) -> str | None:
     (name, sft), *_ = learners.items()
     if sft.packing:
         raise UserError(f"phases.{name}.packing must be false for {here}.prompts: shared, got true")
+    if sft.carry_state:
+        raise UserError(f"phases.{name}.carry_state must be false for {here}.prompts: shared, got true")
     if sft.batch_size != config.prompts_per_step:
         raise UserError(
             f"{here}.prompts_per_step must be phases.{name}.batch_size, {sft.batch_size}, for prompts: shared, "

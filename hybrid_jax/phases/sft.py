@@ -12,14 +12,17 @@ from jax import Array
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import TokenBatch
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import settings
+from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.data.continuous import ContinuousStream
 from hybrid_jax.data.loader import SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, ChatPolicy, LongRows
 from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.recurrent.model import RecurrentModel
 from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel.rules import Placement
+from hybrid_jax.phases.carried import CarriedPhase
 from hybrid_jax.phases.step_flops import sft_flops
 from hybrid_jax.phases.supervised import Supervised, SupervisedPhase, tokens_of
 from hybrid_jax.training.phase import PHASES, Resources
@@ -36,11 +39,25 @@ class SFT(Supervised):
     long_rows: ChatPolicy = "truncate_end"  # what becomes of an example with more tokens; see docs/data.md
     packing: bool = True  # several examples a row
     source: Annotated[Any, SOURCES] | None = None  # examples of its own; None takes the run's
+    carry_state: bool = False  # rows go on where those of the step before ended; for recurrent models
+    stride: Count | None = None  # with carry_state, tokens that a row goes on by; null: all but one, length - 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stride is not None and not self.carry_state:
+            raise ValueError("stride needs carry_state: true")
+        if self.stride is not None and self.stride >= self.length:
+            raise ValueError(f"stride must be at most length - 1 = {self.length - 1}, got {self.stride}")
+        if self.carry_state and self.microbatches != 1:
+            raise ValueError(f"carry_state needs microbatches: 1, got {self.microbatches}")
 
     def build(self, resources: Resources) -> SupervisedPhase:
         """Makes the phase: its stream, its loss and the shapes of a batch."""
         model, where = resources.model, f"phases.{resources.name}"
-        return SupervisedPhase(
+        if self.carry_state and not isinstance(model, RecurrentModel):
+            raise UserError(f"{where}: carry_state needs a recurrent model, such as lstm")
+        kind = CarriedPhase if self.carry_state else SupervisedPhase
+        return kind(
             self,
             resources,
             stream=None if resources.examples is None else sft_stream(self, resources, where),
@@ -57,7 +74,7 @@ def example_shapes(placement: Placement, rows: int, *rest: int) -> TokenBatch:
     return batch(tokens=shape(dtype="int32"), segment_ids=shape(dtype="int32"), loss_mask=shape(dtype="bool"))
 
 
-def sft_stream(config: SFT, resources: Resources, where: str) -> SFTStream:
+def sft_stream(config: SFT, resources: Resources, where: str) -> SFTStream | ContinuousStream:
     """The rows that a supervised loss learns from; ``where`` its settings stand, such as ``phases.sft``.
 
     Raises:
@@ -70,6 +87,15 @@ def sft_stream(config: SFT, resources: Resources, where: str) -> SFTStream:
         )
     assert resources.examples is not None
     examples = config.source.load("train") if config.source is not None else resources.examples
+    if config.carry_state:
+        return ContinuousStream(
+            examples,
+            resources.tokenizer,
+            length=config.length,
+            stride=config.stride or config.length - 1,
+            lanes=config.batch_size,
+            where=where,
+        )
     pairs = isinstance(resources.model, EncoderDecoder)
     settings: dict[str, Any] = {"seed": resources.seed, "packing": config.packing, "pairs": pairs}
     long_rows = long_examples(config, where, at_limit=config.length == context)

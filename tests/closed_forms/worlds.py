@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import RowCache, settings
+from hybrid_jax import RecurrentModel, RowCache, settings
 from hybrid_jax.data.tokenizer import EOS_TOKEN, FastTokenizer
+from hybrid_jax.models.recurrent.lstm import LSTM
 from hybrid_jax.testing import VOCABULARY, PrefixTable
 
 
@@ -48,6 +49,24 @@ class Enumerated:
     def build(self, vocab_size: int | None = None) -> PrefixTable:
         """The table of π_ref; a response fills the context, so that none needs to end."""
         return WithEnd()
+
+
+@dataclass(frozen=True)
+class Endless(RecurrentModel):
+    """A recurrent model whose end token has probability 0."""
+
+    def logits(self, params, hidden):
+        """All scores but that of the end token, the last."""
+        return super().logits(params, hidden).at[..., -1].set(-1e9)
+
+
+@settings
+class Remembering(LSTM):
+    """An LSTM over the three tokens."""
+
+    def build(self, vocab_size: int | None = None) -> RecurrentModel:
+        """The model, which never ends before its three tokens."""
+        return Endless(self.sized(vocab_size))
 
 
 ARMS = np.array([0.4, 0.3, 0.2, 0.1])  # π_ref of the bandit

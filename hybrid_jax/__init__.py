@@ -72,6 +72,10 @@ _PUBLIC = {
     "environments.tools": ["TOOLS"],
     "environments.factories": ["FACTORIES"],
     "sampling.ancestral": ["Ancestral"],
+    "sampling.beam": ["Beam"],
+    "sampling.best_of_n": ["BestOfN"],
+    "sampling.metropolis": ["Metropolis"],
+    "sampling.particles": ["Particles"],
     "sampling.engine": ["Engine"],
     # rewards
     "rewards.base": ["REWARDS", "DeviceReward", "StartedReward"],

@@ -45,6 +45,7 @@ from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     sft,
 )
 from hybrid_jax.runs.policy import check_spelling, run_settings, trust_explained
+from hybrid_jax.sampling import catalogue as samplers  # noqa: F401  fills SAMPLERS
 from hybrid_jax.training.checkpoint import CheckpointConfig
 from hybrid_jax.training.compilation import cache_folder
 from hybrid_jax.training.loggers import LOGGERS

@@ -27,7 +27,8 @@ LAYERS = {
     **dict.fromkeys(["parallel"], 0.5),  # a lower layer, so that models can say how activations lie
     **dict.fromkeys(["algorithms"], 0.7),  # knows no model, and models score tokens by its log-probs
     **dict.fromkeys(["models", "data", "metrics"], 1),
-    **dict.fromkeys(["sampling", "environments", "rewards"], 2),
+    **dict.fromkeys(["environments", "rewards"], 2),
+    **dict.fromkeys(["sampling"], 2.2),  # chooses by rewards
     **dict.fromkeys(["dialogue"], 2.5),  # lets a policy and an environment talk
     **dict.fromkeys(["training"], 3),
     **dict.fromkeys(["phases", "evaluation"], 4),

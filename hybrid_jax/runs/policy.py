@@ -116,7 +116,7 @@ class Policy:
             key = jax.random.fold_in(root_key(seed, Purpose.GENERATION), index)
             prompt, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
             inputs = (self.model, self.params, prompt, mask, key)
-            drawn = sample(self.sampler, *inputs, eos_ids=self.eos_ids)
+            drawn = sample(self.sampler, *inputs, eos_ids=self.eos_ids, tokenizer=self.tokenizer)
             tokens, mask = np.asarray(drawn.tokens)[:count], np.asarray(drawn.action_mask)[:count]
             texts = decode_responses(self.tokenizer, batch.unpadded()[:count], tokens, mask, self.eos_ids)
             complete = np.asarray(ended(drawn.tokens, drawn.action_mask, self.eos_ids))

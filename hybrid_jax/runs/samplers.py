@@ -9,6 +9,8 @@ from typing import Annotated, Any
 from hybrid_jax.core.config import apply_overrides, parse, to_dict
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.registry import EVERYTHING
+from hybrid_jax.rewards import catalogue as rewards  # noqa: F401  a sampler may choose by one
+from hybrid_jax.sampling import catalogue  # noqa: F401  fills SAMPLERS
 from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.base import SAMPLERS, Sampler
 

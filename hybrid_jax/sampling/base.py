@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import chex
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.registry import Registry
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 
 SAMPLERS: Registry = Registry("sampler", default="ancestral", needs=("max_new_tokens",))
@@ -21,7 +23,8 @@ class Sampler(Protocol):
 
     One that draws from the policy's own distribution, ``softmax(logits / temperature)`` over the whole
     vocabulary, also has an attribute ``policy_temperature``; only from its samples may PPO learn. Without it,
-    or where it is None, the sampler cuts off, is greedy, chooses or searches.
+    or where it is None, the sampler cuts off, is greedy, chooses or searches. One whose ``reads_texts`` is True
+    also takes the ``tokenizer``, and runs on the host.
     """
 
     @property
@@ -47,6 +50,22 @@ class Sampler(Protocol):
         ...
 
 
+ValueT = TypeVar("ValueT")
+
+
+@dataclass(frozen=True, eq=False)
+class Settings(Generic[ValueT]):
+    """Settings as a static argument of `jax.jit`, equal to themselves alone: they may hold what has no hash."""
+
+    value: ValueT
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Settings) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 def sample(
     sampler: Sampler,
     model: LanguageModel,
@@ -56,6 +75,7 @@ def sample(
     key: Array,
     *,
     eos_ids: Sequence[int] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> Samples:
     """The responses of a sampler, whose shapes are checked: it may be anybody's.
 
@@ -63,7 +83,8 @@ def sample(
         AssertionError: it gave arrays of other shapes than [B R].
     """
     chex.assert_equal_shape([prompt_tokens, prompt_mask])
-    samples = sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=tuple(eos_ids))
+    texts = {"tokenizer": tokenizer} if getattr(sampler, "reads_texts", False) else {}
+    samples = sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=tuple(eos_ids), **texts)
     arrays = [samples.tokens, samples.action_mask, samples.attention_mask]
     arrays += [] if samples.log_probs is None else [samples.log_probs]
     chex.assert_shape(arrays, (len(prompt_tokens), sampler.max_new_tokens))

@@ -1,0 +1,155 @@
+"""Metropolis-Hastings over whole responses (Metropolis 1953, Hastings 1970; powers: Karan and Du 2025).
+
+    π(y) ∝ p(y)^α · exp(r(y) / β)
+
+A move draws a cut k of a response y, uniform over its tokens, keeps what stands before and draws the rest from
+the proposal q, the model at another temperature. The new response y' is taken with the probability
+
+    min(1, π(y') q(y_≥k | y_<k) / |y'|  /  (π(y) q(y'_≥k | y_<k) / |y|))
+
+Lengths differ where a response can end, and so does the probability 1/|y| of a cut: without that part the chain
+has another distribution. α = 1 with r draws from the optimum of KL-regularised reward; α > 1 sharpens whole
+responses, which a low temperature does not: that sharpens each token by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.ranges import Count, Positive, settings
+from hybrid_jax.data.tokenizer import Tokenizer
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.rewards.base import REWARDS
+from hybrid_jax.sampling.base import SAMPLERS, Settings
+from hybrid_jax.sampling.continuing import Responses, choose, continue_from, read_prompts
+from hybrid_jax.sampling.logits import response_keys, response_noise
+from hybrid_jax.sampling.scoring import Score, reads_texts, score_of
+
+log = logging.getLogger(__name__)
+
+
+@struct.dataclass
+class Chain:
+    """The state of a chain a row."""
+
+    response: Responses
+    score: Float[Array, "B"]
+
+
+@SAMPLERS.register("metropolis")
+@settings
+class Metropolis:
+    """The last state of a Markov chain whose distribution tends to ``p(y)^alpha exp(reward / beta)``."""
+
+    max_new_tokens: Count = 64  # longest response
+    moves: Count = 32  # of a chain; each reads as many tokens as an answer
+    alpha: Positive = 1.0  # power of the model's own probability of a whole response
+    reward: Annotated[Any, REWARDS] | None = None  # of a response; null: none
+    beta: Positive = 1.0  # that the reward is divided by
+    proposal_temperature: Positive | None = None  # of the tokens that a move draws; null: 1 / alpha
+
+    @property
+    def reads_texts(self) -> bool:
+        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
+        return reads_texts(self.reward)
+
+    @property
+    def temperature(self) -> float:
+        """Of the proposal."""
+        return self.proposal_temperature or 1.0 / self.alpha
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        *,
+        eos_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> Samples:
+        inputs = (model, params, prompt_tokens, prompt_mask, key)
+        if self.reads_texts:
+            score = score_of(self.reward, prompt_tokens, prompt_mask, eos_ids, tokenizer)
+            chain, taken = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
+        else:
+            chain, taken = _on_device(Settings(self), *inputs, tuple(eos_ids))
+        if not isinstance(taken, Tracer):  # not within a function that is being traced
+            log.info("metropolis: %.0f%% of %d moves were taken", 100 * float(jnp.mean(taken)), self.moves)
+        return chain.response.samples
+
+    def chain(
+        self, model, params, prompts, mask, key, eos_ids, score: Score, scan: Any = lax.scan
+    ) -> tuple[Chain, Bool[Array, "M B"]]:
+        """The last state of the chain of each row, and which of its moves were taken."""
+        length = self.max_new_tokens
+        keys = response_keys(key, jnp.arange(len(prompts)))
+        prompted = _read(model, params, prompts, mask, length)
+        nothing = jnp.zeros((len(prompts), length), jnp.int32)
+
+        def propose(number, given, num_given):
+            noise = response_noise(jax.vmap(lambda row: jax.random.fold_in(row, 2 * number))(keys), length)
+            said = _continue(model, params, prompted, given, num_given, noise, self.temperature, eos_ids)
+            return Chain(said, score(said.samples))
+
+        def move(chain, number):
+            uniform = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(row, 2 * number + 1), (2,)))(
+                keys
+            )
+            cut = jnp.floor(uniform[:, 0] * chain.response.lengths).astype(jnp.int32)
+            proposal = propose(number, chain.response.tokens, cut)
+            taken = jnp.log(uniform[:, 1]) < log_acceptance(chain, proposal, cut, self.alpha, self.beta)
+            return choose(taken, proposal, chain), taken
+
+        start = propose(0, nothing, jnp.zeros(len(prompts), jnp.int32))
+        return scan(move, start, jnp.arange(1, self.moves + 1))
+
+
+def log_acceptance(
+    now: Chain, proposal: Chain, cut: Int[Array, "B"], alpha: float, beta: float
+) -> Float[Array, "B"]:
+    """The logarithm of the ratio above; a move is taken with its exponential, if that is below 1."""
+    behind = jnp.arange(now.response.tokens.shape[1]) >= cut[:, None]
+
+    def log_target(chain: Chain) -> Array:
+        return alpha * jnp.sum(chain.response.log_probs, axis=1) + chain.score / beta
+
+    def log_move_to(chain: Chain, from_length: Array) -> Array:
+        """Of the cut, and of what is drawn behind it."""
+        drawn = jnp.sum(jnp.where(behind, chain.response.drawn_log_probs, 0.0), axis=1)
+        return drawn - jnp.log(from_length)
+
+    back = log_move_to(now, proposal.response.lengths)
+    return log_target(proposal) - log_target(now) + back - log_move_to(proposal, now.response.lengths)
+
+
+_read = partial(jax.jit, static_argnames=("model", "new_tokens"))(read_prompts)
+_continue = partial(jax.jit, static_argnames=("model", "temperature", "eos_ids"))(continue_from)
+
+
+@partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
+def _on_device(settings: Settings[Metropolis], model, params, prompts, mask, key, eos_ids):
+    sampler = settings.value
+    score = score_of(sampler.reward, prompts, mask, eos_ids, None)
+    return sampler.chain(model, model.cast(params), prompts, mask, key, eos_ids, score)
+
+
+def _scan_on_host(move: Any, chain: Chain, numbers: Int[Array, "M"]) -> tuple[Chain, Bool[Array, "M B"]]:
+    """`jax.lax.scan` for a move that reads texts."""
+    taken = []
+    for number in numbers:
+        chain, was_taken = move(chain, number)
+        taken.append(was_taken)
+    return chain, jnp.stack(taken)

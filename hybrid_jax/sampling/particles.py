@@ -1,0 +1,187 @@
+"""Sequential Monte Carlo: particles that are weighted after every token and resampled (Zhao et al. 2024).
+
+    π(y) ∝ p(y)^α · exp(r(y) / β)            the same as `metropolis`
+
+Each prompt has n particles, which draw from the model at temperature 1/α. After a token the logarithm of a
+weight grows by α log p − log q, and by what the reward of the response so far has grown, over β; the reward of
+a whole response is the target, that of a beginning only guides. Where the effective number of particles,
+(Σw)² / Σw², falls below a share of n they are resampled, systematically. The product of the mean weights is an
+unbiased estimate of Z, the sum of what stands above over all y.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+from annotated_types import Interval
+from flax import struct
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int
+
+from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.ranges import BatchSize, Count, Positive, settings
+from hybrid_jax.data.tokenizer import Tokenizer
+from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.rewards.base import REWARDS
+from hybrid_jax.sampling.base import SAMPLERS, Settings
+from hybrid_jax.sampling.continuing import read_prompts
+from hybrid_jax.sampling.logits import draw, is_end, response_keys, response_noise, scale_by_temperature
+from hybrid_jax.sampling.scoring import reads_texts, score_of
+
+log = logging.getLogger(__name__)
+
+
+@struct.dataclass
+class Swarm:
+    """Particles, n a prompt one after the other, and their weights."""
+
+    tokens: Int[Array, "N R"]
+    mask: Bool[Array, "N R"]
+    log_weights: Float[Array, "N"]  # since they were resampled last
+    potential: Float[Array, "N"]  # reward of the response so far, over β
+    log_z: Float[Array, "B"]  # of the resamplings before
+
+    @property
+    def samples(self) -> Samples:
+        """The responses so far."""
+        return Samples(self.tokens, None, self.mask, self.mask)
+
+
+@SAMPLERS.register("particles")
+@settings
+class Particles:
+    """One of ``n`` particles, drawn by their weights: from ``p(y)^alpha exp(reward / beta)`` as n grows."""
+
+    max_new_tokens: Count = 64  # longest response
+    n: BatchSize = 16  # particles of a prompt
+    alpha: Positive = 1.0  # power of the model's own probability of a whole response
+    reward: Annotated[Any, REWARDS] | None = None  # of a response; null: none
+    beta: Positive = 1.0  # that the reward is divided by
+    guided: bool = False  # weighs beginnings by their reward, too; of a reward on tokens
+    resample_below: Annotated[float, Interval(ge=0, le=1)] = 0.5  # share of n that is effective yet; 0: never
+
+    def __post_init__(self):
+        if self.guided and (self.reward is None or reads_texts(self.reward)):
+            raise ValueError("guided needs a reward on tokens, such as token_count")
+
+    @property
+    def reads_texts(self) -> bool:
+        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
+        return reads_texts(self.reward)
+
+    def __call__(
+        self,
+        model: LanguageModel,
+        params: Params,
+        prompt_tokens: Int[Array, "B P"],
+        prompt_mask: Bool[Array, "B P"],
+        key: Array,
+        *,
+        eos_ids: Sequence[int] = (),
+        tokenizer: Tokenizer | None = None,
+    ) -> Samples:
+        key, last = jax.random.split(key)
+        swarm = self.swarm(model, params, prompt_tokens, prompt_mask, key, eos_ids, tokenizer)
+        constant = jnp.mean(log_constant(swarm))
+        if not isinstance(constant, Tracer):  # not within a function that is being traced
+            log.info("particles: log Z is about %.3f, the mean of %d prompts", constant, len(prompt_tokens))
+        weights = swarm.log_weights.reshape(-1, self.n)
+        noise = jax.random.uniform(last, (len(weights), 2))
+        chosen, _ = draw(weights, noise)
+        return jax.tree.map(lambda x: x[jnp.arange(len(weights)) * self.n + chosen], swarm.samples)
+
+    def swarm(self, model, params, prompts, mask, key, eos_ids=(), tokenizer=None) -> Swarm:
+        """All particles with their final weights."""
+        swarm = _moved(Settings(self), model, params, prompts, mask, key, tuple(eos_ids))
+        rows = jnp.repeat(jnp.arange(len(prompts)), self.n)
+        score = score_of(self.reward, prompts[rows], mask[rows], eos_ids, tokenizer)(swarm.samples) / self.beta
+        return replace(swarm, log_weights=swarm.log_weights + score - swarm.potential, potential=score)
+
+
+def log_constant(swarm: Swarm) -> Float[Array, "B"]:
+    """The estimate of log Z of each prompt."""
+    weights = swarm.log_weights.reshape(len(swarm.log_z), -1)
+    return swarm.log_z + _log_mean(weights)
+
+
+@partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
+def _moved(settings: Settings[Particles], model, params, prompts, mask, key, eos_ids) -> Swarm:
+    sampler = settings.value
+    params, size, length = model.cast(params), sampler.n, sampler.max_new_tokens
+    read = read_prompts(model, params, prompts, mask, length)
+    rows = jnp.repeat(jnp.arange(len(prompts)), size)
+    count = len(rows)
+    key, resampling = jax.random.split(key)
+    noise = response_noise(response_keys(key, jnp.arange(count)), length)
+    uniform = jax.random.uniform(resampling, (length, len(prompts)))
+    score = score_of(sampler.reward if sampler.guided else None, prompts[rows], mask[rows], eos_ids, None)
+    zeros = jnp.zeros(count)
+    swarm = Swarm(
+        tokens=jnp.zeros((count, length), jnp.int32),
+        mask=jnp.zeros((count, length), bool),
+        log_weights=zeros,
+        potential=zeros,
+        log_z=jnp.zeros(len(prompts)),
+    )
+
+    def step(carry):
+        t, busy, logits, cache, swarm = carry
+        scaled = scale_by_temperature(logits, 1.0 / sampler.alpha)
+        token, log_q = draw(scaled, noise[:, t])
+        logits = logits.astype(jnp.float32)
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
+        swarm = replace(
+            swarm,
+            tokens=swarm.tokens.at[:, t].set(jnp.where(busy, token, 0)),
+            mask=swarm.mask.at[:, t].set(busy),
+            log_weights=swarm.log_weights + jnp.where(busy, sampler.alpha * log_p - log_q, 0.0),
+        )
+        potential = score(swarm.samples) / sampler.beta
+        grown = swarm.log_weights + potential - swarm.potential
+        swarm = replace(swarm, log_weights=grown, potential=potential)
+        busy = busy & ~is_end(token, eos_ids)
+        logits, cache = model.step(params, token, cache)
+        parents, swarm = _resampled(swarm, size, sampler.resample_below, uniform[t])
+        return t + 1, busy[parents], logits[parents], cache.take(parents), swarm
+
+    def unfinished(carry):
+        return (carry[0] < length) & jnp.any(carry[1])
+
+    start = (jnp.int32(0), jnp.ones(count, bool), read.logits[rows], read.cache.take(rows), swarm)
+    return lax.while_loop(unfinished, step, start)[-1]
+
+
+def _resampled(
+    swarm: Swarm, size: int, below: float, uniform: Float[Array, "B"]
+) -> tuple[Int[Array, "N"], Swarm]:
+    """The parent of each particle, itself where none was resampled, and the swarm of the children."""
+    weights = jax.nn.softmax(swarm.log_weights.reshape(-1, size), axis=1)
+    needed = 1.0 / jnp.sum(weights**2, axis=1) < below * size
+    # One uniform number places n equally distant marks: a particle has n·w children, rounded up or down.
+    marks = (jnp.arange(size) + uniform[:, None]) / size
+    ends = jnp.cumsum(weights, axis=1).at[:, -1].set(1.0)
+    parents = jax.vmap(lambda end, mark: jnp.searchsorted(end, mark, side="right"))(ends, marks)
+    parents = jnp.where(needed[:, None], jnp.minimum(parents, size - 1), jnp.arange(size))
+    rows = (jnp.arange(len(weights))[:, None] * size + parents).reshape(-1)
+    mean = _log_mean(swarm.log_weights.reshape(-1, size))
+    fresh = jnp.repeat(needed, size)
+    swarm = replace(
+        swarm,
+        tokens=swarm.tokens[rows],
+        mask=swarm.mask[rows],
+        potential=swarm.potential[rows],
+        log_weights=jnp.where(fresh, 0.0, swarm.log_weights[rows]),
+        log_z=swarm.log_z + jnp.where(needed, mean, 0.0),
+    )
+    return rows, swarm
+
+
+def _log_mean(log_weights: Float[Array, "B n"]) -> Float[Array, "B"]:
+    return jax.nn.logsumexp(log_weights, axis=1) - jnp.log(log_weights.shape[1])

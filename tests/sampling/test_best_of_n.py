@@ -1,0 +1,183 @@
+"""Best of n, particles and beams, against laws and sums over all responses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import chisquare
+
+from hybrid_jax.core.config import parse
+from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.base import RowCache
+from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.rewards.tokens import TokenCount
+from hybrid_jax.sampling.ancestral import generate
+from hybrid_jax.sampling.base import SAMPLERS, sample
+from hybrid_jax.sampling.beam import Beam
+from hybrid_jax.sampling.best_of_n import BestOfN
+from hybrid_jax.sampling.metropolis import Metropolis
+from hybrid_jax.sampling.particles import Particles, log_constant
+from hybrid_jax.testing import (
+    SEQUENCES,
+    PrefixTable,
+    optimum,
+    reference_params,
+    sequence_probabilities,
+    true_reward,
+)
+
+REWARD = TokenCount(weights={2: 1.0}, first_token_weights={1: -0.5})
+FOUR, WORTH = np.array([0.4, 0.3, 0.2, 0.1]), TokenCount(weights={1: 1.0, 2: 2.0, 3: -1.0})
+
+
+class Four:
+    """One token out of four, whatever was read."""
+
+    vocab_size, width, max_length = 4, 1, None
+
+    def cast(self, params):
+        return params
+
+    def init_cache(self, batch, length):
+        return RowCache(jnp.zeros(batch))
+
+    def prefill(self, params, tokens, mask, cache):
+        return jnp.tile(jnp.log(jnp.asarray(FOUR, jnp.float32)), (len(tokens), 1)), cache
+
+    def step(self, params, token, cache):
+        return jnp.tile(jnp.log(jnp.asarray(FOUR, jnp.float32)), (len(token), 1)), cache
+
+
+def draws(sampler, model, params, rows, seed=0, eos=()):
+    prompts = jnp.zeros((rows, 1), jnp.int32)
+    return sample(sampler, model, params, prompts, prompts == 0, jax.random.key(seed), eos_ids=eos)
+
+
+@pytest.mark.parametrize(
+    ("n", "law"),
+    [(2, [0.24, 0.39, 0.36, 0.01]), (4, [0.0624, 0.3471, 0.5904, 0.0001]), (1, FOUR)],
+)
+def test_the_best_of_n_has_its_exact_law(n, law):
+    found = draws(BestOfN(max_new_tokens=1, n=n, reward=WORTH), Four(), {}, 8192).tokens[:, 0]
+    counts, expected = np.bincount(found, minlength=4), 8192 * np.array(law)
+    large = expected > 5
+    assert (
+        chisquare(
+            [*counts[large], counts[~large].sum() + 1e-9], [*expected[large], expected[~large].sum() + 1e-9]
+        ).pvalue
+        > 1e-3
+    )
+    kl = float((np.array(law) * np.log(np.array(law) / FOUR)).sum())
+    assert kl <= np.log(n) - (n - 1) / n + 1e-12
+    assert kl == pytest.approx({1: 0, 2: 0.168301, 4: 0.573092}[n], abs=1e-6)
+
+
+def test_a_soft_choice_among_many_is_the_optimum_of_the_reward():
+    """With n answers the weights exp(r/β) among them tend to π*; 64 leave a bias of some thousandths."""
+    sampler = BestOfN(max_new_tokens=1, n=64, reward=WORTH, softness=0.5)
+    found = np.bincount(draws(sampler, Four(), {}, 4096).tokens[:, 0], minlength=4) / 4096
+    best = optimum(FOUR, np.array([0, 1, 2, -1.0]), 0.5)
+    assert np.abs(found - best).sum() / 2 < 0.03
+    assert np.abs(np.array([0.0624, 0.3471, 0.5904, 0.0001]) - best).sum() / 2 > 0.1
+
+
+def numbered(tokens):
+    """The place of each response among the 27."""
+    return np.asarray(tokens) @ [9, 3, 1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"guided": True}, {"guided": True, "resample_below": 1.0}], ids=str)
+def test_particles_estimate_the_constant_without_bias(settings):
+    """log Z = J*/β = 3.0378307; the mean of Z over 2,048 swarms lies within four of its standard errors."""
+    sampler = Particles(max_new_tokens=3, n=8, reward=REWARD, beta=0.5, **settings)
+    prompts = jnp.zeros((2048, 1), jnp.int32)
+    swarm = sampler.swarm(PrefixTable(), reference_params(), prompts, prompts == 0, jax.random.key(0))
+    z = np.exp(np.asarray(log_constant(swarm), np.float64))
+    assert abs(z.mean() - np.exp(3.0378307)) < 4 * z.std() / np.sqrt(len(z))
+    assert abs(z.mean() / np.exp(3.0378307) - 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "alpha", "beta"), [({"reward": REWARD, "guided": True}, 1.0, 0.5), ({}, 4.0, 1.0)]
+)
+def test_many_particles_draw_from_the_target(settings, alpha, beta):
+    sampler = Particles(max_new_tokens=3, n=64, alpha=alpha, beta=beta, **settings)
+    found = numbered(draws(sampler, PrefixTable(), reference_params(), 2048).tokens)
+    weights = sequence_probabilities(reference_params()) ** alpha
+    weights = weights * np.exp(true_reward() / beta) if settings else weights
+    expected, counts = weights / weights.sum(), np.bincount(found, minlength=27) / 2048
+    assert np.abs(counts - expected).sum() / 2 < 0.06
+    assert np.abs(sequence_probabilities(reference_params()) - expected).sum() / 2 > 0.2
+
+
+def test_a_beam_as_wide_as_there_are_beginnings_finds_the_likeliest_response():
+    random = np.random.default_rng(0)
+    for seed in range(4):
+        params = {"table": jnp.asarray(random.normal(0, 2, (13, 3)), jnp.float32)}
+        widest, greedy = (
+            draws(Beam(max_new_tokens=3, width=w), PrefixTable(), params, 2).tokens[0] for w in (27, 1)
+        )
+        np.testing.assert_array_equal(
+            widest, SEQUENCES[np.argmax(sequence_probabilities(params))], err_msg=str(seed)
+        )
+        prompts = jnp.zeros((1, 1), jnp.int32)
+        likeliest = generate(
+            PrefixTable(), params, prompts, prompts == 0, jax.random.key(0), max_new_tokens=3, temperature=0
+        )
+        np.testing.assert_array_equal(greedy, likeliest.tokens[0])
+
+
+def test_a_beam_over_responses_that_end_compares_them_by_length():
+    """Every response is enumerated; token 2 ends one."""
+    random = np.random.default_rng(1)
+    for power in (0.0, 1.0):
+        params = {"table": jnp.asarray(random.normal(0, 2, (13, 3)), jnp.float32)}
+        log_probs = np.log(np.exp(params["table"]) / np.exp(params["table"]).sum(1, keepdims=True))
+        best = (-np.inf, ())
+        for tokens in [
+            (2,),
+            *[(a, 2) for a in (0, 1)],
+            *[(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1, 2)],
+        ]:
+            total, prefix = 0.0, 0
+            for token in tokens:
+                total += log_probs[prefix, token]
+                prefix = 3 * prefix + 1 + token
+            best = max(best, (total / len(tokens) ** power, tokens))
+        found = draws(Beam(max_new_tokens=3, width=16, length_power=power), PrefixTable(), params, 1, eos=(2,))
+        assert tuple(np.asarray(found.tokens[0])[np.asarray(found.action_mask[0])].tolist()) == best[1]
+
+
+def test_a_chain_of_a_cached_transformer_ends_where_a_wide_beam_does():
+    """At a high power only the likeliest response is left."""
+    model = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=16).build(5)
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    prompts = jnp.asarray([[0, 1, 2], [3, 3, 4]])
+    mask = jnp.asarray([[False, True, True], [True, True, True]])
+    inputs = (model, params, prompts, mask, jax.random.key(0))
+    beam = sample(Beam(max_new_tokens=4, width=625), *inputs, eos_ids=(4,))
+    chain = Metropolis(max_new_tokens=4, alpha=40.0, proposal_temperature=0.5, moves=300)
+    found = sample(chain, *inputs, eos_ids=(4,))
+    np.testing.assert_array_equal(found.tokens, beam.tokens)
+    np.testing.assert_array_equal(found.action_mask, beam.action_mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "metropolis", "alpha": 0}, "alpha must be above 0, got 0"),
+        ({"name": "best_of_n", "n": 0}, "n must be in .1, 1048576., got 0"),
+        ({"name": "particles", "guided": True}, "guided needs a reward on tokens"),
+        ({"name": "beam", "width": 0}, "width must be in .1, 1048576., got 0"),
+    ],
+)
+def test_bad_settings_are_one_line(settings, message):
+    from dataclasses import dataclass
+    from typing import Annotated, Any
+
+    @dataclass(frozen=True)
+    class Holder:
+        sampler: Annotated[Any, SAMPLERS]
+
+    with pytest.raises(UserError, match=message):
+        parse(Holder, {"sampler": settings})

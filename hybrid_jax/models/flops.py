@@ -41,14 +41,14 @@ def forward_flops(config: Counted, tokens: int, length: int, head_tokens: int | 
         length: of a row.
         head_tokens: for how many tokens the scores of the next one are computed; all.
     """
-    return 2 * sum(_multiply_adds(config, tokens, head_tokens)) + _mixing(config, tokens, length)
+    return float(2 * sum(_multiply_adds(config, tokens, head_tokens)) + _mixing(config, tokens, length))
 
 
 def train_flops(config: Counted, tokens: int, length: int, head_tokens: int | None = None) -> float:
     """FLOPs to learn from ``tokens`` tokens once: `forward_flops` and the gradient."""
     base, adapter = _multiply_adds(config, tokens, head_tokens)
     base = 6 * base if _lora(config) is None else 4 * base
-    return base + 6 * adapter + 3 * _mixing(config, tokens, length)
+    return float(base + 6 * adapter + 3 * _mixing(config, tokens, length))
 
 
 def matmul_parameters(config: Counted) -> int:

@@ -86,6 +86,8 @@ def test_the_arithmetic_of_a_token_is_counted_by_hand():
     assert forward_flops(config, tokens=10, length=5) == 2 * n * 10
     assert forward_flops(config, 10, 5, head_tokens=0) == 2 * (n - 4 * V) * 10
     assert train_flops(config, 10, 5) == 6 * n * 10
+    # Added to a number on the device, a whole number above 2^31 would not fit.
+    assert float(jax.jit(lambda x: x + train_flops(config, 10**9, 5))(1.0)) > 2**31
     tied = Elman(width=4, tie_embeddings=True, vocab_size=V)
     assert matmul_parameters(tied) == 16 + 16 + 4 * V
 

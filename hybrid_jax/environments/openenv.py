@@ -21,20 +21,20 @@ from hybrid_jax.metrics.packages import import_package
 class OpenEnv:
     """An environment on a server of OpenEnv 0.10; a session of its own for each conversation.
 
-    An answer is sent as the action ``{action_key: text}``. Every end is a termination, since the protocol has
+    An answer is sent as the action ``{action_field: text}``. Every end is a termination, since the protocol has
     one word for both. The server needs as many sessions as there are conversations at a time
     (``max_concurrent_envs`` there, ``slots`` here), and only one that reads the seed begins alike twice.
 
     Attributes:
         base_url: of the server, such as ``http://localhost:8000``.
-        action_key: the field of an action that takes the answer.
-        observation_key: the field of an observation that the policy reads, as JSON if it is no text.
+        action_field: the field of an action that takes the answer.
+        observation_field: the field of an observation that the policy reads, as JSON if it is no text.
         reset: further arguments of every reset.
     """
 
     base_url: Annotated[str, MinLen(1)]
-    action_key: str = "message"
-    observation_key: str = "message"
+    action_field: str = "message"
+    observation_field: str = "message"
     reset: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, answer_fn: AnswerFn | None = None) -> OpenEnvSession:
@@ -55,7 +55,7 @@ class OpenEnvSession:
 
     def step(self, text: str) -> Step:
         """Sends an answer."""
-        result = self._client.step({self._settings.action_key: text})
+        result = self._client.step({self._settings.action_field: text})
         return Step(self._said(result.observation), float(result.reward or 0.0), bool(result.done))
 
     def close(self) -> None:
@@ -63,10 +63,10 @@ class OpenEnvSession:
         self._client.close()
 
     def _said(self, observation: Mapping[str, Any]) -> list[dict[str, str]]:
-        key = self._settings.observation_key
+        key = self._settings.observation_field
         if key not in observation:
             raise UserError(
-                f"an observation has no field {key!r}; {suggest(key, {*observation})} (observation_key)"
+                f"an observation has no field {key!r}; {suggest(key, {*observation})} (observation_field)"
             )
         said = observation[key]
         return [{"role": "user", "content": said if isinstance(said, str) else json.dumps(said)}]

@@ -61,7 +61,7 @@ def url():
 
 
 def test_two_sessions_talk_with_the_server_side_by_side(url):
-    first, second = OpenEnv(url).make(), OpenEnv(url, observation_key="numbers", reset={"start": 1}).make()
+    first, second = OpenEnv(url).make(), OpenEnv(url, observation_field="numbers", reset={"start": 1}).make()
     assert first.reset(7) == [{"role": "user", "content": "seed 7"}]
     assert second.reset(8) == [{"role": "user", "content": "[]"}]
     steps = [first.step("ab"), first.step("cd"), second.step("x"), first.step("ef")]
@@ -73,7 +73,7 @@ def test_two_sessions_talk_with_the_server_side_by_side(url):
 
 
 def test_a_field_that_is_not_there_is_named(url):
-    world = OpenEnv(url, observation_key="mesage").make()
-    with pytest.raises(UserError, match=r"no field 'mesage'; did you mean 'message'. .*observation_key"):
+    world = OpenEnv(url, observation_field="mesage").make()
+    with pytest.raises(UserError, match=r"no field 'mesage'; did you mean 'message'. .*observation_field"):
         world.reset(0)
     world.close()

@@ -9,10 +9,14 @@ Letters used in every shape annotation, comment and einsum of the package:
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+TreeT = TypeVar("TreeT")
 
 
 def masked_sum(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
@@ -28,6 +32,11 @@ def masked_mean(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array
 def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[Array, ""]:
     """Biased variance of ``x`` where ``mask``."""
     return masked_mean(jnp.square(x - masked_mean(x, mask)), mask)
+
+
+def choose_rows(rows: Bool[Array, "B"], yes: TreeT, no: TreeT) -> TreeT:
+    """Of two pytrees of arrays [B …], ``yes`` in the rows that are chosen and ``no`` in the others."""
+    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 
 @struct.dataclass

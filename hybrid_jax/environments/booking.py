@@ -178,7 +178,7 @@ def _after_answer(world: Booking, sizes: Sizes, slot: int, left: int) -> float:
         return (*sizes[:slot], size, *sizes[slot + 1 :])
 
     def worth(size: int) -> list[float]:
-        """Of so many values that are followed by one question, each of those there are; then by "hm"."""
+        """The worth of ``size`` values that each question follows, or an unclear answer, which comes last."""
         asked = [_after_answer(world, narrowed(size), other, left - 1) for other in range(len(sizes))]
         return [
             size * (later - world.question_cost)

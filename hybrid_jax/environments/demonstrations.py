@@ -76,7 +76,7 @@ class Demonstrations(Filtered):
         return chat_example([m for part in messages for m in part], where, {"return": sum(rewards)}, variables)
 
     def _turns(self, environment: Any, seed: int) -> Iterator[tuple[float, Sequence[Message]]]:
-        """What is earned by each answer, and the messages up to it, which come after the one before."""
+        """The reward of each answer, and the messages up to it, which come after the one before."""
         draw, messages = random.Random(f"moves {seed}"), list[Message]()  # apart from the environment's draws
         said = said_at_reset(environment.reset(seed), MOST_LETTERS)
         for _ in range(self.max_turns):

@@ -1,4 +1,4 @@
-"""What the adapters of other libraries share: their packages, and code of the user's that makes them."""
+"""Shared by the adapters of other libraries: their packages, and code of the user's that makes them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from hybrid_jax.environments.replies import (
 
 @dataclass(frozen=True)
 class Reply:
-    """What has arrived from one conversation, after its reset or after a step."""
+    """A reply of one conversation's environment, to its reset or to a step."""
 
     place: int  # the number of the conversation
     messages: Sequence[Message]

@@ -23,7 +23,7 @@ class BadReply(Exception):
 
 @dataclass(frozen=True)
 class Said:
-    """What an environment has said, checked; ``cut`` counts the letters that were left out of it."""
+    """A checked reply of an environment; ``cut`` counts the letters that were left out of it."""
 
     messages: tuple[Message, ...]
     reward: float = 0.0

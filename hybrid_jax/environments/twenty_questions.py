@@ -152,7 +152,7 @@ def has(animal: str, attribute: str) -> bool:
 
 
 def split(animals: Group, attribute: str) -> tuple[Group, Group]:
-    """Those with the attribute, and those without."""
+    """Splits animals into those with the attribute and those without."""
     chosen = tuple(animal for animal in animals if has(animal, attribute))
     return chosen, tuple(animal for animal in animals if animal not in chosen)
 

@@ -282,7 +282,7 @@ class ConversationRollouts(Rollouts):
         return turns, prompts, dict(raw)
 
     def _earned(self, talked: Talked, reward_state: Any) -> tuple[np.ndarray, np.ndarray, Any, dict[str, Any]]:
-        """What every turn earned, the same without penalties, and what the reward remembers and tells."""
+        """Rewards of every turn, the same without penalties, and the state and the metrics of the reward."""
         turns = talked.turns
         given = np.array([turn.reward for _, turn in turns], np.float32)
         penalties = self.functions.penalties(np.array([turn.complete for _, turn in turns], bool))

@@ -154,7 +154,7 @@ def _dot(one: Mapping[str, float], other: Mapping[str, float]) -> float:
 
 @functools.lru_cache(maxsize=4)
 def _rarity(files: Files, field: str) -> tuple[Counter[str], int]:
-    """Of each word, the texts that hold it; and the number of texts."""
+    """Counts the texts that hold each word, and the texts."""
     ((path, _),) = files
     texts = [line for text in read_texts(path, field) for line in text.splitlines() if line.strip()]
     return Counter(word for text in texts for word in set(words(text))), len(texts)

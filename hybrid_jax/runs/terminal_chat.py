@@ -28,7 +28,7 @@ SHORTEST = 32  # tokens to pad a conversation to; twice as many where it is long
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user said, and the answer: its tokens as they were sampled, its text, and whether it ended."""
+    """A text of the user, and the answer: its tokens as they were sampled, its text, and whether it ended."""
 
     asked: Message
     sampled: Sequence[int] = ()

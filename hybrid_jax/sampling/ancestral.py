@@ -18,7 +18,7 @@ from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import as_in_training, shard_params, target_platform
-from hybrid_jax.sampling.base import SAMPLERS
+from hybrid_jax.sampling.base import SAMPLERS, check_fits
 from hybrid_jax.sampling.engine import Engine
 from hybrid_jax.sampling.logits import response_keys
 from hybrid_jax.sampling.queue import answer_in_turn
@@ -54,14 +54,7 @@ class Ancestral:
         *,
         eos_ids: Sequence[int] = (),
     ) -> Samples:
-        length = prompt_tokens.shape[1] + self.max_new_tokens
-        if model.max_length is not None and length > model.max_length:
-            raise UserError(
-                f"max_new_tokens must be at most {model.max_length - prompt_tokens.shape[1]} (prompts of "
-                f"{prompt_tokens.shape[1]} tokens, max_length {model.max_length}), got {self.max_new_tokens}"
-            )
-        if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
-            raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
+        check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         engine = Engine(model, tuple(eos_ids), self.max_new_tokens, self.temperature, self.top_k, self.top_p)
         inputs = (params, prompt_tokens, prompt_mask, key)
         if self.slots is not None and self.slots < len(prompt_tokens):

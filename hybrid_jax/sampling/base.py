@@ -10,6 +10,7 @@ import chex
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.registry import Registry
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
@@ -54,16 +55,32 @@ ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True, eq=False)
-class Settings(Generic[ValueT]):
+class Static(Generic[ValueT]):
     """Settings as a static argument of `jax.jit`, equal to themselves alone: they may hold what has no hash."""
 
     value: ValueT
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Settings) and self.value is other.value
+        return isinstance(other, Static) and self.value is other.value
 
     def __hash__(self) -> int:
         return id(self.value)
+
+
+def check_fits(model: LanguageModel, prompt_length: int, max_new_tokens: int, eos_ids: Sequence[int]) -> None:
+    """Checks that prompts and responses fit into the context, and that the model knows what ends a response.
+
+    Raises:
+        UserError: one of them is not so.
+    """
+    most = model.max_length
+    if most is not None and prompt_length + max_new_tokens > most:
+        raise UserError(
+            f"max_new_tokens must be at most {most - prompt_length} (prompts of {prompt_length} tokens, "
+            f"max_length {most}), got {max_new_tokens}"
+        )
+    if bad := [token for token in eos_ids if not 0 <= token < model.vocab_size]:
+        raise UserError(f"eos_ids must be tokens below the vocabulary's {model.vocab_size}, got {bad[0]}")
 
 
 def sample(

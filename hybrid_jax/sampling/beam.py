@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
 from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.sampling.base import SAMPLERS
+from hybrid_jax.sampling.base import SAMPLERS, check_fits
 from hybrid_jax.sampling.continuing import read_prompts
 from hybrid_jax.sampling.logits import is_end
 
@@ -40,6 +40,7 @@ class Beam:
         *,
         eos_ids: Sequence[int] = (),
     ) -> Samples:
+        check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         return _searched(self, model, params, prompt_tokens, prompt_mask, tuple(eos_ids))
 
 
@@ -53,11 +54,7 @@ def _searched(beam: Beam, model: LanguageModel, params, prompts, mask, eos_ids) 
     scores = jnp.where(jnp.arange(width) == 0, 0.0, -jnp.inf)[None].repeat(batch, axis=0)
     empty = jnp.zeros((batch * width, length), jnp.int32)
 
-    def unfinished(carry):
-        return (carry[0] < length) & jnp.any(carry[1])
-
-    def step(carry):
-        t, busy, logits, cache, scores, tokens, kept = carry
+    def chosen(t, logits, cache, busy, scores, tokens, kept):
         log_probs = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, width, vocab)
         # A response that has ended goes on in one way, which costs nothing.
         still = jnp.where(jnp.arange(vocab) == 0, 0.0, -jnp.inf)
@@ -72,11 +69,19 @@ def _searched(beam: Beam, model: LanguageModel, params, prompts, mask, eos_ids) 
         busy, tokens, kept = busy[parents], tokens[parents], kept[parents]
         tokens = tokens.at[:, t].set(jnp.where(busy, token, 0))
         kept = kept.at[:, t].set(busy)
-        logits, cache = model.step(params, token, cache.take(parents))
-        return t + 1, busy & ~is_end(token, eos_ids), logits, cache, scores, tokens, kept
+        return t + 1, token, cache.take(parents), busy & ~is_end(token, eos_ids), scores, tokens, kept
 
-    busy = jnp.ones(batch * width, bool)
-    start = (jnp.int32(0), busy, read.logits[first], read.cache.take(first), scores, empty, empty > 0)
+    def unfinished(carry):
+        t, _, _, busy, *_ = carry
+        return (t < length) & jnp.any(busy)
+
+    def step(carry):
+        t, token, cache, *beams = carry
+        logits, cache = model.step(params, token, cache)
+        return chosen(t, logits, cache, *beams)
+
+    busy, cache = jnp.ones(batch * width, bool), read.cache.take(first)
+    start = chosen(jnp.int32(0), read.logits[first], cache, busy, scores, empty, empty > 0)
     *_, scores, tokens, kept = lax.while_loop(unfinished, step, start)
     lengths = jnp.sum(kept, axis=1).reshape(batch, width)
     best = jnp.argmax(_ranked(scores, lengths, beam.length_power), axis=1)

@@ -20,15 +20,15 @@ from hybrid_jax.core.ranges import BatchSize, Count, Positive, settings
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
-from hybrid_jax.sampling.base import SAMPLERS, Settings
+from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import Prompted, Responses, continue_from, read_prompts
 from hybrid_jax.sampling.logits import response_keys, response_noise
-from hybrid_jax.sampling.scoring import reads_texts, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, score_of
 
 
 @SAMPLERS.register("best_of_n")
 @settings
-class BestOfN:
+class BestOfN(ChoosesByReward):
     """The best of ``n`` answers to each prompt, by a reward or by the mean log-probability of a token."""
 
     max_new_tokens: Count = 64  # longest response
@@ -36,11 +36,6 @@ class BestOfN:
     temperature: Positive = 1.0  # of the draws
     reward: Annotated[Any, REWARDS] | None = None  # of an answer; null: its mean log-probability
     softness: Positive | None = None  # chooses with probabilities softmax(scores / softness); null: the best
-
-    @property
-    def reads_texts(self) -> bool:
-        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
-        return reads_texts(self.reward)
 
     def __call__(
         self,
@@ -53,9 +48,10 @@ class BestOfN:
         eos_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
     ) -> Samples:
+        check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         rows = jnp.repeat(jnp.arange(len(prompt_tokens)), self.n)
         key, last = jax.random.split(key)
-        said = _drawn(Settings(self), model, params, prompt_tokens, prompt_mask, key, tuple(eos_ids))
+        said = _drawn(Static(self), model, params, prompt_tokens, prompt_mask, key, tuple(eos_ids))
         if self.reward is None:
             scores = jnp.sum(said.log_probs, axis=1) / said.lengths
         else:
@@ -70,7 +66,7 @@ class BestOfN:
 
 
 @partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
-def _drawn(settings: Settings[BestOfN], model, params, prompts, mask, key, eos_ids) -> Responses:
+def _drawn(settings: Static[BestOfN], model, params, prompts, mask, key, eos_ids) -> Responses:
     """Answers to every prompt, those to one prompt one after the other; prompts are read once."""
     sampler = settings.value
     params, count = model.cast(params), len(prompts) * sampler.n

@@ -51,10 +51,9 @@ class Responses:
 def read_prompts(
     model: LanguageModel, params: Params, tokens: Int[Array, "B P"], mask: Bool[Array, "B P"], new_tokens: int
 ) -> Prompted:
-    """Reads left-padded prompts, with room for ``new_tokens`` behind each."""
-    logits, cache = model.prefill(
-        params, tokens, mask, model.init_cache(len(tokens), tokens.shape[1] + new_tokens)
-    )
+    """Reads left-padded prompts, with room for responses of ``new_tokens``, of which the last is never read."""
+    cache = model.init_cache(len(tokens), tokens.shape[1] + new_tokens - 1)
+    logits, cache = model.prefill(params, tokens, mask, cache)
     return Prompted(cache, logits)
 
 
@@ -88,30 +87,28 @@ def continue_from(
         jnp.zeros((rows, length)),
     )
 
-    def unfinished(carry):
-        t, busy, *_ = carry
-        return (t < length) & jnp.any(busy)
-
-    def step(carry):
-        t, busy, logits, cache, said = carry
+    def write(t, logits, busy, said):
         scaled = scale_by_temperature(logits, temperature)
         drawn, _ = draw(scaled, noise[:, t])
         token = jnp.where(t < num_given, given[:, t], drawn)
-        log_prob, drawn_log_prob = (_log_prob(x, token) for x in (logits.astype(jnp.float32), scaled))
-        values = (token, True, log_prob, drawn_log_prob)
+        values = (token, True, _log_prob(logits.astype(jnp.float32), token), _log_prob(scaled, token))
         put = lambda array, value: array.at[:, t].set(jnp.where(busy, value, 0).astype(array.dtype))  # noqa: E731
         said = Responses(*(put(array, value) for array, value in zip(_arrays(said), values, strict=True)))
+        return token, busy & ~is_end(token, eos_ids), said
+
+    def unfinished(carry):
+        t, _, _, busy, _ = carry
+        return (t < length) & jnp.any(busy)
+
+    def step(carry):
+        t, token, cache, busy, said = carry
         logits, cache = model.step(params, token, cache)
-        return t + 1, busy & ~is_end(token, eos_ids), logits, cache, said
+        token, busy, said = write(t, logits, busy, said)
+        return t + 1, token, cache, busy, said
 
-    start = (jnp.int32(0), jnp.ones(rows, bool), prompted.logits, prompted.cache, empty)
-    return lax.while_loop(unfinished, step, start)[-1]
-
-
-def choose(condition: Bool[Array, "B"], ours: Any, theirs: Any) -> Any:
-    """Row by row one of two pytrees of arrays [B …]."""
-    pick = lambda a, b: jnp.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-    return jax.tree.map(pick, ours, theirs)
+    # The last token is never read.
+    token, busy, said = write(0, prompted.logits, jnp.ones(rows, bool), empty)
+    return lax.while_loop(unfinished, step, (jnp.int32(1), token, prompted.cache, busy, said))[-1]
 
 
 def _arrays(said: Responses) -> tuple[Array, ...]:

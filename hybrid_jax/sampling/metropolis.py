@@ -26,15 +26,16 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.arrays import choose_rows
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.ranges import Count, Positive, settings
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
-from hybrid_jax.sampling.base import SAMPLERS, Settings
-from hybrid_jax.sampling.continuing import Responses, choose, continue_from, read_prompts
+from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
+from hybrid_jax.sampling.continuing import Responses, continue_from, read_prompts
 from hybrid_jax.sampling.logits import response_keys, response_noise
-from hybrid_jax.sampling.scoring import Score, reads_texts, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, Score, score_of
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Chain:
 
 @SAMPLERS.register("metropolis")
 @settings
-class Metropolis:
+class Metropolis(ChoosesByReward):
     """The last state of a Markov chain whose distribution tends to ``p(y)^alpha exp(reward / beta)``."""
 
     max_new_tokens: Count = 64  # longest response
@@ -60,13 +61,8 @@ class Metropolis:
     proposal_temperature: Positive | None = None  # of the tokens that a move draws; null: 1 / alpha
 
     @property
-    def reads_texts(self) -> bool:
-        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
-        return reads_texts(self.reward)
-
-    @property
     def temperature(self) -> float:
-        """Of the proposal."""
+        """Divisor of the logits that a move draws from."""
         return self.proposal_temperature or 1.0 / self.alpha
 
     def __call__(
@@ -80,12 +76,13 @@ class Metropolis:
         eos_ids: Sequence[int] = (),
         tokenizer: Tokenizer | None = None,
     ) -> Samples:
+        check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         inputs = (model, params, prompt_tokens, prompt_mask, key)
         if self.reads_texts:
             score = score_of(self.reward, prompt_tokens, prompt_mask, eos_ids, tokenizer)
             chain, taken = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
         else:
-            chain, taken = _on_device(Settings(self), *inputs, tuple(eos_ids))
+            chain, taken = _on_device(Static(self), *inputs, tuple(eos_ids))
         if not isinstance(taken, Tracer):  # not within a function that is being traced
             log.info("metropolis: %.0f%% of %d moves were taken", 100 * float(jnp.mean(taken)), self.moves)
         return chain.response.samples
@@ -94,7 +91,7 @@ class Metropolis:
         self, model, params, prompts, mask, key, eos_ids, score: Score, scan: Any = lax.scan
     ) -> tuple[Chain, Bool[Array, "M B"]]:
         """The last state of the chain of each row, and which of its moves were taken."""
-        length = self.max_new_tokens
+        length, params = self.max_new_tokens, model.cast(params)
         keys = response_keys(key, jnp.arange(len(prompts)))
         prompted = _read(model, params, prompts, mask, length)
         nothing = jnp.zeros((len(prompts), length), jnp.int32)
@@ -111,7 +108,7 @@ class Metropolis:
             cut = jnp.floor(uniform[:, 0] * chain.response.lengths).astype(jnp.int32)
             proposal = propose(number, chain.response.tokens, cut)
             taken = jnp.log(uniform[:, 1]) < log_acceptance(chain, proposal, cut, self.alpha, self.beta)
-            return choose(taken, proposal, chain), taken
+            return choose_rows(taken, proposal, chain), taken
 
         start = propose(0, nothing, jnp.zeros(len(prompts), jnp.int32))
         return scan(move, start, jnp.arange(1, self.moves + 1))
@@ -127,7 +124,7 @@ def log_acceptance(
         return alpha * jnp.sum(chain.response.log_probs, axis=1) + chain.score / beta
 
     def log_move_to(chain: Chain, from_length: Array) -> Array:
-        """Of the cut, and of what is drawn behind it."""
+        """The log-probability of the cut, and of what is drawn behind it."""
         drawn = jnp.sum(jnp.where(behind, chain.response.drawn_log_probs, 0.0), axis=1)
         return drawn - jnp.log(from_length)
 
@@ -140,10 +137,10 @@ _continue = partial(jax.jit, static_argnames=("model", "temperature", "eos_ids")
 
 
 @partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
-def _on_device(settings: Settings[Metropolis], model, params, prompts, mask, key, eos_ids):
+def _on_device(settings: Static[Metropolis], model, params, prompts, mask, key, eos_ids):
     sampler = settings.value
     score = score_of(sampler.reward, prompts, mask, eos_ids, None)
-    return sampler.chain(model, model.cast(params), prompts, mask, key, eos_ids, score)
+    return sampler.chain(model, params, prompts, mask, key, eos_ids, score)
 
 
 def _scan_on_host(move: Any, chain: Chain, numbers: Int[Array, "M"]) -> tuple[Chain, Bool[Array, "M B"]]:

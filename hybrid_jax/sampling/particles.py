@@ -30,10 +30,10 @@ from hybrid_jax.core.ranges import BatchSize, Count, Positive, settings
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
-from hybrid_jax.sampling.base import SAMPLERS, Settings
+from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import read_prompts
 from hybrid_jax.sampling.logits import draw, is_end, response_keys, response_noise, scale_by_temperature
-from hybrid_jax.sampling.scoring import reads_texts, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, reads_texts, score_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Swarm:
 
 @SAMPLERS.register("particles")
 @settings
-class Particles:
+class Particles(ChoosesByReward):
     """One of ``n`` particles, drawn by their weights: from ``p(y)^alpha exp(reward / beta)`` as n grows."""
 
     max_new_tokens: Count = 64  # longest response
@@ -70,11 +70,6 @@ class Particles:
     def __post_init__(self):
         if self.guided and (self.reward is None or reads_texts(self.reward)):
             raise ValueError("guided needs a reward on tokens, such as token_count")
-
-    @property
-    def reads_texts(self) -> bool:
-        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
-        return reads_texts(self.reward)
 
     def __call__(
         self,
@@ -99,7 +94,8 @@ class Particles:
 
     def swarm(self, model, params, prompts, mask, key, eos_ids=(), tokenizer=None) -> Swarm:
         """All particles with their final weights."""
-        swarm = _moved(Settings(self), model, params, prompts, mask, key, tuple(eos_ids))
+        check_fits(model, prompts.shape[1], self.max_new_tokens, eos_ids)
+        swarm = _moved(Static(self), model, params, prompts, mask, key, tuple(eos_ids))
         rows = jnp.repeat(jnp.arange(len(prompts)), self.n)
         score = score_of(self.reward, prompts[rows], mask[rows], eos_ids, tokenizer)(swarm.samples) / self.beta
         return replace(swarm, log_weights=swarm.log_weights + score - swarm.potential, potential=score)
@@ -112,7 +108,7 @@ def log_constant(swarm: Swarm) -> Float[Array, "B"]:
 
 
 @partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
-def _moved(settings: Settings[Particles], model, params, prompts, mask, key, eos_ids) -> Swarm:
+def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_ids) -> Swarm:
     sampler = settings.value
     params, size, length = model.cast(params), sampler.n, sampler.max_new_tokens
     read = read_prompts(model, params, prompts, mask, length)
@@ -131,30 +127,35 @@ def _moved(settings: Settings[Particles], model, params, prompts, mask, key, eos
         log_z=jnp.zeros(len(prompts)),
     )
 
-    def step(carry):
-        t, busy, logits, cache, swarm = carry
+    def drawn(t, logits, cache, busy, swarm):
         scaled = scale_by_temperature(logits, 1.0 / sampler.alpha)
         token, log_q = draw(scaled, noise[:, t])
-        logits = logits.astype(jnp.float32)
-        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
+        log_p = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], 1)[:, 0]
         swarm = replace(
             swarm,
             tokens=swarm.tokens.at[:, t].set(jnp.where(busy, token, 0)),
             mask=swarm.mask.at[:, t].set(busy),
-            log_weights=swarm.log_weights + jnp.where(busy, sampler.alpha * log_p - log_q, 0.0),
         )
         potential = score(swarm.samples) / sampler.beta
-        grown = swarm.log_weights + potential - swarm.potential
-        swarm = replace(swarm, log_weights=grown, potential=potential)
+        gained = jnp.where(busy, sampler.alpha * log_p - log_q, 0.0) + potential - swarm.potential
+        swarm = replace(swarm, log_weights=swarm.log_weights + gained, potential=potential)
         busy = busy & ~is_end(token, eos_ids)
-        logits, cache = model.step(params, token, cache)
         parents, swarm = _resampled(swarm, size, sampler.resample_below, uniform[t])
-        return t + 1, busy[parents], logits[parents], cache.take(parents), swarm
+        # A cache is large: its rows move only where a particle was resampled.
+        moved = jnp.any(parents != jnp.arange(count))
+        cache = lax.cond(moved, lambda: cache.take(parents), lambda: cache)
+        return t + 1, token[parents], cache, busy[parents], swarm
+
+    def step(carry):
+        t, token, cache, busy, swarm = carry
+        logits, cache = model.step(params, token, cache)
+        return drawn(t, logits, cache, busy, swarm)
 
     def unfinished(carry):
-        return (carry[0] < length) & jnp.any(carry[1])
+        t, _, _, busy, _ = carry
+        return (t < length) & jnp.any(busy)
 
-    start = (jnp.int32(0), jnp.ones(count, bool), read.logits[rows], read.cache.take(rows), swarm)
+    start = drawn(jnp.int32(0), read.logits[rows], read.cache.take(rows), jnp.ones(count, bool), swarm)
     return lax.while_loop(unfinished, step, start)[-1]
 
 

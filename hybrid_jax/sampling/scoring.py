@@ -23,6 +23,17 @@ def reads_texts(reward: Any) -> bool:
     return reward is not None and not isinstance(reward, DeviceReward)
 
 
+class ChoosesByReward:
+    """A sampler with a setting ``reward``."""
+
+    reward: Any
+
+    @property
+    def reads_texts(self) -> bool:
+        """Tells whether it needs a tokenizer (`sampling.base.sample`)."""
+        return reads_texts(self.reward)
+
+
 def score_of(
     reward: Any,
     prompt_tokens: Int[Array, "B P"],

@@ -27,7 +27,7 @@ def content_weights(
 
 
 def read(memory: Float[Array, "... M W"], weights: Float[Array, "... H M"]) -> Float[Array, "... H W"]:
-    """What each head reads: ``Σ_i w_i M_i``."""
+    """The word that each head reads: ``Σ_i w_i M_i``."""
     return jnp.einsum("...hm,...mw->...hw", weights, memory)
 
 

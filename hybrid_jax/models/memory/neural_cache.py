@@ -120,12 +120,12 @@ class NeuralCache:
 
     @property
     def max_length(self) -> int | None:
-        """That of the model."""
+        """The bound of the model inside."""
         return self.model.max_length
 
     @property
     def loss_coefs(self) -> dict[str, float]:
-        """Those of the model."""
+        """The losses of the model inside."""
         return self.model.loss_coefs
 
     def init(self, key: Array) -> Params:

@@ -96,7 +96,7 @@ class NTMCell(MemoryCell):
 
 
 def _moved(memory: NTMMemory, said: Mapping[str, Array], heads: slice) -> Float[Array, "B H M"]:
-    """Where some of the heads are after this step."""
+    """The weights of some of the heads after this step."""
     key, strength, gate, power, shift = (
         said[name][:, heads] for name in ("key", "strength", "gate", "power", "shift")
     )

@@ -10,12 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from hybrid_jax.core.arrays import choose_rows
 from hybrid_jax.models.base import Params
 
 State = Any  # a pytree of arrays [B ...]
@@ -48,7 +47,7 @@ class Cell(ABC):
         """Reads one token a row."""
 
     def prepared(self, params: Params, x: Float[Array, "... I"]) -> Inputs:
-        """What does not need the state, for all tokens at once: the product with the input kernel, say."""
+        """Computes what needs no state, for all tokens at once, such as the product with the input kernel."""
         return x
 
     def flops(self) -> int:
@@ -80,8 +79,3 @@ class Cell(ABC):
 
         state, y = lax.scan(one, state, (self.prepared(params, x), flow))
         return y, state
-
-
-def choose_rows(rows: Bool[Array, "B"], yes: State, no: State) -> State:
-    """The state ``yes`` in the rows that are chosen, ``no`` in the others."""
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)

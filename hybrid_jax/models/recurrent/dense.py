@@ -1,4 +1,4 @@
-"""What Elman's network, LSTM and GRU share: two full maps, of the input and of the state, to all gates."""
+"""Shared by Elman's network, LSTM and GRU: two full maps, of the input and of the state, to all gates."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class LinearCell(Cell):
 
     @abstractmethod
     def output(self, params: Params, h: Shaped[Array, "... W"], x: Float[Array, "... I"]) -> Array:
-        """What the layer gives, of the state behind each token."""
+        """The output of the layer, from the state behind each token."""
 
     def step(self, params: Params, state: Shaped[Array, "B W"], inputs: Terms):
         """`Cell.step`."""

@@ -114,7 +114,9 @@ class Evaluator:
         self._loss = jax.jit(functools.partial(_loss, model))
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
-            self._sample = jax.jit(functools.partial(sample, self.sampler, model, eos_ids=eos_ids))
+            answer = functools.partial(sample, self.sampler, model, eos_ids=eos_ids, tokenizer=tokenizer)
+            # One that chooses by texts goes back to the host between its programs.
+            self._sample = answer if getattr(self.sampler, "reads_texts", False) else jax.jit(answer)
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """All measurements as ``evaluation/<metric>``, samples to show, and what each prompt has scored."""

@@ -76,7 +76,8 @@ class ReferenceSamples:
         for index, (batch, count) in enumerate(stream.sequential(min(self.batch_size, len(chosen)))):
             key = jax.random.fold_in(root_key(seed, Purpose.REFERENCE_ANSWERS), index)
             prompts = jnp.asarray(batch.tokens), jnp.asarray(batch.mask)
-            samples = sample(self.sampler, model, params, *prompts, key, eos_ids=eos_ids)
+            inputs = (model, params, *prompts, key)
+            samples = sample(self.sampler, *inputs, eos_ids=eos_ids, tokenizer=tokenizer)
             tokens, mask = np.asarray(samples.tokens)[:count], np.asarray(samples.action_mask)[:count]
             texts = decode_responses(tokenizer, batch.unpadded()[:count], tokens, mask, eos_ids)
             drawn += [(e.prompt, text, e.messages) for e, text in zip(batch.examples, texts, strict=False)]

@@ -112,7 +112,7 @@ class TerminalChat:
         tokens[0, width - len(prompt) :], mask[0, width - len(prompt) :] = prompt, True
         key: Any = jax.random.fold_in(self._key, number)
         inputs = (policy.model, policy.params, jnp.asarray(tokens), jnp.asarray(mask), key)
-        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids)
+        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids, tokenizer=policy.tokenizer)
         said, chosen = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
         (text,) = decode_responses(policy.tokenizer, [prompt], said, chosen, policy.eos_ids)
         complete = bool(np.asarray(ended(drawn.tokens, drawn.action_mask, policy.eos_ids))[0])

@@ -23,7 +23,7 @@ from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import Prompted, Responses, continue_from, read_prompts
 from hybrid_jax.sampling.logits import response_keys, response_noise
-from hybrid_jax.sampling.scoring import ChoosesByReward, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, check_scores, score_of
 
 
 @SAMPLERS.register("best_of_n")
@@ -58,6 +58,7 @@ class BestOfN(ChoosesByReward):
             repeated = prompt_tokens[rows], prompt_mask[rows]
             scores = score_of(self.reward, *repeated, eos_ids, tokenizer)(said.samples)
         scores = scores.reshape(-1, self.n)
+        check_scores(scores, jnp.max(scores, axis=1))
         if self.softness is not None:
             # The largest of scores with Gumbel noise is a draw from their softmax.
             scores = scores / self.softness + jax.random.gumbel(last, scores.shape)

@@ -105,6 +105,9 @@ def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids
             settings["temperature"] = sampler.temperature
             settings["top_k"] = sampler.top_k or 0
             settings["top_p"] = 1.0 if sampler.top_p is None else sampler.top_p
+    elif sampler is not None:
+        settings["max_new_tokens"] = sampler.max_new_tokens
+        log.info("%s: Hugging Face's settings do not say %s, only its max_new_tokens", path, sampler)
     path.write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -35,7 +35,7 @@ from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import Responses, continue_from, read_prompts
 from hybrid_jax.sampling.logits import response_keys, response_noise
-from hybrid_jax.sampling.scoring import ChoosesByReward, Score, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, Score, check_scores, score_of
 
 log = logging.getLogger(__name__)
 
@@ -80,17 +80,18 @@ class Metropolis(ChoosesByReward):
         inputs = (model, params, prompt_tokens, prompt_mask, key)
         if self.reads_texts:
             score = score_of(self.reward, prompt_tokens, prompt_mask, eos_ids, tokenizer)
-            chain, taken = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
+            chain, (taken, scores) = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
         else:
-            chain, taken = _on_device(Static(self), *inputs, tuple(eos_ids))
+            chain, (taken, scores) = _on_device(Static(self), *inputs, tuple(eos_ids))
+        check_scores(scores, chain.score)
         if not isinstance(taken, Tracer):  # not within a function that is being traced
             log.info("metropolis: %.0f%% of %d moves were taken", 100 * float(jnp.mean(taken)), self.moves)
         return chain.response.samples
 
     def chain(
         self, model, params, prompts, mask, key, eos_ids, score: Score, scan: Any = lax.scan
-    ) -> tuple[Chain, Bool[Array, "M B"]]:
-        """The last state of the chain of each row, and which of its moves were taken."""
+    ) -> tuple[Chain, tuple[Bool[Array, "M B"], Float[Array, "M B"]]]:
+        """The last state of the chain of each row, which moves were taken, and the score of each proposal."""
         length, params = self.max_new_tokens, model.cast(params)
         keys = response_keys(key, jnp.arange(len(prompts)))
         prompted = _read(model, params, prompts, mask, length)
@@ -108,7 +109,7 @@ class Metropolis(ChoosesByReward):
             cut = jnp.floor(uniform[:, 0] * chain.response.lengths).astype(jnp.int32)
             proposal = propose(number, chain.response.tokens, cut)
             taken = jnp.log(uniform[:, 1]) < log_acceptance(chain, proposal, cut, self.alpha, self.beta)
-            return choose_rows(taken, proposal, chain), taken
+            return choose_rows(taken, proposal, chain), (taken, proposal.score)
 
         start = propose(0, nothing, jnp.zeros(len(prompts), jnp.int32))
         return scan(move, start, jnp.arange(1, self.moves + 1))
@@ -143,10 +144,10 @@ def _on_device(settings: Static[Metropolis], model, params, prompts, mask, key, 
     return sampler.chain(model, params, prompts, mask, key, eos_ids, score)
 
 
-def _scan_on_host(move: Any, chain: Chain, numbers: Int[Array, "M"]) -> tuple[Chain, Bool[Array, "M B"]]:
+def _scan_on_host(move: Any, chain: Chain, numbers: Int[Array, "M"]) -> tuple[Chain, Any]:
     """`jax.lax.scan` for a move that reads texts."""
-    taken = []
+    found = []
     for number in numbers:
-        chain, was_taken = move(chain, number)
-        taken.append(was_taken)
-    return chain, jnp.stack(taken)
+        chain, told = move(chain, number)
+        found.append(told)
+    return chain, jax.tree.map(lambda *each: jnp.stack(each), *found)

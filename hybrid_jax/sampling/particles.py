@@ -33,7 +33,7 @@ from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import read_prompts
 from hybrid_jax.sampling.logits import draw, is_end, response_keys, response_noise, scale_by_temperature
-from hybrid_jax.sampling.scoring import ChoosesByReward, reads_texts, score_of
+from hybrid_jax.sampling.scoring import ChoosesByReward, check_scores, reads_texts, score_of
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class Particles(ChoosesByReward):
     ) -> Samples:
         key, last = jax.random.split(key)
         swarm = self.swarm(model, params, prompt_tokens, prompt_mask, key, eos_ids, tokenizer)
-        constant = jnp.mean(log_constant(swarm))
+        constants = log_constant(swarm)
+        check_scores(swarm.potential, constants)
+        constant = jnp.mean(constants)
         if not isinstance(constant, Tracer):  # not within a function that is being traced
             log.info("particles: log Z is about %.3f, the mean of %d prompts", constant, len(prompt_tokens))
         weights = swarm.log_weights.reshape(-1, self.n)
@@ -98,7 +100,7 @@ class Particles(ChoosesByReward):
         swarm = _moved(Static(self), model, params, prompts, mask, key, tuple(eos_ids))
         rows = jnp.repeat(jnp.arange(len(prompts)), self.n)
         score = score_of(self.reward, prompts[rows], mask[rows], eos_ids, tokenizer)(swarm.samples) / self.beta
-        return replace(swarm, log_weights=swarm.log_weights + score - swarm.potential, potential=score)
+        return _weighed(swarm, score)
 
 
 def log_constant(swarm: Swarm) -> Float[Array, "B"]:
@@ -116,7 +118,7 @@ def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_i
     count = len(rows)
     key, resampling = jax.random.split(key)
     noise = response_noise(response_keys(key, jnp.arange(count)), length)
-    uniform = jax.random.uniform(resampling, (length, len(prompts)))
+    uniform = jax.random.uniform(resampling, (len(prompts), length))  # of a prompt, however many there are
     score = score_of(sampler.reward if sampler.guided else None, prompts[rows], mask[rows], eos_ids, None)
     zeros = jnp.zeros(count)
     swarm = Swarm(
@@ -137,10 +139,10 @@ def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_i
             mask=swarm.mask.at[:, t].set(busy),
         )
         potential = score(swarm.samples) / sampler.beta
-        gained = jnp.where(busy, sampler.alpha * log_p - log_q, 0.0) + potential - swarm.potential
-        swarm = replace(swarm, log_weights=swarm.log_weights + gained, potential=potential)
+        gained = jnp.where(busy, sampler.alpha * log_p - log_q, 0.0)
+        swarm = _weighed(replace(swarm, log_weights=swarm.log_weights + gained), potential)
         busy = busy & ~is_end(token, eos_ids)
-        parents, swarm = _resampled(swarm, size, sampler.resample_below, uniform[t])
+        parents, swarm = _resampled(swarm, size, sampler.resample_below, uniform[:, t])
         # A cache is large: its rows move only where a particle was resampled.
         moved = jnp.any(parents != jnp.arange(count))
         cache = lax.cond(moved, lambda: cache.take(parents), lambda: cache)
@@ -159,6 +161,12 @@ def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_i
     return lax.while_loop(unfinished, step, start)[-1]
 
 
+def _weighed(swarm: Swarm, potential: Float[Array, "N"]) -> Swarm:
+    """The swarm whose weights hold another potential; a particle that was without weight stays so."""
+    before = jnp.where(jnp.isneginf(swarm.potential), 0.0, swarm.potential)
+    return replace(swarm, log_weights=swarm.log_weights + potential - before, potential=potential)
+
+
 def _resampled(
     swarm: Swarm, size: int, below: float, uniform: Float[Array, "B"]
 ) -> tuple[Int[Array, "N"], Swarm]:
@@ -167,7 +175,8 @@ def _resampled(
     needed = 1.0 / jnp.sum(weights**2, axis=1) < below * size
     # One uniform number places n equally distant marks: a particle has n·w children, rounded up or down.
     marks = (jnp.arange(size) + uniform[:, None]) / size
-    ends = jnp.cumsum(weights, axis=1).at[:, -1].set(1.0)
+    ends = jnp.cumsum(weights, axis=1)
+    ends = ends / ends[:, -1:]  # exactly 1 from the last particle with a weight on
     parents = jax.vmap(lambda end, mark: jnp.searchsorted(end, mark, side="right"))(ends, marks)
     parents = jnp.where(needed[:, None], jnp.minimum(parents, size - 1), jnp.arange(size))
     rows = (jnp.arange(len(weights))[:, None] * size + parents).reshape(-1)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
@@ -21,6 +22,27 @@ Score = Callable[[Samples], Float[Array, "B"]]
 def reads_texts(reward: Any) -> bool:
     """Tells whether a reward needs texts, and so the host."""
     return reward is not None and not isinstance(reward, DeviceReward)
+
+
+def check_scores(scores: Float[Array, "B ..."], best: Float[Array, "B"]) -> None:
+    """Refuses rewards that are no number, and prompts that no answer may be given to; not while it is traced.
+
+    Args:
+        scores: of all answers that were tried.
+        best: of those to one prompt.
+
+    Raises:
+        UserError: a score is NaN, or that of every answer to a prompt is -inf.
+    """
+    if isinstance(best, Tracer):
+        return
+    if np.isnan(scores).any():
+        raise UserError("sampler.reward must give numbers, got nan for an answer")
+    if np.isneginf(best).any():
+        raise UserError(
+            "sampler.reward is -inf for every answer that was tried to a prompt; try more of them, or take a "
+            "finite penalty"
+        )
 
 
 class ChoosesByReward:

@@ -33,7 +33,7 @@ def scripted(monkeypatch):
     """A policy that gives the answers of a list, and the prompts that it was asked with."""
     asked, answers = [], []
 
-    def sample(sampler, model, params, tokens, mask, key, *, eos_ids):
+    def sample(sampler, model, params, tokens, mask, key, *, eos_ids, tokenizer):
         asked.append(np.asarray(tokens)[0][np.asarray(mask)[0]].tolist())
         said = answers.pop(0)
         if callable(said):

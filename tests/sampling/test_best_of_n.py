@@ -1,5 +1,7 @@
 """Best of n, particles and beams, against laws and sums over all responses."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -160,6 +162,73 @@ def test_a_chain_of_a_cached_transformer_ends_where_a_wide_beam_does():
     found = sample(chain, *inputs, eos_ids=(4,))
     np.testing.assert_array_equal(found.tokens, beam.tokens)
     np.testing.assert_array_equal(found.action_mask, beam.action_mask)
+
+
+class Forbidding:
+    """Minus infinity for a response with a token 1 in it; NaN for one with a token 2, where it is asked for."""
+
+    def __init__(self, nan=False):
+        self.nan = nan
+
+    def score_tokens(self, tokens, attention_mask, response_mask):
+        response = tokens[:, -response_mask.shape[1] :]
+        has = lambda token: jnp.any(response_mask & (response == token), axis=1)  # noqa: E731
+        return jnp.where(has(1), -jnp.inf, jnp.where(self.nan & has(2), jnp.nan, 0.0))
+
+
+ALL = {
+    "best_of_n": BestOfN(max_new_tokens=3, n=24, reward=Forbidding()),
+    "metropolis": Metropolis(max_new_tokens=3, moves=40, reward=Forbidding()),
+    "particles": Particles(max_new_tokens=3, n=24, reward=Forbidding()),
+    "guided": Particles(max_new_tokens=3, n=24, reward=Forbidding(), guided=True),
+}
+
+
+@pytest.mark.parametrize("sampler", ALL.values(), ids=ALL)
+def test_what_has_a_reward_of_minus_infinity_is_never_given(sampler):
+    tokens = np.asarray(draws(sampler, PrefixTable(), reference_params(), 64).tokens)
+    assert not np.any(tokens == 1)
+    assert len(np.unique(numbered(tokens))) > 3  # and yet it is drawn
+
+
+def test_guiding_particles_past_what_is_forbidden_estimates_the_constant():
+    """Z is what the reference gives to responses without a token 1."""
+    allowed = ~np.any(SEQUENCES == 1, axis=1)
+    exact = sequence_probabilities(reference_params())[allowed].sum()
+    prompts = jnp.zeros((2048, 1), jnp.int32)
+    for guided in (False, True):
+        sampler = Particles(max_new_tokens=3, n=8, reward=Forbidding(), guided=guided)
+        swarm = sampler.swarm(PrefixTable(), reference_params(), prompts, prompts == 0, jax.random.key(0))
+        z = np.exp(np.asarray(log_constant(swarm), np.float64))
+        assert abs(z.mean() - exact) < 4 * z.std() / np.sqrt(len(z))
+
+
+@pytest.mark.parametrize("sampler", ALL.values(), ids=ALL)
+def test_rewards_that_leave_no_answer_or_are_no_number_are_one_line(sampler):
+    only_ones = {"table": jnp.tile(jnp.array([-40.0, 0.0, -40.0]), (13, 1))}
+    with pytest.raises(UserError, match=r"sampler\.reward is -inf for every answer that was tried"):
+        draws(sampler, PrefixTable(), only_ones, 4)
+    with pytest.raises(UserError, match=r"sampler\.reward must give numbers, got nan"):
+        draws(replace(sampler, reward=Forbidding(nan=True)), PrefixTable(), reference_params(), 4)
+
+
+@pytest.mark.parametrize("sampler", [Beam(max_new_tokens=3, width=2), *ALL.values()], ids=["beam", *ALL])
+def test_what_does_not_fit_is_one_line(sampler):
+    model = DecoderConfig(num_layers=1, width=8, num_heads=1, max_length=4).build(3)
+    inputs = (model, model.init(jax.random.key(0)), jnp.zeros((2, 2), jnp.int32), jnp.ones((2, 2), bool))
+    with pytest.raises(UserError, match=r"max_new_tokens must be at most 2 .*max_length 4.*, got 3"):
+        sample(sampler, *inputs, jax.random.key(0))
+    short = replace(sampler, max_new_tokens=2)
+    with pytest.raises(UserError, match="eos_ids must be tokens below the vocabulary's 3, got 9"):
+        sample(short, *inputs, jax.random.key(0), eos_ids=(9,))
+
+
+@pytest.mark.parametrize("name", ["beam", "guided"])
+def test_an_answer_does_not_depend_on_how_many_prompts_there_are(name):
+    sampler = Particles(max_new_tokens=3, n=8, reward=REWARD, beta=0.5, guided=True, resample_below=1.0)
+    sampler = sampler if name == "guided" else Beam(max_new_tokens=3, width=3)
+    few, many = (draws(sampler, PrefixTable(), reference_params(), rows).tokens for rows in (3, 40))
+    np.testing.assert_array_equal(few, many[:3])
 
 
 @pytest.mark.parametrize(

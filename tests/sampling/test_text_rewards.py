@@ -1,0 +1,68 @@
+"""Decoders that choose by what a response says, where a policy is talked to and evaluated."""
+
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from hybrid_jax.core.batches import Example
+from hybrid_jax.data.tokenizer import Bytes
+from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
+from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.runs.policy import Policy
+from hybrid_jax.runs.terminal_chat import TerminalChat
+from hybrid_jax.sampling.best_of_n import BestOfN
+
+TOKENIZER = Bytes(chat_template="plain").build()
+N = 8
+
+
+def distinct(prompts, responses):
+    return [float(len(set(response))) for response in responses]
+
+
+@dataclass
+class Remembering:
+    """The number of distinct characters, and all texts that were asked for."""
+
+    seen: list = field(default_factory=list)
+
+    def __call__(self, prompts, responses):
+        self.seen.append(list(responses))
+        return distinct(prompts, responses)
+
+
+def tiny() -> tuple[Decoder, dict]:
+    model = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=64).build(TOKENIZER.vocab_size)
+    return model, model.init(jax.random.key(0))
+
+
+def test_an_answer_in_the_terminal_is_the_best_of_those_that_were_drawn():
+    reward = Remembering()
+    sampler = BestOfN(max_new_tokens=8, n=N, reward=reward)
+    policy = Policy(*tiny(), TOKENIZER, sampler, (TOKENIZER.eos_id,))
+    reply = TerminalChat(policy).reply((), "Hi")
+    (texts,) = reward.seen
+    scores = distinct(None, texts)
+    assert len(texts) == N
+    assert min(scores) < max(scores)
+    assert reply.turns[-1].text == texts[int(np.argmax(scores))]
+
+
+def test_an_evaluation_scores_the_best_of_those_that_were_drawn_for_each_prompt():
+    reward = Remembering()
+    model, params = tiny()
+    evaluator = Evaluator(
+        EvaluationConfig(num_prompts=3),
+        model,
+        TOKENIZER,
+        [Example(prompt, None) for prompt in ("a", "bb", "ccc")],
+        sampler=BestOfN(max_new_tokens=8, n=N, reward=reward),
+        rewards={"ppo": CompositeReward({"distinct": Part(distinct)})},
+        seed=0,
+        eos_ids=(TOKENIZER.eos_id,),
+    )
+    _, _, by_prompt = evaluator.answers(params)
+    best = np.concatenate([np.reshape(distinct(None, texts), (-1, N)).max(axis=1) for texts in reward.seen])
+    assert by_prompt["score"] == best[:3].tolist()

@@ -25,7 +25,13 @@ _MAPS: tuple[tuple[str, str | None, str | None], ...] = (
     (r"(input|recurrent|projection|interface)", "embed", None),  # of a recurrent cell: whole where it is used
 )
 AHEAD = "ahead"  # responses [B R] that wait in the state of a run for the next step
-VECTORS = ("bias", "scale", "sinks", "magnitude")  # of any shape: one for each expert or head is no matrix
+VECTORS = (
+    "bias",
+    "scale",
+    "sinks",
+    "magnitude",
+    "taps",
+)  # of any shape: one for each expert or head is no matrix
 _LARGE = 2**16  # a parameter of this size that no row names is split anyway
 
 
@@ -74,7 +80,7 @@ def _named(module: str, leaf: str) -> Names | None:
                 "magnitude": (outputs,),
             }
             return by_leaf.get(leaf)
-    return (None,) if leaf in ("scale", "bias", "sinks") else None
+    return (None,) if leaf in ("scale", "bias", "sinks", "taps") else None
 
 
 def _longest(shape: Sequence[int]) -> Names:

@@ -22,6 +22,7 @@ from hybrid_jax.models.recurrent.elman import Elman
 from hybrid_jax.models.recurrent.gru import GRU
 from hybrid_jax.models.recurrent.lru import LRU
 from hybrid_jax.models.recurrent.lstm import LSTM
+from hybrid_jax.models.recurrent.mamba2 import Mamba2
 from hybrid_jax.models.recurrent.mingru import MinGRU
 from hybrid_jax.testing import PrefixTable, tiny_decoder_folder
 
@@ -90,6 +91,9 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "elman, normed and tied": lambda _: _random(Elman(width=8, layer_norm=True, tie_embeddings=True)),
     "mingru": lambda _: _random(MinGRU(width=8)),
     "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
+    "mamba2, in chunks of four": lambda _: _random(
+        Mamba2(num_layers=2, width=8, head_width=4, state_width=5, groups=2, chunk_length=4)
+    ),
     "ntm, over an LSTM": lambda _: _random(NTM(width=6, num_slots=5, word_width=4)),
     "dnc, over Elman's": lambda _: _random(DNC(controller="elman", width=6, num_slots=5, word_width=4)),
     "neural_cache, of Elman's": lambda _: _random(NeuralCacheSettings(Elman(width=8), 0.4, 0.3, slots=4)),

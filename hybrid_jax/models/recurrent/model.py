@@ -25,8 +25,6 @@ from hybrid_jax.models.param_axes import param_axes, path_of
 from hybrid_jax.models.recurrent.cell import Cell, Flow, State
 from hybrid_jax.parallel.rules import made_in_parts, shard, shard_for_use
 
-_EPSILON = 1e-6  # of the norms, added to the mean square
-
 
 @settings
 class RecurrentSettings:
@@ -70,6 +68,16 @@ class RecurrentSettings:
         if vocab_size is not None and size < vocab_size:
             raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
         return replace(self, vocab_size=size)
+
+    @property
+    def epsilon(self) -> float:
+        """Of the norms, added to the mean square."""
+        return 1e-6
+
+    @property
+    def head_bias(self) -> bool:
+        """Tells whether a head that is not the embedding has a bias."""
+        return True
 
     @property
     def input_width(self) -> int:
@@ -138,7 +146,7 @@ class RecurrentModel:
         """`LanguageModel.logits`."""
         if self.config.tie_embeddings:
             return placed_logits(linear(hidden, params["token_embedding"]["embedding"].T))
-        return placed_logits(linear(hidden, params["lm_head"]["kernel"], params["lm_head"]["bias"]))
+        return placed_logits(linear(hidden, params["lm_head"]["kernel"], params["lm_head"].get("bias")))
 
     def apply(self, params, tokens, attention_mask=None, *, dropout_key=None) -> ModelOutput:
         """`LanguageModel.apply`."""
@@ -210,13 +218,16 @@ class RecurrentModel:
             cell_params = _whole(own["cell"], f"layer_{i}/cell")
             if keys[0] is not None:
                 cell_params = c.dropped(cell_params, keys[0])
-            y, state = layer(cell_params, self._dropped(_normed(own, "norm", x), keys[1]), state)
+            y, state = layer(cell_params, self._dropped(self._normed(own, "norm", x), keys[1]), state)
             x = x + y if c.residual else y
             if c.mlp_width is not None:
-                x = x + _mlp(own["mlp"], self._dropped(_normed(own, "mlp_norm", x), keys[2]))
+                x = x + _mlp(own["mlp"], self._dropped(self._normed(own, "mlp_norm", x), keys[2]))
             after.append(state)
         key = None if key is None else jax.random.fold_in(key, c.num_layers)
-        return self._dropped(_normed(params, "final_norm", x), key), tuple(after)
+        return self._dropped(self._normed(params, "final_norm", x), key), tuple(after)
+
+    def _normed(self, params: Params, name: str, x: Array) -> Array:
+        return rms_norm(x, params[name]["scale"], self.config.epsilon) if name in params else x
 
     def _dropped(self, x: Array, key: Array | None) -> Array:
         if key is None or not self.config.dropout:
@@ -234,10 +245,6 @@ def drop(x: Array, rate: float, key: Array, shape: tuple[int, ...]) -> Array:
 def _mlp(params: Params, x: Array) -> Array:
     inner = gelu_tanh(linear(x, params["up"]["kernel"]))
     return linear(shard(inner, *("length", "batch", "mlp")[-x.ndim :]), params["down"]["kernel"])
-
-
-def _normed(params: Params, name: str, x: Array) -> Array:
-    return rms_norm(x, params[name]["scale"], _EPSILON) if name in params else x
 
 
 def _whole(params: Params, path: str) -> Params:
@@ -259,7 +266,7 @@ def _init(model: RecurrentModel, key: Array) -> Params:
     params: Params = {"token_embedding": {"embedding": embedding}}
     if not c.tie_embeddings:
         kernel = normal(keys[-2], (cell.width, model.vocab_size))
-        params["lm_head"] = {"kernel": kernel, "bias": jnp.zeros(model.vocab_size)}
+        params["lm_head"] = {"kernel": kernel, **({"bias": jnp.zeros(model.vocab_size)} if c.head_bias else {})}
     for i in range(c.num_layers):
         of_cell, up, down = jax.random.split(keys[i], 3)
         layer: Params = {"cell": cell.init(of_cell, cell.width if i else c.input_width)}

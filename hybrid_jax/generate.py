@@ -22,6 +22,7 @@ EXAMPLES = """\
   python -m hybrid_jax.generate --model gpt2_folder --prompt "Once" sampler.temperature=0.7
   python -m hybrid_jax.generate --model chat_folder --chat --prompt "What is a comet?"
   python -m hybrid_jax.generate --model chat_folder --chat
+  python -m hybrid_jax.generate --run runs/lstm --memory memories --user ann --prompt "I am Ann."
   head -3 prompts.txt | python -m hybrid_jax.generate --run runs/quickstart --num-samples 4 --json
 """
 
@@ -50,6 +51,10 @@ def main(arguments: list[str]) -> None:
         action="store_true",
         help="by the chat template: a prompt is a user's message, .jsonl conversations",
     )
+    parser.add_argument(
+        "--memory", metavar="DIR", help="go on from what the model has read of --user, and keep it there"
+    )
+    parser.add_argument("--user", metavar="NAME", help="whose memory it is, with --memory")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="answers to each prompt")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a response")
@@ -62,6 +67,10 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()
+    if (options.memory is None) != (options.user is None):
+        raise UserError("--memory DIR and --user NAME belong together: give both or none")
+    if options.memory is not None and options.num_samples != 1:
+        raise UserError(f"with --memory a prompt has one answer, got --num-samples {options.num_samples}")
     check_devices()
 
     from hybrid_jax.runs.policy import load_policy, load_pretrained_policy, names_to_trust, run_settings
@@ -74,20 +83,34 @@ def main(arguments: list[str]) -> None:
     else:
         keep_compiled(cache_folder(), instead=False)
         policy = load_pretrained_policy(options.model, options.overrides, trust)
-    if options.chat and not (options.prompt or options.prompts) and sys.stdin and sys.stdin.isatty():
-        from hybrid_jax.runs.terminal_chat import TerminalChat, talk
+    memory = None
+    if options.memory is not None:
+        from hybrid_jax.runs.remembering import Remembering
 
-        if options.num_samples != 1:
-            raise UserError(
-                f"a conversation has one answer to a message, got --num-samples {options.num_samples}"
-            )
-        return talk(TerminalChat(policy, options.seed), lambda answer: print(_said(answer, options.json)))
+        memory = Remembering(policy, options.memory, options.user, options.seed)
+    if options.chat and not (options.prompt or options.prompts) and sys.stdin and sys.stdin.isatty():
+        return _talk(policy, memory, options)
     prompts = options.prompt or _read_prompts(options.prompts, options.chat)
     if options.chat:
         prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
-    answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
+    if memory is not None:
+        answers = memory.answers(prompts)
+    else:
+        answers = policy.generate(prompts, seed=options.seed, num_samples=options.num_samples)
     for answer in answers:
         print(_json(answer) if options.json else _readable(answer))
+
+
+def _talk(policy: Any, memory: Any, options: Any) -> None:
+    """A conversation in the terminal."""
+    from hybrid_jax.runs.terminal_chat import TerminalChat, talk
+
+    if options.num_samples != 1:
+        raise UserError(f"a conversation has one answer to a message, got --num-samples {options.num_samples}")
+    show = lambda answer: print(_said(answer, options.json))  # noqa: E731
+    if memory is None:
+        return talk(TerminalChat(policy, options.seed), show)
+    talk(memory, show, (memory.memory,), lambda turns: memory.keep(*turns))
 
 
 def _said(answer, as_json: bool) -> str:

@@ -22,10 +22,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: the file system refused; the old text is still there.
     """
+    # A model may write half of a surrogate pair, which UTF-8 cannot hold.
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes."""
     beside = path.with_name(path.name + ".new")
     try:
-        # A model may write half of a surrogate pair, which UTF-8 cannot hold.
-        beside.write_text(text, encoding="utf-8", errors="replace")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except OSError as error:
         beside.unlink(missing_ok=True)

@@ -105,7 +105,9 @@ class Policy:
             check_seed(seed)
         except ValueError as error:
             raise UserError(str(error)) from None
-        asked = [_example(prompt, row, self.template_variables) for row, prompt in enumerate(prompts, start=1)]
+        asked = [
+            example_of(prompt, row, self.template_variables) for row, prompt in enumerate(prompts, start=1)
+        ]
         examples = [example for example in asked for _ in range(num_samples)]
         if not examples:
             return []
@@ -345,10 +347,13 @@ def trains_heads(settings: Mapping[str, Any]) -> bool:
     return any("head" in phase for phase in (settings.get("phases") or {}).values())
 
 
-def _example(
+def example_of(
     prompt: str | Sequence[Mapping[str, Any]] | Example, row: int, variables: Mapping[str, Any]
 ) -> Example:
-    """The example that asks for an answer; what a row gives its template goes before ``variables``."""
+    """The example that asks for an answer to a prompt of `Policy.generate`; ``row`` is its number, for errors.
+
+    What a row gives its template goes before ``variables``.
+    """
     if isinstance(prompt, Example):
         variables = {**variables, **prompt.template_variables}
         return replace(prompt, messages=prompt.question, template_variables=variables)

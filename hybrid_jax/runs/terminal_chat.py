@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,16 @@ class Reply(NamedTuple):
     """An answer, and the conversation with it: ``dropped`` turns, the oldest, are left out."""
 
     answer: Answer
-    turns: tuple[Turn, ...]
+    turns: tuple[Any, ...]
     dropped: int
+
+
+class Chat(Protocol):
+    """A conversation that can be gone on with. Its turns are its own; none are its beginning."""
+
+    def reply(self, turns: Sequence[Any], text: str, number: int = 0) -> Reply:
+        """Answers ``text`` behind the turns; ``number`` is that of the answer, for its noise."""
+        ...
 
 
 class TerminalChat:
@@ -73,7 +81,7 @@ class TerminalChat:
         """
         asked = Turn({"role": "user", "content": text})
         prompt, dropped = self._fitting([*turns, asked])
-        answered = Turn(asked.asked, *self._sampled(prompt, number))
+        answered = Turn(asked.asked, *sampled(self._policy, prompt, jax.random.fold_in(self._key, number)))
         kept = (*turns, answered)[dropped:]
         return Reply(Answer(text, answered.text, answered.complete), kept, dropped)
 
@@ -101,32 +109,52 @@ class TerminalChat:
             tokens += self._encoder.between([turn.asked], ended=before.complete, variables=variables)
         return tokens
 
-    def _sampled(self, prompt: list[int], number: int) -> tuple[list[int], str, bool]:
-        """The tokens of an answer, its text, and whether it ended by itself."""
-        policy, room = self._policy, self._policy.prompt_room()
-        width = SHORTEST
-        while width < len(prompt):
-            width *= 2
-        width = width if room is None else min(width, room)
-        tokens, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
-        tokens[0, width - len(prompt) :], mask[0, width - len(prompt) :] = prompt, True
-        key: Any = jax.random.fold_in(self._key, number)
-        inputs = (policy.model, policy.params, jnp.asarray(tokens), jnp.asarray(mask), key)
-        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids, tokenizer=policy.tokenizer)
-        said, chosen = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
-        (text,) = decode_responses(policy.tokenizer, [prompt], said, chosen, policy.eos_ids)
-        complete = bool(np.asarray(ended(drawn.tokens, drawn.action_mask, policy.eos_ids))[0])
-        return said[0][chosen[0]].tolist(), text, complete
+
+class Said(NamedTuple):
+    """The tokens of an answer, its text, and whether it ended by itself."""
+
+    tokens: list[int]
+    text: str
+    complete: bool
 
 
-def talk(chat: TerminalChat, show: Callable[[Answer], None]) -> None:
+def sampled(policy: Policy, prompt: Sequence[int], key: Any) -> Said:
+    """Samples the answer to the tokens of a prompt."""
+    tokens, mask = padded(prompt, policy.prompt_room())
+    inputs = (policy.model, policy.params, jnp.asarray(tokens), jnp.asarray(mask), key)
+    drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids, tokenizer=policy.tokenizer)
+    said, chosen = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
+    (text,) = decode_responses(policy.tokenizer, [list(prompt)], said, chosen, policy.eos_ids)
+    complete = bool(np.asarray(ended(drawn.tokens, drawn.action_mask, policy.eos_ids))[0])
+    return Said(said[0][chosen[0]].tolist(), text, complete)
+
+
+def padded(tokens: Sequence[int], most: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """One left-padded row [1 T] and its mask; few different T, of at most ``most``, since each compiles."""
+    width = SHORTEST
+    while width < len(tokens):
+        width *= 2
+    width = width if most is None else min(width, most)
+    row, mask = np.zeros((1, width), np.int32), np.zeros((1, width), bool)
+    row[0, width - len(tokens) :], mask[0, width - len(tokens) :] = tokens, True
+    return row, mask
+
+
+def talk(
+    chat: Chat,
+    show: Callable[[Answer], None],
+    turns: Sequence[Any] = (),
+    keep: Callable[[Sequence[Any]], None] = lambda turns: None,
+) -> None:
     """Reads what a user types until they end, and shows each answer.
 
     Args:
         chat: the conversation.
         show: prints an answer.
+        turns: that the conversation begins behind.
+        keep: is given the turns up to each answer that was shown.
     """
-    turns, number = (), 0
+    number = 0
     _tell(HELP)
     with ThreadPoolExecutor(1) as pool:  # so that Ctrl-C is heard while the device works
         while (text := _typed()) is not None:
@@ -146,6 +174,10 @@ def talk(chat: TerminalChat, show: Callable[[Answer], None]) -> None:
             if dropped:
                 _tell(f"the context is full: turns left out, the oldest: {dropped}")
             show(answer)
+            try:
+                keep(turns)
+            except UserError as error:
+                _tell(str(error))
 
 
 def _typed() -> str | None:

@@ -32,6 +32,7 @@ TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _SHARDS = "model-?????-of-?????.safetensors"
 MOST_HEADER = 25 * MEBIBYTE  # of a safetensors file; 100,000 tensors need half of it
 MOST_AXES = 8  # of a tensor
+_ABOUT = "__metadata__"  # the entry of a header that is no tensor
 _UNFINISHED = ".unfinished"  # folder in which an export is written
 _DTYPES = {
     **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16},
@@ -39,6 +40,7 @@ _DTYPES = {
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8},
     **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+    "C64": np.complex64,
 }
 
 
@@ -124,6 +126,7 @@ def open_safetensors(path: Path, check_finite: bool = False) -> dict[str, Stored
         UserError: it is missing or damaged.
     """
     header, start, size = _read_header(path)
+    header.pop(_ABOUT, None)
     tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         if entry["dtype"] not in _DTYPES:
@@ -141,6 +144,15 @@ def open_safetensors(path: Path, check_finite: bool = False) -> dict[str, Stored
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return _read_header(path)[0].get(_ABOUT, {})
+
+
 def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """The entries of a safetensors file, where its data begin, and the size of the file."""
     with open_regular(path, "weight file") as file:
@@ -155,8 +167,10 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         content = file.read(length)
     header = parse_json(decode(content, f"{path}: its header"), f"{path}: its header")
     try:
-        header.pop("__metadata__", None)
-        for entry in header.values():
+        about = header.get(_ABOUT, {})
+        if not all(isinstance(text, str) for text in about.values()):
+            raise ValueError("its metadata must be texts")
+        for entry in (entry for name, entry in header.items() if name != _ABOUT):
             begin, stop = entry["data_offsets"]
             whole = [begin, stop, *entry["shape"]]
             is_tensor = all(isinstance(i, int) and i >= 0 for i in whole) and _is_array(entry["shape"])

@@ -31,6 +31,7 @@ from hybrid_jax.models.base import (
     put_rows,
 )
 from hybrid_jax.models.memory.bank import Bank, masked_weights
+from hybrid_jax.models.memory.keeping import has_one_size
 
 
 @BACKBONES.register("neural_cache")
@@ -195,6 +196,14 @@ class NeuralCache:
     def step(self, params, token: Int[Array, "B"], cache: CachedRows):
         """`LanguageModel.step`."""
         return self.extend(params, token[:, None], jnp.ones((len(token), 1), bool), cache)
+
+    def kept(self, cache: CachedRows) -> Any:
+        """`Keeper.kept`: all of it; the bank alone where the cache of the model grows."""
+        return cache if has_one_size(self.model) else cache.bank
+
+    def resumed(self, kept: Any, cache: CachedRows) -> CachedRows:
+        """`Keeper.resumed`: over a model whose cache grows a new text begins, beside the old bank."""
+        return replace(cache, bank=kept) if isinstance(kept, Bank) else kept
 
     def _predicted(
         self, states: Float[Array, "B T D"], tokens: Int[Array, "B T"], segments: Int[Array, "B T"]

@@ -19,20 +19,21 @@ MOST_BYTES = 32 * MEBIBYTE  # in a JSON file: the index of a model with 150,000 
 MOST_TOKENIZER = 128 * MEBIBYTE  # in a vocabulary: one with 260,000 tokens takes 35 MiB
 
 
-def parse_json(text: str, where: str, first_line: int = 1) -> Any:
+def parse_json(text: str, where: str, first_line: int = 1, *, infinity: bool = False) -> Any:
     """Reads the value that a JSON text holds.
 
     Args:
         text: of the value.
         where: it stands, for errors.
         first_line: the number of the text's first line in its file, for errors.
+        infinity: also read ``Infinity`` and ``-Infinity``, which Python writes and JSON does not have.
 
     Raises:
         UserError: one line that begins with ``where``: it is not JSON, an object has a key twice, a number is
             NaN, infinite or of thousands of digits, a text holds half a character, or it is nested too deeply.
     """
     try:
-        value = _DECODER.decode(text)
+        value = (_WITH_INFINITY if infinity else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         number = first_line + error.lineno - 1
         line = f"line {number} " if number > 1 else ""
@@ -48,13 +49,15 @@ def parse_json(text: str, where: str, first_line: int = 1) -> Any:
     return value
 
 
-def read_json(path: Path, most: int = MOST_BYTES, kind: str = "file") -> dict[str, Any]:
-    """Reads the object in a JSON file.
+def read_json(
+    path: Path, most: int = MOST_BYTES, kind: str = "file", *, infinity: bool = False
+) -> dict[str, Any]:
+    """Reads the object in a JSON file; ``infinity`` as in `parse_json`.
 
     Raises:
         UserError: there is no such file, it is too large, or there is no object in it.
     """
-    content = parse_json(read_text(path, most, kind), str(path))
+    content = parse_json(read_text(path, most, kind), str(path), infinity=infinity)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, got {type(content).__name__}")
     return content
@@ -89,8 +92,13 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"not JSON: {name} is no number; write null, or leave the row out")
 
 
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_once, parse_float=_number, parse_int=_integer, parse_constant=_no_number
+def _number_or_infinity(name: str) -> float:
+    return _no_number(name) if name == "NaN" else float(name)
+
+
+_DECODER, _WITH_INFINITY = (
+    json.JSONDecoder(object_pairs_hook=_once, parse_float=_number, parse_int=_integer, parse_constant=constant)
+    for constant in (_no_number, _number_or_infinity)
 )
 
 

@@ -32,7 +32,7 @@ from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.family_folder import Dtype
-from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.files import CONFIG, read_model_config
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
@@ -251,7 +251,7 @@ def load_pretrained_policy(
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
-        ours = read_json(folder / CONFIG).get("model_type") == MODEL_TYPE
+        ours = read_model_config(folder).get("model_type") == MODEL_TYPE
         model, params = load_ours(folder, trust=trust) if ours else load_pretrained(folder)
         if not isinstance(model, LanguageModel):
             raise UserError(f"{folder} holds a {type(model).__name__}, which gives no answers")

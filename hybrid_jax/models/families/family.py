@@ -27,9 +27,13 @@ Place = Callable[[str, np.ndarray], Any]  # (our path, array) -> the parameter, 
 # Of training only, so every family expresses them.
 _NO_TOKENS = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
 _COUNTS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer", "n_layers", "num_labels")
+_FLOAT = "__float__"  # the key of a number that JSON does not have
 _MOST = 2**16  # of layers and labels
 _THREADS = 4  # that load weights, each with a row of its own in memory
-_FREE = ("dropout", "attention_dropout", "head_dropout", "init_std", "dtype", "family", "lora", "execution")
+_FREE = (
+    *("dropout", "attention_dropout", "head_dropout", "variational_dropout", "init_std"),
+    *("dtype", "family", "lora", "execution"),
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Family:
             raise UserError(f"{name} must be {got!r} for a {self.model_type} export, got {wanted!r}")
         written = {**theirs.to_dict(), "model_type": self.model_type}
         written.pop("quantization_config", None)  # what is written is unpacked
-        return written
+        return _with_floats(written, _spelled)
 
     def their_config(self, config: Any, content: Mapping[str, Any] | None = None) -> Any:
         """`transformers`' config object of a model, as far as the family can express it."""
@@ -105,7 +109,9 @@ class Family:
         settings: Settings = {}
         for part in self.settings:
             settings |= part.read(theirs)
-        return self.config(**settings, family=self.model_type)
+        if any(field.name == "family" for field in fields(self.config)):
+            settings["family"] = self.model_type
+        return self.config(**settings)
 
     def rows(self, model: Any, shapes: Mapping[str, Any]) -> list[Row]:
         """The table for a model with these parameters; every parameter is in exactly one row."""
@@ -203,12 +209,34 @@ def _their_config(model_type: str, content: Mapping[str, Any]) -> Any:
     """`transformers`' config object: old names and missing keys as it understands them."""
     from transformers import CONFIG_MAPPING
 
-    content = {name: value for name, value in content.items() if name != "model_type"}
+    content = {
+        name: _with_floats(value, lambda number: number)
+        for name, value in content.items()
+        if name != "model_type"
+    }
     _check_counts(content)
     try:
         return CONFIG_MAPPING[model_type].from_dict(content)
     except Exception as error:  # its validation raises errors of many kinds, over several lines
         raise UserError(" ".join(str(error).split())) from error
+
+
+def _with_floats(value: Any, change: Callable[[float], Any]) -> Any:
+    """A part of a config.json with its floats changed; ``{"__float__": "Infinity"}`` is one, too."""
+    if isinstance(value, Mapping):
+        if value.keys() == {_FLOAT}:
+            return change(float(value[_FLOAT]))
+        return {name: _with_floats(item, change) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_floats(item, change) for item in value)
+    return change(value) if isinstance(value, float) else value
+
+
+def _spelled(value: float) -> Any:
+    """A number that JSON does not have in the spelling of `transformers`."""
+    if math.isfinite(value):
+        return value
+    return {_FLOAT: "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
 
 
 def _check_counts(content: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ A table is a mapping from our names to theirs; ``*`` stands for the number of a 
     ("layer_*/attention/query", ".../key", ".../value"): Fused("h.*.attn.c_attn")    one tensor of theirs
     "layer_*/mlp/expert_up": Stacked("layers.*.mlp.experts.+.up_proj")   + is the index on our first axis
     "layer_*/attention/sinks": Tensor("layers.*.self_attn.sinks")        one parameter, named in full
+    "layer_*/cell/convolution/taps": Taps("layers.*.mixer.conv1d.weight")   filters of single channels
 
 The leaves follow from our tree: ``kernel`` is their transposed ``weight``, ``scale`` and ``embedding`` their
 ``weight``, ``bias`` their ``bias``. Loading and saving are complete or fail.
@@ -51,6 +52,11 @@ class Tensor:
     theirs: str
     transposed: bool = False
     groups: Callable[[Any], int] | None = None
+
+
+@dataclass(frozen=True)
+class Taps(Tensor):
+    """A convolution of each channel by itself, [channels 1 taps]; ours is [taps channels]."""
 
 
 Entry = str | Fused | Stacked | Tensor
@@ -106,6 +112,8 @@ def _row(names, entry: Entry, leaf: str, layer: str, shapes, config, transposed)
     pattern = (entry if isinstance(entry, str) else entry.theirs).replace("*", layer)
     theirs = pattern if isinstance(entry, Tensor) else f"{pattern}.{_LEAVES[leaf]}"
     flip = entry.transposed if isinstance(entry, Tensor) else leaf == "kernel" and transposed(pattern)
+    if isinstance(entry, Taps):
+        return Row(ours, (theirs,), _load_taps, lambda arrays: [arrays[0].T[:, None]])
     if isinstance(entry, Stacked):
         count = shapes[ours[0]][0]
         return Row(ours, tuple(theirs.replace("+", str(i)) for i in range(count)), *_stacked(flip))
@@ -120,6 +128,12 @@ Both = tuple[Callable[[Arrays], Arrays], Callable[[Arrays], Arrays]]
 
 def _flip(array: np.ndarray) -> np.ndarray:
     return np.swapaxes(array, -1, -2)
+
+
+def _load_taps(arrays: Arrays) -> Arrays:
+    if arrays[0].ndim != 3 or arrays[0].shape[1] != 1:
+        raise ValueError("expected one filter a channel, [channels 1 taps]")
+    return [arrays[0][:, 0].T]
 
 
 def _same(flip: bool) -> Both:

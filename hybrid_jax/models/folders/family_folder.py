@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,14 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.registry import suggest
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.families.family import Family, Place, dump_weights, load_weights
-from hybrid_jax.models.folders.files import CONFIG, is_finite, open_weights, read_json, write_model
+from hybrid_jax.models.folders.files import (
+    CONFIG,
+    is_finite,
+    open_weights,
+    read_json,
+    read_model_config,
+    write_model,
+)
 from hybrid_jax.models.folders.host_copy import packed
 from hybrid_jax.models.folders.quantised import unpacker
 from hybrid_jax.parallel import hosts
@@ -32,7 +39,7 @@ def read_config(folder: Path, families: Mapping[str, Family]) -> tuple[Family, A
         UserError: the family is unknown, the weights are quantised in a format that is not read, or a setting
             is missing or not supported.
     """
-    content = read_json(folder / CONFIG)
+    content = read_model_config(folder)
     model_type = str(content.get("model_type"))
     if model_type not in families:
         known = suggest(model_type, list(families))
@@ -100,10 +107,10 @@ def family_of(
     That is ``config.family`` where it is set, else the first that can express the model. ``content`` is a
     config.json whose other settings shall survive.
     """
-    if config.family is not None:
-        if config.family not in families:
-            raise UserError(f"unknown family {config.family!r}; {suggest(config.family, list(families))}")
-        return families[config.family], families[config.family].write_config(config, content)
+    if (name := getattr(config, "family", None)) is not None:
+        if name not in families:
+            raise UserError(f"unknown family {name!r}; {suggest(name, list(families))}")
+        return families[name], families[name].write_config(config, content)
     misfits: dict[str, list[str]] = {}
     refusals: dict[str, list[str]] = {}
     for family in families.values():
@@ -122,6 +129,24 @@ def family_of(
         f"no Hugging Face family can express this model; the nearest is {nearest}, which has "
         f"{', '.join(misfits[nearest])}"
     )
+
+
+def content_like(like: str | Path | None, name: str, family: str | None) -> dict[str, Any]:
+    """A JSON file of the folder that an export shall be like, if it is there and of the same family."""
+    if like is None or not (Path(like) / name).is_file():
+        return {}
+    if read_model_config(Path(like)).get("model_type") != family:
+        return {}
+    content = read_json(Path(like) / name)
+    content.pop("quantization_config", None)  # what we write is not quantised
+    return content
+
+
+def token_ids(content: dict[str, Any], eos_ids: Sequence[int], pad_id: int | None) -> dict[str, Any]:
+    """The ids in a config.json: those that are given, else those of ``content``."""
+    eos = list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), content.get("eos_token_id"))
+    pad = content.get("pad_token_id") if pad_id is None else pad_id
+    return {"bos_token_id": content.get("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad}
 
 
 def write_folder(

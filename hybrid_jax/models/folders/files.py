@@ -60,6 +60,11 @@ class StoredTensor:
         return array
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Reads a config.json: `transformers` before version 5 wrote ``Infinity`` in that of a Mamba-2."""
+    return read_json(folder / CONFIG, infinity=True)
+
+
 def is_finite(array: np.ndarray) -> bool:
     """Tells whether no number is NaN or infinite."""
     with np.errstate(invalid="ignore"):  # ml_dtypes warns at the very NaN that is asked for

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +27,20 @@ from hybrid_jax.models.folders.family_folder import (
     GENERATION,
     Dtype,
     Shardings,
+    content_like,
     family_of,
     read_config,
     read_params,
+    token_ids,
     write_folder,
 )
 from hybrid_jax.models.folders.files import CONFIG, has_weights, open_weights, read_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, adapted_config, read_adapter
+from hybrid_jax.models.folders.recurrent import LoadedRecurrent, is_recurrent, loaded_recurrent
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
 from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.models.recurrent.model import RecurrentModel
 from hybrid_jax.models.vocabulary import grown, vocabulary_of
 from hybrid_jax.parallel.rules import current_placement
 
@@ -108,11 +111,11 @@ def save_pretrained(
     model = Decoder(
         replace(model.as_list().config, lora=None)
     )  # whose shapes are known without reading a folder
-    content = _content(like, CONFIG, model.config.family)
+    content = content_like(like, CONFIG, model.config.family)
     family, config = family_of(model.config, FAMILIES, content)
-    ids = _token_ids(content, eos_ids, pad_id)
+    ids = token_ids(content, eos_ids, pad_id)
     header = {"architectures": [family.architecture], "model_type": family.model_type, "dtype": dtype}
-    generation = {"_from_model_config": True, **_content(like, GENERATION, model.config.family), **ids}
+    generation = {"_from_model_config": True, **content_like(like, GENERATION, model.config.family), **ids}
     contents = {CONFIG: {**config, **header, **ids}, GENERATION: generation}
     write_folder(Path(folder), family, model, params, contents, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
@@ -127,6 +130,7 @@ def load_adapted(folder: str | Path) -> tuple[PretrainedDecoder, Params]:
     if not (base := read_json(file).get("base_model_name_or_path")):
         raise UserError(f"{file}: base_model_name_or_path must name the adapter's base, got {base!r}")
     model = Pretrained(str(base), lora=Lora(path=str(folder))).build()
+    assert isinstance(model, PretrainedDecoder)  # a recurrent model refuses adapters
     return model, model.init(root_key(0, Purpose.MODEL))  # draws nothing: the adapters are read
 
 
@@ -134,6 +138,8 @@ def abstract_params(model: LanguageModel) -> Params:
     """Shapes and dtypes of a model's parameters; nothing is read or made."""
     if isinstance(model, LoadedEncoderDecoder):
         model = EncoderDecoder(model.config)
+    if isinstance(model, LoadedRecurrent):
+        model = RecurrentModel(model.config)
     if not isinstance(model, PretrainedDecoder):
         return jax.eval_shape(model.init, jax.random.key(0))
     base = jax.eval_shape(Decoder(replace(model.as_list().config, lora=None)).init, jax.random.key(0))
@@ -166,13 +172,15 @@ class Pretrained:
     lora: Lora | None = None
     execution: Execution = Execution()
 
-    def build(self, vocab_size: int | None = None) -> PretrainedDecoder:
+    def build(self, vocab_size: int | None = None) -> PretrainedDecoder | LoadedRecurrent:
         """The model of the folder, whose `init` reads the weights.
 
         Raises:
             UserError: the folder cannot be read, or the tokenizer is larger than the model.
         """
         folder = find_folder(self.path)
+        if is_recurrent(folder):
+            return self._recurrent(folder, vocab_size)
         model = _read_model(folder, self.dtype)[1]
         config = model.config
         if self.dropout is not None:
@@ -182,6 +190,23 @@ class Pretrained:
         _warn_of_frozen_rows(config, model.vocab_size)
         config = replace(config, execution=self.execution)
         return PretrainedDecoder(config, str(folder), self.check_finite)
+
+    def _recurrent(self, folder: Path, vocab_size: int | None) -> LoadedRecurrent:
+        """The model of a recurrent family, which has no other types, adapters or ways to be computed."""
+        for name, only in (("dtype", "float32"), ("lora", None), ("execution", Execution())):
+            if (got := getattr(self, name)) != only:
+                shown = "left out" if name == "execution" else "null" if only is None else only
+                raise UserError(
+                    f"model.{name} must be {shown} for the recurrent model of {self.path!r}, got {got}"
+                )
+        return loaded_recurrent(
+            folder,
+            self.path,
+            vocab_size,
+            resize=self.resize_vocabulary,
+            check_finite=self.check_finite,
+            dropout=self.dropout,
+        )
 
 
 @dataclass(frozen=True)
@@ -253,20 +278,3 @@ def _read_model(folder: Path, dtype: ComputeDtype) -> tuple[Family, Decoder]:
         except ValueError as error:
             raise UserError(f"{folder}: {family.head!r} differs from {family.embedding!r}: {error}") from error
     return family, Decoder(config)
-
-
-def _content(like: str | Path | None, name: str, family: str | None) -> dict[str, Any]:
-    """A JSON file of the folder that an export shall be like, if it is there and of the same family."""
-    if like is None or not (Path(like) / name).is_file():
-        return {}
-    if read_json(Path(like) / CONFIG).get("model_type") != family:
-        return {}
-    content = read_json(Path(like) / name)
-    content.pop("quantization_config", None)  # what we write is not quantised
-    return content
-
-
-def _token_ids(content: dict[str, Any], eos_ids: Sequence[int], pad_id: int | None) -> dict[str, Any]:
-    eos = list(eos_ids) if len(eos_ids) > 1 else next(iter(eos_ids), content.get("eos_token_id"))
-    pad = content.get("pad_token_id") if pad_id is None else pad_id
-    return {"bos_token_id": content.get("bos_token_id"), "eos_token_id": eos, "pad_token_id": pad}

@@ -17,12 +17,21 @@ from hybrid_jax.models.families.t5 import ENCODER_DECODERS
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save_encoder_decoder
 from hybrid_jax.models.folders.family_folder import Dtype, Shardings, family_of
-from hybrid_jax.models.folders.files import CONFIG, read_json
+from hybrid_jax.models.folders.files import read_model_config
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.recurrent import (
+    has_recurrent_format,
+    is_recurrent,
+    load_recurrent,
+    save_recurrent,
+)
+from hybrid_jax.models.recurrent.model import RecurrentModel
 
 
 def has_format(model: LanguageModel) -> bool:
     """Tells whether Hugging Face has a format for a model; a family that its config names is trusted."""
+    if isinstance(model, RecurrentModel):
+        return has_recurrent_format(model)
     if not isinstance(model, Decoder):
         return isinstance(model, EncoderDecoder)
     config = replace(model.as_list().config, lora=None)
@@ -40,7 +49,7 @@ def load_pretrained(
     sharding: Shardings | None = None,
     check_finite: bool = False,
 ) -> tuple[LanguageModel, Params]:
-    """Reads a Hugging Face folder of a decoder or an encoder-decoder; its ``config.json`` decides the family.
+    """Reads a Hugging Face folder of a language model; its ``config.json`` decides the family.
 
         model, params = load_pretrained("gpt2-small")
         output = model.apply(params, tokens, attention_mask)  # logits float32 [B T V], hidden [B T D]
@@ -57,7 +66,11 @@ def load_pretrained(
             the wrong shape.
     """
     folder = find_folder(folder)
-    if read_json(folder / CONFIG).get("model_type") not in ENCODER_DECODERS:
+    if is_recurrent(folder):
+        if dtype != "float32":
+            raise UserError(f"dtype must be float32 for a recurrent model, got {dtype}")
+        return load_recurrent(folder, param_dtype=param_dtype, sharding=sharding, check_finite=check_finite)
+    if read_model_config(folder).get("model_type") not in ENCODER_DECODERS:
         return hf.load_pretrained(
             folder,
             dtype,
@@ -90,7 +103,7 @@ def save_pretrained(
 
     Args:
         folder: an earlier model in it is replaced.
-        model: a decoder or an encoder-decoder.
+        model: a decoder, a recurrent model or an encoder-decoder.
         params: of the model, all finite; adapters are merged into the maps that they change.
         eos_ids: tokens that end a response.
         pad_id: token of padding.
@@ -103,6 +116,8 @@ def save_pretrained(
     settings: Any = {"eos_ids": eos_ids, "pad_id": pad_id, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
     if isinstance(model, EncoderDecoder):
         save_encoder_decoder(folder, model, params, **settings)
+    elif isinstance(model, RecurrentModel):
+        save_recurrent(folder, model, params, **settings)
     elif isinstance(model, Decoder):
         hf.save_pretrained(folder, model, params, **settings)
     else:

@@ -25,7 +25,7 @@ from hybrid_jax.models.families import FAMILIES
 from hybrid_jax.models.families.encoders import ENCODERS
 from hybrid_jax.models.folders.encoder import load_encoder, save_encoder
 from hybrid_jax.models.folders.family_folder import family_of
-from hybrid_jax.models.folders.files import CONFIG, read_json, write_json
+from hybrid_jax.models.folders.files import CONFIG, read_json, read_model_config, write_json
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
 from hybrid_jax.models.scorer import LastState, SequenceScorer, TextScorer
@@ -54,7 +54,7 @@ def load_scorer(
         UserError: it holds no scorer, or is damaged: a parameter is missing, left over or of the wrong shape.
     """
     folder = find_folder(folder)
-    kind = str(read_json(folder / CONFIG).get("model_type"))
+    kind = str(read_model_config(folder).get("model_type"))
     if kind == MODEL_TYPE:
         return _ours(folder, *load_ours(folder, dtype, trust))
     if kind in FAMILIES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import jax
@@ -72,6 +72,15 @@ class Mamba2(RecurrentSettings):
         """`RecurrentSettings.head_bias`."""
         return False
 
+    @property
+    def num_heads(self) -> int:
+        """H."""
+        return self.expand * self.width // self.head_width
+
+    def resolved(self) -> Mamba2:
+        """The same with every setting spelled out."""
+        return replace(self, embedding_width=self.input_width)
+
     def cell(self) -> Mamba2Cell:
         """One layer."""
         return Mamba2Cell(self)
@@ -106,17 +115,13 @@ class Mamba2Cell(ChunkedCell):
         return self.settings.expand * self.settings.width
 
     @property
-    def _heads(self) -> int:
-        return self._inner // self.settings.head_width
-
-    @property
     def _channels(self) -> int:
         """Of the convolution: x, B and C."""
         return self._inner + 2 * self.settings.groups * self.settings.state_width
 
     def init(self, key: Array, inputs: int) -> Params:
         """`Cell.init`: rates of decay uniform in [1, 16], time steps log-uniform, as in the authors' code."""
-        c, e, h = self.settings, self._inner, self._heads
+        c, e, h = self.settings, self._inner, self.settings.num_heads
         keys = jax.random.split(key, 5)
         normal = jax.nn.initializers.lecun_normal()
         low, high = math.log(c.min_time_step), math.log(c.max_time_step)
@@ -139,7 +144,7 @@ class Mamba2Cell(ChunkedCell):
         """`Cell.start`."""
         c = self.settings
         window = jnp.zeros((rows, c.convolution_width - 1, self._channels))
-        return window, jnp.zeros((rows, self._heads, c.head_width, c.state_width))
+        return window, jnp.zeros((rows, self.settings.num_heads, c.head_width, c.state_width))
 
     def flops(self) -> int:
         """`Cell.flops`: the convolution, and writing and reading a state."""
@@ -157,7 +162,7 @@ class Mamba2Cell(ChunkedCell):
         z, channels, delta = self._parts(inputs)
         channels, window = convolved_one(params["convolution"], channels, window)
         x, b, c, step, log_decay = self._terms(params, channels, delta)
-        b, c = (jnp.repeat(each, self._heads // self.settings.groups, axis=1) for each in (b, c))
+        b, c = (jnp.repeat(each, self.settings.num_heads // self.settings.groups, axis=1) for each in (b, c))
         s = jnp.exp(log_decay)[..., None, None] * s + (step[..., None] * x)[..., None] * b[:, :, None]
         y = jnp.einsum("bhpn,bhn->bhp", s, c)
         return (window, s), self._output(params, y, x, z)
@@ -183,7 +188,7 @@ class Mamba2Cell(ChunkedCell):
         x, b, c = jnp.split(channels, [self._inner, self._inner + size], axis=-1)
         step = jax.nn.softplus(delta + params["time_step"]["bias"])
         b, c = (each.reshape(*lead, s.groups, s.state_width) for each in (b, c))
-        x = x.reshape(*lead, self._heads, s.head_width)
+        x = x.reshape(*lead, self.settings.num_heads, s.head_width)
         return x, b, c, step, -jnp.exp(params["decay"]["log_rate"]) * step
 
     def _output(self, params: Params, y: Array, x: Array, z: Array) -> Array:

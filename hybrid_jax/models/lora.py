@@ -36,6 +36,7 @@ from hybrid_jax.models.layers import linear
 
 Params = dict[str, Any]
 ADAPTER = "lora"  # the key of the adapter, and its Linen collection
+DATASTORE = "datastore"  # the key of what is looked up and never trains
 ROWS = "rows"  # the leaf with the rows of single tokens
 _LOW_RANK = ("a", "b", "magnitude", "shift")
 _TABLES = {"token_embedding/embedding": 0, "lm_head/kernel": 1}  # the axis of the tokens
@@ -94,10 +95,12 @@ def scale_of(rank: int, alpha: float, rank_stabilized: bool) -> float:
 
 
 def split(params: Params) -> tuple[Params, Params]:
-    """Splits parameters into those that train and those that stay: adapter and base, or all and none."""
-    if ADAPTER not in params:
-        return params, {}
-    return {ADAPTER: params[ADAPTER]}, {name: part for name, part in params.items() if name != ADAPTER}
+    """Splits parameters into those that train and those that stay: the adapter, or all but a datastore."""
+    trains = {ADAPTER} if ADAPTER in params else params.keys() - {DATASTORE}
+    return (
+        {name: part for name, part in params.items() if name in trains},
+        {name: part for name, part in params.items() if name not in trains},
+    )
 
 
 def whole(base: Params, trained: Params) -> Params:

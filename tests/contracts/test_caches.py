@@ -16,6 +16,7 @@ from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConf
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
 from hybrid_jax.models.memory.dnc import DNC
+from hybrid_jax.models.memory.knn import KnnLMSettings
 from hybrid_jax.models.memory.neural_cache import NeuralCacheSettings
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.elman import Elman
@@ -58,7 +59,12 @@ class Case:
 def _random(config) -> tuple[Any, Any, int]:
     model = config.build(V)
     random = np.random.default_rng(0)
-    draw = lambda leaf: jnp.asarray(random.normal(0, 0.4, leaf.shape), jnp.float32)  # noqa: E731
+
+    def draw(leaf) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):  # the tokens of a datastore
+            return jnp.asarray(random.integers(0, V, leaf.shape))
+        return jnp.asarray(random.normal(0, 0.4, leaf.shape), jnp.float32)
+
     return model, jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))), T
 
 
@@ -100,6 +106,7 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "neural_cache, of a decoder": lambda _: _random(
         NeuralCacheSettings(DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=32), 0.4, 0.3)
     ),
+    "knn_lm, of Elman's": lambda _: _random(KnnLMSettings(Elman(width=8), 9, 0.4, neighbours=3)),
     "prefix table": _table,
 }
 

@@ -8,7 +8,7 @@ state like the present one is expected again. Nothing is trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 import jax
@@ -17,21 +17,17 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from hybrid_jax.core.arrays import Sum
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, NonNegative, Rate, settings
 from hybrid_jax.models.base import (
     BACKBONES,
     LanguageModel,
-    ModelOutput,
-    Params,
     RefillCache,
     SlotCache,
-    StateReader,
     put_rows,
 )
 from hybrid_jax.models.memory.bank import Bank, masked_weights
 from hybrid_jax.models.memory.keeping import has_one_size
+from hybrid_jax.models.memory.mixture import Mixture, state_reader
 
 
 @BACKBONES.register("neural_cache")
@@ -57,14 +53,9 @@ class NeuralCacheSettings:
         Raises:
             UserError: the model gives no hidden states of what it reads into a cache.
         """
-        model = self.model.build(vocab_size)
         if self.share == 0:
-            return model
-        if not isinstance(model, StateReader):
-            raise UserError(
-                "neural_cache needs a model that gives its hidden states, a decoder or a recurrent one, "
-                f"got {BACKBONES.name_of(self.model)}"
-            )
+            return self.model.build(vocab_size)
+        model = state_reader(self.model, vocab_size, "neural_cache")
         return NeuralCache(replace(self, model=getattr(model, "settings", self.model)), model)
 
 
@@ -102,66 +93,8 @@ class CachedSlots(CachedRows):
         return CachedSlots(self.inner.apart(), self.bank, self.last, self.begun)
 
 
-@dataclass(frozen=True)
-class NeuralCache:
-    """A model and its cache as a `LanguageModel`. Hidden states are [h, p_cache], D + V channels."""
-
-    settings: NeuralCacheSettings
-    model: StateReader
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, V."""
-        return self.model.vocab_size
-
-    @property
-    def width(self) -> int:
-        """Channels of a hidden state."""
-        return self.model.width + self.vocab_size
-
-    @property
-    def max_length(self) -> int | None:
-        """The bound of the model inside."""
-        return self.model.max_length
-
-    @property
-    def loss_coefs(self) -> dict[str, float]:
-        """The losses of the model inside."""
-        return self.model.loss_coefs
-
-    def init(self, key: Array) -> Params:
-        """The parameters of the model."""
-        return self.model.init(key)
-
-    def cast(self, params: Params) -> Params:
-        """As the model does."""
-        return self.model.cast(params)
-
-    def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None) -> Float[Array, "B T E"]:
-        """`LanguageModel.hidden`."""
-        return self.hidden_and_losses(params, tokens, attention_mask, dropout_key=dropout_key)[0]
-
-    def hidden_and_losses(
-        self, params, tokens, attention_mask=None, *, dropout_key=None
-    ) -> tuple[Float[Array, "B T E"], dict[str, Sum]]:
-        """`LanguageModel.hidden_and_losses`: those of the model."""
-        states, losses = self.model.hidden_and_losses(params, tokens, attention_mask, dropout_key=dropout_key)
-        segments = jnp.ones_like(tokens) if attention_mask is None else attention_mask.astype(jnp.int32)
-        return jnp.concatenate([states, self._predicted(states, tokens, segments)], axis=-1), losses
-
-    def logits(self, params: Params, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
-        """`LanguageModel.logits`: the logarithm of the mixture."""
-        states, cached = jnp.split(hidden, [self.model.width], axis=-1)
-        log_probs, found = jax.nn.log_softmax(self.model.logits(params, states)), cached > 0
-        mixed = self.settings.share * jnp.where(found, cached, 1.0)
-        of_cache = self.settings.share * jnp.sum(cached, axis=-1, keepdims=True)  # 0 while it holds nothing
-        log_probs = log_probs + jnp.log1p(-of_cache)
-        return jnp.where(found, jnp.logaddexp(log_probs, jnp.log(mixed)), log_probs)
-
-    def apply(self, params, tokens, attention_mask=None, *, dropout_key=None) -> ModelOutput:
-        """`LanguageModel.apply`."""
-        hidden = self.hidden(params, tokens, attention_mask, dropout_key=dropout_key)
-        return ModelOutput(logits=self.logits(params, hidden), hidden=hidden)
+class NeuralCache(Mixture):
+    """A model and its cache as a `LanguageModel`."""
 
     def init_cache(self, batch: int, length: int) -> RefillCache:
         """`LanguageModel.init_cache`."""
@@ -191,12 +124,6 @@ class NeuralCache:
         hidden = jnp.concatenate([states[:, -1], cached], axis=-1)
         return self.logits(params, hidden), type(cache)(inner, bank, last, cache.begun | real.any(axis=1))
 
-    prefill = extend
-
-    def step(self, params, token: Int[Array, "B"], cache: CachedRows):
-        """`LanguageModel.step`."""
-        return self.extend(params, token[:, None], jnp.ones((len(token), 1), bool), cache)
-
     def kept(self, cache: CachedRows) -> Any:
         """`Keeper.kept`: all of it; the bank alone where the cache of the model grows."""
         return cache if has_one_size(self.model) else cache.bank
@@ -205,10 +132,8 @@ class NeuralCache:
         """`Keeper.resumed`: over a model whose cache grows a new text begins, beside the old bank."""
         return replace(cache, bank=kept) if isinstance(kept, Bank) else kept
 
-    def _predicted(
-        self, states: Float[Array, "B T D"], tokens: Int[Array, "B T"], segments: Int[Array, "B T"]
-    ) -> Float[Array, "B T V"]:
-        """p_cache after each token, of whole rows: attention to earlier tokens by the states before them."""
+    def predicted(self, params, states, tokens, segments) -> Float[Array, "B T V"]:
+        """`Mixture.predicted`: attention to earlier tokens by the states before them."""
         real = segments > 0
         before = _last_before(real)
         of_before = lambda x: jnp.take_along_axis(x, jnp.maximum(before, 0), axis=1)  # noqa: E731

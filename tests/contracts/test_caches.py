@@ -20,6 +20,7 @@ from hybrid_jax.models.memory.knn import KnnLMSettings
 from hybrid_jax.models.memory.neural_cache import NeuralCacheSettings
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.elman import Elman
+from hybrid_jax.models.recurrent.gated_deltanet import GatedDeltaNet
 from hybrid_jax.models.recurrent.gru import GRU
 from hybrid_jax.models.recurrent.lru import LRU
 from hybrid_jax.models.recurrent.lstm import LSTM
@@ -99,6 +100,9 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
     "mamba2, in chunks of four": lambda _: _random(
         Mamba2(num_layers=2, width=8, head_width=4, state_width=5, groups=2, chunk_length=4)
+    ),
+    "gated_deltanet, in chunks of four": lambda _: _random(
+        GatedDeltaNet(width=8, key_heads=1, value_heads=2, key_width=4, value_width=3, chunk_length=4)
     ),
     "ntm, over an LSTM": lambda _: _random(NTM(width=6, num_slots=5, word_width=4)),
     "dnc, over Elman's": lambda _: _random(DNC(controller="elman", width=6, num_slots=5, word_width=4)),

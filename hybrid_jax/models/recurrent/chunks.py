@@ -5,6 +5,7 @@ Inside a chunk all tokens are read at once by matrix products; only the state go
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any
 
@@ -125,6 +126,27 @@ def in_chunks(length: int, x: Array, fill: str = "constant") -> Array:
     missing = -len(x) % length
     x = jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1)), mode=fill)  # type: ignore
     return x.reshape(-1, length, *x.shape[1:])
+
+
+def init_decay(key: Array, heads: int, low: float, high: float) -> Params:
+    """Parameters of `log_decay`: rates uniform in [1, 16], time steps log-uniform in [low, high]."""
+    of_step, of_rate = jax.random.split(key)
+    log_step = jax.random.uniform(of_step, (heads,), minval=math.log(low), maxval=math.log(high))
+    step = jnp.maximum(jnp.exp(log_step), 1e-4)
+    return {
+        "time_step": {"bias": step + jnp.log(-jnp.expm1(-step))},  # softplus of it is the step
+        "decay": {"log_rate": jnp.log(jax.random.uniform(of_rate, (heads,), minval=1.0, maxval=16.0))},
+    }
+
+
+def time_step(params: Params, delta: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """softplus(δ + bias)."""
+    return jax.nn.softplus(delta + params["time_step"]["bias"])
+
+
+def log_decay(params: Params, delta: Float[Array, "... H"]) -> Float[Array, "... H"]:
+    """log a = −exp(A) softplus(δ + bias), of what a token leaves of the state before it."""
+    return -jnp.exp(params["decay"]["log_rate"]) * time_step(params, delta)
 
 
 @struct.dataclass

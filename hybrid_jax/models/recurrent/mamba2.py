@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -23,10 +22,12 @@ from hybrid_jax.models.recurrent.chunks import (
     decays,
     in_chunks,
     init_convolution,
+    init_decay,
+    log_decay,
+    time_step,
 )
 from hybrid_jax.models.recurrent.model import RecurrentModel, RecurrentSettings
 
-_LEAST_STEP = 1e-4  # of the time steps at the start
 State = tuple[Float[Array, "B K C"], Float[Array, "B H P N"]]
 
 
@@ -122,18 +123,15 @@ class Mamba2Cell(ChunkedCell):
     def init(self, key: Array, inputs: int) -> Params:
         """`Cell.init`: rates of decay uniform in [1, 16], time steps log-uniform, as in the authors' code."""
         c, e, h = self.settings, self._inner, self.settings.num_heads
-        keys = jax.random.split(key, 5)
+        keys = jax.random.split(key, 4)
         normal = jax.nn.initializers.lecun_normal()
-        low, high = math.log(c.min_time_step), math.log(c.max_time_step)
-        step = jnp.maximum(jnp.exp(jax.random.uniform(keys[0], (h,), minval=low, maxval=high)), _LEAST_STEP)
         params: Params = {
             "input": {"kernel": normal(keys[1], (inputs, e + self._channels + h))},
             "convolution": init_convolution(keys[2], c.convolution_width, self._channels, c.convolution_bias),
-            "time_step": {"bias": step + jnp.log(-jnp.expm1(-step))},  # softplus of it is the step
-            "decay": {"log_rate": jnp.log(jax.random.uniform(keys[3], (h,), minval=1.0, maxval=16.0))},
+            **init_decay(keys[3], h, c.min_time_step, c.max_time_step),
             "skip": {"scale": jnp.ones(h)},
             "norm": {"scale": jnp.ones(e)},
-            "projection": {"kernel": normal(keys[4], (e, self.width))},
+            "projection": {"kernel": normal(keys[0], (e, self.width))},
         }
         if c.bias:
             for name in ("input", "projection"):
@@ -161,9 +159,9 @@ class Mamba2Cell(ChunkedCell):
         window, s = state
         z, channels, delta = self._parts(inputs)
         channels, window = convolved_one(params["convolution"], channels, window)
-        x, b, c, step, log_decay = self._terms(params, channels, delta)
+        x, b, c, step, decay = self._terms(params, channels, delta)
         b, c = (jnp.repeat(each, self.settings.num_heads // self.settings.groups, axis=1) for each in (b, c))
-        s = jnp.exp(log_decay)[..., None, None] * s + (step[..., None] * x)[..., None] * b[:, :, None]
+        s = jnp.exp(decay)[..., None, None] * s + (step[..., None] * x)[..., None] * b[:, :, None]
         y = jnp.einsum("bhpn,bhn->bhp", s, c)
         return (window, s), self._output(params, y, x, z)
 
@@ -172,9 +170,9 @@ class Mamba2Cell(ChunkedCell):
         window, s = state
         z, channels, delta = self._parts(inputs)
         channels, window = convolved(params["convolution"], channels, window, stretch)
-        x, b, c, step, log_decay = self._terms(params, channels, delta)
-        step, log_decay = (jnp.where(stretch.real[..., None], each, 0) for each in (step, log_decay))
-        y, s = state_space(step[..., None] * x, log_decay, b, c, s, stretch.segment, self.settings.chunk_length)
+        x, b, c, step, decay = self._terms(params, channels, delta)
+        step, decay = (jnp.where(stretch.real[..., None], each, 0) for each in (step, decay))
+        y, s = state_space(step[..., None] * x, decay, b, c, s, stretch.segment, self.settings.chunk_length)
         return self._output(params, y, x, z), (window, s)
 
     def _parts(self, inputs: Array) -> list[Array]:
@@ -186,10 +184,9 @@ class Mamba2Cell(ChunkedCell):
         s, lead = self.settings, channels.shape[:-1]
         size = s.groups * s.state_width
         x, b, c = jnp.split(channels, [self._inner, self._inner + size], axis=-1)
-        step = jax.nn.softplus(delta + params["time_step"]["bias"])
         b, c = (each.reshape(*lead, s.groups, s.state_width) for each in (b, c))
         x = x.reshape(*lead, self.settings.num_heads, s.head_width)
-        return x, b, c, step, -jnp.exp(params["decay"]["log_rate"]) * step
+        return x, b, c, time_step(params, delta), log_decay(params, delta)
 
     def _output(self, params: Params, y: Array, x: Array, z: Array) -> Array:
         y = (y + params["skip"]["scale"][:, None] * x).reshape(z.shape) * jax.nn.silu(z)

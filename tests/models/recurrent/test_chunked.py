@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.models.recurrent.cell import Cell, Flow
+from hybrid_jax.models.recurrent.gated_deltanet import GatedDeltaNet
 from hybrid_jax.models.recurrent.mamba2 import Mamba2
 
 W, B, T = 6, 2, 23
@@ -25,7 +26,19 @@ def _mamba2(length=5):
     ).cell()
 
 
-CELLS = {"mamba2": _mamba2}
+def _gated_deltanet(length=5):
+    return GatedDeltaNet(
+        width=W,
+        key_heads=2,
+        value_heads=4,
+        key_width=4,
+        value_width=3,
+        convolution_width=3,
+        chunk_length=length,
+    ).cell()
+
+
+CELLS = {"mamba2": _mamba2, "gated_deltanet": _gated_deltanet}
 
 
 @pytest.fixture(params=CELLS)
@@ -77,7 +90,32 @@ def _mamba2_in_float64(params, x):
     return np.array(outputs), state
 
 
-ORACLES = {_mamba2: _mamba2_in_float64}
+def _gated_deltanet_in_float64(params, x):
+    """The equations of `GatedDeltaNetCell`, token by token, for one sequence [T W]."""
+    params = jax.tree.map(np.float64, params)
+    h, n, p = 4, 4, 3
+    products = x @ params["input"]["kernel"]
+    channels, z, b, delta = np.split(products, [2 * 2 * n + h * p, 2 * 2 * n + 2 * h * p, -h], axis=1)
+    taps = params["convolution"]["taps"]
+    padded = np.concatenate([np.zeros((2, channels.shape[1])), channels])
+    unit = lambda each: each / np.sqrt((each**2).sum(1, keepdims=True) + 1e-6)  # noqa: E731
+    state, outputs = np.zeros((h, n, p)), []
+    for t in range(len(x)):
+        q, k, v = np.split(_silu((taps * padded[t : t + 3]).sum(0)), [2 * n, 4 * n])
+        q, k, v = unit(q.reshape(2, n)) / 2, unit(k.reshape(2, n)), v.reshape(h, p)
+        y = np.zeros((h, p))
+        for i in range(h):
+            step = np.log1p(np.exp(delta[t, i] + params["time_step"]["bias"][i]))
+            state[i] *= np.exp(-np.exp(params["decay"]["log_rate"][i]) * step)
+            error = (v[i] - state[i].T @ k[i // 2]) / (1 + np.exp(-b[t, i]))
+            state[i] += np.outer(k[i // 2], error)
+            y[i] = state[i].T @ q[i // 2]
+        y = y / np.sqrt((y**2).mean(1, keepdims=True) + 1e-6) * params["norm"]["scale"]
+        outputs.append((y.reshape(-1) * _silu(z[t])) @ params["projection"]["kernel"])
+    return np.array(outputs), state
+
+
+ORACLES = {_mamba2: _mamba2_in_float64, _gated_deltanet: _gated_deltanet_in_float64}
 
 
 @pytest.mark.parametrize("length", [1, 5, 64])
@@ -142,3 +180,40 @@ def test_decays_that_underflow_have_a_gradient(make):
     loss = lambda params: jnp.sum(cell.read(params, X, cell.start(B), FLOW)[0] ** 2)  # noqa: E731
     grads = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
+def test_a_gated_deltanet_layer_is_that_of_qwen3_next():
+    """With the parameters of ours put where theirs are: by key head, and the decays in a map of their own."""
+    import torch
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next import modeling_qwen3_next as theirs
+
+    cell = _gated_deltanet(64)
+    params = _random_params(cell)
+    config = Qwen3NextConfig(
+        hidden_size=W,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=4,
+        linear_value_head_dim=3,
+        linear_conv_kernel_dim=3,
+        num_hidden_layers=1,
+        layer_types=["linear_attention"],
+    )
+    layer = theirs.Qwen3NextGatedDeltaNet(config, 0).eval()
+    parts = np.split(np.asarray(params["input"]["kernel"]).T, np.cumsum([8, 8, 12, 12, 4]))
+    by_head = [part.reshape(2, -1, W) for part in parts]
+    tensors = {
+        "in_proj_qkvz.weight": np.concatenate(by_head[:4], axis=1).reshape(-1, W),
+        "in_proj_ba.weight": np.concatenate(by_head[4:], axis=1).reshape(-1, W),
+        "conv1d.weight": np.asarray(params["convolution"]["taps"]).T[:, None],
+        "dt_bias": params["time_step"]["bias"],
+        "A_log": params["decay"]["log_rate"],
+        "norm.weight": params["norm"]["scale"],
+        "out_proj.weight": np.asarray(params["projection"]["kernel"]).T,
+    }
+    layer.load_state_dict({name: torch.tensor(np.array(tensor)) for name, tensor in tensors.items()})
+    with torch.no_grad():
+        expected = layer(torch.as_tensor(X).swapaxes(0, 1)).swapaxes(0, 1).numpy()
+    y, _ = jax.jit(cell.read)(params, X, cell.start(B))
+    np.testing.assert_allclose(y, expected, atol=2e-5)

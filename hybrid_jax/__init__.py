@@ -41,6 +41,7 @@ _PUBLIC = {
         "SlotCache",
         "StateReader",
     ],
+    "models.markov.windows": ["OrderK"],
     "models.memory.bank": ["Bank"],
     "models.recurrent.cell": ["Cell"],
     "models.recurrent.model": ["RecurrentModel", "RecurrentSettings"],

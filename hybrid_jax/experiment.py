@@ -31,7 +31,7 @@ from hybrid_jax.evaluation.evaluate import Evaluator
 from hybrid_jax.experiment_config import ExperimentConfig, spelled_out
 from hybrid_jax.experiment_config import load_config as load_config
 from hybrid_jax.experiment_config import load_run_config as load_run_config
-from hybrid_jax.models import decoder, memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, markov, memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.folders.ours import check_has_format

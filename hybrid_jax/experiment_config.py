@@ -18,7 +18,7 @@ from hybrid_jax.data.sources import SOURCES
 from hybrid_jax.data.tokenizer import TOKENIZERS
 from hybrid_jax.environments import catalogue, demonstrations  # noqa: F401  these fill registries
 from hybrid_jax.evaluation.evaluate import EvaluationConfig
-from hybrid_jax.models import decoder, memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import decoder, markov, memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES
 from hybrid_jax.models.folders import hf  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.heads import HEADS

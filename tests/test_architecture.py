@@ -26,7 +26,8 @@ LAYERS = {
     **dict.fromkeys(["core"], 0),
     **dict.fromkeys(["parallel"], 0.5),  # a lower layer, so that models can say how activations lie
     **dict.fromkeys(["algorithms"], 0.7),  # knows no model, and models score tokens by its log-probs
-    **dict.fromkeys(["models", "data", "metrics"], 1),
+    **dict.fromkeys(["metrics"], 0.8),  # numbers of texts and labels; models hold its n-grams
+    **dict.fromkeys(["models", "data"], 1),
     **dict.fromkeys(["environments", "rewards"], 2),
     **dict.fromkeys(["sampling"], 2.2),  # chooses by rewards
     **dict.fromkeys(["dialogue"], 2.5),  # lets a policy and an environment talk
@@ -44,7 +45,7 @@ TOP = {
     "__init__": 9,
 }
 COMMANDS = {"train", "generate", "evaluate", "predict", "preferences", "compare", "sweep", "selfcheck"}
-COMMANDS |= {"export", "plan", "report", "serve"}
+COMMANDS |= {"count", "export", "plan", "report", "serve"}
 ONLY_IN = {
     "flax.linen": "models/",
     "optax": "training/",

@@ -32,6 +32,7 @@ from hybrid_jax.models.layers import placed_logits
 from hybrid_jax.models.lora import ADAPTER, adapted_linear, add_adapter, overlaid
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.stacking import cast_kernels, stack_layers, unstack_layers
+from hybrid_jax.models.vocabulary import embedding_rows
 from hybrid_jax.parallel.rules import made_in_parts, shard
 
 
@@ -42,14 +43,9 @@ class DecoderConfig(DecoderSettings):
 
     def build(self, vocab_size: int | None = None) -> Decoder:
         """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
-        size = self.vocab_size or vocab_size
-        if size is None:
-            raise UserError("vocab_size is missing: the decoder names none and there is no tokenizer")
-        if vocab_size is not None and size < vocab_size:
-            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
         if self.lora is not None and self.lora.path is not None:
             raise UserError("lora.path needs the model that it was trained on: model.name pretrained")
-        return Decoder(replace(self, vocab_size=size))
+        return Decoder(replace(self, vocab_size=embedding_rows(self.vocab_size, vocab_size)))
 
 
 @dataclass(frozen=True)

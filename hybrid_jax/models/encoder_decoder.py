@@ -29,6 +29,7 @@ from hybrid_jax.models.encoder_blocks import masked_attention
 from hybrid_jax.models.encoder_decoder_blocks import Attend, Network
 from hybrid_jax.models.encoder_decoder_config import EncoderDecoderSettings
 from hybrid_jax.models.layers import linear
+from hybrid_jax.models.vocabulary import embedding_rows
 
 
 @struct.dataclass
@@ -52,12 +53,7 @@ class EncoderDecoderConfig(EncoderDecoderSettings):
 
     def build(self, vocab_size: int | None = None) -> EncoderDecoder:
         """The model for a tokenizer of ``vocab_size`` tokens; an own ``vocab_size`` may be larger."""
-        size = self.vocab_size or vocab_size
-        if size is None:
-            raise UserError("vocab_size is missing: the encoder-decoder names none and there is no tokenizer")
-        if vocab_size is not None and size < vocab_size:
-            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
-        return EncoderDecoder(replace(self, vocab_size=size))
+        return EncoderDecoder(replace(self, vocab_size=embedding_rows(self.vocab_size, vocab_size)))
 
 
 @dataclass(frozen=True)

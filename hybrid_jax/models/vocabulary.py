@@ -23,6 +23,19 @@ _TOLERANCE = 1.001  # a published tokenizer may have a few tokens that its model
 _AXES = {("token_embedding", "embedding"): 0, ("lm_head", "kernel"): 1, ("lm_head", "bias"): 0}
 
 
+def embedding_rows(own: int | None, of_tokenizer: int | None) -> int:
+    """The rows of a model's embedding: those its settings name, else the tokens of its tokenizer.
+
+    Raises:
+        UserError: neither is known, or a token of the tokenizer has no row.
+    """
+    if own is None and of_tokenizer is None:
+        raise UserError("vocab_size is missing: the model names none and there is no tokenizer")
+    if own is not None and of_tokenizer is not None and own < of_tokenizer:
+        raise UserError(f"vocab_size must be at least the tokenizer's {of_tokenizer}, got {own}")
+    return own or of_tokenizer or 0
+
+
 def own_tokenizer_of(folder: object) -> str:
     """The advice where the tokenizer in a finished model's folder is larger than the model."""
     return (

@@ -19,11 +19,16 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import Count, NonNegative, settings
 from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.models.decoder import Decoder
+from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.models.decoder_config import ComputeDtype
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.families.family import flatten
 from hybrid_jax.models.folders import hf
+from hybrid_jax.models.folders.files import read_model_config
+from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.ours import MODEL_TYPE
+from hybrid_jax.models.folders.pretrained import load_pretrained
+from hybrid_jax.models.folders.recurrent import is_recurrent
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import Placement, shard_params, under
 from hybrid_jax.training.state import RunState
@@ -39,7 +44,7 @@ class Reference:
     )
     refresh_every_cycles: Count | None = None  # copy the policy again each time this phase was entered n times
     refresh_every_steps: Count | None = None  # copy the policy again after so many steps of this phase
-    path: str | None = None  # another model in place of a copy: a Hugging Face folder with the same tokens
+    path: str | None = None  # another model in place of a copy: a folder of one with the same tokens
 
     def __post_init__(self):
         for name in ("refresh_every_cycles", "refresh_every_steps"):
@@ -138,10 +143,12 @@ class References:
     def _folder(self, name: str) -> Params:
         """The parameters out of a folder, read once."""
         if name not in self._read:
-            model = self._others[name]
-            params = under(self._placement, model.init)(
-                root_key(0, Purpose.MODEL)
-            )  # of a folder: draws nothing
+            model, path = self._others[name], self._settings[name].path
+            assert path is not None
+            if isinstance(model, hf.PretrainedDecoder):  # which reads what each device keeps, and draws nothing
+                params = under(self._placement, model.init)(root_key(0, Purpose.MODEL))
+            else:
+                params = load_pretrained(path)[1]
             cast = under(self._placement, lambda x: shard_params(model.cast(x), param_axes))
             self._read[name] = jax.jit(cast)(params)
         return self._read[name]
@@ -158,14 +165,12 @@ def reference_model(reference: Reference, policy: LanguageModel) -> LanguageMode
     """The model that reads the parameters of a reference: the policy's, or that of its folder.
 
     Raises:
-        UserError: the policy is no decoder, or the folder's model has fewer tokens.
+        UserError: the folder holds no language model, or one with fewer tokens.
     """
     if reference.path is None:
         return policy
-    if not isinstance(policy, Decoder):
-        kind = type(policy).__name__
-        raise UserError(f"a model from {reference.path} can stand beside a decoder, got {kind}")
-    model = _model_in(reference.path, policy.config.dtype, policy.config.execution)
+    config = policy.config if isinstance(policy, Decoder) else DecoderConfig()
+    model = _model_in(reference.path, config.dtype, config.execution)
     if model.vocab_size < policy.vocab_size:
         raise UserError(
             f"{reference.path} must hold a model of the policy's {policy.vocab_size} tokens or more, got "
@@ -181,6 +186,9 @@ def reference_models(settings: Mapping[str, Reference], policy: LanguageModel) -
 
 @functools.cache
 def _model_in(path: str, dtype: ComputeDtype, execution: Execution) -> LanguageModel:
+    folder = find_folder(path)
+    if read_model_config(folder).get("model_type") == MODEL_TYPE or is_recurrent(folder):
+        return load_pretrained(folder)[0]
     return hf.Pretrained(path, dtype, execution=execution).build()
 
 

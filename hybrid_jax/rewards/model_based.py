@@ -25,9 +25,10 @@ from hybrid_jax.data.tokenizer_files import VOCABULARY, check_tokenizer_files
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder import Encoder
 from hybrid_jax.models.folders.encoder import load_encoder
-from hybrid_jax.models.folders.hf import load_adapted, load_pretrained
+from hybrid_jax.models.folders.hf import load_adapted
 from hybrid_jax.models.folders.hub import find_folder
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
+from hybrid_jax.models.folders.pretrained import load_pretrained
 from hybrid_jax.models.vocabulary import own_tokenizer_of
 
 SHORTEST = 16  # tokens of the shortest batch; the others are 32, 64, …

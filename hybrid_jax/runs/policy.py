@@ -27,14 +27,14 @@ from hybrid_jax.data.messages import check_messages
 from hybrid_jax.data.packing import encode_prompt
 from hybrid_jax.data.template_inputs import KWARGS
 from hybrid_jax.data.tokenizer import Tokenizer, load_tokenizer
-from hybrid_jax.models import memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
+from hybrid_jax.models import markov, memory, ngrams, recurrent, text_encoder  # noqa: F401  these fill BACKBONES
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.family_folder import Dtype
-from hybrid_jax.models.folders.files import CONFIG, read_model_config
+from hybrid_jax.models.folders.files import CONFIG
 from hybrid_jax.models.folders.hub import find_folder
-from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours, save_ours
+from hybrid_jax.models.folders.ours import save_ours
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG
 from hybrid_jax.models.folders.peft_writing import save_adapter
 from hybrid_jax.models.folders.pretrained import has_format, load_pretrained, save_pretrained
@@ -251,10 +251,7 @@ def load_pretrained_policy(
     """
     folder = find_folder(folder)
     if (folder / CONFIG).is_file():
-        ours = read_model_config(folder).get("model_type") == MODEL_TYPE
-        model, params = load_ours(folder, trust=trust) if ours else load_pretrained(folder)
-        if not isinstance(model, LanguageModel):
-            raise UserError(f"{folder} holds a {type(model).__name__}, which gives no answers")
+        model, params = load_pretrained(folder, trust=trust)
     elif (folder / ADAPTER_CONFIG).is_file():
         model, params = hf.load_adapted(folder)
         folder = folder if (folder / "tokenizer_config.json").is_file() else Path(model.folder)

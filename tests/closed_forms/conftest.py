@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,8 @@ def built(tmp_path, monkeypatch) -> Callable[..., Experiment]:
     """``built(phases, steps)`` makes the experiment of a config."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
 
-    def make(phases: Mapping[str, Any], steps: int, **settings: Any) -> Experiment:
-        (tmp_path / "prompts.jsonl").write_text('{"prompt": "0"}\n')
+    def make(phases: Mapping[str, Any], steps: int, prompt: str = "0", **settings: Any) -> Experiment:
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
         config = {
             "run_dir": str(tmp_path / "run"),
             "steps": steps,

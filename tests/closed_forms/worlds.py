@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hybrid_jax import RecurrentModel, RowCache, settings
+from hybrid_jax import OrderK, RecurrentModel, RowCache, settings
 from hybrid_jax.data.tokenizer import EOS_TOKEN, FastTokenizer
 from hybrid_jax.models.recurrent.lstm import LSTM
-from hybrid_jax.testing import VOCABULARY, PrefixTable
+from hybrid_jax.testing import START, STEPS, TRANSITION, VOCABULARY, PrefixTable
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,45 @@ class Remembering(LSTM):
     def build(self, vocab_size: int | None = None) -> RecurrentModel:
         """The model, which never ends before its three tokens."""
         return Endless(self.sized(vocab_size))
+
+
+@dataclass(frozen=True)
+class OneBack(OrderK):
+    """A row of scores for each token before, and one for the prompt, the token 3; the end is the token 4."""
+
+    vocab_size: int = VOCABULARY + 2
+    width: int = VOCABULARY + 1
+    order: int = 1
+
+    def init(self, key):
+        """The rows of π_ref."""
+        return {"table": jnp.log(jnp.asarray([*TRANSITION, START], jnp.float32))}
+
+    def of_windows(self, params, windows, mask, key=None):
+        """The token before, one-hot."""
+        return jax.nn.one_hot(windows[:, -1], self.width), {}
+
+    def logits(self, params, hidden):
+        """The row of the token before; 3 and 4 have probability 0."""
+        return _with_end(_with_end(hidden @ params["table"]))
+
+
+@settings
+class Chain:
+    """A Markov chain of order 1 over the three tokens."""
+
+    def build(self, vocab_size: int | None = None) -> OneBack:
+        """The chain of π_ref."""
+        return OneBack()
+
+
+@settings
+class Returns:
+    """1 for a response whose third token is its first."""
+
+    def score_tokens(self, tokens, attention_mask, response_mask):
+        """`DeviceReward.score_tokens`."""
+        return (tokens[:, -1] == tokens[:, -STEPS]).astype(jnp.float32)
 
 
 ARMS = np.array([0.4, 0.3, 0.2, 0.1])  # π_ref of the bandit

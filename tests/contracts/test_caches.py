@@ -15,6 +15,8 @@ from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from hybrid_jax.models.execution import Execution
 from hybrid_jax.models.folders import hf  # noqa: F401  this fills BACKBONES
+from hybrid_jax.models.markov import FeedForwardSettings, MarkovSettings
+from hybrid_jax.models.markov.counts import count_tokens
 from hybrid_jax.models.memory.dnc import DNC
 from hybrid_jax.models.memory.knn import KnnLMSettings
 from hybrid_jax.models.memory.neural_cache import NeuralCacheSettings
@@ -88,6 +90,11 @@ def _table(folder) -> tuple[Any, Any, int]:
     return model, model.init(jax.random.key(0)), P + 2  # no prefix is longer than two tokens
 
 
+def _counts(folder) -> tuple[Any, Any, int]:
+    texts = np.random.default_rng(3).integers(0, V, (4, 50))
+    return *count_tokens(texts, 2, V), T
+
+
 MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "decoder, rotary with a window": _decoder(position="rotary", window=4, attention_sinks=True),
     "decoder, scanned with slopes": _decoder(position="alibi", execution=Execution(scan_layers=True)),
@@ -111,6 +118,12 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
         NeuralCacheSettings(DecoderConfig(num_layers=1, width=8, num_heads=2, max_length=32), 0.4, 0.3)
     ),
     "knn_lm, of Elman's": lambda _: _random(KnnLMSettings(Elman(width=8), 9, 0.4, neighbours=3)),
+    "markov, of a decoder": lambda _: _random(
+        MarkovSettings(DecoderConfig(num_layers=2, width=8, num_heads=2, max_length=32), order=3)
+    ),
+    "markov, of Elman's": lambda _: _random(MarkovSettings(Elman(width=8), order=4)),
+    "counts": _counts,
+    "feed_forward": lambda _: _random(FeedForwardSettings(order=3, embedding_width=4, width=8)),
     "prefix table": _table,
 }
 

@@ -8,11 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hybrid_jax import build, load_config, save_pretrained
+from hybrid_jax import build, load_config, load_pretrained, save_pretrained
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import plan_phases
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.models.flops import forward_flops
+from hybrid_jax.models.folders.ours import save_ours
+from hybrid_jax.models.markov import FeedForwardSettings
+from hybrid_jax.models.markov.counts import count_tokens
 from hybrid_jax.phases.references import Reference, reference_models, shortest_context
 from hybrid_jax.training.loop import take_step, train
 
@@ -28,6 +31,15 @@ def teacher(tmp_path_factory):
     model = DecoderConfig(num_layers=2, width=16, num_heads=2, max_length=64, position="rotary").build(300)
     params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
     save_pretrained(folder, model, params)
+    return folder, model, params
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    """One of our own folders: an n-gram model of the bytes."""
+    folder = tmp_path_factory.mktemp("counted")
+    model, params = count_tokens([np.random.default_rng(0).integers(0, 300, 2000)], 2, 300)
+    save_ours(folder, model, params)
     return folder, model, params
 
 
@@ -61,9 +73,18 @@ def log_probs(model, params, rollout):
 
 
 @pytest.mark.usefixtures("in_repository")
-def test_a_token_earns_how_much_likelier_a_larger_teacher_finds_it_and_nothing_of_later_ones(teacher, tmp_path):
-    folder, model, params = teacher
-    experiment = build(config(folder, tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "student"),
+    [
+        ("teacher", STUDENT),
+        pytest.param("counted", "{name: feed_forward, order: 3, width: 8}", marks=pytest.mark.slow),
+    ],
+)
+def test_a_token_earns_how_much_likelier_a_larger_teacher_finds_it_and_nothing_of_later_ones(
+    kind, student, request, tmp_path
+):
+    folder, model, params = request.getfixturevalue(kind)
+    experiment = build(config(folder, tmp_path, model=student))
     phase, state = experiment.phases["distillation"], experiment.init()
     learn, rollouts = phase._learn, []
     phase._learn = lambda *inputs, **settings: rollouts.append(inputs[2]) or learn(*inputs, **settings)
@@ -115,6 +136,15 @@ def test_a_teacher_that_lacks_tokens_is_one_line_and_the_shortest_context_counts
     assert shortest_context(given, student.build(257)) == 64
     with pytest.raises(UserError, match="must hold a model of the policy's 301 tokens or more, got 300"):
         reference_models(given, student.build(301))
+
+
+def test_a_folder_of_ours_stands_beside_any_policy(counted):
+    folder, model, params = counted
+    policy = FeedForwardSettings(order=3, width=8).build(257)
+    assert reference_models({"counted": Reference(path=str(folder))}, policy) == {"counted": model}
+    found, read = load_pretrained(folder)
+    assert found == model
+    jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
 def against(folder, run_dir):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.core.registry import NOTHING
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.decoder import Decoder
 from hybrid_jax.models.decoder_config import ComputeDtype
@@ -19,6 +20,7 @@ from hybrid_jax.models.folders.encoder_decoder import load_encoder_decoder, save
 from hybrid_jax.models.folders.family_folder import Dtype, Shardings, family_of
 from hybrid_jax.models.folders.files import read_model_config
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.ours import MODEL_TYPE, load_ours
 from hybrid_jax.models.folders.recurrent import (
     has_recurrent_format,
     is_recurrent,
@@ -48,8 +50,9 @@ def load_pretrained(
     param_dtype: Dtype = "float32",
     sharding: Shardings | None = None,
     check_finite: bool = False,
+    trust: Container[str] = NOTHING,
 ) -> tuple[LanguageModel, Params]:
-    """Reads a Hugging Face folder of a language model; its ``config.json`` decides the family.
+    """Reads the language model of a folder, of Hugging Face or ours; its ``config.json`` decides the kind.
 
         model, params = load_pretrained("gpt2-small")
         output = model.apply(params, tokens, attention_mask)  # logits float32 [B T V], hidden [B T D]
@@ -60,17 +63,25 @@ def load_pretrained(
         param_dtype: of the parameters.
         sharding: where the parameters lie: one for all, or by path and shape; None is the default device.
         check_finite: refuses weights with NaN or infinity.
+        trust: names in one of our own folders that may run code.
 
     Raises:
+        Untrusted: the folder names code that is not in ``trust``.
         UserError: the family is unknown, a file is missing or damaged, or a tensor is missing, left over or of
             the wrong shape.
     """
     folder = find_folder(folder)
+    kind = read_model_config(folder).get("model_type")
+    if kind == MODEL_TYPE:
+        model, params = load_ours(folder, dtype, trust)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"{folder} holds a {type(model).__name__}, which gives no answers")
+        return model, params
     if is_recurrent(folder):
         if dtype != "float32":
             raise UserError(f"dtype must be float32 for a recurrent model, got {dtype}")
         return load_recurrent(folder, param_dtype=param_dtype, sharding=sharding, check_finite=check_finite)
-    if read_model_config(folder).get("model_type") not in ENCODER_DECODERS:
+    if kind not in ENCODER_DECODERS:
         return hf.load_pretrained(
             folder,
             dtype,

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum, segment_positions
-from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Layers, Rate, Vocabulary, Width, settings
 from hybrid_jax.models.base import ModelOutput, Params, RowCache
 from hybrid_jax.models.layers import gelu_tanh, linear, placed_logits, rms_norm
 from hybrid_jax.models.param_axes import param_axes, path_of
 from hybrid_jax.models.recurrent.cell import Cell, Flow, State
+from hybrid_jax.models.vocabulary import embedding_rows
 from hybrid_jax.parallel.rules import made_in_parts, shard, shard_for_use
 
 
@@ -62,12 +62,7 @@ class RecurrentSettings:
 
     def sized(self, vocab_size: int | None) -> Self:
         """The same with the vocabulary of a tokenizer; an own ``vocab_size`` may be larger."""
-        size = self.vocab_size or vocab_size
-        if size is None:
-            raise UserError("vocab_size is missing: the model names none and there is no tokenizer")
-        if vocab_size is not None and size < vocab_size:
-            raise UserError(f"vocab_size must be at least the tokenizer's {vocab_size}, got {size}")
-        return replace(self, vocab_size=size)
+        return replace(self, vocab_size=embedding_rows(self.vocab_size, vocab_size))
 
     @property
     def epsilon(self) -> float:

@@ -2,6 +2,7 @@
 
 import hybrid_jax.rewards.adapters
 import hybrid_jax.rewards.classifier
+import hybrid_jax.rewards.coherence
 import hybrid_jax.rewards.coverage
 import hybrid_jax.rewards.dialogue
 import hybrid_jax.rewards.format

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,13 +24,17 @@ class FactCoverage:
     optional column ``contradictions`` has the same form and slots: phrases of other values. A stated fact
     that is also contradicted loses ``contradiction_penalty``, so that naming every value does not pay.
 
-    Range [0, 1]; an empty response scores 0.
+    For memory the fact is one that was told long before it is asked for, and other facts that were told are its
+    contradictions. Range [0, 1]; an empty response scores 0.
 
     Raises:
         UserError: A row has no facts.
     """
 
     contradiction_penalty: Share = 1.0  # what a fact loses that is stated and contradicted
+    soft: bool = (
+        False  # of a fact that is not stated whole, the share of a phrase's words counts, the best one's
+    )
 
     def __call__(
         self,
@@ -47,9 +52,15 @@ class FactCoverage:
             raise UserError("a row has no facts; its column 'facts' must map slots to lists of phrases")
         score = 0.0
         for slot, phrases in wanted.items():
-            if mentions(response, phrases):
-                score += 1.0 - self.contradiction_penalty * mentions(response, unwanted.get(slot, ()))
+            stated = float(mentions(response, phrases)) or self.soft * _best_share(response, phrases)
+            score += stated * (1.0 - self.contradiction_penalty * mentions(response, unwanted.get(slot, ())))
         return score / len(wanted)
+
+
+def _best_share(response: str, phrases: Sequence[str]) -> float:
+    """The largest share of the words of a phrase that the response has, as often as the phrase has them."""
+    said, wanted = Counter(words(response)), [Counter(words(phrase)) for phrase in phrases]
+    return max(((said & phrase).total() / phrase.total() for phrase in wanted if phrase), default=0.0)
 
 
 @REWARDS.register("lexicon_sentiment")

@@ -60,10 +60,18 @@ def with_head(kind):
     return settings
 
 
+@functools.cache
+def ordered_texts() -> str:
+    path = Path(tempfile.mkdtemp()) / "texts.txt"
+    path.write_text("We met Ann in 1990. She had a dog. The dog died in 1995.\nBob came. He left.\n")
+    return str(path)
+
+
 REQUIRED = {  # settings without a default
     "bertscore": with_encoder(),
     "bleurt_style": with_head("bleurt_style"),
     "classifier": lambda: {"path": scorer_folder(), "label": "second"},
+    "coherence": lambda: {"path": ordered_texts()},
     "comet_style": with_head("comet_style"),
     "cosine_similarity": with_encoder(),
     "facility_coverage": with_encoder(),
@@ -89,6 +97,7 @@ FIRST_RESPONSE = {  # where the usual first one gets the same score as the other
     "json_schema": '{"stars": 5}',
     "json_valid": '{"stars": 5}',
     "exact_match": "Good food",
+    "coherence": "Ann came in 1990. She had a dog. The dog left in 1995.",
 }
 COLUMNS = {
     "references": [["Good food.", "The Eagle serves food."], "nothing", ["漢字"], ["awful food", "good"]],

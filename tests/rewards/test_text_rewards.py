@@ -34,6 +34,20 @@ def test_fact_coverage_counts_whole_words_only():
     assert not mentions("anything", [])
 
 
+def test_a_part_of_a_fact_counts_where_that_is_asked_for_unless_another_fact_is_said():
+    fact, others = {"code": ["the blue north gate", "gate seven"]}, {"code": ["red south gate"]}
+    said = [
+        "It was the blue north gate.",
+        "Blue, a gate, the gate.",
+        "Gate seven!",
+        "blue; the red south gate",
+        "",
+    ]
+    rows = {"facts": [fact] * 5, "contradictions": [others] * 5}
+    assert FactCoverage(soft=True)([""] * 5, said, **rows) == [1.0, 0.75, 1.0, 0.0, 0.0]
+    assert FactCoverage()([""] * 5, said, **rows) == [1.0, 0.0, 1.0, 0.0, 0.0]
+
+
 def test_fact_coverage_reads_lists_of_facts_and_single_phrases():
     assert cover(
         "The Eagle is cheap.", facts=[["the eagle"], ["cheap"], ["italian", "pizza"]]

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from annotated_types import Interval
 from jax import lax
-from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float, Int
 
 from hybrid_jax.core.ranges import Count, Positive, Width, settings
@@ -215,7 +214,7 @@ def delta_rule(
     below = jnp.tril(jnp.ones((length, length), bool), -1)
     a = jnp.where(below, rates * d.between * jnp.einsum("nbhtk,nbhsk->nbhts", ks, ks), 0)
     right = jnp.concatenate([rates * vs, rates * from_start * ks], axis=-1)
-    solved = solve_triangular(a + jnp.eye(length), right, lower=True, unit_diagonal=True)
+    solved = inverse_of_unit_lower(a) @ right
     written, seen = jnp.split(solved, [v.shape[-1]], axis=-1)
 
     def one(s: Array, now: tuple[Array, ...]):
@@ -227,3 +226,21 @@ def delta_rule(
     scores = d.between * jnp.einsum("nbhtk,nbhsk->nbhts", qs, ks)
     y = jnp.moveaxis(scores @ e + from_start * (qs @ before), 3, 1)
     return y.reshape(-1, *y.shape[2:])[:steps], last
+
+
+def inverse_of_unit_lower(a: Float[Array, "*B t t"]) -> Float[Array, "*B t t"]:
+    """(I + A)⁻¹ of a strictly lower A, by halves: of [[X, 0], [C, Y]] it is [[X⁻¹, 0], [−Y⁻¹ C X⁻¹, Y⁻¹]].
+
+    It is as accurate as forward substitution, and made of log₂ t products, where a triangular solve is a loop.
+    """
+    length = a.shape[-1]
+    if length <= 2:
+        return jnp.eye(length) - a
+    half = 1 << (length - 1).bit_length() - 1
+    missing = 2 * half - length
+    a = jnp.pad(a, (*((0, 0),) * (a.ndim - 2), (0, missing), (0, missing)))
+    first, second = inverse_of_unit_lower(jnp.stack([a[..., :half, :half], a[..., half:, half:]]))
+    below = -second @ a[..., half:, :half] @ first
+    top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+    whole = jnp.concatenate([top, jnp.concatenate([below, second], axis=-1)], axis=-2)
+    return whole[..., :length, :length]

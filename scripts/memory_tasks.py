@@ -1,0 +1,282 @@
+"""Trains a recurrent network on a task that needs a memory, and counts what it gets wrong.
+
+    python scripts/memory_tasks.py --task copy --cell ntm --folder runs/copy_ntm
+    python scripts/memory_tasks.py --task copy --cell lstm --width 120 --folder runs/copy_lstm
+    python scripts/memory_tasks.py --task adding --cell lstm --sequences 250000 --folder runs/adding
+
+    copy          1 to 20 vectors of 8 random bits and a mark are read, and then said again (Graves et al. 2014)
+    repeat_copy   1 to 2 vectors of 4 bits, 1 or 2 times as the mark tells, and an end (google-deepmind/dnc)
+    adding        the sum of the 2 marked ones of 100 numbers in [0, 1] (Hochreiter & Schmidhuber 1997)
+    copy_memory   10 symbols out of 8, said again after 100 blanks (Arjovsky et al. 2016)
+
+The first two have the settings of their sources, the last two Adam at 1e-3 and 50 sequences an update. There is
+a line for every 1,000 sequences where they are learned one by one, for every 10,000 else. The same command goes
+on where it was stopped. At the end come new sequences, also with the state emptied where the answer begins:
+nothing can be remembered then.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Bool, Float
+
+from hybrid_jax.core.cli import ArgumentParser, run_command
+from hybrid_jax.models.layers import linear
+from hybrid_jax.models.memory.dnc import DNC, DNCCell, DNCMemory
+from hybrid_jax.models.memory.ntm import NTM
+from hybrid_jax.models.recurrent.cell import Cell, Flow
+from hybrid_jax.models.recurrent.elman import Elman
+from hybrid_jax.models.recurrent.gru import GRU
+from hybrid_jax.models.recurrent.lstm import LSTM
+
+SYMBOLS, BLANK, GO = 8, 8, 9  # of copy_memory
+CELLS = {"ntm": NTM, "dnc": DNC, "lstm": LSTM, "gru": GRU, "elman": Elman}
+
+
+@struct.dataclass
+class Batch:
+    """Sequences, what is to be said, and where."""
+
+    inputs: Float[Array, "T B I"]
+    targets: Float[Array, "T B O"]
+    asked: Bool[Array, "T B"]
+    turns: Bool[Array, "T B"]  # the step with which the answer begins
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task at one size.
+
+    Attributes:
+        draw: makes sequences of a key and a number of rows, up to a length (`length`) or of that one (True).
+        channels: I and O.
+        loss: of the scores.
+        length: of the longest sequences in training, in the task's own count.
+        batch: sequences an update.
+        optimizer: of the source.
+        then: lengths to evaluate.
+    """
+
+    draw: Callable[[Array, int, int, bool], Batch]
+    channels: tuple[int, int]
+    loss: Literal["bits", "squares", "classes"]
+    length: int
+    batch: int
+    optimizer: optax.GradientTransformation
+    then: tuple[int, ...]
+
+    @property
+    def unit(self) -> str:
+        """What `wrong` counts."""
+        return {"bits": "bits wrong", "squares": "squared error", "classes": "nats a step"}[self.loss]
+
+    def losses(self, scores: Float[Array, "T B O"], targets: Float[Array, "T B O"]) -> Float[Array, "T B"]:
+        """The loss at each step, the mean over channels of bits and numbers."""
+        if self.loss == "classes":
+            return optax.softmax_cross_entropy(scores, targets)
+        of = optax.sigmoid_binary_cross_entropy if self.loss == "bits" else optax.losses.squared_error
+        return of(scores, targets).mean(axis=-1)
+
+    def wrong(self, scores: Float[Array, "T B O"], batch: Batch) -> Float[Array, "B"]:
+        """Bits wrong in each sequence, or its loss."""
+        if self.loss == "bits":
+            return jnp.sum(((scores > 0) != (batch.targets > 0.5)) & batch.asked[..., None], axis=(0, 2))
+        return jnp.sum(self.losses(scores, batch.targets), axis=0, where=batch.asked) / jnp.sum(
+            batch.asked, axis=0
+        )
+
+
+def copies(bits: int, repeats: int, key: Array, rows: int, longest: int, exactly: bool = False) -> Batch:
+    """Vectors of bits, a mark in the last channel, and the vectors again.
+
+    With more than one of ``repeats`` the mark says how often, as a share of the most, and an end follows, in a
+    channel of its own.
+    """
+    of_length, of_bits = jax.random.split(key)
+    lengths = jax.random.randint(of_length, (rows,), longest if exactly else 1, longest + 1)
+    vectors = jax.random.bernoulli(of_bits, 0.5, (longest, rows, bits)).astype(jnp.float32)
+    times = jax.random.randint(jax.random.fold_in(key, 1), (rows,), 1, repeats + 1)
+    ends = repeats > 1
+    at = jnp.arange(longest * (repeats + 1) + 1 + ends)[:, None]
+    told, asked = at < lengths, (at > lengths) & (at <= lengths * (times + 1))
+    of = lambda index: jnp.take_along_axis(  # noqa: E731
+        vectors, jnp.clip(index, 0, longest - 1)[..., None], axis=0
+    )
+    turns = at == lengths
+    inputs = jnp.concatenate(
+        [of(at + 0 * lengths) * told[..., None], (turns * times / repeats)[..., None]], axis=-1
+    )
+    targets = of((at - lengths - 1) % lengths) * asked[..., None]
+    if ends:
+        end = at == lengths * (times + 1) + 1
+        targets, asked = jnp.concatenate([targets, end[..., None]], axis=-1), asked | end
+    return Batch(inputs, targets, asked, turns)
+
+
+def sums(key: Array, rows: int, length: int, exactly: bool = True) -> Batch:
+    """Numbers of which one in either half is marked, and the sum of these two at the last step."""
+    of_numbers, of_marks = jax.random.split(key)
+    numbers = jax.random.uniform(of_numbers, (length, rows))
+    first, second = jax.random.randint(of_marks, (2, rows), 0, length // 2) + jnp.array([[0], [length // 2]])
+    at = jnp.arange(length)[:, None]
+    marks = (at == first) | (at == second)
+    last = jnp.broadcast_to(at == length - 1, (length, rows))
+    inputs = jnp.stack([numbers, marks.astype(jnp.float32)], axis=-1)
+    return Batch(inputs, (jnp.sum(numbers * marks, axis=0) * last)[..., None], last, last)
+
+
+def symbols_again(key: Array, rows: int, length: int, exactly: bool = True) -> Batch:
+    """10 symbols, ``length`` - 1 blanks, a mark, and 10 steps in which the symbols are asked for, in order."""
+    symbols = jax.random.randint(key, (10, rows), 0, SYMBOLS)
+    blanks = jnp.full((length + 10, rows), BLANK)
+    inputs = jnp.concatenate([symbols, blanks.at[length - 1].set(GO)])
+    targets = jnp.concatenate([blanks, symbols])
+    turns = jnp.broadcast_to(jnp.arange(length + 20)[:, None] == length + 10, targets.shape)
+    one_hot = (jax.nn.one_hot(inputs, 10), jax.nn.one_hot(targets, 9))
+    return Batch(*one_hot, jnp.ones(targets.shape, bool), turns)
+
+
+_GRAVES = optax.chain(optax.clip(10.0), optax.rmsprop(1e-4, decay=0.95, momentum=0.9))
+_DNC = optax.chain(optax.clip_by_global_norm(50.0), optax.rmsprop(1e-4, eps=1e-10))
+_ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
+TASKS = {
+    "copy": Task(partial(copies, 8, 1), (9, 8), "bits", 20, 1, _GRAVES, (10, 20, 40, 80)),
+    "repeat_copy": Task(partial(copies, 4, 2), (5, 5), "bits", 2, 16, _DNC, (1, 2)),
+    "adding": Task(sums, (2, 1), "squares", 100, 50, _ADAM, (100,)),
+    "copy_memory": Task(symbols_again, (10, 9), "classes", 100, 50, _ADAM, (100,)),
+}
+
+
+class WithoutLink(DNCCell):
+    """A DNC that does not know in which order it wrote: it reads by content alone."""
+
+    def access(self, memory: DNCMemory, said: Any) -> DNCMemory:
+        """`MemoryCell.access`."""
+        memory = super().access(memory, said)
+        return memory._replace(link=jnp.zeros_like(memory.link), precedence=jnp.zeros_like(memory.precedence))
+
+
+def scores(cell: Cell, params: Any, batch: Batch, emptied: bool = False) -> Float[Array, "T B O"]:
+    """Scores of all channels at every step; ``emptied``: nothing is known where the answer begins."""
+    flow = Flow(jnp.ones_like(batch.asked), batch.turns) if emptied else None
+    y, _ = cell.read(params["cell"], batch.inputs, cell.start(batch.asked.shape[1]), flow)
+    return linear(y, params["head"]["kernel"], params["head"]["bias"])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4), donate_argnums=(2,))
+def trained(task: Task, cell: Cell, state: Any, first: Array, count: int, seed: Array):
+    """The state after ``count`` more updates, and what was wrong, on average over them."""
+
+    def loss(params: Any, batch: Batch):
+        given = scores(cell, params, batch)
+        losses = task.losses(given, batch.targets)
+        return jnp.mean(losses, where=batch.asked), task.wrong(given, batch).mean()
+
+    def update(state: Any, number: Array):
+        params, of_optimizer = state
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        data = task.draw(key, task.batch, task.length, False)
+        grads, wrong = jax.grad(loss, has_aux=True)(params, data)
+        updates, of_optimizer = task.optimizer.update(grads, of_optimizer, params)
+        return (optax.apply_updates(params, updates), of_optimizer), wrong
+
+    state, wrong = jax.lax.scan(update, state, first + jnp.arange(count))
+    return state, wrong.mean()
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3, 4))
+def tested(task: Task, cell: Cell, params: Any, length: int, emptied: bool) -> Array:
+    """What is wrong in 200 new sequences of one length: the share of bits, or the loss."""
+    batch = task.draw(jax.random.key(length), 200, length, True)
+    wrong = task.wrong(scores(cell, params, batch, emptied), batch)
+    share = batch.targets.shape[-1] * batch.asked.sum(axis=0) if task.loss == "bits" else 1
+    return jnp.sum(wrong) / jnp.sum(share * jnp.ones(200))
+
+
+def begun(task: Task, cell: Cell, seed: int) -> Any:
+    """Random parameters, and the optimizer's state."""
+    of_cell, of_head = jax.random.split(jax.random.key(seed))
+    inputs, outputs = task.channels
+    kernel = jax.nn.initializers.lecun_normal()(of_head, (cell.width, outputs))
+    params = {"cell": cell.init(of_cell, inputs), "head": {"kernel": kernel, "bias": jnp.zeros(outputs)}}
+    return params, task.optimizer.init(params)
+
+
+def saved(path: Path, state: Any, number: int) -> None:
+    """Writes the state; a reader never sees half a file."""
+    with open(path.with_suffix(".part"), "wb") as file:
+        np.savez(file, *jax.tree.leaves(state), number=number)
+    os.replace(path.with_suffix(".part"), path)
+
+
+def loaded(path: Path, state: Any) -> tuple[Any, int]:
+    """The state that was saved last, and how many updates it has had; the given one and 0 if there is none."""
+    if not path.exists():
+        return state, 0
+    with np.load(path) as file:
+        leaves = [file[f"arr_{i}"] for i in range(len(jax.tree.leaves(state)))]
+        return jax.tree.unflatten(jax.tree.structure(state), leaves), int(file["number"])
+
+
+def without_memory(task: Task, length: int) -> float:
+    """What is wrong for the best answer that remembers nothing: half of the bits, 1/6, 10 ln 8 / (T + 20)."""
+    return {"bits": 0.5, "squares": 1 / 6, "classes": 10 * math.log(SYMBOLS) / (length + 20)}[task.loss]
+
+
+def main(arguments: list[str]) -> None:
+    """Trains, prints, evaluates."""
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="copy")
+    parser.add_argument("--cell", choices=CELLS, default="ntm")
+    parser.add_argument("--without-link", action="store_true", help="a dnc that reads by content alone")
+    parser.add_argument("--width", type=int, default=100, help="of the network, or of a memory's controller")
+    parser.add_argument("--slots", type=int, default=128)
+    parser.add_argument("--word-width", type=int, default=20)
+    parser.add_argument("--sequences", type=int, default=30_000, help="to learn from in all")
+    parser.add_argument("--batch", type=int, help="sequences an update, in place of the task's")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    sizes = {"num_slots": given.slots, "word_width": given.word_width} if given.cell in ("ntm", "dnc") else {}
+    cell = CELLS[given.cell](width=given.width, **sizes).cell()
+    if given.without_link:
+        if given.cell != "dnc":
+            parser.error(f"--without-link needs --cell dnc, got {given.cell}")
+        cell = WithoutLink(cell.controller, cell.num_slots, cell.word_width, cell.num_reads)
+    task = TASKS[given.task]
+    task = replace(task, batch=given.batch or task.batch)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    state, number = loaded(given.folder / "state.npz", begun(task, cell, given.seed))
+    print(f"{sum(leaf.size for leaf in jax.tree.leaves(state[0])):,} parameters", flush=True)
+    count, start = max((1000 if task.batch == 1 else 10_000) // task.batch, 1), time.monotonic()
+    while (number + count) * task.batch <= given.sequences:
+        state, wrong = trained(task, cell, state, jnp.array(number), count, jnp.array(given.seed))
+        number += count
+        seconds = time.monotonic() - start
+        line = f"{number * task.batch:,} sequences  {wrong:.4g} {task.unit}  {seconds:.0f} s"
+        print(line, flush=True)
+        with open(given.folder / "curve.txt", "a") as file:
+            file.write(line + "\n")
+        saved(given.folder / "state.npz", state, number)
+    for length in task.then:
+        knows, emptied = (float(tested(task, cell, state[0], length, empty)) for empty in (False, True))
+        unit = "of the bits wrong" if task.loss == "bits" else task.unit
+        line = f"length {length}: {knows:.4g} {unit}, {emptied:.4g} with the state emptied"
+        print(f"{line}, {without_memory(task, length):.4g} without a memory", flush=True)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,96 @@
+"""scripts/memory_tasks.py: tasks against their definitions; a stopped run goes on to the same bits."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def memory_tasks():
+    spec = importlib.util.spec_from_file_location("memory_tasks", ROOT / "scripts" / "memory_tasks.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_was_told_before_the_mark_is_asked_for_behind_it(memory_tasks):
+    batch = memory_tasks.TASKS["copy"].draw(jax.random.key(0), 50, 6, False)
+    inputs, targets, asked = map(np.asarray, (batch.inputs, batch.targets, batch.asked))
+    marks = inputs[..., -1].argmax(0)
+    assert set(marks) == {1, 2, 3, 4, 5, 6}
+    for row, length in enumerate(marks):
+        told = inputs[:length, row, :8]
+        np.testing.assert_array_equal(targets[length + 1 : 2 * length + 1, row], told)
+        np.testing.assert_array_equal(np.flatnonzero(asked[:, row]), np.arange(length + 1, 2 * length + 1))
+        assert inputs[:, row].sum() == told.sum() + 1  # nothing else is told
+        assert targets[:, row].sum() == told.sum()
+    wrong = jnp.where(jnp.arange(8) < 3, -1.0, 1.0) * (2.0 * targets - 1.0)  # three bits of each vector
+    np.testing.assert_array_equal(memory_tasks.TASKS["copy"].wrong(wrong, batch), 3 * marks)
+
+
+def test_vectors_are_asked_for_as_often_as_the_mark_tells_and_then_an_end(memory_tasks):
+    batch = jax.tree.map(np.asarray, memory_tasks.copies(4, 3, jax.random.key(1), 60, 5))
+    seen = set()
+    for row in range(60):
+        (length,) = np.flatnonzero(batch.turns[:, row])
+        times = round(3 * batch.inputs[length, row, -1])
+        end = length * (times + 1) + 1
+        said = np.tile(batch.inputs[:length, row, :4], (times, 1))
+        np.testing.assert_array_equal(batch.targets[length + 1 : end, row, :4], said)
+        np.testing.assert_array_equal(np.flatnonzero(batch.targets[:, row, 4]), [end])
+        np.testing.assert_array_equal(np.flatnonzero(batch.asked[:, row]), np.arange(length + 1, end + 1))
+        assert batch.targets[:, row].sum() == said.sum() + 1
+        seen.add((length, times))
+    assert seen == {(length, times) for length in range(1, 6) for times in (1, 2, 3)}
+
+
+def test_the_baselines_of_adding_and_copy_memory_are_the_known_ones(memory_tasks):
+    """Best answers without a memory: 1 for a sum, and one symbol in 8; 1/6 and 10 ln 8 / (T + 20)."""
+    adding = memory_tasks.TASKS["adding"]
+    batch = adding.draw(jax.random.key(0), 20_000, 100, True)
+    np.testing.assert_array_equal(batch.inputs[..., 1].sum(axis=0), 2.0)
+    marked = np.sum(batch.inputs[..., 0] * batch.inputs[..., 1], axis=0)
+    np.testing.assert_allclose(batch.targets[-1, :, 0], marked, rtol=1e-6)
+    ones = jnp.ones_like(batch.targets)
+    assert float(adding.wrong(ones, batch).mean()) == pytest.approx(1 / 6, abs=0.004)
+    memory = memory_tasks.TASKS["copy_memory"]
+    batch = memory.draw(jax.random.key(0), 7, 100, True)
+    shown = np.argmax(batch.inputs, axis=-1)
+    np.testing.assert_array_equal(np.argmax(batch.targets, axis=-1)[-10:], shown[:10])
+    np.testing.assert_array_equal(np.argmax(batch.targets, axis=-1)[:-10], 8)
+    np.testing.assert_array_equal(shown[10:-11], 8)
+    np.testing.assert_array_equal(shown[-11:], np.tile([[9]] + [[8]] * 10, 7))
+    known = jnp.where(jnp.arange(9) == 8, 50.0, 0.0) * jnp.ones((110, 7, 1))  # blanks until the answer
+    guess = jnp.where(jnp.arange(9) == 8, -50.0, 0.0) * jnp.ones((10, 7, 1))
+    wrong = memory.wrong(jnp.concatenate([known, guess]), batch)
+    np.testing.assert_allclose(wrong, 0.173287, atol=1e-6)
+    assert memory_tasks.without_memory(memory, 200) == pytest.approx(0.094520, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_in_the_same_bits(memory_tasks, tmp_path, capsys):
+    def end(folder, *totals):
+        for total in totals:
+            sizes = ["--width", "4", "--slots", "4", "--word-width", "3", "--batch", "500"]
+            memory_tasks.main([*sizes, "--folder", str(tmp_path / folder), "--sequences", str(total)])
+        lines = (tmp_path / folder / "curve.txt").read_text().splitlines()
+        with np.load(tmp_path / folder / "state.npz") as file:
+            return [re.sub(r"\d+ s$", "", line) for line in lines], [
+                file[name].tobytes() for name in file.files
+            ]
+
+    assert end("whole", 20_000) == end("cut", 10_000, 20_000)
+    emptied = [
+        float(share) for share in re.findall(r"([\d.]+) with the state emptied", capsys.readouterr().out)
+    ]
+    assert emptied == pytest.approx([0.5] * len(emptied), abs=0.02)
+    assert len(emptied) == 12

@@ -57,7 +57,12 @@ def draws(sampler, model, params, rows, seed=0, eos=()):
 
 @pytest.mark.parametrize(
     ("n", "law"),
-    [(2, [0.24, 0.39, 0.36, 0.01]), (4, [0.0624, 0.3471, 0.5904, 0.0001]), (1, FOUR)],
+    [
+        (2, [0.24, 0.39, 0.36, 0.01]),
+        (4, [0.0624, 0.3471, 0.5904, 0.0001]),
+        (8, [0.5**8 - 0.1**8, 0.8**8 - 0.5**8, 1 - 0.8**8, 0.1**8]),
+        (1, FOUR),
+    ],
 )
 def test_the_best_of_n_has_its_exact_law(n, law):
     found = draws(BestOfN(max_new_tokens=1, n=n, reward=WORTH), Four(), {}, 8192).tokens[:, 0]
@@ -71,7 +76,7 @@ def test_the_best_of_n_has_its_exact_law(n, law):
     )
     kl = float((np.array(law) * np.log(np.array(law) / FOUR)).sum())
     assert kl <= np.log(n) - (n - 1) / n + 1e-12
-    assert kl == pytest.approx({1: 0, 2: 0.168301, 4: 0.573092}[n], abs=1e-6)
+    assert kl == pytest.approx({1: 0, 2: 0.168301, 4: 0.573092, 8: 1.069404}[n], abs=1e-6)
 
 
 def test_a_soft_choice_among_many_is_the_optimum_of_the_reward():

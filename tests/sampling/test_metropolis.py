@@ -94,20 +94,30 @@ def test_a_move_leaves_the_target_as_it_is(eos, alpha, beta):
         np.testing.assert_allclose(of_length, [0.5588683, 0.0251002, 0.4160315], atol=1e-7)
 
 
-def test_a_move_without_the_probability_of_its_cut_does_not():
-    """Published code leaves it out."""
+def without_the_cut(now, proposal, *rest):
+    """Published code leaves out the probability of the cut."""
+    cut = jnp.log(now.response.lengths) - jnp.log(proposal.response.lengths)
+    return log_acceptance(now, proposal, *rest) - cut
 
-    def without_the_cut(now, proposal, *rest):
-        cut = jnp.log(now.response.lengths) - jnp.log(proposal.response.lengths)
-        return log_acceptance(now, proposal, *rest) - cut
 
+def never_longer(now, proposal, *rest):
+    """Published code also proposes at most as many tokens as there are."""
+    longer = proposal.response.lengths > now.response.lengths
+    return jnp.where(longer, -jnp.inf, log_acceptance(now, proposal, *rest))
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "moved", "away"),
+    [(without_the_cut, 0.014723416, 0.257943), (never_longer, 0.011007763, 0.441132)],
+)
+def test_moves_of_published_code_do_not(acceptance, moved, away):
     with jax.enable_x64():
         states = responses(eos=True)
         zeros = np.zeros(len(states))
         pi = target(states, 4.0, 1.0, zeros)
-        K = transitions(states, 4.0, 1.0, zeros, without_the_cut)
-        assert np.abs(pi @ K - pi).sum() == pytest.approx(0.014723416, abs=1e-9)
-        assert np.abs(stationary(K) - pi).sum() / 2 == pytest.approx(0.257943, abs=1e-6)
+        K = transitions(states, 4.0, 1.0, zeros, acceptance)
+        assert np.abs(pi @ K - pi).sum() == pytest.approx(moved, abs=1e-9)
+        assert np.abs(stationary(K) - pi).sum() / 2 == pytest.approx(away, abs=1e-6)
 
 
 def test_powers_of_whole_responses_are_not_a_low_temperature():

@@ -80,7 +80,7 @@ class Task:
 
     @property
     def unit(self) -> str:
-        """What `wrong` counts."""
+        """The unit of `wrong`."""
         return {"bits": "bits wrong", "squares": "squared error", "classes": "nats a step"}[self.loss]
 
     def losses(self, scores: Float[Array, "T B O"], targets: Float[Array, "T B O"]) -> Float[Array, "T B"]:
@@ -199,7 +199,7 @@ def trained(task: Task, cell: Cell, state: Any, first: Array, count: int, seed: 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def tested(task: Task, cell: Cell, params: Any, length: int, emptied: bool) -> Array:
-    """What is wrong in 200 new sequences of one length: the share of bits, or the loss."""
+    """The share of bits that is wrong in 200 new sequences of one length, or their loss."""
     batch = task.draw(jax.random.key(length), 200, length, True)
     wrong = task.wrong(scores(cell, params, batch, emptied), batch)
     share = batch.targets.shape[-1] * batch.asked.sum(axis=0) if task.loss == "bits" else 1
@@ -232,7 +232,7 @@ def loaded(path: Path, state: Any) -> tuple[Any, int]:
 
 
 def without_memory(task: Task, length: int) -> float:
-    """What is wrong for the best answer that remembers nothing: half of the bits, 1/6, 10 ln 8 / (T + 20)."""
+    """The same of the best answer without a memory: half of the bits, 1/6, or 10 ln 8 / (T + 20)."""
     return {"bits": 0.5, "squares": 1 / 6, "classes": 10 * math.log(SYMBOLS) / (length + 20)}[task.loss]
 
 

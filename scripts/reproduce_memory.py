@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import hybrid_jax as hj
+from hybrid_jax.core.arrays import choose_rows
 from hybrid_jax.dialogue.conversation import ConversationSettings
 from hybrid_jax.dialogue.converse import Converser, Opening
 from hybrid_jax.environments.memory import MemoryLength
@@ -37,8 +37,7 @@ class Forgetting(RecurrentModel):
     def extend(self, params, tokens, attention_mask, cache):
         """`LanguageModel.extend` of an empty cache, in the rows that read anything."""
         reads = (attention_mask > 0).any(axis=1)
-        choose = lambda old, new: jnp.where(reads.reshape(-1, *[1] * (old.ndim - 1)), new, old)  # noqa: E731
-        emptied = jax.tree.map(choose, cache, self.init_cache(len(tokens), 1))
+        emptied = choose_rows(reads, self.init_cache(len(tokens), 1), cache)
         return super().extend(params, tokens, attention_mask, emptied)
 
 

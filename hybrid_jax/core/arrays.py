@@ -35,7 +35,7 @@ def masked_variance(x: Float[Array, "..."], mask: Bool[Array, "..."]) -> Float[A
 
 
 def choose_rows(rows: Bool[Array, "B"], yes: TreeT, no: TreeT) -> TreeT:
-    """Of two pytrees of arrays [B …], ``yes`` in the rows that are chosen and ``no`` in the others."""
+    """Takes the rows of ``yes`` that are chosen and of ``no`` the others, of two pytrees of arrays [B …]."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b), yes, no)
 
 

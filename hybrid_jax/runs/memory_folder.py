@@ -32,7 +32,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Memory:
-    """What a model has read of one user: arrays [1 ...], how many tokens, and whether the last answer ended."""
+    """The memory of one user: arrays [1 ...], how many tokens were read, and whether the last answer ended."""
 
     kept: Kept
     tokens: int = 0

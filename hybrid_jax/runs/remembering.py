@@ -110,6 +110,6 @@ class Remembering:
 
 @partial(jax.jit, static_argnames="model")
 def _read(model: Any, params: Any, memory: Any, tokens: jax.Array, mask: jax.Array) -> Any:
-    """What is kept behind more tokens."""
+    """Reads more tokens behind a memory; returns the memory of both."""
     cache = resumed(model, memory, model.init_cache(1, tokens.shape[1]))
     return kept_of(model, model.extend(model.cast(params), tokens, mask, cache)[1])

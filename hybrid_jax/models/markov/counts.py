@@ -75,17 +75,6 @@ class Counts(OrderK):
     settings: CountsSettings
 
     @property
-    def order(self) -> int:
-        """k."""
-        return self.settings.order
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, V."""
-        assert self.settings.vocab_size is not None
-        return self.settings.vocab_size
-
-    @property
     def width(self) -> int:
         """V."""
         return self.vocab_size

@@ -44,17 +44,6 @@ class FeedForward(OrderK):
     settings: FeedForwardSettings
 
     @property
-    def order(self) -> int:
-        """k."""
-        return self.settings.order
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, V."""
-        assert self.settings.vocab_size is not None
-        return self.settings.vocab_size
-
-    @property
     def width(self) -> int:
         """Channels of a hidden state: those of the hidden layer, and of x."""
         return self.settings.width + self.settings.direct * self._inputs

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.ranges import Count, settings
+from hybrid_jax.models.around import Around
 from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.markov.windows import OrderK
 
@@ -44,39 +45,16 @@ class MarkovSettings:
 
 
 @dataclass(frozen=True)
-class MarkovView(OrderK):
+class MarkovView(Around, OrderK):
     """A language model that is shown windows of k tokens."""
 
     settings: MarkovSettings
     model: LanguageModel
 
     @property
-    def order(self) -> int:
-        """k."""
-        return self.settings.order
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens, V."""
-        return self.model.vocab_size
-
-    @property
     def width(self) -> int:
         """Channels of a hidden state."""
         return self.model.width
-
-    @property
-    def loss_coefs(self) -> dict[str, float]:
-        """The losses of the model inside, over the tokens of all windows."""
-        return self.model.loss_coefs
-
-    def init(self, key: Array) -> Params:
-        """The parameters of the model."""
-        return self.model.init(key)
-
-    def cast(self, params: Params) -> Params:
-        """As the model does."""
-        return self.model.cast(params)
 
     def of_windows(
         self, params: Params, windows: Int[Array, "N K"], mask: Bool[Array, "N K"], key: Array | None = None

@@ -9,6 +9,7 @@ Attention over a window of k in several layers is no such model: with L layers i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +30,17 @@ class OrderK(ABC):
     """
 
     max_length = None
+    settings: Any  # with ``order``, and ``vocab_size`` unless the model has one of its own
 
     @property
-    @abstractmethod
     def order(self) -> int:
         """k, the number of tokens that the next one depends on."""
+        return self.settings.order
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, V."""
+        return self.settings.vocab_size
 
     @property
     @abstractmethod

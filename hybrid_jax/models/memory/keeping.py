@@ -1,4 +1,4 @@
-"""What a model has read, kept and gone on from: by another call, perhaps of another process.
+"""Memories of what a model has read, to go on from in another call, perhaps of another process.
 
 The memory of a model is its cache: the state of a recurrent model, the slots of a Neural Turing Machine, the
 bank of a neural cache. It can be kept where its size does not depend on what was read. A model that keeps a
@@ -55,7 +55,7 @@ def check_keeps(model: LanguageModel) -> None:
 
 
 def kept_of(model: LanguageModel, cache: OwnCache) -> Kept:
-    """What is kept of a cache."""
+    """The part of a cache that is kept."""
     return model.kept(cache) if isinstance(model, Keeper) else cache
 
 
@@ -65,7 +65,7 @@ def resumed(model: LanguageModel, memory: Kept, cache: OwnCache) -> OwnCache:
 
 
 def nothing_kept(model: LanguageModel) -> Kept:
-    """What is kept of a row that has read nothing."""
+    """The memory of a row that has read nothing."""
     return kept_of(model, model.init_cache(1, 1))
 
 
@@ -80,16 +80,16 @@ class Continued:
 
     @property
     def vocab_size(self) -> int:
-        """That of the model."""
+        """Number of tokens, V."""
         return self.model.vocab_size
 
     @property
     def max_length(self) -> int | None:
-        """That of the model."""
+        """The bound of the model."""
         return self.model.max_length
 
     def cast(self, params: Params) -> Params:
-        """As the model does."""
+        """`LanguageModel.cast`; the memory stays."""
         return {**params, "model": self.model.cast(params["model"])}
 
     def init_cache(self, batch: int, length: int) -> OwnCache:

@@ -66,7 +66,7 @@ class KnnLM(Mixture):
         return {**self.model.init(key), DATASTORE: {"keys": keys, "values": values}}
 
     def cast(self, params: Params) -> Params:
-        """As the model does; the datastore stays."""
+        """`LanguageModel.cast`; the datastore stays."""
         return {**self.model.cast(self.own(params)), DATASTORE: params[DATASTORE]}
 
     def own(self, params: Params) -> Params:

@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.around import Around
 from hybrid_jax.models.base import BACKBONES, ModelOutput, Params, StateReader
 
 
 @dataclass(frozen=True)
-class Mixture:
+class Mixture(Around):
     """The model and the settings of the mixture, of which ``share`` is λ."""
 
     settings: Any
@@ -42,11 +43,6 @@ class Mixture:
         return params
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens, V."""
-        return self.model.vocab_size
-
-    @property
     def width(self) -> int:
         """Channels of a hidden state."""
         return self.model.width + self.vocab_size
@@ -55,19 +51,6 @@ class Mixture:
     def max_length(self) -> int | None:
         """The bound of the model inside."""
         return self.model.max_length
-
-    @property
-    def loss_coefs(self) -> dict[str, float]:
-        """The losses of the model inside."""
-        return self.model.loss_coefs
-
-    def init(self, key: Array) -> Params:
-        """The parameters of the model."""
-        return self.model.init(key)
-
-    def cast(self, params: Params) -> Params:
-        """As the model does."""
-        return self.model.cast(params)
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None) -> Float[Array, "B T E"]:
         """`LanguageModel.hidden`."""

@@ -1,4 +1,4 @@
-"""What cells share that read rows in chunks: real tokens first, and a short convolution over the last few.
+"""Parts of cells that read rows in chunks: real tokens first, a short convolution, decays within a chunk.
 
 Inside a chunk all tokens are read at once by matrix products; only the state goes from chunk to chunk.
 """
@@ -53,7 +53,7 @@ class ChunkedCell(Cell):
 
 
 def _real_first(real: Bool[Array, "T B"]) -> Int[Array, "T B"]:
-    """Where each token of a row goes, so that padding lies behind all others and their order stays."""
+    """The place of each token of a row that puts padding behind all others and keeps their order."""
     before = jnp.cumsum(real, axis=0, dtype=jnp.int32) - real
     index = jnp.arange(len(real), dtype=jnp.int32)[:, None]
     return jnp.where(real, before, real.sum(axis=0, dtype=jnp.int32) + index - before)
@@ -151,7 +151,7 @@ def log_decay(params: Params, delta: Float[Array, "... H"]) -> Float[Array, "...
 
 @struct.dataclass
 class Decays:
-    """How much of a state is left between two tokens of a chunk, between its edges and a token.
+    """Shares of a state that are left between two tokens of a chunk, and between its edges and a token.
 
     Attributes:
         between: from behind token s up to behind token t, 0 where s is later or of another segment.

@@ -156,7 +156,7 @@ class GatedDeltaNetCell(ChunkedCell):
         return self._output(params, y, z), (window, s)
 
     def _parts(self, inputs: Array) -> list[Array]:
-        """What is convolved, z, b and δ."""
+        """Splits the product of the input: channels to convolve, z, b and δ."""
         ends = [2 * self._keys + self._values, 2 * (self._keys + self._values)]
         return jnp.split(inputs, [*ends, ends[1] + self.settings.heads], axis=-1)
 

@@ -117,7 +117,7 @@ class Mamba2Cell(ChunkedCell):
 
     @property
     def _channels(self) -> int:
-        """Of the convolution: x, B and C."""
+        """Channels of the convolution: x, B and C."""
         return self._inner + 2 * self.settings.groups * self.settings.state_width
 
     def init(self, key: Array, inputs: int) -> Params:

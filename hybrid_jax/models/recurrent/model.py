@@ -66,7 +66,7 @@ class RecurrentSettings:
 
     @property
     def epsilon(self) -> float:
-        """Of the norms, added to the mean square."""
+        """The number that norms add to the mean square."""
         return 1e-6
 
     @property

@@ -7,16 +7,43 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Interval
 from flax import struct
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from hybrid_jax.core.ranges import Count, Positive, settings
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.recurrent.cell import Cell, Flow, State
+from hybrid_jax.models.recurrent.model import RecurrentModel, RecurrentSettings
+
+
+@settings
+class ChunkedSettings(RecurrentSettings):
+    """Settings of recurrent models that read rows in chunks."""
+
+    residual: bool = True  # a layer adds to what it reads, normalised (RMS) before it
+    convolution_width: Annotated[int, Interval(ge=2, le=64)] = 4  # tokens that the short convolution sees
+    chunk_length: Count = 64  # tokens that are read at once by matrix products; it changes the speed alone
+    norm_epsilon: Positive = 1e-6  # of the norms, added to the mean square
+
+    @property
+    def epsilon(self) -> float:
+        """`RecurrentSettings.epsilon`."""
+        return self.norm_epsilon
+
+    @property
+    def head_bias(self) -> bool:
+        """`RecurrentSettings.head_bias`."""
+        return False
+
+    def build(self, vocab_size: int | None = None) -> RecurrentModel:
+        """The model for a tokenizer of ``vocab_size`` tokens."""
+        return RecurrentModel(self.sized(vocab_size))
 
 
 @struct.dataclass
@@ -29,6 +56,13 @@ class Stretch:
 
 class ChunkedCell(Cell):
     """A cell of which a subclass reads rows without gaps."""
+
+    settings: Any  # a `ChunkedSettings`
+
+    @property
+    def width(self) -> int:  # type: ignore
+        """D."""
+        return self.settings.width
 
     @abstractmethod
     def read_together(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Interval
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.core.ranges import Count, Positive, Width, settings
+from hybrid_jax.core.ranges import Width, settings
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.layers import linear, rms_norm
 from hybrid_jax.models.recurrent.chunks import (
     ChunkedCell,
+    ChunkedSettings,
     Stretch,
     convolved,
     convolved_one,
@@ -25,7 +24,6 @@ from hybrid_jax.models.recurrent.chunks import (
     init_decay,
     log_decay,
 )
-from hybrid_jax.models.recurrent.model import RecurrentModel, RecurrentSettings
 
 _EPSILON = 1e-6  # added to the squared length of queries and keys
 _STEPS = (0.001, 0.1)  # the range of time steps at the start
@@ -34,17 +32,13 @@ State = tuple[Float[Array, "B K C"], Float[Array, "B H N P"]]
 
 @BACKBONES.register("gated_deltanet")
 @settings
-class GatedDeltaNet(RecurrentSettings):
+class GatedDeltaNet(ChunkedSettings):
     """Settings of a gated DeltaNet language model; see `GatedDeltaNetCell`."""
 
-    residual: bool = True  # a layer adds to what it reads, normalised (RMS) before it
     key_heads: Width = 4  # of queries and keys
     value_heads: Width | None = None  # H, each with a state, a multiple of key_heads; null: key_heads
     key_width: Width = 64  # N, of a query and a key
     value_width: Width = 64  # P, of a value
-    convolution_width: Annotated[int, Interval(ge=2, le=64)] = 4  # tokens that the short convolution sees
-    chunk_length: Count = 64  # tokens that are read at once by matrix products; it changes the speed alone
-    norm_epsilon: Positive = 1e-6  # of the norms, added to the mean square
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,23 +50,9 @@ class GatedDeltaNet(RecurrentSettings):
         """H."""
         return self.key_heads if self.value_heads is None else self.value_heads
 
-    @property
-    def epsilon(self) -> float:
-        """`RecurrentSettings.epsilon`."""
-        return self.norm_epsilon
-
-    @property
-    def head_bias(self) -> bool:
-        """`RecurrentSettings.head_bias`."""
-        return False
-
     def cell(self) -> GatedDeltaNetCell:
         """One layer."""
         return GatedDeltaNetCell(self)
-
-    def build(self, vocab_size: int | None = None) -> RecurrentModel:
-        """The model for a tokenizer of ``vocab_size`` tokens."""
-        return RecurrentModel(self.sized(vocab_size))
 
 
 @dataclass(frozen=True)
@@ -90,11 +70,6 @@ class GatedDeltaNetCell(ChunkedCell):
     """
 
     settings: GatedDeltaNet
-
-    @property
-    def width(self) -> int:  # type: ignore
-        """D."""
-        return self.settings.width
 
     @property
     def _keys(self) -> int:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from annotated_types import Interval
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from hybrid_jax.core.ranges import Count, Positive, Width, settings
+from hybrid_jax.core.ranges import Positive, Width, settings
 from hybrid_jax.models.base import BACKBONES, Params
 from hybrid_jax.models.layers import linear, rms_norm
 from hybrid_jax.models.recurrent.chunks import (
     ChunkedCell,
+    ChunkedSettings,
     Stretch,
     convolved,
     convolved_one,
@@ -26,25 +25,21 @@ from hybrid_jax.models.recurrent.chunks import (
     log_decay,
     time_step,
 )
-from hybrid_jax.models.recurrent.model import RecurrentModel, RecurrentSettings
 
 State = tuple[Float[Array, "B K C"], Float[Array, "B H P N"]]
 
 
 @BACKBONES.register("mamba2")
 @settings
-class Mamba2(RecurrentSettings):
+class Mamba2(ChunkedSettings):
     """Settings of a Mamba-2 language model; see `Mamba2Cell`."""
 
-    residual: bool = True  # a layer adds to what it reads, normalised (RMS) before it
     state_width: Width = 128  # N, numbers that the state keeps of each inner channel
     expand: Width = 2  # inner channels for each of width
     head_width: Width = 64  # P, inner channels that share a decay
     groups: Width = 1  # of heads that share what writes and reads their states
-    convolution_width: Annotated[int, Interval(ge=2, le=64)] = 4  # tokens that the short convolution sees
     convolution_bias: bool = True  # of the short convolution
     bias: bool = False  # of the two linear maps
-    chunk_length: Count = 64  # tokens that are read at once by matrix products; it changes the speed alone
     min_time_step: Positive = 0.001  # the smallest at the start: the smaller, the longer a head remembers
     max_time_step: Positive = 0.1  # the largest at the start
     norm_epsilon: Positive = 1e-5  # of the norms, added to the mean square
@@ -64,16 +59,6 @@ class Mamba2(RecurrentSettings):
             )
 
     @property
-    def epsilon(self) -> float:
-        """`RecurrentSettings.epsilon`."""
-        return self.norm_epsilon
-
-    @property
-    def head_bias(self) -> bool:
-        """`RecurrentSettings.head_bias`."""
-        return False
-
-    @property
     def num_heads(self) -> int:
         """H."""
         return self.expand * self.width // self.head_width
@@ -85,10 +70,6 @@ class Mamba2(RecurrentSettings):
     def cell(self) -> Mamba2Cell:
         """One layer."""
         return Mamba2Cell(self)
-
-    def build(self, vocab_size: int | None = None) -> RecurrentModel:
-        """The model for a tokenizer of ``vocab_size`` tokens."""
-        return RecurrentModel(self.sized(vocab_size))
 
 
 @dataclass(frozen=True)
@@ -105,11 +86,6 @@ class Mamba2Cell(ChunkedCell):
     """
 
     settings: Mamba2
-
-    @property
-    def width(self) -> int:  # type: ignore
-        """D."""
-        return self.settings.width
 
     @property
     def _inner(self) -> int:

@@ -42,9 +42,11 @@ def main(arguments: list[str]) -> None:
     set_up_logging()
     check_devices(expect_accelerator=False)
 
+    from hybrid_jax.core.config import local_path
     from hybrid_jax.data.packing import encode_examples
     from hybrid_jax.experiment_config import load_config
     from hybrid_jax.models.markov.counts import MOST_ORDER, count_tokens, nats_of
+    from hybrid_jax.runs.export_folder import check_export_folder
     from hybrid_jax.runs.policy import Policy
     from hybrid_jax.runs.samplers import default_sampler
     from hybrid_jax.sampling.generation_config import end_tokens
@@ -52,10 +54,14 @@ def main(arguments: list[str]) -> None:
     if not 1 <= options.order <= MOST_ORDER:
         raise UserError(f"--order must be in [1, {MOST_ORDER}], got {options.order}")
     config = load_config(options.config, options.overrides)
+    check_export_folder(local_path(options.output, "the folder to export to"))
     examples = config.data.load("train")
     tokenizer = config.tokenizer.build(text for example in examples for text in example.texts)
     started = time.monotonic()
     encoded = encode_examples(examples, tokenizer, None)
+    held_out = encode_examples(config.data.load("held_out"), tokenizer, None)
+    if not any(e.loss_mask.any() for e in held_out):
+        raise UserError("data.held_out has no token to predict")
     texts = [e.tokens for e in encoded]
     model, params = count_tokens(texts, options.order, tokenizer.vocab_size, options.smoothing)
     log.info(
@@ -67,10 +73,7 @@ def main(arguments: list[str]) -> None:
     eos_ids = end_tokens(model, tokenizer, chat=any(example.messages for example in examples))
     policy = Policy(model, params, tokenizer, default_sampler(None), eos_ids, component=model.settings)
     print(f"{policy.save_pretrained(options.output)}  (language model)")
-    held_out = encode_examples(config.data.load("held_out"), tokenizer, None)
     nats, targets = nats_of(model, params, [(e.tokens, e.loss_mask) for e in held_out])
-    if not targets:
-        raise UserError("data.held_out has no token to predict")
     nats /= targets
     print(f"held out: {nats:.4f} nats a token, perplexity {math.exp(nats):.2f}, over {targets:,} tokens")
 

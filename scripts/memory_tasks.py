@@ -17,6 +17,7 @@ nothing can be remembered then.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -34,6 +35,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.layers import linear
 from hybrid_jax.models.memory.dnc import DNC, DNCCell, DNCMemory
 from hybrid_jax.models.memory.ntm import NTM
@@ -68,6 +70,7 @@ class Task:
         batch: sequences an update.
         optimizer: of the source.
         then: lengths to evaluate.
+        repeats: of vectors at most; an end follows where there is more than one.
     """
 
     draw: Callable[[Array, int, int, bool], Batch]
@@ -77,6 +80,7 @@ class Task:
     batch: int
     optimizer: optax.GradientTransformation
     then: tuple[int, ...]
+    repeats: int = 1
 
     @property
     def unit(self) -> str:
@@ -154,7 +158,7 @@ _DNC = optax.chain(optax.clip_by_global_norm(50.0), optax.rmsprop(1e-4, eps=1e-1
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 TASKS = {
     "copy": Task(partial(copies, 8, 1), (9, 8), "bits", 20, 1, _GRAVES, (10, 20, 40, 80)),
-    "repeat_copy": Task(partial(copies, 4, 2), (5, 5), "bits", 2, 16, _DNC, (1, 2)),
+    "repeat_copy": Task(partial(copies, 4, 2), (5, 5), "bits", 2, 16, _DNC, (1, 2), 2),
     "adding": Task(sums, (2, 1), "squares", 100, 50, _ADAM, (100,)),
     "copy_memory": Task(symbols_again, (10, 9), "classes", 100, 50, _ADAM, (100,)),
 }
@@ -231,9 +235,43 @@ def loaded(path: Path, state: Any) -> tuple[Any, int]:
         return jax.tree.unflatten(jax.tree.structure(state), leaves), int(file["number"])
 
 
+def whole_number(text: str, least: int) -> int:
+    """A number of the command line.
+
+    Raises:
+        UserError: it is none, below ``least``, or too large.
+    """
+    number = int(text) if text.removeprefix("-").isdecimal() else least - 1
+    if not least <= number < 2**31:
+        raise UserError(f"numbers must be whole and in [{least}, 2^31), got {text!r}")
+    return number
+
+
+def claimed(folder: Path, started: dict[str, Any]) -> None:
+    """Makes a folder that goes on with the same task, network and seed alone.
+
+    Raises:
+        UserError: it is a file, cannot be made, or holds another run.
+    """
+    file = folder / "run.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = json.loads(file.read_text()) if file.exists() else started
+        if before == started:
+            file.write_text(json.dumps(started))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--folder {folder} cannot be used: {error}") from error
+    if before != started:
+        raise UserError(f"--folder {folder} holds a run of {before}, got {started}; give another folder")
+
+
 def without_memory(task: Task, length: int) -> float:
-    """The same of the best answer without a memory: half of the bits, 1/6, or 10 ln 8 / (T + 20)."""
-    return {"bits": 0.5, "squares": 1 / 6, "classes": 10 * math.log(SYMBOLS) / (length + 20)}[task.loss]
+    """The same of the best answer without a memory: guessed bits, a known end; 1/6; or 10 ln 8 / (T + 20)."""
+    if task.loss != "bits":
+        return {"squares": 1 / 6, "classes": 10 * math.log(SYMBOLS) / (length + 20)}[task.loss]
+    ends, outputs = task.repeats > 1, task.channels[1]
+    said = [length * times for times in range(1, task.repeats + 1)]  # vectors, as often as each mark tells
+    return 0.5 * (outputs - ends) * sum(said) / (outputs * sum(steps + ends for steps in said))
 
 
 def main(arguments: list[str]) -> None:
@@ -242,12 +280,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--task", choices=TASKS, default="copy")
     parser.add_argument("--cell", choices=CELLS, default="ntm")
     parser.add_argument("--without-link", action="store_true", help="a dnc that reads by content alone")
-    parser.add_argument("--width", type=int, default=100, help="of the network, or of a memory's controller")
-    parser.add_argument("--slots", type=int, default=128)
-    parser.add_argument("--word-width", type=int, default=20)
-    parser.add_argument("--sequences", type=int, default=30_000, help="to learn from in all")
-    parser.add_argument("--batch", type=int, help="sequences an update, in place of the task's")
-    parser.add_argument("--seed", type=int, default=0)
+    count = partial(whole_number, least=1)
+    parser.add_argument("--width", type=count, default=100, help="of the network, or of a memory's controller")
+    parser.add_argument("--slots", type=count, default=128)
+    parser.add_argument("--word-width", type=count, default=20)
+    parser.add_argument("--sequences", type=count, default=30_000, help="to learn from in all")
+    parser.add_argument("--batch", type=count, help="sequences an update, in place of the task's")
+    parser.add_argument("--seed", type=partial(whole_number, least=0), default=0)
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args(arguments)
     sizes = {"num_slots": given.slots, "word_width": given.word_width} if given.cell in ("ntm", "dnc") else {}
@@ -258,7 +297,8 @@ def main(arguments: list[str]) -> None:
         cell = WithoutLink(cell.controller, cell.num_slots, cell.word_width, cell.num_reads)
     task = TASKS[given.task]
     task = replace(task, batch=given.batch or task.batch)
-    given.folder.mkdir(parents=True, exist_ok=True)
+    started = {name: getattr(given, name) for name in ("task", "cell", "without_link", "width", "seed")}
+    claimed(given.folder, {**started, **sizes, "batch": task.batch})
     state, number = loaded(given.folder / "state.npz", begun(task, cell, given.seed))
     print(f"{sum(leaf.size for leaf in jax.tree.leaves(state[0])):,} parameters", flush=True)
     count, start = max((1000 if task.batch == 1 else 10_000) // task.batch, 1), time.monotonic()

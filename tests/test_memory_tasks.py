@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hybrid_jax.core.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -74,6 +76,29 @@ def test_the_baselines_of_adding_and_copy_memory_are_the_known_ones(memory_tasks
     wrong = memory.wrong(jnp.concatenate([known, guess]), batch)
     np.testing.assert_allclose(wrong, 0.173287, atol=1e-6)
     assert memory_tasks.without_memory(memory, 200) == pytest.approx(0.094520, abs=1e-6)
+
+
+def test_guessing_bits_with_a_known_end_is_the_baseline_of_repeated_copies(memory_tasks):
+    """Of 16 (24) bits 8 (12) ones are guessed at length 2 with one (two) repeats, and the end is known."""
+    task = memory_tasks.TASKS["repeat_copy"]
+    assert memory_tasks.without_memory(task, 2) == pytest.approx((4 + 8) / (15 + 25))
+    assert memory_tasks.without_memory(task, 1) == pytest.approx((2 + 4) / (10 + 15))
+    assert memory_tasks.without_memory(memory_tasks.TASKS["copy"], 20) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "0"], r"whole and in \[1, 2\^31\), got '0'"),
+        (["--seed", "-1"], r"whole and in \[0, 2\^31\), got '-1'"),
+        (["--width", "x"], "got 'x'"),
+        (["--seed", "3"], "holds a run of .*'seed': 0.*; give another folder"),
+    ],
+)
+def test_bad_arguments_and_the_folder_of_another_run_are_one_line(memory_tasks, tmp_path, arguments, message):
+    memory_tasks.main(["--width", "2", "--slots", "2", "--folder", str(tmp_path), "--sequences", "1"])
+    with pytest.raises(UserError, match=message):
+        memory_tasks.main(["--width", "2", "--slots", "2", "--folder", str(tmp_path), *arguments])
 
 
 @pytest.mark.slow

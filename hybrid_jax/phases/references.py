@@ -26,9 +26,9 @@ from hybrid_jax.models.families.family import flatten
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.folders.files import read_model_config
 from hybrid_jax.models.folders.hub import find_folder
-from hybrid_jax.models.folders.ours import MODEL_TYPE
+from hybrid_jax.models.folders.ours import MODEL_TYPE, model_of_ours
 from hybrid_jax.models.folders.pretrained import load_pretrained
-from hybrid_jax.models.folders.recurrent import is_recurrent
+from hybrid_jax.models.folders.recurrent import LoadedRecurrent, is_recurrent
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import Placement, shard_params, under
 from hybrid_jax.training.state import RunState
@@ -145,7 +145,9 @@ class References:
         if name not in self._read:
             model, path = self._others[name], self._settings[name].path
             assert path is not None
-            if isinstance(model, hf.PretrainedDecoder):  # which reads what each device keeps, and draws nothing
+            if isinstance(
+                model, hf.PretrainedDecoder | LoadedRecurrent
+            ):  # whose `init` reads, and draws nothing
                 params = under(self._placement, model.init)(root_key(0, Purpose.MODEL))
             else:
                 params = load_pretrained(path)[1]
@@ -187,8 +189,13 @@ def reference_models(settings: Mapping[str, Reference], policy: LanguageModel) -
 @functools.cache
 def _model_in(path: str, dtype: ComputeDtype, execution: Execution) -> LanguageModel:
     folder = find_folder(path)
-    if read_model_config(folder).get("model_type") == MODEL_TYPE or is_recurrent(folder):
-        return load_pretrained(folder)[0]
+    if read_model_config(folder).get("model_type") == MODEL_TYPE:
+        model = model_of_ours(folder)
+        if not isinstance(model, LanguageModel):
+            raise UserError(f"{path} holds a {type(model).__name__}, which gives no answers")
+        return model
+    if is_recurrent(folder):
+        return hf.Pretrained(path).build()
     return hf.Pretrained(path, dtype, execution=execution).build()
 
 

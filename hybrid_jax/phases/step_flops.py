@@ -48,7 +48,8 @@ def on_policy_flops(
         learned: rows that an epoch reads; None: all responses.
     """
     config = _counted_config(model)
-    if config is None:
+    readers = [reader for each in references if (reader := _counted_config(each)) is not None]
+    if config is None or len(readers) < len(references):
         return {}
     length = prompt_length + response_length
     scored, learned = scored or rows, learned or rows
@@ -57,7 +58,6 @@ def on_policy_flops(
     answered = rows * response_length
     a_token = (forward_flops(config, rows * length, length, answered) - prefill) / answered
     trunk = 0.0 if value is None else forward_flops(config, scored * length, length, head_tokens=0)
-    readers = [_counted_config(reference) or config for reference in references]
     score = trunk + sum(
         forward_flops(reader, scored * length, length, scored * response_length) for reader in readers
     )

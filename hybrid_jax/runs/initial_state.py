@@ -10,10 +10,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.folders import hf
 from hybrid_jax.models.lora import split
-from hybrid_jax.models.param_axes import param_axes
+from hybrid_jax.models.param_axes import param_axes, path_of
 from hybrid_jax.parallel.rules import Placement, made_in_parts, under
 from hybrid_jax.training.phase import Phase
 from hybrid_jax.training.state import RunState, TrainState
@@ -41,7 +42,14 @@ def _split(params: Params, phases: Phases) -> tuple[Params, Params]:
     """Splits a model into what trains (adapters, all, or nothing beside heads) and what lies below."""
     if phases and not any(getattr(phase, "trains_trunk", True) for phase in phases.values()):
         return {}, params
-    return split(params)
+    trained, base = split(params)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trained):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise UserError(
+                f"model: its {path_of(path)} holds whole numbers, which no phase can train; a model of counts "
+                "answers, is a reference and gives rewards"
+            )
+    return trained, base
 
 
 def _begin(

@@ -43,13 +43,13 @@ class MemoryFolder:
     """The memory of one user of one model.
 
     Args:
-        folder: that holds the memories; it is made with the first.
+        folder: that holds the memories; it is made if it is not there.
         user: whose it is.
         model: that remembers.
         params: of the model.
 
     Raises:
-        UserError: the name is none for a file, or what the model has read cannot be kept.
+        UserError: the name is none for a file, the folder cannot be made, or a memory cannot be kept.
     """
 
     def __init__(self, folder: str | Path, user: str, model: LanguageModel, params: Params):
@@ -63,6 +63,7 @@ class MemoryFolder:
         self.nothing = Memory(nothing_kept(model))
         self._model = digest(jax.tree.map(np.asarray, params))
         self._version: str | None = None  # of the file, as it was read or written last
+        self._make_folder()  # at once: nobody waits for an answer that cannot be kept
 
     def read(self) -> Memory:
         """The memory; one of nothing where there is no file.
@@ -112,10 +113,7 @@ class MemoryFolder:
             "ended": "yes" if memory.ended else "no",
         }
         about["digest"] = _digest(about, arrays)
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--memory {self._path.parent} cannot be made: {reason(error)}") from error
+        self._make_folder()
         there = read_metadata(self._path).get("digest") if self._path.exists() else None
         if there != self._version:
             raise UserError(
@@ -126,6 +124,16 @@ class MemoryFolder:
         except UserError as error:
             raise UserError(f"{error}: the answer is not remembered, what was remembered before is") from error
         self._version = about["digest"]
+
+    def _make_folder(self) -> None:
+        folder = self._path.parent
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--memory {folder} is a file; give a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            problem = f"--memory {folder} cannot be made: {reason(error)}; give another folder"
+            raise UserError(problem) from error
 
     def _refuse(self, problem: str) -> NoReturn:
         raise UserError(f"{self._path} {problem}; remove it to begin anew, or give another --memory")

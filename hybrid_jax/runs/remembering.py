@@ -55,6 +55,8 @@ class Remembering:
         Raises:
             UserError: a prompt is empty or too long, or the memory cannot be kept.
         """
+        for number, prompt in enumerate(prompts):  # a fault is found before anything is remembered
+            self._checked(prompt, self.memory, number)
         for number, prompt in enumerate(prompts):
             answer, memory = self.answer(prompt, self.memory, number)
             yield answer
@@ -69,12 +71,7 @@ class Remembering:
             number: of the answer, for its noise.
         """
         policy = self._policy
-        example = example_of(prompt, number + 1, policy.template_variables)
-        tokens = self._tokens(example, memory)
-        room = policy.prompt_room()
-        if not 0 < len(tokens) <= (room or len(tokens)):
-            most = "" if room is None else f" and at most {room}, to leave room for sampler.max_new_tokens"
-            raise UserError(f"prompt {number + 1} must have at least 1 token{most}, got {len(tokens)}")
+        example, tokens = self._checked(prompt, memory, number)
         params = {"model": policy.params, "memory": memory.kept}
         going_on = replace(policy, model=Continued(policy.model), params=params)
         said = sampled(going_on, tokens, jax.random.fold_in(self._root, number))
@@ -97,6 +94,15 @@ class Remembering:
         memory = turns[0] if turns else self._file.nothing
         answer, after = self.answer([{"role": "user", "content": text}], memory, number)
         return Reply(answer, (after,), 0)
+
+    def _checked(self, prompt: Any, memory: Memory, number: int) -> tuple[Example, list[int]]:
+        """The example of a prompt and its tokens, which are some and not too many."""
+        example = example_of(prompt, number + 1, self._policy.template_variables)
+        tokens, room = self._tokens(example, memory), self._policy.prompt_room()
+        if not 0 < len(tokens) <= (room or len(tokens)):
+            most = "" if room is None else f" and at most {room}, to leave room for sampler.max_new_tokens"
+            raise UserError(f"prompt {number + 1} must have at least 1 token{most}, got {len(tokens)}")
+        return example, tokens
 
     def _tokens(self, example: Example, memory: Memory) -> list[int]:
         """The tokens of a prompt: start tokens are read once, and later messages follow an answer."""

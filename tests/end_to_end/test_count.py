@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import yaml
 
-from hybrid_jax import count
+from hybrid_jax import build, count, load_config
+from hybrid_jax.core.config import to_dict
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.metrics.ngram_lm import NgramModel
+from hybrid_jax.models.folders.ours import save_ours
+from hybrid_jax.models.markov.counts import count_tokens
 from hybrid_jax.runs.policy import load_pretrained_policy
 
 
@@ -62,6 +65,30 @@ def test_it_predicts_as_the_counts_do_and_the_folder_answers(config, capsys):
     (answer,) = policy.generate(["ababc"])
     assert re.fullmatch("x+|y+|z+", answer.response)
     assert policy.model.order == 3
+
+
+def test_training_a_model_of_counts_or_a_folder_of_ours_is_one_line(config):
+    model, params = count_tokens([[1, 2, 3]], 1, 300)
+    save_ours(config / "counted", model, params)
+    settings = {"name": "counts", **to_dict(model.settings)}
+    with pytest.raises(UserError, match="holds whole numbers, which no phase can train"):
+        build(load_config(config / "config.yaml", [f"model={settings}"])).init()
+    path = f"model={{name: pretrained, path: {config / 'counted'}}}"
+    with pytest.raises(UserError, match="is a folder of hybrid_jax, which generate --model, references and"):
+        build(load_config(config / "config.yaml", [path]))
+
+
+def test_what_cannot_be_scored_or_written_is_found_before_anything_is_counted(config, monkeypatch):
+    monkeypatch.setattr("hybrid_jax.models.markov.counts.count_tokens", None)  # whose call would raise
+    given = ["--config", str(config / "config.yaml"), "--output"]
+    (config / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file; give a folder to export to"):
+        count.main([*given, str(config / "file")])
+    (config / "held_out.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"no held-out examples|is empty"):
+        count.main([*given, str(config / "counted")])
+    assert not (config / "counted").exists()
+    assert (config / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("order", ["0", "9"])

@@ -187,8 +187,8 @@ def test_a_full_disk_leaves_what_was_remembered_before(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ann.safetensors"]
     assert file.read_bytes() == before
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UserError, match=r"--memory .*taken cannot be made"):
-        list(Remembering(policy, tmp_path / "taken", "ann").answers(["Hello"]))
+    with pytest.raises(UserError, match=r"--memory .*inside cannot be made: .*; give another folder"):
+        Remembering(policy, tmp_path / "taken" / "inside", "ann")
 
 
 def test_of_two_calls_at_once_the_second_says_that_it_is_not_remembered(tmp_path):
@@ -242,3 +242,14 @@ def test_the_command_keeps_a_memory_and_wants_folder_and_user_together(tmp_path,
     assert (
         "with --memory a prompt has one answer" in command(generate.main, *call, *kept, "--num-samples", "2")[2]
     )
+
+
+def test_a_folder_that_is_a_file_and_a_later_prompt_without_tokens_are_found_before_any_answer(tmp_path):
+    policy = policy_of("lstm")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"--memory .*file is a file; give a folder"):
+        Remembering(policy, tmp_path / "file", "ann")
+    remembering = Remembering(policy, tmp_path / "memories", "ann")
+    with pytest.raises(UserError, match="prompt 2 must have at least 1 token, got 0"):
+        next(iter(remembering.answers(["a", ""])))
+    assert not list((tmp_path / "memories").iterdir())

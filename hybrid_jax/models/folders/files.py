@@ -173,7 +173,7 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     header = parse_json(decode(content, f"{path}: its header"), f"{path}: its header")
     try:
         about = header.get(_ABOUT, {})
-        if not all(isinstance(text, str) for text in about.values()):
+        if not (isinstance(about, dict) and all(isinstance(text, str) for text in about.values())):
             raise ValueError("its metadata must be texts")
         for entry in (entry for name, entry in header.items() if name != _ABOUT):
             begin, stop = entry["data_offsets"]

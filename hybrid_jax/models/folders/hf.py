@@ -34,8 +34,9 @@ from hybrid_jax.models.folders.family_folder import (
     token_ids,
     write_folder,
 )
-from hybrid_jax.models.folders.files import CONFIG, has_weights, open_weights, read_json
+from hybrid_jax.models.folders.files import CONFIG, has_weights, open_weights, read_json, read_model_config
 from hybrid_jax.models.folders.hub import find_folder
+from hybrid_jax.models.folders.ours import MODEL_TYPE
 from hybrid_jax.models.folders.peft import ADAPTER_CONFIG, adapted_config, read_adapter
 from hybrid_jax.models.folders.recurrent import LoadedRecurrent, is_recurrent, loaded_recurrent
 from hybrid_jax.models.lora import ADAPTER, Lora, add_adapter, merge
@@ -179,6 +180,11 @@ class Pretrained:
             UserError: the folder cannot be read, or the tokenizer is larger than the model.
         """
         folder = find_folder(self.path)
+        if read_model_config(folder).get("model_type") == MODEL_TYPE:
+            raise UserError(
+                f"{self.path} is a folder of hybrid_jax, which generate --model, references and rewards read; "
+                "a run goes on from another run with start_from: RUN"
+            )
         if is_recurrent(folder):
             return self._recurrent(folder, vocab_size)
         model = _read_model(folder, self.dtype)[1]

@@ -113,6 +113,12 @@ def load_ours(folder: Path, dtype: str | None = None, trust: Container[str] = NO
         Untrusted: its settings name code that is not in ``trust``.
         UserError: it is damaged: a parameter is missing, left over or of the wrong shape.
     """
+    model = model_of_ours(folder, dtype, trust)
+    return model, _read(folder, model)
+
+
+def model_of_ours(folder: Path, dtype: str | None = None, trust: Container[str] = NOTHING) -> Any:
+    """`load_ours` without the parameters."""
     content = {name: value for name, value in read_json(folder / CONFIG).items() if name != "model_type"}
     try:
         settings = parse(_Settings, content, trust=trust)
@@ -129,7 +135,7 @@ def load_ours(folder: Path, dtype: str | None = None, trust: Container[str] = NO
     model: Any = component.build(settings.vocab_size)
     if settings.head is not None:
         model = TextScorer(text_trunk(model), settings.head)
-    return model, _read(folder, model)
+    return model
 
 
 def _read(folder: Path, model: Any) -> Params:

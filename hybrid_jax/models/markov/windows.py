@@ -56,7 +56,7 @@ class OrderK(ABC):
         Args:
             params: of the model.
             windows: tokens, the last one at the right.
-            mask: False before the beginning of a sequence, at the left. The last token is always real.
+            mask: False before the beginning of a sequence, at the left, and all over where there is no token.
             key: of dropout; None drops nothing.
         """
 
@@ -99,7 +99,7 @@ class OrderK(ABC):
     ) -> tuple[Float[Array, "B V"], RowCache]:
         """`LanguageModel.extend`."""
         window, mask = _last(*_behind(cache, tokens, attention_mask), self.order)
-        hidden, _ = self.of_windows(params, window, mask.at[:, -1].set(True))
+        hidden, _ = self.of_windows(params, window, mask)
         return self.logits(params, hidden), RowCache((window, mask))
 
     prefill = extend
@@ -139,7 +139,7 @@ class OrderK(ABC):
         def one(piece: tuple[Array, Array, Array]):
             tokens, real, number = piece
             own = None if key is None else jax.random.fold_in(key, number)
-            return self.of_windows(params, tokens, real.at[:, -1].set(True), own)
+            return self.of_windows(params, tokens, real, own)
 
         hidden, losses = lax.map(one, (windows, mask, jnp.arange(pieces)))
         hidden = hidden.reshape(pieces * size, -1)[: rows * length].reshape(rows, length, -1)
@@ -151,16 +151,16 @@ def windows_of(
 ) -> tuple[Int[Array, "B T K"], Bool[Array, "B T K"]]:
     """The last ``order`` tokens up to each one, within its segment; padding is passed over wherever it is.
 
-    The mask is False before the beginning of a segment. The last place of a window holds the token itself.
+    The mask is False before the beginning of a segment, and in all of the window of what is padding.
     """
     real = segments > 0
     places = jnp.argsort(~real, axis=1, stable=True)  # the real tokens, one after the other
     rank = jnp.cumsum(real, axis=1) - 1
     wanted = rank[..., None] - jnp.arange(order)[::-1]
     rows = jnp.arange(len(tokens))[:, None, None]
-    index = places[rows, jnp.maximum(wanted, 0)].at[..., -1].set(jnp.arange(tokens.shape[1]))
+    index = places[rows, jnp.maximum(wanted, 0)]
     mask = (wanted >= 0) & (segments[rows, index] == segments[..., None]) & real[..., None]
-    return tokens[rows, index], mask.at[..., -1].set(True)
+    return tokens[rows, index], mask
 
 
 def _behind(cache: RowCache, tokens: Int[Array, "B X"], attention_mask: Array) -> tuple[Array, Array]:

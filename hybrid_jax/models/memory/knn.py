@@ -66,8 +66,9 @@ class KnnLM(Mixture):
         return {**self.model.init(key), DATASTORE: {"keys": keys, "values": values}}
 
     def cast(self, params: Params) -> Params:
-        """`LanguageModel.cast`; the datastore stays."""
-        return {**self.model.cast(self.own(params)), DATASTORE: params[DATASTORE]}
+        """`LanguageModel.cast`; the datastore stays, where it is among the parameters: what trains has none."""
+        store = {DATASTORE: params[DATASTORE]} if DATASTORE in params else {}
+        return {**self.model.cast(self.own(params)), **store}
 
     def own(self, params: Params) -> Params:
         """`Mixture.own`."""

@@ -203,20 +203,22 @@ class Decays:
 def decays(log_decay: Float[Array, "n t B H"], segment: Int[Array, "n t B"]) -> Decays:
     """The `Decays` of chunks, of the logarithm of what each token leaves of the state before it.
 
-    Sums are masked before the exponent: above the diagonal exp would be infinite.
+    Each is a sum of its own decays alone: a difference of sums from the start would lose its digits behind a
+    decay that all but empties a state. Sums are masked before the exponent: above the diagonal is no decay.
     """
     total = jnp.cumsum(log_decay, axis=1)
     length = total.shape[1]
+    behind = jnp.pad(jnp.cumsum(log_decay[:, :0:-1], axis=1)[:, ::-1], ((0, 0), (0, 1), (0, 0), (0, 0)))
     before = jnp.pad(segment[:-1, -1], ((1, 0), (0, 0)))  # [n B], of the state before the chunk
     earlier = jnp.tril(jnp.ones((length, length), bool))[:, :, None]
     seen = (earlier & (segment[:, :, None] == segment[:, None])).transpose(0, 3, 1, 2)[:, :, None]
-    by_head = total.transpose(0, 2, 3, 1)
-    gaps = by_head[..., :, None] - by_head[..., None, :]
+    later = jnp.tril(jnp.ones((length, length), bool), -1)
+    gaps = jnp.cumsum(jnp.where(later, log_decay.transpose(0, 2, 3, 1)[..., None], 0), axis=-2)
     at_start = (segment == before[:, None])[..., None]
     at_end = (segment == segment[:, -1:])[..., None]
     return Decays(
         jnp.exp(jnp.where(seen, gaps, -jnp.inf)),
         jnp.where(at_start, jnp.exp(total), 0),
-        jnp.exp(jnp.where(at_end, total[:, -1:] - total, -jnp.inf)),
+        jnp.exp(jnp.where(at_end, behind, -jnp.inf)),
         jnp.where(at_start[:, -1], jnp.exp(total[:, -1]), 0),
     )

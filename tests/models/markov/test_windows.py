@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.decoder import DecoderConfig
+from hybrid_jax.models.experts import Experts
 from hybrid_jax.models.markov import FeedForwardSettings, MarkovSettings, windows
 from hybrid_jax.models.ngrams import NGrams
 
@@ -116,6 +117,22 @@ def test_reading_in_pieces_gives_the_same_scores_and_gradients(model, monkeypatc
     monkeypatch.setattr(windows, "_AT_ONCE", 5 * K)  # 24 windows in 5 pieces, the last of them not full
     parts = jax.jit(jax.value_and_grad(lambda params: loss(params)))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), parts, whole)
+
+
+@pytest.mark.parametrize("at_once", [10_000, 4 * K])
+def test_padding_has_no_part_in_the_losses_of_the_model_inside(at_once, monkeypatch):
+    """The router of experts counts real tokens alone, also where the last piece of windows is not full."""
+    monkeypatch.setattr(windows, "_AT_ONCE", at_once)
+    experts = Experts(4, 2, 8, balance_coef=0.01, z_coef=0.01)
+    decoder = DecoderConfig(num_layers=1, width=8, num_heads=1, max_length=8, mlp="gated", experts=experts)
+    model = MarkovSettings(decoder, K).build(V)
+    params, tokens = drawn(model), tokens_of(1)[:, :7]
+    _, alone = model.hidden_and_losses(params, tokens)
+    padded = jnp.pad(tokens, ((0, 0), (6, 3)), constant_values=2)
+    _, losses = model.hidden_and_losses(params, padded, jnp.pad(jnp.ones((1, 7), int), ((0, 0), (6, 3))))
+    assert alone.keys() == {"balance", "z"} or len(alone) == 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), losses, alone)
+    assert all(float(loss.weight) == 1 + 2 + 5 * K for loss in alone.values())
 
 
 def test_dropout_acts_where_a_key_is_given_alone(model):

@@ -70,6 +70,7 @@ def test_a_datastore_stays_as_it_is_while_the_model_trains():
     def loss(params):
         return model.apply(whole(stays, params), TOKENS, MASK).logits[:, :, 0].sum()
 
+    assert model.cast(trained).keys() == PARAMS.keys()  # as a run freezes references, of what trains alone
     grads = jax.jit(jax.grad(loss))(trained)
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(grads["layer_0"]))
 

@@ -7,7 +7,7 @@ import pytest
 
 from hybrid_jax.models.recurrent.cell import Cell, Flow
 from hybrid_jax.models.recurrent.gated_deltanet import GatedDeltaNet
-from hybrid_jax.models.recurrent.mamba2 import Mamba2
+from hybrid_jax.models.recurrent.mamba2 import Mamba2, state_space
 
 W, B, T = 6, 2, 23
 KEY = jax.random.key(0)
@@ -170,6 +170,23 @@ def test_padding_alone_leaves_a_state_as_it_is_bit_by_bit(make):
     start = jax.tree.map(lambda leaf: leaf + 0.3, cell.start(B))
     _, state = jax.jit(cell.read)(_random_params(cell), X, start, Flow(jnp.zeros((T, B), bool)))
     jax.tree.map(np.testing.assert_array_equal, state, start)
+
+
+@pytest.mark.parametrize("reset", [-100.0, -1e4])
+def test_chunks_keep_their_digits_behind_decays_that_all_but_empty_a_state(reset):
+    """Sums of all decays from the start of a chunk would swallow the small ones."""
+    log_decay = np.full(64, -1e-3)
+    log_decay[::8] = reset
+    state, expected = 0.0, []
+    for each in log_decay:
+        state = np.exp(each) * state + 1.0
+        expected.append(state)
+    ones = jnp.ones((64, 1, 1, 1))
+    decay = jnp.asarray(log_decay, jnp.float32)[:, None, None]
+    start, segment = jnp.zeros((1, 1, 1, 1)), jnp.zeros((64, 1), jnp.int32)
+    y, last = jax.jit(state_space, static_argnums=6)(ones, decay, ones, ones, start, segment, 64)
+    np.testing.assert_allclose(y[:, 0, 0, 0], expected, rtol=1e-6)
+    np.testing.assert_allclose(last[0, 0, 0, 0], expected[-1], rtol=1e-6)
 
 
 def test_decays_that_underflow_have_a_gradient(make):

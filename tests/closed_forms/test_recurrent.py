@@ -1,4 +1,4 @@
-"""PPO on a recurrent policy reaches the closed form of KL-regularised reward."""
+"""PPO and A2C on recurrent policies, also with a memory, reach the closed form of KL-regularised reward."""
 
 import json
 
@@ -9,6 +9,10 @@ import pytest
 from hybrid_jax.testing import SEQUENCES, optimum, true_reward
 
 BETA = 0.5
+LSTM = {"name": "worlds:Remembering", "width": 16}
+MAMBA2 = {"name": "worlds:InChunks", "width": 16, "head_width": 8, "state_width": 8, "chunk_length": 2}
+DNC = {"name": "worlds:Computer", "width": 16, "num_slots": 4, "word_width": 4}
+PPO = {"name": "ppo", "value_clip_range": None}
 
 
 def probabilities(model, params) -> np.ndarray:
@@ -20,15 +24,17 @@ def probabilities(model, params) -> np.ndarray:
 
 
 @pytest.mark.slow
-def test_ppo_on_an_lstm_reaches_the_optimum_and_every_first_ratio_is_one(built, on_policy, tmp_path):
-    rl = {
-        **on_policy,
-        "name": "ppo",
-        "prompts_per_step": 256,
-        "value_clip_range": None,
-        "optimizer": {**on_policy["optimizer"], "learning_rate": 0.01},
-    }
-    experiment = built({"rl": rl}, 250, model={"name": "worlds:Remembering", "width": 16})
+@pytest.mark.parametrize(
+    ("model", "phase", "steps"),
+    [(LSTM, PPO, 250), (MAMBA2, PPO, 250), (DNC, PPO, 250), (LSTM, {"name": "a2c", "entropy_coef": 0.0}, 300)],
+    ids=["ppo on an lstm", "ppo on a mamba2", "ppo on a dnc", "a2c on an lstm"],
+)
+def test_a_policy_with_a_state_reaches_the_optimum_and_every_first_ratio_is_one(
+    built, on_policy, tmp_path, model, phase, steps
+):
+    optimizer = {**on_policy["optimizer"], "learning_rate": 0.01}
+    rl = {**on_policy, **phase, "prompts_per_step": 256, "optimizer": optimizer}
+    experiment = built({"rl": rl}, steps, model=model)
     reference = probabilities(experiment.model, experiment.init().policy)
     assert reference.sum() == pytest.approx(1.0, abs=1e-6)
     best = optimum(reference, true_reward(), BETA)

@@ -11,7 +11,9 @@ import numpy as np
 
 from hybrid_jax import OrderK, RecurrentModel, RowCache, settings
 from hybrid_jax.data.tokenizer import EOS_TOKEN, FastTokenizer
+from hybrid_jax.models.memory.dnc import DNC
 from hybrid_jax.models.recurrent.lstm import LSTM
+from hybrid_jax.models.recurrent.mamba2 import Mamba2
 from hybrid_jax.testing import START, STEPS, TRANSITION, VOCABULARY, PrefixTable
 
 
@@ -63,6 +65,24 @@ class Endless(RecurrentModel):
 @settings
 class Remembering(LSTM):
     """An LSTM over the three tokens."""
+
+    def build(self, vocab_size: int | None = None) -> RecurrentModel:
+        """The model, which never ends before its three tokens."""
+        return Endless(self.sized(vocab_size))
+
+
+@settings
+class InChunks(Mamba2):
+    """A Mamba-2 over the three tokens."""
+
+    def build(self, vocab_size: int | None = None) -> RecurrentModel:
+        """The model, which never ends before its three tokens."""
+        return Endless(self.sized(vocab_size))
+
+
+@settings
+class Computer(DNC):
+    """A differentiable neural computer over the three tokens."""
 
     def build(self, vocab_size: int | None = None) -> RecurrentModel:
         """The model, which never ends before its three tokens."""

@@ -63,7 +63,8 @@ def main(arguments: list[str]) -> None:
         "overrides",
         nargs="*",
         metavar="sampler.a=value",
-        help="name, max_new_tokens, temperature (0 is greedy), top_k, top_p, over those of the run or folder",
+        help="name, max_new_tokens, temperature (0 is greedy), top_k, top_p, min_p, repetition_penalty and "
+        "others (docs/decoding.md), over those of the run or folder",
     )
     options = parser.parse_intermixed_args(arguments)
     set_up_logging()

@@ -22,6 +22,7 @@ import hybrid_jax as hj
 from hybrid_jax.dialogue.converse import Converser, Opening
 from hybrid_jax.environments.textworld import TextWorld
 from hybrid_jax.runs.policy import Policy
+from hybrid_jax.sampling.rules import TokenRules
 from hybrid_jax.sampling.turns import TurnEngine
 
 SFT_STEP, RLOO_STEP = 6 * 16 * 192, (6 + 2) * 64 * 320  # FLOPs for each parameter
@@ -37,7 +38,7 @@ def won(policy: Policy, config: hj.ExperimentConfig, games: range, temperature: 
         **{**vars(phase.environment), "first_game": games.start, "num_games": len(games)},
     )
     engine = TurnEngine(
-        policy.model, policy.eos_ids, sampler.max_new_tokens, talk.max_tokens, temperature=temperature
+        policy.model, policy.eos_ids, sampler.max_new_tokens, talk.max_tokens, TokenRules(temperature)
     )
     converser = Converser(engine, world, talk, policy.tokenizer, phase.max_prompt_length, slots=32)
     openings = [Opening(number, {}) for number in range(len(games))] * times

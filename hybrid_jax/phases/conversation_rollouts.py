@@ -37,6 +37,7 @@ from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.sampling.responses import decode_responses
+from hybrid_jax.sampling.rules import TokenRules
 from hybrid_jax.sampling.turns import TurnEngine
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.shapes import row_shape
@@ -110,7 +111,7 @@ class ConversationRollouts(Rollouts):
             functions.eos_ids,
             config.sampler.max_new_tokens,
             config.conversation.max_tokens,
-            config.sampler.policy_temperature or 1.0,
+            TokenRules(config.sampler.policy_temperature or 1.0),
         )
         self._slots = config.conversation.slots or config.rows
         self._decode = compiled(engine.decode)

@@ -88,8 +88,8 @@ class RolloutSettings:
             raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
         if getattr(self.sampler, "policy_temperature", None) is None:
             raise ValueError(
-                "sampler must not truncate (top_k, top_p), be greedy, choose or search: a policy learns from "
-                "the distribution that it samples, over the whole vocabulary"
+                "sampler must not truncate (top_k, top_p, min_p, typical_p), penalise, be greedy, choose or "
+                "search: a policy learns from the distribution that it samples, over the whole vocabulary"
             )
 
     def _check_environment(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
+from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, Positive, settings
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache
 from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.parallel.rules import as_in_training, shard_params, target_platform
@@ -22,6 +23,9 @@ from hybrid_jax.sampling.base import SAMPLERS, check_fits
 from hybrid_jax.sampling.engine import Engine
 from hybrid_jax.sampling.logits import response_keys
 from hybrid_jax.sampling.queue import answer_in_turn
+from hybrid_jax.sampling.rules import TokenRules
+
+Penalty = Annotated[float, Interval(ge=-2, le=2)]  # OpenAI's range
 
 _MOST_CHUNKS = 4  # each costs a compiled loop, and a copy of the cache between two of them
 _SMALLEST_CHUNK = 64  # tokens
@@ -37,12 +41,24 @@ class Ancestral:
     top_k: Count | None = None  # likeliest tokens that may be chosen; null: all
     top_p: Annotated[float, Interval(gt=0, le=1)] | None = None  # mass of the likeliest that may be; null: 1
     slots: BatchSize | None = None  # rows decoded at once; one that has ended takes the next prompt; null: all
+    min_p: Annotated[float, Interval(gt=0, le=1)] | None = None  # least probability, over the likeliest token's
+    typical_p: Annotated[float, Interval(gt=0, le=1)] | None = None  # mass of those about as likely as expected
+    repetition_penalty: Positive | None = (
+        None  # divides logits above 0 of tokens read or said, multiplies others
+    )
+    frequency_penalty: Penalty | None = None  # taken from a logit for each time that the response has the token
+    presence_penalty: Penalty | None = None  # taken from a logit once the response has the token
+
+    @property
+    def rules(self) -> TokenRules:
+        """The rules by which a token is drawn."""
+        names = (field.name for field in fields(TokenRules))
+        return TokenRules(**{name: getattr(self, name) for name in names})
 
     @property
     def policy_temperature(self) -> float | None:
-        """``temperature`` where nothing is cut off and it is not greedy, else None (`Sampler`)."""
-        truncates = self.top_k is not None or self.top_p is not None
-        return None if truncates or self.temperature == 0 else self.temperature
+        """``temperature`` where nothing is cut off or penalised and it is not greedy, else None (`Sampler`)."""
+        return self.temperature if self.rules.keeps_all and self.temperature > 0 else None
 
     def __call__(
         self,
@@ -55,7 +71,7 @@ class Ancestral:
         eos_ids: Sequence[int] = (),
     ) -> Samples:
         check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
-        engine = Engine(model, tuple(eos_ids), self.max_new_tokens, self.temperature, self.top_k, self.top_p)
+        engine = Engine(model, tuple(eos_ids), self.max_new_tokens, self.rules)
         inputs = (params, prompt_tokens, prompt_mask, key)
         if self.slots is not None and self.slots < len(prompt_tokens):
             return answer_in_turn(engine, self.slots, *inputs)
@@ -75,19 +91,20 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     eos_ids: Sequence[int] = (),
+    **rules: Any,
 ) -> Samples:
     """Samples a response to every left-padded prompt; compiled once for each model, settings and shape.
 
     The end-of-sequence token is sampled and belongs to the response; behind it tokens are 0, the mask is
     False. Decoding stops when every row has ended. The same key gives the same samples on any number of
-    devices.
+    devices. ``rules`` are other settings of `Ancestral`, such as ``min_p``.
 
     Returns:
         `Samples` [B max_new_tokens]; ``log_probs`` are those of the distribution that sampled: temperature,
-        top-k and top-p included, renormalised (0 behind the end).
+        penalties and what is cut off included, renormalised (0 behind the end).
     """
     try:
-        sampler = Ancestral(max_new_tokens, temperature, top_k, top_p)
+        sampler = Ancestral(max_new_tokens, temperature, top_k, top_p, **rules)
     except ValueError as error:
         raise UserError(str(error)) from error
     return sampler(model, params, prompt_tokens, prompt_mask, key, eos_ids=eos_ids)

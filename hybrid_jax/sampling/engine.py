@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import LanguageModel, Params, RefillCache, put_rows
-from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
+from hybrid_jax.sampling.logits import is_end, response_noise
+from hybrid_jax.sampling.rules import History, TokenRules
 
 
 @struct.dataclass
@@ -37,6 +38,7 @@ class Rows:
     length: Int[Array, "B"]  # tokens of its response so far
     token: Int[Array, "B"]  # the last of them, which the model has not read
     busy: Bool[Array, "B"]  # whether the response goes on
+    history: History  # that its penalties read
 
 
 @struct.dataclass
@@ -60,17 +62,13 @@ class Engine:
         model: that answers.
         eos_ids: tokens that end a response and belong to it.
         max_new_tokens: longest response, R.
-        temperature: 0 takes the most likely token.
-        top_k: most likely tokens that are kept; None keeps all.
-        top_p: probability that the kept tokens reach; None keeps all.
+        rules: by which a token is drawn.
     """
 
     model: LanguageModel
     eos_ids: tuple[int, ...]
     max_new_tokens: int
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
+    rules: TokenRules = TokenRules()
 
     def init(self, rows: int, length: int) -> EngineState:
         """A state whose rows wait for prompts.
@@ -87,6 +85,7 @@ class Engine:
             length=zeros,
             token=zeros,
             busy=zeros > 0,
+            history=self.rules.empty(rows, self.model.vocab_size),
         )
         return EngineState(self.model.init_cache(rows, length), waiting, length)
 
@@ -105,7 +104,9 @@ class Engine:
         chex.assert_shape([keys, state.rows.busy], (rows,))
         logits, cache = (prefill or self.model.prefill)(params, prompts, mask, state.cache)
         noise = response_noise(keys, self.max_new_tokens)
-        return self._drawn(state, cache, replace(state.rows, noise=noise, busy=jnp.ones(rows, bool)), logits)
+        history = self.rules.read(state.rows.history, prompts, mask)
+        begun = replace(state.rows, noise=noise, busy=jnp.ones(rows, bool), history=history)
+        return self._drawn(state, cache, begun, logits)
 
     def admit(
         self,
@@ -160,7 +161,7 @@ class Engine:
     ) -> tuple[EngineState, Bool[Array, "B"]]:
         """Writes down the next token of the busy rows."""
         noise = jax.vmap(lambda noise, t: noise.at[t].get(mode="clip"))(rows.noise, rows.length)
-        token, log_prob = sample_token(logits, noise, self.temperature, self.top_k, self.top_p)
+        token, log_prob, history = self.rules.draw(logits, noise, rows.history, rows.busy)
         token = jnp.where(rows.busy, token, 0)
         place = jnp.where(rows.busy, rows.length, self.max_new_tokens)  # of a waiting row: nowhere
         length = rows.length + rows.busy
@@ -173,6 +174,7 @@ class Engine:
             length=length,
             token=token,
             busy=rows.busy & ~finished,
+            history=history,
         )
         return replace(state, cache=cache, rows=rows), finished
 

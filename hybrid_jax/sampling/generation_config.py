@@ -40,16 +40,13 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1,),
     "min_length": (0,),
     "min_new_tokens": (0,),
-    "min_p": (0,),
     "no_repeat_ngram_size": (0,),
     "num_beams": (1,),
     "penalty_alpha": (0,),
-    "repetition_penalty": (1,),
     "sequence_bias": ({}, []),
     "stop_strings": ([],),
     "suppress_tokens": ([],),
     "top_h": (),
-    "typical_p": (1,),
 }
 
 
@@ -76,9 +73,12 @@ def read_generation_config(folder: str | Path, max_new_tokens: int) -> tuple[Anc
         top_k = settings.get("top_k")
         chosen["temperature"] = _or(settings.get("temperature"), 1.0)
         chosen["top_k"] = TOP_K if top_k is None else top_k or None  # there, 0 cuts nothing off
-        chosen["top_p"] = None if settings.get("top_p") == 1 else settings.get("top_p")
+        for name, nothing in (("top_p", 1), ("min_p", 0), ("typical_p", 1)):
+            chosen[name] = None if settings.get(name) == nothing else settings.get(name)
     else:
         chosen["temperature"] = 0.0
+    if settings.get("repetition_penalty") != 1:  # of greedy answers, too
+        chosen["repetition_penalty"] = settings.get("repetition_penalty")
     try:
         return parse(Ancestral, chosen), _ids(settings.get("eos_token_id"))
     except UserError as error:
@@ -105,6 +105,12 @@ def write_generation_config(folder: str | Path, sampler: Sampler | None, eos_ids
             settings["temperature"] = sampler.temperature
             settings["top_k"] = sampler.top_k or 0
             settings["top_p"] = 1.0 if sampler.top_p is None else sampler.top_p
+        for name in ("min_p", "typical_p", "repetition_penalty"):
+            settings.pop(name, None)
+            if (value := getattr(sampler, name)) is not None:
+                settings[name] = value
+        if sampler.frequency_penalty is not None or sampler.presence_penalty is not None:
+            log.info("%s: Hugging Face has no frequency_penalty and presence_penalty, they are left out", path)
     elif sampler is not None:
         settings["max_new_tokens"] = sampler.max_new_tokens
         log.info("%s: Hugging Face's settings do not say %s, only its max_new_tokens", path, sampler)

@@ -1,8 +1,7 @@
-"""From scores to a token: temperature, top-k, top-p, and drawing from what is left.
+"""From scores to a token: temperature, top-k, top-p, min-p, typical, and drawing from what is left.
 
-The order is temperature, then top-k, then top-p (Holtzman et al. 2020; the same as Hugging Face's). All of
-it works on float32 logits [... V]; a token that is cut off gets -inf. Equal logits are ranked by their
-index.
+The order is that of the name, the same as Hugging Face's. All of it works on float32 logits [... V]; a token
+that is cut off gets -inf. Equal logits are ranked by their index.
 
 A CPU sorts. Accelerators sort a vocabulary slowly; they find the smallest logit that is kept by bisecting its
 bits, one sum over the vocabulary for each.
@@ -54,17 +53,53 @@ def keep_top_p(logits: Float[Array, "... V"], top_p: float) -> Float[Array, "...
     return jnp.where(_fewest_largest(logits, lambda kept: mass(kept) >= target), logits, -jnp.inf)
 
 
+def keep_min_p(logits: Float[Array, "... V"], min_p: float) -> Float[Array, "... V"]:
+    """Keeps tokens whose probability is at least ``min_p`` times that of the likeliest (Nguyen et al. 2024)."""
+    least = jnp.max(logits, -1, keepdims=True) + math.log(min_p)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def keep_typical(logits: Float[Array, "... V"], typical_p: float) -> Float[Array, "... V"]:
+    """Keeps the tokens whose ``-log p`` is nearest to the entropy, until their mass reaches ``typical_p``.
+
+    Those that are as near as the last one stay, too (Meister et al. 2023).
+    """
+    if typical_p == 1:
+        return logits
+    log_probs = jax.nn.log_softmax(logits)
+    weights = jnp.exp(log_probs)
+    entropy = -jnp.sum(jnp.where(weights > 0, weights * log_probs, 0.0), -1, keepdims=True)
+    nearness = -jnp.abs(log_probs + entropy)
+    if _sorts():
+        order = jnp.argsort(-nearness, axis=-1)
+        before = jnp.cumsum(jnp.take_along_axis(weights, order, -1), -1) < typical_p
+        last = jnp.minimum(jnp.sum(before, -1, keepdims=True), logits.shape[-1] - 1)
+        least = jnp.take_along_axis(nearness, jnp.take_along_axis(order, last, -1), -1)
+        return jnp.where(nearness >= least, logits, -jnp.inf)
+    order, target = _order(nearness), typical_p * jnp.sum(weights, -1, keepdims=True)
+
+    def enough(number):
+        return jnp.sum(jnp.where(order >= number, weights, 0.0), -1, keepdims=True) >= target
+
+    least = _largest_number(32, target.shape, enough)
+    return jnp.where(order >= least, logits, -jnp.inf)
+
+
 def sampling_logits(
     logits: Float[Array, "... V"],
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
 ) -> Float[Array, "... V"]:
     """Logits of the distribution that `sample_token` draws from, ``temperature > 0``."""
     logits = scale_by_temperature(logits, temperature)
     if top_k is not None:
         logits = keep_top_k(logits, top_k)
-    return logits if top_p is None else keep_top_p(logits, top_p)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    return _keep_likely(logits, min_p, typical_p)
 
 
 def sample_token(
@@ -73,6 +108,8 @@ def sample_token(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Draws a token a row; returns it and its log-probability under the distribution drawn from.
 
@@ -81,18 +118,18 @@ def sample_token(
     Args:
         logits: of the model.
         noise: uniform numbers in [0, 1); they alone decide which token is drawn.
-        temperature, top_k, top_p: as in `Ancestral`.
+        temperature, top_k, top_p, min_p, typical_p: as in `Ancestral`.
     """
     if temperature == 0:
         return jnp.argmax(logits, -1).astype(jnp.int32), jnp.zeros(logits.shape[0])
     if not _sorts() or (top_k is None and top_p in (None, 1)):
-        return draw(sampling_logits(logits, temperature, top_k, top_p), noise)
+        return draw(sampling_logits(logits, temperature, top_k, top_p, min_p, typical_p), noise)
     # Sorted candidates instead of a masked vocabulary: everything after the sort works on k numbers.
     logits = scale_by_temperature(logits, temperature)
     candidates, tokens = lax.top_k(logits, min(top_k or logits.shape[-1], logits.shape[-1]))
     if top_p not in (None, 1):
         candidates = jnp.where(_inside(candidates, top_p), candidates, -jnp.inf)
-    choice, log_prob = draw(candidates, noise)
+    choice, log_prob = draw(_keep_likely(candidates, min_p, typical_p), noise)
     return jnp.take_along_axis(tokens, choice[:, None], 1)[:, 0], log_prob
 
 
@@ -130,6 +167,15 @@ def response_noise(keys: Shaped[Array, "B"], num_tokens: int) -> Float[Array, "B
 def is_end(tokens: Int[Array, "B"], eos_ids: Sequence[int]) -> Bool[Array, "B"]:
     """Tells whether a token is one of those that end a response."""
     return jnp.isin(tokens, jnp.asarray(eos_ids, jnp.int32)) if eos_ids else jnp.zeros(tokens.shape, bool)
+
+
+def _keep_likely(
+    logits: Float[Array, "... V"], min_p: float | None, typical_p: float | None
+) -> Float[Array, "... V"]:
+    """Min-p, then typical, of what is left of a vocabulary in any order."""
+    if min_p is not None:
+        logits = keep_min_p(logits, min_p)
+    return logits if typical_p is None else keep_typical(logits, typical_p)
 
 
 def _invert(weights: Float[Array, "B X"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:

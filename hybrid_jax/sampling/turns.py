@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.base import LanguageModel, Params, SlotCache, put_rows
-from hybrid_jax.sampling.logits import is_end, response_noise, sample_token
+from hybrid_jax.sampling.logits import is_end, response_noise
+from hybrid_jax.sampling.rules import History, TokenRules
 
 
 @struct.dataclass
@@ -39,6 +40,7 @@ class Talks:
     spoken: Int[Array, "B"]  # of them, those of the answer under way, or of the last one
     token: Int[Array, "B"]  # the last chosen one, which the model has not read
     busy: Bool[Array, "B"]  # whether the answer goes on
+    history: History  # that penalties read: all of the conversation, and counts of the answer under way
 
 
 @struct.dataclass
@@ -58,14 +60,14 @@ class TurnEngine:
         eos_ids: tokens that end an answer and belong to it.
         max_new_tokens: longest answer.
         max_tokens: of a conversation behind its opening, R.
-        temperature: of the distribution that answers are drawn from; 0 takes the most likely token.
+        rules: by which a token is drawn.
     """
 
     model: LanguageModel
     eos_ids: tuple[int, ...]
     max_new_tokens: int
     max_tokens: int
-    temperature: float = 1.0
+    rules: TokenRules = TokenRules()
 
     def init(self, rows: int, prompt_length: int) -> TurnState:
         """A state whose rows wait for openings of ``prompt_length`` tokens, padding counted."""
@@ -79,6 +81,7 @@ class TurnEngine:
             spoken=zeros,
             token=zeros,
             busy=zeros > 0,
+            history=self.rules.empty(rows, self.model.vocab_size),
         )
         # The last token is never read.
         cache = self.model.init_cache(rows, prompt_length + self.max_tokens - 1)
@@ -105,8 +108,9 @@ class TurnEngine:
         """
         fresh = self.init(len(rows), prompts.shape[1])
         logits, cache = self.model.prefill(params, prompts, mask, fresh.cache)
-        noise = response_noise(keys, self.max_tokens)
-        talks = self._drawn(replace(fresh.talks, noise=noise, busy=rows < len(state.talks.busy)), logits)
+        noise, busy = response_noise(keys, self.max_tokens), rows < len(state.talks.busy)
+        history = self.rules.read(fresh.talks.history, prompts, mask)
+        talks = self._drawn(replace(fresh.talks, noise=noise, busy=busy, history=history), logits)
         return self._with_rows(state, rows, TurnState(cache, talks))
 
     def read(
@@ -146,6 +150,7 @@ class TurnEngine:
             length=talks.length + counts,
             spoken=jnp.zeros_like(talks.spoken),
             busy=goes_on,
+            history=self.rules.read(talks.history, replies, mask),
         )
         return self._with_rows(state, rows, TurnState(cache, self._drawn(talks, logits)))
 
@@ -180,7 +185,7 @@ class TurnEngine:
     def _drawn(self, talks: Talks, logits: Float[Array, "B V"]) -> Talks:
         """Writes down the next token of the rows that answer."""
         noise = jax.vmap(lambda noise, t: noise.at[t].get(mode="clip"))(talks.noise, talks.length)
-        token, log_prob = sample_token(logits, noise, self.temperature)
+        token, log_prob, history = self.rules.draw(logits, noise, talks.history, talks.busy)
         place = jnp.where(talks.busy, talks.length, self.max_tokens)  # of a row that waits: nowhere
         length, spoken = talks.length + talks.busy, talks.spoken + talks.busy
         over = is_end(token, self.eos_ids) | (spoken == self.max_new_tokens) | (length == self.max_tokens)
@@ -194,6 +199,7 @@ class TurnEngine:
             spoken=spoken,
             token=jnp.where(talks.busy, token, talks.token),
             busy=talks.busy & ~over,
+            history=history,
         )
 
     def _with_rows(self, state: TurnState, rows: Int[Array, "M"], fresh: TurnState) -> TurnState:

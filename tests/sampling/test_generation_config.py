@@ -20,6 +20,14 @@ def test_settings_that_sample_are_taken_and_missing_ones_are_those_of_transforme
     assert read(tmp_path, do_sample=True, top_k=None, temperature=None)[0] == Ancestral(7, 1.0, 50, None)
 
 
+def test_rules_for_one_token_are_taken_and_what_changes_nothing_is_none(tmp_path):
+    rules = {"min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.05}
+    assert read(tmp_path, do_sample=True, top_k=0, **rules)[0] == Ancestral(7, **rules)
+    off = {"min_p": 0, "typical_p": 1.0, "repetition_penalty": 1.0}
+    assert read(tmp_path, do_sample=True, top_k=0, **off)[0] == Ancestral(7)
+    assert read(tmp_path, **rules)[0] == Ancestral(7, 0.0, repetition_penalty=1.05)  # penalties are no draw
+
+
 def test_without_do_sample_it_is_greedy(tmp_path):
     assert read(tmp_path, temperature=0.6, top_p=0.9)[0] == Ancestral(7, temperature=0.0)
     assert read(tmp_path)[0] == Ancestral(7, temperature=0.0)
@@ -44,11 +52,11 @@ def test_an_older_folder_says_all_of_it_in_its_config(tmp_path):
 
 
 def test_settings_that_would_change_the_distribution_are_named_in_one_warning(tmp_path, caplog):
-    read(tmp_path, min_p=0.1, repetition_penalty=1.05, num_beams=4, do_sample=True, bad_words_ids=[[3]])
+    read(tmp_path, epsilon_cutoff=0.1, min_length=5, num_beams=4, do_sample=True, bad_words_ids=[[3]])
     (record,) = caplog.records
     assert record.getMessage() == (
         f"{tmp_path}/generation_config.json: settings that are not supported are left out: "
-        "bad_words_ids, min_p, num_beams, repetition_penalty"
+        "bad_words_ids, epsilon_cutoff, min_length, num_beams"
     )
     caplog.clear()
     read(tmp_path, min_p=None, repetition_penalty=1.0, num_beams=1, typical_p=1.0, no_repeat_ngram_size=0)
@@ -78,10 +86,17 @@ def test_a_damaged_file_is_one_line_with_its_name(content, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "sampler", [Ancestral(5), Ancestral(5, 0.0), Ancestral(5, 0.7, 4), Ancestral(5, 1.0, None, 0.9)]
+    "sampler",
+    [
+        Ancestral(5),
+        Ancestral(5, 0.0, repetition_penalty=1.2),
+        Ancestral(5, 0.7, 4),
+        Ancestral(5, 1.0, None, 0.9),
+        Ancestral(5, min_p=0.1, typical_p=0.9),
+    ],
 )
 def test_what_is_written_is_read_again_beside_what_was_there(sampler, tmp_path):
-    before = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 3}
+    before = {"_from_model_config": True, "bos_token_id": 1, "eos_token_id": 3, "min_p": 0.3}
     (tmp_path / "generation_config.json").write_text(json.dumps(before))
     write_generation_config(tmp_path, sampler, (3, 9))
     assert read_generation_config(tmp_path, 7) == (sampler, (3, 9))

@@ -13,18 +13,21 @@ import numpy as np
 from annotated_types import Ge
 
 from hybrid_jax.core.batches import Example, PromptBatch
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
 from hybrid_jax.data.loader import PromptStream, SFTStream
 from hybrid_jax.data.long_rows import DEFAULT, ChatPolicy, LongRows
 from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.evaluation.answer_scores import AnswerScores
+from hybrid_jax.evaluation.memory_probe import probe
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
-from hybrid_jax.models.base import LanguageModel, Params
+from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
+from hybrid_jax.models.recurrent.model import RecurrentModel
 from hybrid_jax.models.scoring import token_loss
 from hybrid_jax.parallel import hosts
-from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here
+from hybrid_jax.parallel.mesh import fetch_rows, put_rows, rows_here, whole_array
 from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names
 from hybrid_jax.rewards.composite import CompositeReward, Part
@@ -32,6 +35,7 @@ from hybrid_jax.rewards.segments import response_pieces
 from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
+_READ = 64  # tokens for which heads are shown
 WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
 
 
@@ -51,6 +55,7 @@ class EvaluationConfig:
     sampler: Annotated[Any, SAMPLERS] | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
+    memory_rows: Annotated[int, Ge(2)] | None = None  # held-out rows to probe a recurrent model's state on
     num_extremes: Natural = 2  # of the best and of the worst answers by each part, written into samples.jsonl
 
     def __post_init__(self):
@@ -112,6 +117,8 @@ class Evaluator:
             for scored in filter(None, (*self._scored, self._judges)):
                 scored.reward.check_columns(self._columns)
         self._loss = jax.jit(functools.partial(_loss, model))
+        if config.memory_rows is not None:
+            self._probe = jax.jit(functools.partial(probe, self._recurrent()))
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
             answer = functools.partial(sample, self.sampler, model, eos_ids=eos_ids, tokenizer=tokenizer)
@@ -122,9 +129,10 @@ class Evaluator:
         """All measurements as ``evaluation/<metric>``, samples to show, and what each prompt has scored."""
         numbers = self.loss(params)
         answers, samples, by_prompt = self.answers(params)
+        remembered, heads = self.memory(params)
         return (
-            {f"evaluation/{name}": value for name, value in {**numbers, **answers}.items()},
-            samples,
+            {f"evaluation/{name}": value for name, value in {**numbers, **answers, **remembered}.items()},
+            samples + heads,
             {f"evaluation/{name}": values for name, values in by_prompt.items()},
         )
 
@@ -137,6 +145,28 @@ class Evaluator:
         total, weight = (float(sum(float(x) for x in xs)) for xs in zip(*sums, strict=True))
         loss = total / max(weight, 1.0)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def memory(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Probes the state over ``memory_rows`` rows; the heads of a memory are a sample, of the first row."""
+        if self._rows is None or self.config.memory_rows is None:
+            return {}, []
+        batch = next(iter(self._rows.sequential(self.config.memory_rows)))
+        tokens, segments = batch.tokens, batch.segment_ids
+        numbers, heads = self._probe(params, *_on_devices((tokens, segments)))
+        numbers = {f"memory/{name}": float(value) for name, value in numbers.items()}
+        real = tokens[0][segments[0] > 0][:_READ].tolist()
+        read = [self._tokenizer.decode([token]) for token in real]
+        shown = [{kind: _hundredths(weights, len(read)) for kind, weights in layer.items()} for layer in heads]
+        return (
+            {name: value for name, value in numbers.items() if math.isfinite(value)},
+            [{"split": "held_out", "memory": {"read": read, "layers": shown}}] if shown else [],
+        )
+
+    def _recurrent(self) -> RecurrentModel:
+        if not isinstance(self._model, RecurrentModel):
+            kind = BACKBONES.name_of(getattr(self._model, "settings", self._model))
+            raise UserError(f"evaluation.memory_rows needs a recurrent model, got {kind}; set it to null")
+        return self._model
 
     def answers(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """Samples an answer to each held-out prompt and scores it.
@@ -298,6 +328,11 @@ def _in_order(answers: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
     places = [place for _, place in sorted(holder.items())]
     names = answers[places[0][0]]
     return {name: [answers[process][name][place] for process, place in places] for name in names}
+
+
+def _hundredths(weights: jax.Array, tokens: int) -> list[list[list[int]]]:
+    """The weights [T H M] of the first tokens, in per cent, [H M T]."""
+    return np.rint(100 * np.moveaxis(whole_array(weights)[:tokens], 0, -1)).astype(int).tolist()
 
 
 def _loss(model: LanguageModel, params: Params, batch: Any) -> tuple[jax.Array, jax.Array]:

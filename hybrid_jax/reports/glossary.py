@@ -214,6 +214,22 @@ GLOSSARY = {
         "Near 0: it tries one part only.",
     ),
     "reward/bandit_arm": ("The part that the bandit tries, counted from 0.", "Never changing: no exploration."),
+    "memory/gradient": (
+        "Norm of the gradient of a row's last loss by what was read so many tokens before; mean over rows.",
+        "Falling steeply with the distance: what lies further back is not learned from.",
+    ),
+    "memory/recall": (
+        "Share of held-out tokens, read so many tokens before, that a linear map of the state tells right.",
+        "At the share of guesses: the state has forgotten, or keeps it in a way that is not linear.",
+    ),
+    "memory/chance": (
+        "The same share of one who always guesses the commonest token.",
+        "Recall near it says nothing of the state.",
+    ),
+    "memory/gates": (
+        "Mean of each gate over tokens and channels.",
+        "Near 0 or 1: the gate is stuck; a forget gate near 1 keeps, near 0 empties.",
+    ),
 }
 # The same for the metrics that each part has, by how they end.
 PART_GLOSSARY = {
@@ -274,6 +290,9 @@ def glossary_entry(name: str) -> tuple[str, str] | None:
             f"Share of the updates so far with a staleness of {number}; the last share holds all above, too.",
             "All at 0 with several actors: they run one after another.",
         )
+    if kind == "memory":
+        found = name.split("/")[1].partition("_")[0]
+        return GLOSSARY.get(f"memory/{'gates' if found == 'layer' else found}")
     endings = [ending for ending in PART_GLOSSARY if name.endswith(ending)] if kind == "reward" else []
     if kind == "reward" and "~" in name:
         endings = ["~"]

@@ -21,6 +21,7 @@ from hybrid_jax.reports.charts import short_number
 from hybrid_jax.reports.conversations import conversations_section
 from hybrid_jax.reports.flags import find_flags
 from hybrid_jax.reports.glossary import GLOSSARY, glossary_entry
+from hybrid_jax.reports.memory import memory_section
 from hybrid_jax.reports.metrics import headline_charts, loss_entry, speed_charts, training_charts
 from hybrid_jax.reports.page import Figures, chart_grid, escaped, folded, section
 from hybrid_jax.reports.rewarded import rewarded_phases
@@ -238,10 +239,11 @@ def _progress(run: Run, figures: Figures) -> str:
 def _details(run: Run, figures: Figures) -> list[str]:
     rewards = rewards_sections(run, figures)
     charts = [*headline_charts(run)[1], *training_charts(run)]
+    memory = memory_section(run, figures)
     learning = section("Training", chart_grid(figures, (c for c in charts if not figures.has_drawn(c))))
     speed = section("Speed and memory", speed_figures(run) + chart_grid(figures, speed_charts(run)))
     rest = section("More metrics", chart_grid(figures, figures.rest()))
-    return [*rewards, learning, speed, rest, section("Particulars", _particulars(run))]
+    return [*rewards, memory, learning, speed, rest, section("Particulars", _particulars(run))]
 
 
 def _particulars(run: Run) -> str:

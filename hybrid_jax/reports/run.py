@@ -40,6 +40,7 @@ class Run:
         config: the settings, without secrets.
         environment: the content of ``environment.json``.
         conversations: with the same held-out environments at each evaluation.
+        memories: where the heads of a memory were at each evaluation.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Run:
     config: dict[str, Any]
     environment: dict[str, Any]
     conversations: list[dict[str, Any]] = field(default_factory=list)
+    memories: list[dict[str, Any]] = field(default_factory=list)
 
     @cached_property
     def curves(self) -> dict[str, tuple[list[int], list[float | None]]]:
@@ -192,12 +194,16 @@ def read_run(files: RunFiles) -> Run:
     records = [r for r in read_records(run_dir / METRICS_FILE) if isinstance(r.get("phase"), str)]
     if not records:
         raise UserError(f"{files.name}/{METRICS_FILE} holds no metrics yet; train first, or name another run")
-    samples = [r for r in read_records(run_dir / SAMPLES_FILE) if isinstance(r.get("conversation"), list)]
-    conversations = [r for r in samples if {"index", "of"} <= r.keys()]
-    samples = [r for r in read_records(run_dir / SAMPLES_FILE) if {"index", "prompt", "response"} <= r.keys()]
+    written = list(read_records(run_dir / SAMPLES_FILE))
+    conversations = [
+        r for r in written if isinstance(r.get("conversation"), list) and {"index", "of"} <= r.keys()
+    ]
+    memories = [r for r in written if isinstance(r.get("memory"), dict)]
+    samples = [r for r in written if {"index", "prompt", "response"} <= r.keys()]
     config_file, environment_file = run_dir / "config.yaml", run_dir / "environment.json"
     config = without_secrets(load_yaml(config_file)) if config_file.is_file() else {}
     environment = _read_environment(environment_file) if environment_file.exists() else {}
     shown = without_extremes(samples)
     extremes = [record for record in samples if "extreme" in record]
-    return Run(run_dir.resolve().name, records, shown, extremes, config, environment, conversations)
+    told = (conversations, memories)
+    return Run(run_dir.resolve().name, records, shown, extremes, config, environment, *told)

@@ -175,9 +175,9 @@ def phase_label(phase: str, kind: str | None) -> str:
 def without_extremes(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Leaves out answers that were picked for their scores, so that the prompts are the same each time.
 
-    Conversations are no answers to a prompt: they are left out, too.
+    Conversations and the heads of a memory are no answers to a prompt: they are left out, too.
     """
-    return [record for record in samples if not record.keys() & {"extreme", "conversation"}]
+    return [record for record in samples if not record.keys() & {"extreme", "conversation", "memory"}]
 
 
 def without_timings(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -173,3 +173,33 @@ def test_more_phases_than_colours_are_told_apart_by_dashes(tmp_path):
     page = write(tmp_path / "six", [learnt_by_example(i, f"s{i}") for i in range(6)] + [evaluated(6)])
     colours = re.findall(r'<span class="key ([a-z ]+)"><i></i>s\d', page)
     assert set(colours) == {"blue", "orange", "pink", "brown", "blue dashed", "orange dashed"}
+
+
+def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_heads(tmp_path):
+    def probed(number: int, gradient: float) -> dict:
+        found = {"gradient_1": gradient, "recall_1": 0.9, "chance_1": 0.16, "layer_0/gate": 0.7}
+        return step(number, "evaluation", **{f"memory/{name}": value for name, value in found.items()})
+
+    def heads(number: int) -> dict:
+        layer = {"write": [[[100, 0], [0, 40]]], "read": [[[0, 0], [100, 7]]]}
+        where = {"step": number, "phase": "evaluation", "split": "held_out"}
+        return {**where, "memory": {"read": ["<", " "], "layers": [layer]}}
+
+    records = [probed(0, 0.25), learnt_by_example(0), probed(1, 0.125)]
+    samples = "".join(json.dumps(heads(number)) + "\n" for number in (0, 1))
+    write(run := tmp_path / "run", records)
+    (run / "samples.jsonl").write_text(samples)
+    page = write_report(run).read_text()
+    text = text_of(page)
+    for title in (
+        "Gradient of the last loss, by distance in tokens",
+        "Gates of layer 0",
+        "Write head · step 1",
+    ):
+        assert title in text
+    assert "<tr><td>1</td><td>0.25</td><td>0.125</td><td>0.9</td><td>0.9</td><td>0.16</td></tr>" in page
+    assert (
+        page.count('<rect x="1" y="1" width="1" height="1" opacity="0.40"/>') == 2
+    )  # of the first and the last
+    assert page.count("<span>&lt;</span><span>␣</span>") == 4
+    assert "Mean of each gate over tokens and channels." in text

@@ -15,7 +15,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,7 @@ class MemoryCell(Cell):
     num_slots: int
     word_width: int
     num_reads: int
+    gate_names: ClassVar[tuple[str, ...]] = ()  # the parts of the interface that are gates, before their σ
 
     @abstractmethod
     def empty(self, rows: int) -> Any:
@@ -74,6 +75,10 @@ class MemoryCell(Cell):
     @abstractmethod
     def access(self, memory: Any, said: Mapping[str, Array]) -> Any:
         """Writes, then reads; ``said`` has the parts of `interface` as they leave the controller."""
+
+    @abstractmethod
+    def weights(self, memory: Any) -> dict[Literal["write", "read"], Float[Array, "B H M"]]:
+        """The weights over the slots of each head that writes, and of each that reads, in the last step."""
 
     @cached_property
     def width(self) -> int:  # type: ignore[override]
@@ -102,13 +107,27 @@ class MemoryCell(Cell):
 
     def step(self, params: Params, state: State, inputs: Float[Array, "B G"]):
         """`Cell.step`."""
-        of_controller, memory = state
-        _, of_reads = self._kernels(params)
-        inputs = inputs + memory.reads.reshape(len(inputs), -1) @ of_reads
-        of_controller, h = self.controller.step(params["controller"], of_controller, inputs)
-        interface = linear(h, params["interface"]["kernel"], params["interface"]["bias"])
-        memory = self.access(memory, _parts(jnp.clip(interface, -_LARGEST, _LARGEST), self.interface))
+        of_controller, h, said = self._said(params, state, inputs)
+        memory = self.access(state[1], said)
         return (of_controller, memory), jnp.concatenate([h, memory.reads.reshape(len(h), -1)], axis=-1)
+
+    def gates(self, params: Params, state: State, inputs: Float[Array, "B G"]):
+        """`Cell.gates`: those of the controller and those of the memory."""
+        own, seen = params["controller"], self._with_reads(params, state[1], inputs)
+        said = self._said(params, state, inputs)[2]
+        of_memory = {name: jax.nn.sigmoid(said[name]) for name in self.gate_names}
+        return {**self.controller.gates(own, state[0], seen), **of_memory}
+
+    def _said(self, params: Params, state: State, inputs: Float[Array, "B G"]):
+        """The controller's state and output after a token, and what it says to the memory."""
+        seen = self._with_reads(params, state[1], inputs)
+        of_controller, h = self.controller.step(params["controller"], state[0], seen)
+        interface = linear(h, params["interface"]["kernel"], params["interface"]["bias"])
+        return of_controller, h, _parts(jnp.clip(interface, -_LARGEST, _LARGEST), self.interface)
+
+    def _with_reads(self, params: Params, memory: Any, inputs: Float[Array, "B G"]) -> Float[Array, "B G"]:
+        """What the controller reads: the token, and what the heads have read."""
+        return inputs + memory.reads.reshape(len(inputs), -1) @ self._kernels(params)[1]
 
     def _kernels(self, params: Params) -> tuple[Array, Array]:
         """The input kernel of the controller, for x and for what was read."""

@@ -65,6 +65,8 @@ class DNCCell(MemoryCell):
     1e-6 and the clipping of the interface at ±20, which that code has for the controller.
     """
 
+    gate_names = ("free", "allocate", "write")
+
     def empty(self, rows: int) -> DNCMemory:
         """`MemoryCell.empty`."""
         m, w, r = self.num_slots, self.word_width, self.num_reads
@@ -92,6 +94,10 @@ class DNCCell(MemoryCell):
         modes = jax.nn.softmax(said["modes"])
         weights = read_weights(link, memory.read_weights, content, modes)
         return DNCMemory(slots, read(slots, weights), usage, written, weights, link, precedence)
+
+    def weights(self, memory: DNCMemory):
+        """`MemoryCell.weights`."""
+        return {"write": memory.written[:, None], "read": memory.read_weights}
 
     def flops(self) -> int:
         """`Cell.flops`."""

@@ -61,6 +61,7 @@ class NTMCell(MemoryCell):
 
     num_writes: int
     max_shift: int
+    gate_names = ("gate",)
 
     def empty(self, rows: int) -> NTMMemory:
         """`MemoryCell.empty`."""
@@ -84,6 +85,13 @@ class NTMCell(MemoryCell):
         memory = memory._replace(slots=slots)
         r = _moved(memory, said, reading)
         return NTMMemory(slots, read(slots, r), jnp.concatenate([w, r], axis=1))
+
+    def weights(self, memory: NTMMemory):
+        """`MemoryCell.weights`."""
+        return {
+            "write": memory.weights[:, : self.num_writes],
+            "read": memory.weights[:, self.num_writes :],
+        }
 
     def flops(self) -> int:
         """`Cell.flops`."""

@@ -50,6 +50,10 @@ class Cell(ABC):
         """Computes what needs no state, for all tokens at once, such as the product with the input kernel."""
         return x
 
+    def gates(self, params: Params, state: State, inputs: Inputs) -> dict[str, Float[Array, "B ..."]]:
+        """The gates, in [0, 1], with which it reads one token a row, for diagnostics; empty if it has none."""
+        return {}
+
     def flops(self) -> int:
         """FLOPs of a step beside the products with kernels, a multiply-add being 2: reading a memory, say."""
         return 0

@@ -77,12 +77,23 @@ class GRUCell(Cell):
         w, h = self.width, state
         if self.reset == "before":
             kernel = params["recurrent"]["kernel"]
-            r, z = jnp.split(jax.nn.sigmoid(inputs[:, : 2 * w] + h @ kernel[:, : 2 * w]), 2, axis=-1)
+            r, z = _gates(inputs[:, : 2 * w] + h @ kernel[:, : 2 * w])
             n = jnp.tanh(inputs[:, 2 * w :] + (r * h) @ kernel[:, 2 * w :])
             h = (1.0 - z) * h + z * n
         else:
             products = recurrent_product(params, h)
-            r, z = jnp.split(jax.nn.sigmoid(inputs[:, : 2 * w] + products[:, : 2 * w]), 2, axis=-1)
+            r, z = _gates(inputs[:, : 2 * w] + products[:, : 2 * w])
             n = jnp.tanh(inputs[:, 2 * w :] + r * (products[:, 2 * w :] + params["candidate"]["bias"]))
             h = (1.0 - z) * n + z * h
         return h, h
+
+    def gates(self, params: Params, state: Float[Array, "B W"], inputs: Float[Array, "B 3W"]):
+        """`Cell.gates`."""
+        # Neither W x + b nor U h of r and z depends on the convention.
+        r, z = _gates((inputs + recurrent_product(params, state))[:, : 2 * self.width])
+        return {"reset": r, "update": z}
+
+
+def _gates(products: Float[Array, "B 2W"]) -> list[Array]:
+    """The gates r and z."""
+    return jnp.split(jax.nn.sigmoid(products), 2, axis=-1)

@@ -79,9 +79,19 @@ class LSTMCell(Cell):
     def step(self, params: Params, state: State, inputs: Float[Array, "B 4W"]):
         """`Cell.step`."""
         c, h = state
-        i, f, g, o = jnp.split(inputs + recurrent_product(params, h), 4, axis=-1)
+        i, f, g, o = _products(params, h, inputs)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         h = jax.nn.sigmoid(o) * jnp.tanh(norm_of(params, "norm_state", c))
         if self.width != self.state_width:
             h = h @ params["projection"]["kernel"]
         return (c, h), h
+
+    def gates(self, params: Params, state: State, inputs: Float[Array, "B 4W"]):
+        """`Cell.gates`."""
+        i, f, _, o = map(jax.nn.sigmoid, _products(params, state[1], inputs))
+        return {"input": i, "forget": f, "output": o}
+
+
+def _products(params: Params, h: Float[Array, "B D"], inputs: Float[Array, "B 4W"]) -> list[Array]:
+    """W x + U h + b of i, f, g and o."""
+    return jnp.split(inputs + recurrent_product(params, h), 4, axis=-1)

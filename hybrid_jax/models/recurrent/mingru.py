@@ -55,6 +55,10 @@ class MinGRUCell(LinearCell):
         # 1 − σ(z) = σ(−z), without the loss of digits near z = 1
         return jax.nn.sigmoid(-z), jax.nn.sigmoid(z) * n, x
 
+    def gates(self, params: Params, state: Float[Array, "B W"], inputs: Terms) -> dict[str, Array]:
+        """`Cell.gates`."""
+        return {"update": 1.0 - inputs[0]}
+
     def output(self, params: Params, h: Float[Array, "... W"], x: Float[Array, "... I"]) -> Array:
         """`LinearCell.output`: the state."""
         return h

@@ -124,11 +124,7 @@ class RecurrentModel:
 
     def hidden(self, params, tokens, attention_mask=None, *, dropout_key=None) -> Float[Array, "B T D"]:
         """`LanguageModel.hidden`."""
-        flow = None
-        if attention_mask is not None:
-            segments = attention_mask.astype(jnp.int32)
-            real = segments > 0
-            flow = Flow(real.T, (real & (segment_positions(segments) == 0)).T)
+        flow = None if attention_mask is None else flow_of(attention_mask)
         return self.read(params, tokens, self.start(len(tokens)), flow, dropout_key)[0]
 
     def hidden_and_losses(
@@ -176,7 +172,7 @@ class RecurrentModel:
             state, y = cell.step(own, state, cell.prepared(own, x))
             return y, state
 
-        hidden, state = self._stack(params, self._embed(params, token), cache.state, layer)
+        hidden, state = self.stack(params, self.embed(params, token), cache.state, layer)
         return self.logits(params, hidden), RowCache(state)
 
     def read(
@@ -188,22 +184,34 @@ class RecurrentModel:
         dropout_key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Hidden states of rows that go on from ``state``, and the state behind them."""
+        x = shard(self.embed(params, tokens.T), "length", "batch", "width")
+        return self.read_embedded(params, x, state, flow, dropout_key)
+
+    def read_embedded(
+        self,
+        params: Params,
+        x: Float[Array, "T B I"],
+        state: State,
+        flow: Flow | None = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], State]:
+        """`read` of what `embed` has made of the tokens."""
         cell = self.config.cell()
 
         def layer(own: Params, x: Array, state: State):
             y, state = cell.read(own, x, state, flow)
             return shard(y, "length", "batch", "width"), state
 
-        x = shard(self._embed(params, tokens.T), "length", "batch", "width")
-        hidden, state = self._stack(params, x, state, layer, dropout_key)
+        hidden, state = self.stack(params, x, state, layer, dropout_key)
         return hidden.swapaxes(0, 1), state
 
-    def _embed(self, params: Params, tokens: Int[Array, "..."]) -> Float[Array, "... I"]:
+    def embed(self, params: Params, tokens: Int[Array, "..."]) -> Float[Array, "... I"]:
+        """The vectors that the first layer reads."""
         table = params["token_embedding"]["embedding"]
         used = (None if tokens.ndim > 1 else "vocab", None)
         return jnp.take(shard_for_use(table, ("vocab", "embed"), used), tokens, axis=0)
 
-    def _stack(self, params: Params, x: Array, states: State, layer: Any, key: Array | None = None):
+    def stack(self, params: Params, x: Array, states: State, layer: Any, key: Array | None = None):
         """All layers; ``layer(own, x, state) -> (y, state)`` is one of them."""
         c, after = self.config, []
         for i, state in enumerate(states):
@@ -230,6 +238,13 @@ class RecurrentModel:
         return drop(
             x, self.config.dropout, key, (1, *x.shape[1:]) if self.config.variational_dropout else x.shape
         )
+
+
+def flow_of(attention_mask: Bool[Array, "B T"] | Int[Array, "B T"]) -> Flow:
+    """Where rows with this mask are real, and where a packed sequence begins."""
+    segments = attention_mask.astype(jnp.int32)
+    real = segments > 0
+    return Flow(real.T, (real & (segment_positions(segments) == 0)).T)
 
 
 def drop(x: Array, rate: float, key: Array, shape: tuple[int, ...]) -> Array:

@@ -34,6 +34,7 @@ from hybrid_jax.phases import (  # noqa: F401  these fill PHASES
     gdpo,
     grpo,
     gspo,
+    imitation,
     online_preference,
     ppo,
     preference,

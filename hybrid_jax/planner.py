@@ -10,6 +10,7 @@ from typing import Any
 
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.experiment import ExperimentConfig, load_config, plan_phases
+from hybrid_jax.phases.imitation import Imitation
 from hybrid_jax.phases.online_preference import OnlinePreference
 from hybrid_jax.phases.policy_gradient import OnPolicy
 from hybrid_jax.phases.sft import SFT
@@ -80,9 +81,10 @@ def _model_flops(config: ExperimentConfig, name: str, programs: Sequence[Program
     settings, model = config.phases[name], config.model.build(None)
     if isinstance(settings, SFT):
         return sft_flops(model, settings.batch_size, settings.length).get("flops")
-    if isinstance(settings, OnPolicy | OnlinePreference):
+    if isinstance(settings, OnPolicy | OnlinePreference | Imitation):
         new = settings.sampler.max_new_tokens
-        prompt = programs[1].tokens // settings.rows - new  # what is scored are whole rows
+        scored = next(program for program in programs if program.name == f"{name}/score")
+        prompt = scored.tokens // settings.rows - new  # what is scored are whole rows
         needed = settings.flops(model, prompt, settings.sampled_rows * new)
         return float(needed["flops"]) if needed else None
     return None

@@ -19,30 +19,21 @@ Sources: Guo et al. 2024 (online DPO, arXiv 2402.04792); Chen et al. 2024 (SPIN,
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
-
-import jax
-from jax import Array
 
 from hybrid_jax.algorithms import kto, sppo  # noqa: F401  these fill PREFERENCE_LOSSES
 from hybrid_jax.algorithms.preference_losses import PREFERENCE_LOSSES, PreferenceLoss, Sigmoid
 from hybrid_jax.core.ranges import BatchSize, Count, NonNegative, settings
-from hybrid_jax.models.base import Params
-from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.online_preference_functions import OnlinePreferenceFunctions
 from hybrid_jax.phases.references import reference_models
 from hybrid_jax.phases.rollout_phase import RolloutPhase
 from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.rewards.composite import CompositeReward
-from hybrid_jax.training.layerwise import layer_by_layer
-from hybrid_jax.training.loss_scale import initial_loss_scale
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
-from hybrid_jax.training.phase import PHASES, Metrics, PhaseInit, Resources
+from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import check_rows
-from hybrid_jax.training.state import RunState
 
 
 @PHASES.register("online_preference")
@@ -149,32 +140,6 @@ class OnlinePreferencePhase(RolloutPhase):
         check_rows(resources, "responses", config.rows)
         check_rows(resources, "pairs / (minibatches × microbatches)", config.num_groups // parts)
         super().__init__(config, resources, OnlinePreferenceFunctions)
-
-    def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        """Adds the state of the optimizer, the references, and the reward's state."""
-        transform = layer_by_layer(self.config.optimizer.transform())
-        return PhaseInit(
-            opt_state={"model": transform.init(params["model"])},
-            extra={**initial_loss_scale(self.functions.model), **self.rollouts.init_extra()},
-            host=self.rollouts.init_host(),
-            references=self.rollouts.references.init(params["model"]),
-        )
-
-    def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
-        """One step: references, rollout, updates; then what the next step is to find."""
-        clock = Clock()
-        steps = state.schedule.steps.get(self.name, 0)
-        state = self.rollouts.references.updated(state)
-        sample_key, learn_key = jax.random.split(key)
-        played = self.rollouts.play(state, key, sample_key, clock)
-        rate = self._rate(*jax.device_put((steps, self._horizon)))
-        train = self.rollouts.lent(state.train)
-        train, metrics = self._learn(state.base, train, played.rollout, played.rivals, learn_key, rate)
-        # The update has been started, so that the device does not wait while the host looks at the clock.
-        state = self.rollouts.kept(state, train, played, clock)
-        metrics = {**metrics, **played.metrics, **clock.seconds, "learning_rate": rate}
-        metrics["dispatch_seconds"] = time.perf_counter() - clock.started
-        return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def _learned_with(self, rollout: Any) -> tuple[Any, Mapping[str, Any]]:
         """`RolloutPhase._learned_with`: the other answers."""

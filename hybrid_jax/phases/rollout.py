@@ -33,7 +33,7 @@ from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.rewards.segments import response_pieces
 from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.phase import Program, Resources
-from hybrid_jax.training.shapes import key_shape, row_shape
+from hybrid_jax.training.shapes import key_shape, like_rows, row_shape
 from hybrid_jax.training.state import RunState, TrainState
 
 
@@ -74,8 +74,10 @@ class Rollouts:
 
     def _compile(self) -> None:
         sampling = self._placement.with_rules(ROLLOUTS[self.config.rollout_weights])
-        samplers = (jax.jit(under(sampling, self._program(name))) for name in ("sample", "sample_opponent"))
-        self._sample, self._sample_opponent = samplers
+        sample, other = (under(sampling, self._program(name)) for name in ("sample", "sample_opponent"))
+        self._on_host = getattr(self.config.sampler, "reads_texts", False)  # between its programs
+        self._sample = partial(sample, tokenizer=self._tokenizer) if self._on_host else jax.jit(sample)
+        self._sample_opponent = jax.jit(other)
         scoring = (jax.jit(under(self._placement, self._program(name))) for name in ("score", "rewarded"))
         self._score, self._reward_on_device = scoring
 
@@ -349,9 +351,13 @@ class Rollouts:
         prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
         key, references = key_shape(placement), self.references.shapes(state)
         policy = train.params["model"]
-        samples = _like_rows(placement, jax.eval_shape(self._sample, state.base, policy, *prompts, key))
+        # From the host, which no plan can look into, they come without log-probs.
+        answers: Any = replace(jax.eval_shape(lambda: Samples.empty(rows, responses)), log_probs=None)
+        if not self._on_host:
+            answers = jax.eval_shape(self._sample, state.base, policy, *prompts, key)
+        samples = like_rows(placement, answers)
         inputs = (state.base, state.train.params, references, *prompts, samples)
-        scored = _like_rows(placement, jax.eval_shape(self._score, *inputs))
+        scored = like_rows(placement, jax.eval_shape(self._score, *inputs))
         scores = row_shape(placement, rows, dtype="float32")
         others = {name: tree for name, tree in train.params.items() if name != "model"}
         programs = [
@@ -371,6 +377,7 @@ class Rollouts:
                 beside=(train.opt_state, train.extra, waiting),
             ),
         ]
+        programs = programs[self._on_host :]
         rollout = replace(scored, scores=scores, plain_scores=scores)
         if self._refill is None:
             return programs, rollout
@@ -391,8 +398,3 @@ def _round_keys(key: Array, number: int) -> Array:
     """Keys of the opponents and of the answers in a further round of a step."""
     rounds = jax.random.fold_in(key, Branch.ROUNDS)
     return jax.random.split(jax.random.fold_in(rounds, number))
-
-
-def _like_rows(placement: Any, shapes: Any) -> Any:
-    """Shapes of a rollout with their rows split like those of a batch."""
-    return jax.tree.map(lambda x: row_shape(placement, *x.shape, dtype=x.dtype), shapes)

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int
 
 from hybrid_jax.core.batches import Rollout, Samples
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.lora import whole
 from hybrid_jax.models.param_axes import param_axes
@@ -43,9 +44,10 @@ class RolloutFunctions:
         prompt_tokens: Int[Array, "B P"],
         prompt_mask: Bool[Array, "B P"],
         key: Array,
+        tokenizer: Tokenizer | None = None,
     ) -> Samples:
-        """Answers of a policy."""
-        return self._sample(self.model, policy, prompt_tokens, prompt_mask, key)
+        """Answers of a policy; a sampler that chooses by texts reads the ``tokenizer``."""
+        return self._sample(self.model, policy, prompt_tokens, prompt_mask, key, tokenizer=tokenizer)
 
     def speaker(self, policy: Params) -> Params:
         """A policy as the computation reads it: for many calls that sample from it."""
@@ -65,8 +67,11 @@ class RolloutFunctions:
             where, path = f"phases.{self.name}.opponent", self.config.references[name].path
             raise UserError(f"{where}: {path} must hold a model of the policy's {own} tokens, got {theirs}")
 
-    def _sample(self, model: LanguageModel, params: Params, *inputs: Array) -> Samples:
-        return sample(self.config.sampler, model, self.whole(params), *inputs, eos_ids=self.eos_ids)
+    def _sample(
+        self, model: LanguageModel, params: Params, *inputs: Array, tokenizer: Tokenizer | None = None
+    ) -> Samples:
+        sampler, params = self.config.sampler, self.whole(params)
+        return sample(sampler, model, params, *inputs, eos_ids=self.eos_ids, tokenizer=tokenizer)
 
     def reference_model(self, name: str) -> LanguageModel:
         """The model of a reference."""
@@ -82,10 +87,14 @@ class RolloutFunctions:
     ) -> Rollout:
         """The rollout, with the values of the states and the references' log-probabilities of the tokens."""
         prompt_tokens, prompt_mask, samples = shard_rows((prompt_tokens, prompt_mask, samples))
-        assert samples.log_probs is not None, "the sampler has a policy_temperature"
+        log_probs: Any = samples.log_probs
+        if log_probs is None:  # of a sampler that chooses, from which nothing learns that reads them
+            assert not self.config.needs_distribution, "the sampler has a policy_temperature"
+            log_probs = jnp.zeros(samples.tokens.shape)
         tokens, attention_mask = join(prompt_tokens, prompt_mask, samples)
         # The temperature that sampled: else the ratio of a fresh policy would not be 1, nor its KL to itself 0.
-        length, temperature = samples.tokens.shape[1], self.config.sampler.policy_temperature
+        length = samples.tokens.shape[1]
+        temperature = getattr(self.config.sampler, "policy_temperature", None)
         # Answers to one prompt lie one after the other: they are known by their place, never by their text.
         group = jnp.arange(len(tokens), dtype=jnp.int32) // self.config.samples_per_prompt
         values: Any = self.values(params, tokens, attention_mask, length)
@@ -98,7 +107,7 @@ class RolloutFunctions:
             tokens=tokens,
             attention_mask=attention_mask,
             action_mask=samples.action_mask,
-            log_probs=samples.log_probs,
+            log_probs=log_probs,
             group=group,
             values=of_tokens,
             last_values=last_values,
@@ -109,9 +118,9 @@ class RolloutFunctions:
                     tokens,
                     attention_mask,
                     length,
-                    temperature,
+                    temperature or 1.0,
                 )
-                for name in self.config.references
+                for name in (self.config.references if self.config.needs_distribution else ())
             },
         )
 

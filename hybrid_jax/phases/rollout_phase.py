@@ -1,9 +1,9 @@
-"""A phase that answers prompts and learns from the answers; what it learns is its own."""
+"""A phase that answers prompts and learns from the answers."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -13,17 +13,20 @@ from jax import Array
 
 from hybrid_jax.models.base import Params
 from hybrid_jax.parallel.rules import under
+from hybrid_jax.phases.clock import Clock
 from hybrid_jax.phases.conversation_rollouts import ConversationRollouts
 from hybrid_jax.phases.rollout import Rollouts
 from hybrid_jax.phases.rollout_functions import above_base
+from hybrid_jax.training.layerwise import layer_by_layer
+from hybrid_jax.training.loss_scale import initial_loss_scale
 from hybrid_jax.training.offload import without_idle
 from hybrid_jax.training.phase import Metrics, PhaseInit, Program, Resources
 from hybrid_jax.training.shapes import key_shape, rate_shape
 from hybrid_jax.training.state import RunState
 
 
-class RolloutPhase(ABC):
-    """The rollouts and the programs of such a phase, which trains the group "model" at least.
+class RolloutPhase:
+    """The steps and the programs of such a phase; here it trains the group "model" alone.
 
     Args:
         config: `RolloutSettings`, with ``optimizer``, ``epochs``, ``minibatches`` and ``microbatches``.
@@ -48,13 +51,31 @@ class RolloutPhase(ABC):
         learn = under(self._placement, self._program("learn"))
         self._learn = jax.jit(learn, donate_argnums=1, static_argnames="groups")
 
-    @abstractmethod
     def init(self, params: Mapping[str, Params], key: Array) -> PhaseInit:
-        """`Phase.init`."""
+        """Adds the state of the optimizer, the references, and the reward's state."""
+        transform = layer_by_layer(self.config.optimizer.transform())
+        return PhaseInit(
+            opt_state={"model": transform.init(params["model"])},
+            extra={**initial_loss_scale(self.functions.model), **self.rollouts.init_extra()},
+            host=self.rollouts.init_host(),
+            references=self.rollouts.references.init(params["model"]),
+        )
 
-    @abstractmethod
     def step(self, state: RunState, key: Array) -> tuple[RunState, Metrics]:
-        """`Phase.step`."""
+        """One step: references, rollout, updates; then what the next step is to find."""
+        clock = Clock()
+        steps = state.schedule.steps.get(self.name, 0)
+        state = self.rollouts.references.updated(state)
+        sample_key, learn_key = jax.random.split(key)
+        played = self.rollouts.play(state, key, sample_key, clock)
+        rate = self._rate(*jax.device_put((steps, self._horizon)))
+        train = self.rollouts.lent(state.train)
+        train, metrics = self._learn(state.base, train, played.rollout, played.rivals, learn_key, rate)
+        # The update has been started, so that the device does not wait while the host looks at the clock.
+        state = self.rollouts.kept(state, train, played, clock)
+        metrics = {**metrics, **played.metrics, **clock.seconds, "learning_rate": rate}
+        metrics["dispatch_seconds"] = time.perf_counter() - clock.started
+        return state, {f"{self.name}/{name}": number for name, number in metrics.items()}
 
     def observe(self, state: RunState, numbers: Mapping[str, float]) -> RunState:
         """Tells the reward what the evaluation measured."""

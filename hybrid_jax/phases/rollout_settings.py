@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from annotated_types import MinLen
 
@@ -66,6 +66,8 @@ class RolloutSettings:
     )
     rollout_ahead: bool = False  # answer the next prompts before the update, with the policy before it
 
+    needs_distribution: ClassVar[bool] = True  # whether what is learned reads the log-probs of the sampler
+
     def __post_init__(self):
         if self.prompt_buckets is not None and len(set(self.prompt_buckets)) < len(self.prompt_buckets):
             raise ValueError(f"prompt_buckets must be different lengths, got {list(self.prompt_buckets)}")
@@ -86,10 +88,11 @@ class RolloutSettings:
         if self.opponent is not None and self.opponent.reference not in self.references:
             known = ", ".join(self.references) or "none"
             raise ValueError(f"opponent.reference must be one of {known}, got {self.opponent.reference!r}")
-        if getattr(self.sampler, "policy_temperature", None) is None:
+        if self.needs_distribution and getattr(self.sampler, "policy_temperature", None) is None:
             raise ValueError(
                 "sampler must not truncate (top_k, top_p, min_p, typical_p), penalise, be greedy, choose or "
-                "search: a policy learns from the distribution that it samples, over the whole vocabulary"
+                "search: a policy learns from the distribution that it samples, over the whole vocabulary; "
+                "imitation learns from any"
             )
 
     def _check_environment(self) -> None:

@@ -42,3 +42,8 @@ def check_rows(resources: Resources, setting: str, rows: int) -> None:
             f"phases.{resources.name}: {setting} must be a multiple of the {shards} parts in which the mesh "
             f"(data × fsdp) splits rows, got {rows}"
         )
+
+
+def like_rows(placement: Any, shapes: Any) -> Any:
+    """Shapes with their rows split like those of a batch."""
+    return jax.tree.map(lambda x: row_shape(placement, *x.shape, dtype=x.dtype), shapes)

@@ -75,7 +75,10 @@ _PUBLIC = {
     "sampling.ancestral": ["Ancestral"],
     "sampling.beam": ["Beam"],
     "sampling.best_of_n": ["BestOfN"],
+    "sampling.guidance": ["Guidance"],
     "sampling.metropolis": ["Metropolis"],
+    "sampling.rejection": ["Rejection"],
+    "sampling.rules": ["TokenRules"],
     "sampling.particles": ["Particles"],
     "sampling.engine": ["Engine"],
     # rewards

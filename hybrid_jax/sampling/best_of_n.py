@@ -3,17 +3,21 @@
 Without ties an answer y is kept with the probability F(y)^n − F⁻(y)^n, where F(y) is that of a score of at
 most its own and F⁻(y) that of a lower one. Its KL from the policy is at most log n − (n − 1)/n (Beirami et al.
 2024): a bound, and no equality where answers are few.
+
+Blockwise, n continuations of ``block`` tokens are drawn at a time, and the answer goes on from the best
+(Mudgal et al. 2024): the same law in each block, of the scores of the beginnings.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.core.ranges import BatchSize, Count, Positive, settings
@@ -21,8 +25,7 @@ from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
-from hybrid_jax.sampling.continuing import Prompted, Responses, continue_from, read_prompts
-from hybrid_jax.sampling.logits import response_keys, response_noise
+from hybrid_jax.sampling.continuing import Drawing, Responses, answer_noise, draw_answers, draw_until
 from hybrid_jax.sampling.scoring import ChoosesByReward, check_scores, score_of
 
 
@@ -36,6 +39,7 @@ class BestOfN(ChoosesByReward):
     temperature: Positive = 1.0  # of the draws
     reward: Annotated[Any, REWARDS] | None = None  # of an answer; null: its mean log-probability
     softness: Positive | None = None  # chooses with probabilities softmax(scores / softness); null: the best
+    block: Count | None = None  # tokens that are drawn before each choice; null: a whole answer
 
     def __call__(
         self,
@@ -51,30 +55,53 @@ class BestOfN(ChoosesByReward):
         check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         rows = jnp.repeat(jnp.arange(len(prompt_tokens)), self.n)
         key, last = jax.random.split(key)
-        said = _drawn(Static(self), model, params, prompt_tokens, prompt_mask, key, tuple(eos_ids))
-        if self.reward is None:
-            scores = jnp.sum(said.log_probs, axis=1) / said.lengths
-        else:
+        score = _mean_log_prob
+        if self.reward is not None:
             repeated = prompt_tokens[rows], prompt_mask[rows]
-            scores = score_of(self.reward, *repeated, eos_ids, tokenizer)(said.samples)
+            of_samples = score_of(self.reward, *repeated, eos_ids, tokenizer)
+            score = lambda said: of_samples(said.samples)  # noqa: E731
+        settings, ends, block = Static(self), tuple(eos_ids), self.block or self.max_new_tokens
+        drawing = None
+        for begin in range(0, self.max_new_tokens, block):
+            end = min(begin + block, self.max_new_tokens)
+            if drawing is None:
+                inputs = (model, params, prompt_tokens, prompt_mask, key, ends)
+                drawing = _first_block(*inputs, self.n, self.max_new_tokens, self.temperature, end)
+            else:
+                drawing = _next_block(settings, model, params, drawing, key, ends, begin, end)
+            # The choice of the last block has the noise of one among whole answers.
+            noise = last if end == self.max_new_tokens else jax.random.fold_in(last, begin)
+            best = self._chosen(score(drawing.said), noise)
+            if end < self.max_new_tokens:
+                drawing = _taken(drawing, jnp.repeat(best, self.n))
+        return jax.tree.map(lambda x: x[best], drawing.said.samples)
+
+    def _chosen(self, scores: Float[Array, "N"], key: Array) -> Int[Array, "B"]:
+        """The row of the best answer to each prompt."""
         scores = scores.reshape(-1, self.n)
         check_scores(scores, jnp.max(scores, axis=1))
         if self.softness is not None:
             # The largest of scores with Gumbel noise is a draw from their softmax.
-            scores = scores / self.softness + jax.random.gumbel(last, scores.shape)
-        best = jnp.arange(len(scores)) * self.n + jnp.argmax(scores, axis=1)
-        return jax.tree.map(lambda x: x[best], said.samples)
+            scores = scores / self.softness + jax.random.gumbel(key, scores.shape)
+        return jnp.arange(len(scores)) * self.n + jnp.argmax(scores, axis=1)
+
+
+def _mean_log_prob(said: Responses) -> Float[Array, "N"]:
+    return jnp.sum(said.log_probs, axis=1) / said.lengths
 
 
 @partial(jax.jit, static_argnames=("settings", "model", "eos_ids"))
-def _drawn(settings: Static[BestOfN], model, params, prompts, mask, key, eos_ids) -> Responses:
-    """Answers to every prompt, those to one prompt one after the other; prompts are read once."""
-    sampler = settings.value
-    params, count = model.cast(params), len(prompts) * sampler.n
-    read = read_prompts(model, params, prompts, mask, sampler.max_new_tokens)
-    rows = jnp.repeat(jnp.arange(len(prompts)), sampler.n)
-    prompted = Prompted(read.cache.take(rows), read.logits[rows])
-    noise = response_noise(response_keys(key, jnp.arange(count)), sampler.max_new_tokens)
-    given = jnp.zeros((count, sampler.max_new_tokens), jnp.int32)
-    none = jnp.zeros(count, jnp.int32)
-    return continue_from(model, params, prompted, given, none, noise, sampler.temperature, eos_ids)
+def _next_block(
+    settings: Static[BestOfN], model, params, drawing: Drawing, key, eos_ids, begin, end
+) -> Drawing:
+    params, sampler = model.cast(params), settings.value
+    logits, cache = model.step(params, drawing.token, drawing.cache)
+    noise = answer_noise(key, len(drawing.token), sampler.max_new_tokens)
+    drawing = replace(drawing, cache=cache)
+    return draw_until(end, model, params, drawing, logits, noise, begin, sampler.temperature, eos_ids)
+
+
+_first_block = partial(
+    jax.jit, static_argnames=("model", "eos_ids", "n", "max_new_tokens", "temperature", "end")
+)(draw_answers)
+_taken = jax.jit(Drawing.take)

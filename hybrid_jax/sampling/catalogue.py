@@ -3,5 +3,7 @@
 import hybrid_jax.sampling.ancestral
 import hybrid_jax.sampling.beam
 import hybrid_jax.sampling.best_of_n
+import hybrid_jax.sampling.guidance
 import hybrid_jax.sampling.metropolis
-import hybrid_jax.sampling.particles  # noqa: F401
+import hybrid_jax.sampling.particles
+import hybrid_jax.sampling.rejection  # noqa: F401

@@ -7,6 +7,7 @@ from one cache that holds the prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.base import LanguageModel, Params
-from hybrid_jax.sampling.logits import draw, is_end, scale_by_temperature
+from hybrid_jax.sampling.logits import draw, is_end, response_keys, response_noise, scale_by_temperature
 
 
 @struct.dataclass
@@ -57,6 +58,28 @@ def read_prompts(
     return Prompted(cache, logits)
 
 
+@struct.dataclass
+class Drawing:
+    """Responses that are being drawn: what has been read, and the last token, which has not."""
+
+    cache: Any
+    token: Int[Array, "B"]
+    busy: Bool[Array, "B"]  # whether the response goes on
+    said: Responses
+
+    @classmethod
+    def begin(cls, cache: Any, rows: int, length: int) -> Drawing:
+        """Responses of which nothing is drawn yet."""
+        shape, none = (rows, length), jnp.zeros((rows, length))
+        said = Responses(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), none, none)
+        return cls(cache, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), said)
+
+    def take(self, rows: Int[Array, "N"]) -> Drawing:
+        """The responses of ``rows``: some left out, some more than once."""
+        others = jax.tree.map(lambda x: x[rows], (self.token, self.busy, self.said))
+        return Drawing(self.cache.take(rows), *others)
+
+
 def continue_from(
     model: LanguageModel,
     params: Params,
@@ -79,36 +102,90 @@ def continue_from(
         temperature: of the distribution that they are drawn from.
         eos_ids: tokens that end a response.
     """
-    rows, length = given.shape
-    empty = Responses(
-        jnp.zeros((rows, length), jnp.int32),
-        jnp.zeros((rows, length), bool),
-        jnp.zeros((rows, length)),
-        jnp.zeros((rows, length)),
-    )
+    state, given = Drawing.begin(prompted.cache, *given.shape), (given, num_given)
+    length = noise.shape[1]
+    return draw_until(
+        length, model, params, state, prompted.logits, noise, 0, temperature, eos_ids, given=given
+    ).said
 
-    def write(t, logits, busy, said):
+
+def draw_until(
+    end: int | Int[Array, ""],
+    model: LanguageModel,
+    params: Params,
+    state: Drawing,
+    logits: Float[Array, "B V"],
+    noise: Float[Array, "B R 2"],
+    begin: int | Int[Array, ""],
+    temperature: float,
+    eos_ids: Sequence[int],
+    given: tuple[Int[Array, "B R"], Int[Array, "B"]] | None = None,
+) -> Drawing:
+    """Draws the tokens from ``begin`` to before ``end``; ``logits`` are those of the first of them.
+
+    The others are as in `continue_from`.
+    """
+
+    def write(t, logits, state):
         scaled = scale_by_temperature(logits, temperature)
-        drawn, _ = draw(scaled, noise[:, t])
-        token = jnp.where(t < num_given, given[:, t], drawn)
+        token, _ = draw(scaled, noise[:, t])
+        if given is not None:
+            token = jnp.where(t < given[1], given[0][:, t], token)
         values = (token, True, _log_prob(logits.astype(jnp.float32), token), _log_prob(scaled, token))
-        put = lambda array, value: array.at[:, t].set(jnp.where(busy, value, 0).astype(array.dtype))  # noqa: E731
-        said = Responses(*(put(array, value) for array, value in zip(_arrays(said), values, strict=True)))
-        return token, busy & ~is_end(token, eos_ids), said
+        keep = lambda array, value: jnp.where(state.busy, value, 0).astype(array.dtype)  # noqa: E731
+        put = lambda array, value: array.at[:, t].set(keep(array, value))  # noqa: E731
+        said = Responses(*(put(array, value) for array, value in zip(_arrays(state.said), values, strict=True)))
+        return replace(state, token=token, busy=state.busy & ~is_end(token, eos_ids), said=said)
 
     def unfinished(carry):
-        t, _, _, busy, _ = carry
-        return (t < length) & jnp.any(busy)
+        t, state = carry
+        return (t < end) & jnp.any(state.busy)
 
     def step(carry):
-        t, token, cache, busy, said = carry
-        logits, cache = model.step(params, token, cache)
-        token, busy, said = write(t, logits, busy, said)
-        return t + 1, token, cache, busy, said
+        t, state = carry
+        logits, cache = model.step(params, state.token, state.cache)
+        return t + 1, write(t, logits, replace(state, cache=cache))
 
     # The last token is never read.
-    token, busy, said = write(0, prompted.logits, jnp.ones(rows, bool), empty)
-    return lax.while_loop(unfinished, step, (jnp.int32(1), token, prompted.cache, busy, said))[-1]
+    return lax.while_loop(unfinished, step, (jnp.int32(begin) + 1, write(begin, logits, state)))[1]
+
+
+def draw_answers(
+    model: LanguageModel,
+    params: Params,
+    prompts: Int[Array, "B P"],
+    mask: Bool[Array, "B P"],
+    key: Array,
+    eos_ids: Sequence[int],
+    n: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    end: int | None = None,
+) -> Drawing:
+    """Draws ``n`` answers to every prompt, one after the other; prompts are read once.
+
+    Args:
+        model: that answers.
+        params: of the model.
+        prompts: left-padded.
+        mask: True is a token.
+        key: of the noise.
+        eos_ids: tokens that end a response.
+        n: answers to each prompt.
+        max_new_tokens: longest response, R.
+        temperature: of the draws.
+        end: token before which they stop for now; None is R.
+    """
+    params, rows = model.cast(params), jnp.repeat(jnp.arange(len(prompts)), n)
+    read = read_prompts(model, params, prompts, mask, max_new_tokens)
+    noise = answer_noise(key, len(rows), max_new_tokens)
+    start, end = Drawing.begin(read.cache.take(rows), len(rows), max_new_tokens), end or max_new_tokens
+    return draw_until(end, model, params, start, read.logits[rows], noise, 0, temperature, eos_ids)
+
+
+def answer_noise(key: Array, rows: int, max_new_tokens: int) -> Float[Array, "N R 2"]:
+    """The uniform numbers that draw the answers of so many rows."""
+    return response_noise(response_keys(key, jnp.arange(rows)), max_new_tokens)
 
 
 def _arrays(said: Responses) -> tuple[Array, ...]:

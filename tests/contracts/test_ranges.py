@@ -31,6 +31,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Distillation": {"references": {"teacher": {}}},
     "OnlinePreference": {"reward": {"parts": {"1": {"reward": {"name": "length", "target": 1}}}}},
     "LengthOf": {"least": 1},
+    "Guidance": {"value": "a"},
     "User": {"answered_by": "a"},
     "Gymnasium": {"id": "a"},
     "SkyRLGym": {"id": "a"},

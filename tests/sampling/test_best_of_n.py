@@ -19,8 +19,11 @@ from hybrid_jax.sampling.beam import Beam
 from hybrid_jax.sampling.best_of_n import BestOfN
 from hybrid_jax.sampling.metropolis import Metropolis
 from hybrid_jax.sampling.particles import Particles, log_constant
+from hybrid_jax.sampling.rejection import Rejection, acceptance
 from hybrid_jax.testing import (
     SEQUENCES,
+    START,
+    TRANSITION,
     PrefixTable,
     optimum,
     reference_params,
@@ -29,6 +32,7 @@ from hybrid_jax.testing import (
 )
 
 REWARD = TokenCount(weights={2: 1.0}, first_token_weights={1: -0.5})
+COUNT = {"name": "token_count", "weights": {1: 1.0}}
 FOUR, WORTH = np.array([0.4, 0.3, 0.2, 0.1]), TokenCount(weights={1: 1.0, 2: 2.0, 3: -1.0})
 
 
@@ -88,9 +92,92 @@ def test_a_soft_choice_among_many_is_the_optimum_of_the_reward():
     assert np.abs(np.array([0.0624, 0.3471, 0.5904, 0.0001]) - best).sum() / 2 > 0.1
 
 
+def test_a_block_as_long_as_an_answer_is_the_best_of_n_bit_for_bit():
+    for settings in ({}, {"reward": REWARD, "softness": 0.5}):
+        whole = BestOfN(max_new_tokens=3, n=4, **settings)
+        expected = draws(whole, PrefixTable(), reference_params(), 64, eos=(1,))
+        for block in (3, 5):
+            found = draws(replace(whole, block=block), PrefixTable(), reference_params(), 64, eos=(1,))
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_blocks_have_the_law_of_choices_among_beginnings():
+    """Each token is the best of two by the reward so far; of equal ones each as often as it is drawn."""
+    rows, law = np.stack([START, *TRANSITION]), np.zeros(27)
+    for number, tokens in enumerate(SEQUENCES):
+        probability, before = 1.0, 0
+        for t, token in enumerate(tokens):
+            p = rows[before]
+            worth = np.array([0, -0.5, 1]) if t == 0 else np.array([0, 0, 1.0])
+            below, equal = p[worth < worth[token]].sum(), p[worth == worth[token]].sum()
+            probability *= ((below + equal) ** 2 - below**2) * p[token] / equal
+            before = 1 + token
+        law[number] = probability
+    assert law.sum() == pytest.approx(1)
+    blockwise = BestOfN(max_new_tokens=3, n=2, reward=REWARD, block=1)
+    counts = np.bincount(
+        numbered(draws(blockwise, PrefixTable(), reference_params(), 4096).tokens), minlength=27
+    )
+    assert_law(counts, law)
+
+
+@pytest.mark.slow
+def test_blocks_read_what_was_chosen_from_the_cache():
+    """The log-probs that choose are those of reading all of an answer: so are the answers."""
+    model = DecoderConfig(num_layers=1, width=16, num_heads=2, max_length=16).build(5)
+    params = jax.tree.map(lambda x: 4 * x, model.init(jax.random.key(1)))
+    prompts, mask = jnp.asarray([[0, 1, 2], [3, 3, 4]]), jnp.asarray([[False, True, True], [True, True, True]])
+    seen = []
+
+    def reward(tokens, attention_mask, response_mask):
+        logits = model.apply(params, tokens, attention_mask).logits[:, 2:-1]
+        taken = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 3:, None], 2)[..., 0]
+        return jnp.sum(jnp.where(response_mask, taken, 0.0), 1) / response_mask.sum(1)
+
+    class Reading:
+        score_tokens = staticmethod(reward)
+
+    for chosen_by in (None, Reading()):
+        sampler = BestOfN(max_new_tokens=6, n=3, block=2, reward=chosen_by)
+        seen.append(sample(sampler, model, params, prompts, mask, jax.random.key(0), eos_ids=(4,)).tokens)
+    np.testing.assert_array_equal(*seen)
+
+
+def test_what_rejection_accepts_has_the_law_of_the_optimum():
+    reference = sequence_probabilities(reference_params())
+    accepted = np.asarray(acceptance(jnp.asarray(true_reward())[None], 0.5, 3.0)[0], np.float64)
+    best = optimum(reference, true_reward(), 0.5)
+    np.testing.assert_allclose(reference * accepted / (reference * accepted).sum(), best, atol=1e-6)
+    np.testing.assert_allclose((reference * accepted).sum(), np.exp(3.0378307 - 6), rtol=1e-5)
+    sampler = Rejection(REWARD, max_new_tokens=3, n=64, beta=1.0, most=3.0)
+    found = numbered(draws(sampler, PrefixTable(), reference_params(), 1024).tokens)
+    assert_law(np.bincount(found, minlength=27), optimum(reference, true_reward(), 1.0))
+
+
+def test_rejection_that_accepts_nothing_takes_one_by_weights_and_says_so(caplog):
+    """No reward reaches 40, so none is accepted: weights among 64 draws come near π* all the same."""
+    sampler = Rejection(WORTH, max_new_tokens=1, n=64, beta=0.5, most=40.0)
+    found = np.bincount(draws(sampler, Four(), {}, 2048).tokens[:, 0], minlength=4) / 2048
+    assert np.abs(found - optimum(FOUR, np.array([0, 1, 2, -1.0]), 0.5)).sum() / 2 < 0.04
+    assert "none of the 64 draws for 2048 of 2048 prompts was accepted" in caplog.text
+    with pytest.raises(
+        UserError, match=r"sampler\.most must be at least every reward, got 1.0 and a reward of 2"
+    ):
+        draws(replace(sampler, most=1.0), Four(), {}, 8)
+
+
 def numbered(tokens):
     """The place of each response among the 27."""
     return np.asarray(tokens) @ [9, 3, 1]
+
+
+def assert_law(counts, law):
+    """Pearson's statistic over responses with enough weight is what draws give (p > .001)."""
+    large = law * counts.sum() >= 5
+    observed, expected = [*counts[large], counts[~large].sum()], [*law[large], law[~large].sum()]
+    if large.all():
+        observed, expected = observed[:-1], expected[:-1]
+    assert chisquare(observed, counts.sum() * np.array(expected)).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("settings", [{}, {"guided": True}, {"guided": True, "resample_below": 1.0}], ids=str)
@@ -183,6 +270,7 @@ class Forbidding:
 
 ALL = {
     "best_of_n": BestOfN(max_new_tokens=3, n=24, reward=Forbidding()),
+    "rejection": Rejection(Forbidding(), max_new_tokens=3, n=24),
     "metropolis": Metropolis(max_new_tokens=3, moves=40, reward=Forbidding()),
     "particles": Particles(max_new_tokens=3, n=24, reward=Forbidding()),
     "guided": Particles(max_new_tokens=3, n=24, reward=Forbidding(), guided=True),
@@ -241,6 +329,16 @@ def test_an_answer_does_not_depend_on_how_many_prompts_there_are(name):
     [
         ({"name": "metropolis", "alpha": 0}, "alpha must be above 0, got 0"),
         ({"name": "best_of_n", "n": 0}, "n must be in .1, 1048576., got 0"),
+        ({"name": "best_of_n", "block": 0}, "block must be at least 1, got 0"),
+        ({"name": "rejection", "reward": COUNT, "beta": 0}, "beta must be above 0, got 0"),
+        ({"name": "rejection"}, "reward"),
+        ({"name": "guidance"}, "guidance needs a reward or a value, one of them"),
+        (
+            {"name": "guidance", "reward": COUNT, "value": "a"},
+            "guidance needs a reward or a value, one of them",
+        ),
+        ({"name": "guidance", "reward": COUNT, "beta": -1}, "beta must be above 0, got -1"),
+        ({"name": "guidance", "reward": COUNT, "candidates": 0}, "candidates must be in .1, 1048576., got 0"),
         ({"name": "particles", "guided": True}, "guided needs a reward on tokens"),
         ({"name": "beam", "width": 0}, "width must be in .1, 1048576., got 0"),
     ],

@@ -61,19 +61,15 @@ class BestOfN(ChoosesByReward):
             of_samples = score_of(self.reward, *repeated, eos_ids, tokenizer)
             score = lambda said: of_samples(said.samples)  # noqa: E731
         settings, ends, block = Static(self), tuple(eos_ids), self.block or self.max_new_tokens
-        drawing = None
-        for begin in range(0, self.max_new_tokens, block):
-            end = min(begin + block, self.max_new_tokens)
-            if drawing is None:
-                inputs = (model, params, prompt_tokens, prompt_mask, key, ends)
-                drawing = _first_block(*inputs, self.n, self.max_new_tokens, self.temperature, end)
-            else:
-                drawing = _next_block(settings, model, params, drawing, key, ends, begin, end)
-            # The choice of the last block has the noise of one among whole answers.
-            noise = last if end == self.max_new_tokens else jax.random.fold_in(last, begin)
-            best = self._chosen(score(drawing.said), noise)
-            if end < self.max_new_tokens:
-                drawing = _taken(drawing, jnp.repeat(best, self.n))
+        length, end = self.max_new_tokens, min(block, self.max_new_tokens)
+        inputs = (model, params, prompt_tokens, prompt_mask, key, ends)
+        drawing = _first_block(*inputs, self.n, length, self.temperature, end)
+        while end < length:
+            best = self._chosen(score(drawing.said), jax.random.fold_in(last, end))
+            begin, end = end, min(end + block, length)
+            drawing = _taken(drawing, jnp.repeat(best, self.n))
+            drawing = _next_block(settings, model, params, drawing, key, ends, begin, end)
+        best = self._chosen(score(drawing.said), last)
         return jax.tree.map(lambda x: x[best], drawing.said.samples)
 
     def _chosen(self, scores: Float[Array, "N"], key: Array) -> Int[Array, "B"]:

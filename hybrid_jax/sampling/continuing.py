@@ -102,11 +102,9 @@ def continue_from(
         temperature: of the distribution that they are drawn from.
         eos_ids: tokens that end a response.
     """
-    state, given = Drawing.begin(prompted.cache, *given.shape), (given, num_given)
-    length = noise.shape[1]
-    return draw_until(
-        length, model, params, state, prompted.logits, noise, 0, temperature, eos_ids, given=given
-    ).said
+    state, (_, length) = Drawing.begin(prompted.cache, *given.shape), given.shape
+    logits, kept = prompted.logits, (given, num_given)
+    return draw_until(length, model, params, state, logits, noise, 0, temperature, eos_ids, kept).said
 
 
 def draw_until(

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
 from jax.core import Tracer
@@ -34,6 +35,7 @@ from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import Responses, continue_from, read_prompts
+from hybrid_jax.sampling.diagnostics import autocorrelation_time, r_hat_of_prompts
 from hybrid_jax.sampling.logits import response_keys, response_noise
 from hybrid_jax.sampling.scoring import ChoosesByReward, Score, check_scores, score_of
 
@@ -46,6 +48,20 @@ class Chain:
 
     response: Responses
     score: Float[Array, "B"]
+
+    def log_target(self, alpha: float, beta: float) -> Float[Array, "B"]:
+        """The logarithm of π, up to a constant."""
+        return alpha * jnp.sum(self.response.log_probs, axis=1) + self.score / beta
+
+
+@struct.dataclass
+class Moves:
+    """The record of a chain's moves."""
+
+    taken: Bool[Array, "M B"]
+    scores: Float[Array, "M B"]  # of the proposals
+    tokens: Int[Array, "M B"]  # of the proposals: each reads so many
+    log_target: Float[Array, "M B"]  # of the states
 
 
 @SAMPLERS.register("metropolis")
@@ -80,18 +96,33 @@ class Metropolis(ChoosesByReward):
         inputs = (model, params, prompt_tokens, prompt_mask, key)
         if self.reads_texts:
             score = score_of(self.reward, prompt_tokens, prompt_mask, eos_ids, tokenizer)
-            chain, (taken, scores) = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
+            chain, moves = self.chain(*inputs, tuple(eos_ids), score, _scan_on_host)
         else:
-            chain, (taken, scores) = _on_device(Static(self), *inputs, tuple(eos_ids))
-        check_scores(scores, chain.score)
-        if not isinstance(taken, Tracer):  # not within a function that is being traced
-            log.info("metropolis: %.0f%% of %d moves were taken", 100 * float(jnp.mean(taken)), self.moves)
+            chain, moves = _on_device(Static(self), *inputs, tuple(eos_ids))
+        check_scores(moves.scores, chain.score)
+        if not isinstance(moves.taken, Tracer):  # not within a function that is being traced
+            self._log(chain, moves, jnp.where(prompt_mask, prompt_tokens, -1))
         return chain.response.samples
+
+    def _log(self, chain: Chain, moves: Moves, prompts: Int[Array, "B P"]) -> None:
+        """Says how far the chains have moved."""
+        states = np.asarray(moves.log_target)
+        states = states[np.isfinite(states).all(axis=1)]  # from where no chain is in a forbidden answer
+        r_hat = r_hat_of_prompts(states, np.asarray(prompts))
+        log.info(
+            "metropolis: %.0f%% of %d moves were taken, autocorrelation time %.3g moves%s, "
+            "%.3g tokens read for one in an answer",
+            100 * float(jnp.mean(moves.taken)),
+            self.moves,
+            autocorrelation_time(states),
+            "" if r_hat is None else f", split R-hat {r_hat:.3g} at most",
+            1 + float(jnp.sum(moves.tokens) / jnp.sum(chain.response.lengths)),
+        )
 
     def chain(
         self, model, params, prompts, mask, key, eos_ids, score: Score, scan: Any = lax.scan
-    ) -> tuple[Chain, tuple[Bool[Array, "M B"], Float[Array, "M B"]]]:
-        """The last state of the chain of each row, which moves were taken, and the score of each proposal."""
+    ) -> tuple[Chain, Moves]:
+        """The last state of the chain of each row, and its moves."""
         length, params = self.max_new_tokens, model.cast(params)
         keys = response_keys(key, jnp.arange(len(prompts)))
         prompted = _read(model, params, prompts, mask, length)
@@ -109,7 +140,9 @@ class Metropolis(ChoosesByReward):
             cut = jnp.floor(uniform[:, 0] * chain.response.lengths).astype(jnp.int32)
             proposal = propose(number, chain.response.tokens, cut)
             taken = jnp.log(uniform[:, 1]) < log_acceptance(chain, proposal, cut, self.alpha, self.beta)
-            return choose_rows(taken, proposal, chain), (taken, proposal.score)
+            chain = choose_rows(taken, proposal, chain)
+            target = chain.log_target(self.alpha, self.beta)
+            return chain, Moves(taken, proposal.score, proposal.response.lengths, target)
 
         start = propose(0, nothing, jnp.zeros(len(prompts), jnp.int32))
         return scan(move, start, jnp.arange(1, self.moves + 1))
@@ -121,16 +154,14 @@ def log_acceptance(
     """The logarithm of the ratio above; a move is taken with its exponential, if that is below 1."""
     behind = jnp.arange(now.response.tokens.shape[1]) >= cut[:, None]
 
-    def log_target(chain: Chain) -> Array:
-        return alpha * jnp.sum(chain.response.log_probs, axis=1) + chain.score / beta
-
     def log_move_to(chain: Chain, from_length: Array) -> Array:
         """The log-probability of the cut, and of what is drawn behind it."""
         drawn = jnp.sum(jnp.where(behind, chain.response.drawn_log_probs, 0.0), axis=1)
         return drawn - jnp.log(from_length)
 
     back = log_move_to(now, proposal.response.lengths)
-    return log_target(proposal) - log_target(now) + back - log_move_to(proposal, now.response.lengths)
+    gained = proposal.log_target(alpha, beta) - now.log_target(alpha, beta)
+    return gained + back - log_move_to(proposal, now.response.lengths)
 
 
 _read = partial(jax.jit, static_argnames=("model", "new_tokens"))(read_prompts)

@@ -32,6 +32,7 @@ from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.rewards.base import REWARDS
 from hybrid_jax.sampling.base import SAMPLERS, Static, check_fits
 from hybrid_jax.sampling.continuing import read_prompts
+from hybrid_jax.sampling.diagnostics import effective_number
 from hybrid_jax.sampling.logits import draw, is_end, response_keys, response_noise, scale_by_temperature
 from hybrid_jax.sampling.scoring import ChoosesByReward, check_scores, reads_texts, score_of
 
@@ -47,6 +48,7 @@ class Swarm:
     log_weights: Float[Array, "N"]  # since they were resampled last
     potential: Float[Array, "N"]  # reward of the response so far, over β
     log_z: Float[Array, "B"]  # of the resamplings before
+    drawn: Int[Array, "B"]  # tokens, those of particles that are gone counted
 
     @property
     def samples(self) -> Samples:
@@ -92,7 +94,15 @@ class Particles(ChoosesByReward):
         weights = swarm.log_weights.reshape(-1, self.n)
         noise = jax.random.uniform(last, (len(weights), 2))
         chosen, _ = draw(weights, noise)
-        return jax.tree.map(lambda x: x[jnp.arange(len(weights)) * self.n + chosen], swarm.samples)
+        samples = jax.tree.map(lambda x: x[jnp.arange(len(weights)) * self.n + chosen], swarm.samples)
+        if not isinstance(constant, Tracer):
+            log.info(
+                "particles: %.3g of %d are effective at the end, %.3g tokens drawn for one in an answer",
+                jnp.mean(effective_number(weights)),
+                self.n,
+                jnp.sum(swarm.drawn) / jnp.sum(samples.action_mask),
+            )
+        return samples
 
     def swarm(self, model, params, prompts, mask, key, eos_ids=(), tokenizer=None) -> Swarm:
         """All particles with their final weights."""
@@ -127,6 +137,7 @@ def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_i
         log_weights=zeros,
         potential=zeros,
         log_z=jnp.zeros(len(prompts)),
+        drawn=jnp.zeros(len(prompts), jnp.int32),
     )
 
     def drawn(t, logits, cache, busy, swarm):
@@ -137,6 +148,7 @@ def _moved(settings: Static[Particles], model, params, prompts, mask, key, eos_i
             swarm,
             tokens=swarm.tokens.at[:, t].set(jnp.where(busy, token, 0)),
             mask=swarm.mask.at[:, t].set(busy),
+            drawn=swarm.drawn + jnp.sum(busy.reshape(-1, size), axis=1),
         )
         potential = score(swarm.samples) / sampler.beta
         gained = jnp.where(busy, sampler.alpha * log_p - log_q, 0.0)
@@ -172,7 +184,7 @@ def _resampled(
 ) -> tuple[Int[Array, "N"], Swarm]:
     """The parent of each particle, itself where none was resampled, and the swarm of the children."""
     weights = jax.nn.softmax(swarm.log_weights.reshape(-1, size), axis=1)
-    needed = 1.0 / jnp.sum(weights**2, axis=1) < below * size
+    needed = effective_number(swarm.log_weights.reshape(-1, size)) < below * size
     # One uniform number places n equally distant marks: a particle has n·w children, rounded up or down.
     marks = (jnp.arange(size) + uniform[:, None]) / size
     ends = jnp.cumsum(weights, axis=1)

@@ -13,6 +13,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.base import RowCache
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.rewards.tokens import TokenCount
+from hybrid_jax.sampling import catalogue  # noqa: F401  registers all samplers
 from hybrid_jax.sampling.ancestral import generate
 from hybrid_jax.sampling.base import SAMPLERS, sample
 from hybrid_jax.sampling.beam import Beam

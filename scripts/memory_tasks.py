@@ -6,11 +6,14 @@
 
     copy          1 to 20 vectors of 8 random bits and a mark are read, and then said again (Graves et al. 2014)
     repeat_copy   1 to 2 vectors of 4 bits, 1 or 2 times as the mark tells, and an end (google-deepmind/dnc)
+    long_repeat_copy    the same of 1 to 8 vectors
     adding        the sum of the 2 marked ones of 100 numbers in [0, 1] (Hochreiter & Schmidhuber 1997)
     copy_memory   10 symbols out of 8, said again after 100 blanks (Arjovsky et al. 2016)
+    associative_recall  16 pairs of symbols out of 64, then each key, for its value
 
-The first two have the settings of their sources, the last two Adam at 1e-3 and 50 sequences an update. There is
-a line for every 1,000 sequences where they are learned one by one, for every 10,000 else. The same command goes
+The first two have the settings of their sources, the others Adam. `--cell bank` is an LSTM beside a bank of
+`--slots` pairs, written as they are told, first in, first out, and looked up by a learned query. There is a
+line for every 1,000 sequences where they are learned one by one, for every 10,000 else. The same command goes
 on where it was stopped. At the end come new sequences, also with the state emptied where the answer begins:
 nothing can be remembered then.
 """
@@ -37,6 +40,7 @@ from jaxtyping import Array, Bool, Float
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.layers import linear
+from hybrid_jax.models.memory.bank import Bank
 from hybrid_jax.models.memory.dnc import DNC, DNCCell, DNCMemory
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.cell import Cell, Flow
@@ -45,7 +49,8 @@ from hybrid_jax.models.recurrent.gru import GRU
 from hybrid_jax.models.recurrent.lstm import LSTM
 
 SYMBOLS, BLANK, GO = 8, 8, 9  # of copy_memory
-CELLS = {"ntm": NTM, "dnc": DNC, "lstm": LSTM, "gru": GRU, "elman": Elman}
+CHOICES = 64  # of associative_recall
+CELLS = {"ntm": NTM, "dnc": DNC, "lstm": LSTM, "gru": GRU, "elman": Elman, "bank": LSTM}
 
 
 @struct.dataclass
@@ -75,7 +80,7 @@ class Task:
 
     draw: Callable[[Array, int, int, bool], Batch]
     channels: tuple[int, int]
-    loss: Literal["bits", "squares", "classes"]
+    loss: Literal["bits", "squares", "classes", "symbols"]
     length: int
     batch: int
     optimizer: optax.GradientTransformation
@@ -85,17 +90,21 @@ class Task:
     @property
     def unit(self) -> str:
         """The unit of `wrong`."""
-        return {"bits": "bits wrong", "squares": "squared error", "classes": "nats a step"}[self.loss]
+        units = {"bits": "bits wrong", "squares": "squared error", "classes": "nats a step"}
+        return {**units, "symbols": "symbols wrong"}[self.loss]
 
     def losses(self, scores: Float[Array, "T B O"], targets: Float[Array, "T B O"]) -> Float[Array, "T B"]:
         """The loss at each step, the mean over channels of bits and numbers."""
-        if self.loss == "classes":
+        if self.loss in ("classes", "symbols"):
             return optax.softmax_cross_entropy(scores, targets)
         of = optax.sigmoid_binary_cross_entropy if self.loss == "bits" else optax.losses.squared_error
         return of(scores, targets).mean(axis=-1)
 
     def wrong(self, scores: Float[Array, "T B O"], batch: Batch) -> Float[Array, "B"]:
-        """Bits wrong in each sequence, or its loss."""
+        """Bits or symbols wrong in each sequence, or its loss."""
+        if self.loss == "symbols":
+            said, right = jnp.argmax(scores, axis=-1), jnp.argmax(batch.targets, axis=-1)
+            return jnp.sum((said != right) & batch.asked, axis=0)
         if self.loss == "bits":
             return jnp.sum(((scores > 0) != (batch.targets > 0.5)) & batch.asked[..., None], axis=(0, 2))
         return jnp.sum(self.losses(scores, batch.targets), axis=0, where=batch.asked) / jnp.sum(
@@ -153,14 +162,32 @@ def symbols_again(key: Array, rows: int, length: int, exactly: bool = True) -> B
     return Batch(*one_hot, jnp.ones(targets.shape, bool), turns)
 
 
+def pairs(key: Array, rows: int, length: int, exactly: bool = True) -> Batch:
+    """Keys with their values, no symbol twice, and then the keys alone, in another order."""
+    draw = jax.vmap(lambda key: jax.random.permutation(key, CHOICES)[:length])
+    of_keys, of_values, of_order = jax.random.split(key, 3)
+    keys, values = (draw(jax.random.split(each, rows)).T for each in (of_keys, of_values))
+    order = jax.random.permutation(of_order, length)
+    shown = jnp.concatenate([keys, keys[order]])
+    told = jnp.concatenate([values, jnp.full((length, rows), CHOICES)])  # none: its one-hot is 0
+    inputs = jnp.concatenate([jax.nn.one_hot(shown, CHOICES), jax.nn.one_hot(told, CHOICES)], axis=-1)
+    asked = jnp.broadcast_to(jnp.arange(2 * length)[:, None] >= length, shown.shape)
+    turns = jnp.broadcast_to(jnp.arange(2 * length)[:, None] == length, shown.shape)
+    targets = jax.nn.one_hot(jnp.concatenate([values, values[order]]), CHOICES)
+    return Batch(inputs, targets, asked, turns)
+
+
 _GRAVES = optax.chain(optax.clip(10.0), optax.rmsprop(1e-4, decay=0.95, momentum=0.9))
 _DNC = optax.chain(optax.clip_by_global_norm(50.0), optax.rmsprop(1e-4, eps=1e-10))
+_FAST = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 _ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-3))
 TASKS = {
     "copy": Task(partial(copies, 8, 1), (9, 8), "bits", 20, 1, _GRAVES, (10, 20, 40, 80)),
     "repeat_copy": Task(partial(copies, 4, 2), (5, 5), "bits", 2, 16, _DNC, (1, 2), 2),
+    "long_repeat_copy": Task(partial(copies, 4, 2), (5, 5), "bits", 8, 32, _ADAM, (4, 8, 12), 2),
     "adding": Task(sums, (2, 1), "squares", 100, 50, _ADAM, (100,)),
     "copy_memory": Task(symbols_again, (10, 9), "classes", 100, 50, _ADAM, (100,)),
+    "associative_recall": Task(pairs, (2 * CHOICES, CHOICES), "symbols", 16, 50, _FAST, (8, 16, 32, 64)),
 }
 
 
@@ -171,6 +198,42 @@ class WithoutLink(DNCCell):
         """`MemoryCell.access`."""
         memory = super().access(memory, said)
         return memory._replace(link=jnp.zeros_like(memory.link), precedence=jnp.zeros_like(memory.precedence))
+
+
+@dataclass(frozen=True)
+class BankCell(Cell):
+    """A network beside a `Bank` of key and value, the two halves of what it reads; y = [h, read].
+
+    A value is written with its key as soon as it is told, and softmax(q · k) of a learned query q = W x reads.
+    """
+
+    controller: Cell
+    slots: int
+
+    @property
+    def width(self) -> int:  # type: ignore[override]
+        """Channels of h and of a value."""
+        return self.controller.width + CHOICES
+
+    def init(self, key: Array, inputs: int) -> Any:
+        """`Cell.init`."""
+        of_controller, of_query = jax.random.split(key)
+        kernel = jax.nn.initializers.lecun_normal()(of_query, (inputs, CHOICES))
+        return {"controller": self.controller.init(of_controller, inputs), "query": {"kernel": kernel}}
+
+    def start(self, rows: int) -> Any:
+        """`Cell.start`."""
+        return self.controller.start(rows), Bank.empty(rows, self.slots, CHOICES, (CHOICES,))
+
+    def step(self, params: Any, state: Any, inputs: Array) -> tuple[Any, Array]:
+        """`Cell.step`."""
+        of_controller, bank = state
+        own = self.controller.prepared(params["controller"], inputs)
+        of_controller, h = self.controller.step(params["controller"], of_controller, own)
+        key, value = jnp.split(inputs, 2, axis=-1)
+        bank = bank.written(key[:, None], value[:, None], (value.sum(axis=-1) > 0)[:, None])
+        read = bank.read(linear(inputs, params["query"]["kernel"]), 1.0)
+        return (of_controller, bank), jnp.concatenate([h, read], axis=-1)
 
 
 def scores(cell: Cell, params: Any, batch: Batch, emptied: bool = False) -> Float[Array, "T B O"]:
@@ -203,11 +266,12 @@ def trained(task: Task, cell: Cell, state: Any, first: Array, count: int, seed: 
 
 @partial(jax.jit, static_argnums=(0, 1, 3, 4))
 def tested(task: Task, cell: Cell, params: Any, length: int, emptied: bool) -> Array:
-    """The share of bits that is wrong in 200 new sequences of one length, or their loss."""
+    """The share of bits or symbols that is wrong in 200 new sequences of one length, or their loss."""
     batch = task.draw(jax.random.key(length), 200, length, True)
     wrong = task.wrong(scores(cell, params, batch, emptied), batch)
-    share = batch.targets.shape[-1] * batch.asked.sum(axis=0) if task.loss == "bits" else 1
-    return jnp.sum(wrong) / jnp.sum(share * jnp.ones(200))
+    of_step = {"bits": batch.targets.shape[-1], "symbols": 1}.get(task.loss)
+    most = jnp.ones(200) if of_step is None else of_step * batch.asked.sum(axis=0)
+    return jnp.sum(wrong) / jnp.sum(most)
 
 
 def begun(task: Task, cell: Cell, seed: int) -> Any:
@@ -266,9 +330,10 @@ def claimed(folder: Path, started: dict[str, Any]) -> None:
 
 
 def without_memory(task: Task, length: int) -> float:
-    """The same of the best answer without a memory: guessed bits, a known end; 1/6; or 10 ln 8 / (T + 20)."""
+    """The same of the best answer without a memory, which guesses bits and symbols, and knows the end."""
     if task.loss != "bits":
-        return {"squares": 1 / 6, "classes": 10 * math.log(SYMBOLS) / (length + 20)}[task.loss]
+        of_classes = 10 * math.log(SYMBOLS) / (length + 20)
+        return {"squares": 1 / 6, "classes": of_classes, "symbols": 1 - 1 / CHOICES}[task.loss]
     ends, outputs = task.repeats > 1, task.channels[1]
     said = [length * times for times in range(1, task.repeats + 1)]  # vectors, as often as each mark tells
     return 0.5 * (outputs - ends) * sum(said) / (outputs * sum(steps + ends for steps in said))
@@ -290,7 +355,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--folder", type=Path, required=True)
     given = parser.parse_args(arguments)
     sizes = {"num_slots": given.slots, "word_width": given.word_width} if given.cell in ("ntm", "dnc") else {}
-    cell = CELLS[given.cell](width=given.width, **sizes).cell()
+    cell: Any = CELLS[given.cell](width=given.width, **sizes).cell()
+    if given.cell == "bank":
+        if given.task != "associative_recall":
+            parser.error(f"--cell bank needs --task associative_recall, got {given.task}")
+        cell, sizes = BankCell(cell, given.slots), {"num_slots": given.slots}
     if given.without_link:
         if given.cell != "dnc":
             parser.error(f"--without-link needs --cell dnc, got {given.cell}")
@@ -313,7 +382,7 @@ def main(arguments: list[str]) -> None:
         saved(given.folder / "state.npz", state, number)
     for length in task.then:
         knows, emptied = (float(tested(task, cell, state[0], length, empty)) for empty in (False, True))
-        unit = "of the bits wrong" if task.loss == "bits" else task.unit
+        unit = f"of the {task.loss} wrong" if task.loss in ("bits", "symbols") else task.unit
         line = f"length {length}: {knows:.4g} {unit}, {emptied:.4g} with the state emptied"
         print(f"{line}, {without_memory(task, length):.4g} without a memory", flush=True)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from hybrid_jax.core.errors import UserError
+from hybrid_jax.models.recurrent.lstm import LSTMCell
 
 ROOT = Path(__file__).parents[1]
 
@@ -92,6 +93,7 @@ def test_guessing_bits_with_a_known_end_is_the_baseline_of_repeated_copies(memor
         (["--batch", "0"], r"whole and in \[1, 2\^31\), got '0'"),
         (["--seed", "-1"], r"whole and in \[0, 2\^31\), got '-1'"),
         (["--width", "x"], "got 'x'"),
+        (["--cell", "bank"], "--cell bank needs --task associative_recall, got copy"),
         (["--seed", "3"], "holds a run of .*'seed': 0.*; give another folder"),
     ],
 )
@@ -119,3 +121,35 @@ def test_a_run_that_was_stopped_ends_in_the_same_bits(memory_tasks, tmp_path, ca
     ]
     assert emptied == pytest.approx([0.5] * len(emptied), abs=0.02)
     assert len(emptied) == 12
+
+
+def looking_up(tasks, slots):
+    """A bank whose query is the key that is asked for, and whose head says what was read."""
+    cell = tasks.BankCell(LSTMCell(1, 1), slots)
+    params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0), 2 * tasks.CHOICES))
+    params["query"]["kernel"] = 50.0 * jnp.eye(2 * tasks.CHOICES, tasks.CHOICES)
+    head = {"kernel": jnp.eye(1 + tasks.CHOICES, tasks.CHOICES, -1), "bias": jnp.zeros(tasks.CHOICES)}
+    return cell, {"cell": params, "head": head}
+
+
+def test_a_full_bank_knows_exactly_slots_of_n_pairs_and_an_emptied_one_none(memory_tasks):
+    cell, params = looking_up(memory_tasks, 8)
+    task = memory_tasks.TASKS["associative_recall"]
+    wrong = [float(memory_tasks.tested(task, cell, params, length, False)) for length in (4, 8, 16)]
+    assert wrong == [0.0, 0.0, 0.5]
+    assert float(memory_tasks.tested(task, cell, params, 8, True)) == pytest.approx(63 / 64, abs=0.02)
+    assert memory_tasks.without_memory(task, 8) == 63 / 64
+
+
+def test_a_kept_bank_answers_what_earlier_tasks_told_and_no_other(scripts, monkeypatch):
+    many = scripts("many_tasks")
+    monkeypatch.setattr(many, "WORLDS", 60)
+    monkeypatch.setattr(many, "TASKS_IN_TURN", 5)
+    cell, params = looking_up(sys.modules["memory_tasks"], 40)
+    key = jax.random.key(3)
+    kept, told = many.in_turn(cell, params, key, "kept")
+    np.testing.assert_allclose(told, [1 - (7 / 8) ** t for t in range(5)], atol=0.06)
+    np.testing.assert_allclose(kept[1:], told[1:], atol=1e-6)  # the values of others are never right
+    cleared, shuffled = (many.in_turn(cell, params, key, way)[0] for way in ("cleared", "shuffled"))
+    np.testing.assert_allclose(cleared, 1 / 64, atol=0.03)
+    assert np.all(shuffled < 0.1)

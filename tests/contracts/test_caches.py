@@ -28,6 +28,7 @@ from hybrid_jax.models.recurrent.lru import LRU
 from hybrid_jax.models.recurrent.lstm import LSTM
 from hybrid_jax.models.recurrent.mamba2 import Mamba2
 from hybrid_jax.models.recurrent.mingru import MinGRU
+from hybrid_jax.models.recurrent.rg_lru import RGLRU
 from hybrid_jax.testing import PrefixTable, tiny_decoder_folder
 
 V, P, T = 29, 5, 14
@@ -104,6 +105,7 @@ MODELS: dict[str, Callable[..., tuple[Any, Any, int]]] = {
     "gru, residual with an MLP": lambda _: _random(GRU(num_layers=2, width=8, residual=True, mlp_width=12)),
     "elman, normed and tied": lambda _: _random(Elman(width=8, layer_norm=True, tie_embeddings=True)),
     "mingru": lambda _: _random(MinGRU(width=8)),
+    "rg_lru": lambda _: _random(RGLRU(width=8, state_width=5)),
     "lru, with an MLP": lambda _: _random(LRU(width=8, state_width=5, mlp_width=12)),
     "mamba2, in chunks of four": lambda _: _random(
         Mamba2(num_layers=2, width=8, head_width=4, state_width=5, groups=2, chunk_length=4)

@@ -7,5 +7,6 @@ from hybrid_jax.models.recurrent.lru import LRU
 from hybrid_jax.models.recurrent.lstm import LSTM
 from hybrid_jax.models.recurrent.mamba2 import Mamba2
 from hybrid_jax.models.recurrent.mingru import MinGRU
+from hybrid_jax.models.recurrent.rg_lru import RGLRU
 
-__all__ = ["GRU", "LRU", "LSTM", "Elman", "GatedDeltaNet", "Mamba2", "MinGRU"]
+__all__ = ["GRU", "LRU", "LSTM", "RGLRU", "Elman", "GatedDeltaNet", "Mamba2", "MinGRU"]

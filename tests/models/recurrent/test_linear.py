@@ -8,6 +8,7 @@ import pytest
 from hybrid_jax.models.recurrent.cell import Cell, Flow
 from hybrid_jax.models.recurrent.lru import LRUCell
 from hybrid_jax.models.recurrent.mingru import MinGRUCell
+from hybrid_jax.models.recurrent.rg_lru import RGLRUCell
 
 W, B, T = 4, 2, 13
 KEY = jax.random.key(0)
@@ -17,7 +18,7 @@ FLOW = Flow(
     jnp.asarray(SEGMENTS > 0),
     jnp.asarray((SEGMENTS > 0) & (np.pad(SEGMENTS, ((1, 0), (0, 0)))[:-1] != SEGMENTS)),
 )
-CELLS = {"mingru": MinGRUCell(W), "lru": LRUCell(W, 3)}
+CELLS = {"mingru": MinGRUCell(W), "lru": LRUCell(W, 3), "rg_lru": RGLRUCell(W, 3)}
 
 
 @pytest.fixture(params=CELLS)
@@ -79,5 +80,25 @@ def test_a_linear_unit_follows_its_equations_in_complex128_and_begins_on_the_rin
         h = eigenvalues * h + np.sqrt(1 - np.abs(eigenvalues) ** 2) * (x @ b)
         y = (h @ c).real + params["skip"]["scale"] * x
         expected.append(0.5 * y * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3))))
+    y, _ = cell.read(jax.tree.map(jnp.float32, params), X, cell.start(B))
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_a_real_gated_unit_follows_its_equations_in_float64_and_begins_within_its_range():
+    """a = σ(Λ)^(8 r) is between 0.9 and 0.999 at the start where the gate r is 1."""
+    cell = RGLRUCell(W, 50)
+    params = jax.tree.map(np.float64, cell.init(KEY, W))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    base = sigmoid(params["decay"]["logit"])
+    assert 0.9 <= (base**8).min() < 0.92 < 0.98 < (base**8).max() <= 0.999
+    params["gates"]["bias"] = np.random.default_rng(1).normal(0, 1, 100)
+    h, expected = np.zeros((B, 50)), []
+    for x in X:
+        u, branch = np.split(x @ params["input"]["kernel"], 2, axis=1)
+        r, i = np.split(sigmoid(u @ params["gates"]["kernel"] + params["gates"]["bias"]), 2, axis=1)
+        a = base ** (8 * r)
+        h = a * h + np.sqrt(1 - a**2) * i * u
+        gelu = 0.5 * branch * (1 + np.tanh(np.sqrt(2 / np.pi) * (branch + 0.044715 * branch**3)))
+        expected.append((gelu * h) @ params["projection"]["kernel"])
     y, _ = cell.read(jax.tree.map(jnp.float32, params), X, cell.start(B))
     np.testing.assert_allclose(y, expected, atol=1e-5)

@@ -1,0 +1,145 @@
+"""What each decoder gives and costs, on the same prompts; prints a markdown table.
+
+    python scripts/decoders_table.py --run runs/tinyshakespeare --prompts prompts.txt --judge runs/kneser_ney \\
+        "temperature=0" "temperature=0 repetition_penalty=1.2" min_p=0.1 "name=best_of_n n=8"
+
+Each sampler is its settings over those of the run or folder, without the prefix ``sampler.``; the first row is
+`ancestral` at temperature 1, whose tokens a second the others are divided by. Columns:
+
+    speed            tokens in answers a second, over ancestral's; the fastest of three times, compiled before
+    own, judge       nats a token of the answers under the model itself and under the judge, temperature 1
+    distinct-n       different word n-grams of all answers, over their number
+    repeated 4       share of the word 4-grams of an answer that it has used before, the mean of the answers
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hybrid_jax.core.cli import ArgumentParser, run_command
+from hybrid_jax.core.config import parse
+from hybrid_jax.core.files import read_text
+from hybrid_jax.core.ranges import settings
+from hybrid_jax.core.registry import EVERYTHING
+from hybrid_jax.core.yaml_text import parse_yaml
+from hybrid_jax.data.continuations import encode_prompts
+from hybrid_jax.experiment import environment
+from hybrid_jax.metrics.text import distinct_n, repetition_rate
+from hybrid_jax.models.scoring import response_log_probs
+from hybrid_jax.rewards.base import REWARDS, evaluate_reward
+from hybrid_jax.runs.policy import Policy, load_policy, load_pretrained_policy
+from hybrid_jax.runs.samplers import overridden
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import sample
+from hybrid_jax.sampling.responses import decode_responses
+
+TIMES = 3
+
+
+@settings
+class Rewarded:
+    """The reward of a table."""
+
+    reward: Annotated[Any, REWARDS]
+
+
+def main(arguments: list[str]) -> None:
+    options = arguments_of(arguments)
+    policy = load_policy(options.run) if options.run else load_pretrained_policy(options.model)
+    judge = load_pretrained_policy(options.judge) if options.judge else None
+    reward = None
+    if options.reward:
+        reward = parse(Rewarded, {"reward": parse_yaml(options.reward, "--reward")}, trust=EVERYTHING).reward
+    prompts = [line for line in read_text(options.prompts, 2**20, "prompts file").splitlines() if line.strip()]
+    start = Ancestral(max_new_tokens=options.max_new_tokens)
+    samplers = {"ancestral": start}
+    for given in options.samplers:
+        samplers[given] = overridden(start, [f"sampler.{setting}" for setting in shlex.split(given)])
+    names = ["speed", *(["reward"] if reward else []), "own", *(["judge"] if judge else [])]
+    names += ["distinct-1", "distinct-2", "distinct-4", "repeated 4"]
+    print("| sampler | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
+    first = None
+    for name, sampler in samplers.items():
+        texts, speed = answers(replace(policy, sampler=sampler), prompts, options.seed)
+        first = first or speed
+        row = {"speed": f"{speed / first:.2f}", "own": nats(policy, prompts, texts)}
+        row["judge"] = nats(judge, prompts, texts) if judge else ""
+        row["reward"] = f"{np.mean(evaluate_reward('reward', reward, prompts, texts)):.3f}" if reward else ""
+        row |= {f"distinct-{n}": f"{distinct_n(texts, n):.3f}" for n in (1, 2, 4)}
+        row["repeated 4"] = f"{np.mean([repetition_rate(text, 4) for text in texts]):.3f}"
+        print(f"| `{name}` | " + " | ".join(row[column] for column in names) + " |", flush=True)
+        if options.show:
+            print(f"{texts[0]!r}", file=sys.stderr)
+    here = environment()
+    print(
+        f"\n{len(prompts)} prompts, {options.max_new_tokens} tokens, seed {options.seed}, ancestral "
+        f"{first:,.0f} tokens/s, {here['devices'][0]}, {here['cpu_count']} cores, commit {here['commit']}"
+    )
+
+
+def arguments_of(arguments: list[str]) -> Any:
+    description, _, epilog = (__doc__ or "").partition("\n\n")
+    parser = ArgumentParser(prog="decoders_table.py", description=description, epilog=epilog)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", metavar="DIR")
+    source.add_argument("--model", metavar="FOLDER")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one a line")
+    parser.add_argument("--judge", metavar="FOLDER", help="a language model that the answers are scored by")
+    parser.add_argument("--reward", metavar="YAML", help="of an answer, such as '{name: length, target: 12}'")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", action="store_true", help="the first answer of each, on stderr")
+    parser.add_argument("samplers", nargs="*", metavar="'a=value b=value'")
+    return parser.parse_intermixed_args(arguments)
+
+
+def answers(policy: Policy, prompts: list[str], seed: int) -> tuple[list[str], float]:
+    """An answer to each prompt, and their tokens a second."""
+    ids = encode_prompts(policy.tokenizer, prompts)
+    inputs = (policy.model, policy.params, *padded(ids), jax.random.key(seed))
+
+    def draw() -> Any:
+        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids, tokenizer=policy.tokenizer)
+        return jax.block_until_ready(drawn)
+
+    drawn, fastest = draw(), np.inf
+    for _ in range(TIMES):
+        started = time.perf_counter()
+        draw()
+        fastest = min(fastest, time.perf_counter() - started)
+    tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
+    return decode_responses(policy.tokenizer, ids, tokens, mask, policy.eos_ids), mask.sum() / fastest
+
+
+def nats(policy: Policy, prompts: list[str], texts: list[str]) -> str:
+    """Mean −log p of a token of the answers."""
+    asked = encode_prompts(policy.tokenizer, prompts)
+    said = [policy.tokenizer.encode(text) for text in texts]
+    before, read = padded(asked)
+    response = [row + [0] * (max(map(len, said)) - len(row)) for row in said]
+    there = jnp.asarray([[i < len(row) for i in range(len(response[0]))] for row in said])
+    tokens = jnp.concatenate([before, jnp.asarray(response, jnp.int32)], axis=1)
+    mask = jnp.concatenate([read, there], axis=1)
+    log_probs = response_log_probs(policy.model, policy.params, tokens, mask, there.shape[1], 1.0)
+    return f"{-float(jnp.sum(jnp.where(there, log_probs, 0.0)) / jnp.sum(there)):.3f}"
+
+
+def padded(rows: list[list[int]]) -> tuple[Any, Any]:
+    """Rows of tokens, left-padded, and which are real."""
+    longest = max(map(len, rows))
+    tokens = [[0] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[i >= longest - len(row) for i in range(longest)] for row in rows]
+    return jnp.asarray(tokens, jnp.int32), jnp.asarray(mask)
+
+
+if __name__ == "__main__":
+    run_command(main)

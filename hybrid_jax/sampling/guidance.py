@@ -242,7 +242,8 @@ def _by_value(
 
 @cache
 def _critic(folder: str) -> tuple[Classifier, Params]:
-    return load_classifier(folder)
+    with jax.ensure_compile_time_eval():  # arrays, also where the caller is being traced
+        return load_classifier(folder)
 
 
 _read_prompts = partial(jax.jit, static_argnames=("model", "new_tokens"))(read_prompts)

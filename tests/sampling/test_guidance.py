@@ -129,7 +129,10 @@ def test_a_value_of_a_folder_reads_beginnings_from_a_cache_of_its_own(tmp_path):
     save_classifier(tmp_path / "value", critic, weights)
     prompts, mask = jnp.asarray([[0, 1, 2], [3, 3, 4]]), jnp.asarray([[False, True, True], [True, True, True]])
     sampler = Guidance(max_new_tokens=5, candidates=4, value=str(tmp_path / "value"), beta=0.3)
+    traced = jax.jit(lambda *inputs: sample(replace(sampler), model, *inputs, eos_ids=(6,)))
+    first = traced(params, prompts, mask, jax.random.key(0))
     found = sample(sampler, model, params, prompts, mask, jax.random.key(0), eos_ids=(6,))
+    np.testing.assert_array_equal(first.tokens, found.tokens)
     read = jax.jit(lambda tokens, mask: critic.apply(weights, tokens, mask)[:, 0])
     logits_of = jax.jit(lambda tokens, mask: model.apply(params, tokens, mask).logits[:, -1])
     for row in range(2):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any
 
 from hybrid_jax.core.config import apply_overrides, parse, to_dict
@@ -35,6 +35,15 @@ def default_sampler(context: int | None) -> Ancestral:
     return Ancestral(max_new_tokens=64 if context is None else max(min(64, context // 2), 1))
 
 
+def _settings_of(name: Any) -> set[str]:
+    """The settings that a sampler has; what is no sampler is refused."""
+    try:
+        entry = SAMPLERS.find(str(name), EVERYTHING)
+    except UserError as error:
+        raise UserError(f"sampler: {error}") from error
+    return {field.name for field in fields(entry)} if is_dataclass(entry) else set()
+
+
 def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
     """``sampler`` with ``sampler.a=value`` settings over its own; another one keeps those that it knows.
 
@@ -47,9 +56,7 @@ def overridden(sampler: Sampler, overrides: Sequence[str]) -> Sampler:
     settings = apply_overrides({"sampler": own}, overrides, _SamplerSettings, EVERYTHING)
     chosen = settings["sampler"]
     if isinstance(chosen, Mapping) and chosen.get("name") != own["name"]:
-        new = parse(_SamplerSettings, {"sampler": chosen["name"]}, trust=EVERYTHING).sampler
-        known = {"name", *to_dict(new)}
-        kept = {name: value for name, value in own.items() if name in known}
+        kept = {name: value for name, value in own.items() if name in _settings_of(chosen["name"])}
         start = {"sampler": {**kept, "name": chosen["name"]}}
         settings = apply_overrides(start, overrides, _SamplerSettings, EVERYTHING)
     return parse(_SamplerSettings, settings, trust=EVERYTHING).sampler

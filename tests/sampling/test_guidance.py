@@ -11,6 +11,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.models.classifier import Classifier, save_classifier
 from hybrid_jax.models.decoder import DecoderConfig
 from hybrid_jax.rewards.tokens import TokenCount
+from hybrid_jax.runs.samplers import overridden
 from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.base import sample
 from hybrid_jax.sampling.guidance import Guidance
@@ -161,6 +162,16 @@ def test_a_value_of_other_tokens_is_one_line(tmp_path):
         UserError, match=r"sampler\.value must have one label and the model's 3 tokens, got 1 and 5"
     ):
         draws(Guidance(max_new_tokens=3, value=str(tmp_path)), 2)
+
+
+def test_a_sampler_that_needs_settings_is_named_with_them_on_a_command_line():
+    """It keeps what both have: here the longest answer."""
+    start, reward = Ancestral(max_new_tokens=9, temperature=0.5), "sampler.reward={name: length, target: 5}"
+    for name in ("rejection", "guidance"):
+        found = overridden(start, [f"sampler.name={name}", reward, "sampler.beta=2"])
+        assert (found.max_new_tokens, found.beta, found.reward.target) == (9, 2, 5)
+    with pytest.raises(UserError, match="sampler: unknown sampler 'guidence'; did you mean 'guidance'"):
+        overridden(start, ["sampler.name=guidence"])
 
 
 def test_no_policy_learns_from_guidance():

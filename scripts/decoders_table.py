@@ -6,7 +6,7 @@
 Each sampler is its settings over those of the run or folder, without the prefix ``sampler.``; the first row is
 `ancestral` at temperature 1, whose tokens a second the others are divided by. Columns:
 
-    speed            tokens in answers a second, over ancestral's; the fastest of three times, compiled before
+    speed            tokens in answers a second, over ancestral's beside it: the median of three turns, compiled
     own, judge       nats a token of the answers under the model itself and under the judge, temperature 1
     distinct-n       different word n-grams of all answers, over their number
     repeated 4       share of the word 4-grams of an answer that it has used before, the mean of the answers
@@ -39,10 +39,10 @@ from hybrid_jax.rewards.base import REWARDS, evaluate_reward
 from hybrid_jax.runs.policy import Policy, load_policy, load_pretrained_policy
 from hybrid_jax.runs.samplers import overridden
 from hybrid_jax.sampling.ancestral import Ancestral
-from hybrid_jax.sampling.base import sample
+from hybrid_jax.sampling.base import Sampler, sample
 from hybrid_jax.sampling.responses import decode_responses
 
-TIMES = 3
+TURNS = 3
 
 
 @settings
@@ -61,17 +61,18 @@ def main(arguments: list[str]) -> None:
         reward = parse(Rewarded, {"reward": parse_yaml(options.reward, "--reward")}, trust=EVERYTHING).reward
     prompts = [line for line in read_text(options.prompts, 2**20, "prompts file").splitlines() if line.strip()]
     start = Ancestral(max_new_tokens=options.max_new_tokens)
-    samplers = {"ancestral": start}
+    samplers: dict[str, Sampler] = {"ancestral": start}
     for given in options.samplers:
         samplers[given] = overridden(start, [f"sampler.{setting}" for setting in shlex.split(given)])
     names = ["speed", *(["reward"] if reward else []), "own", *(["judge"] if judge else [])]
     names += ["distinct-1", "distinct-2", "distinct-4", "repeated 4"]
     print("| sampler | " + " | ".join(names) + " |\n" + "|---" * (1 + len(names)) + "|")
-    first = None
+    ancestral = Drawing(replace(policy, sampler=start), prompts, options.seed)
     for name, sampler in samplers.items():
-        texts, speed = answers(replace(policy, sampler=sampler), prompts, options.seed)
-        first = first or speed
-        row = {"speed": f"{speed / first:.2f}", "own": nats(policy, prompts, texts)}
+        drawing = Drawing(replace(policy, sampler=sampler), prompts, options.seed)
+        ratios = [drawing.speed() / ancestral.speed() for _ in range(TURNS)]
+        texts = drawing.texts
+        row = {"speed": f"{np.median(ratios):.2f}", "own": nats(policy, prompts, texts)}
         row["judge"] = nats(judge, prompts, texts) if judge else ""
         row["reward"] = f"{np.mean(evaluate_reward('reward', reward, prompts, texts)):.3f}" if reward else ""
         row |= {f"distinct-{n}": f"{distinct_n(texts, n):.3f}" for n in (1, 2, 4)}
@@ -82,7 +83,8 @@ def main(arguments: list[str]) -> None:
     here = environment()
     print(
         f"\n{len(prompts)} prompts, {options.max_new_tokens} tokens, seed {options.seed}, ancestral "
-        f"{first:,.0f} tokens/s, {here['devices'][0]}, {here['cpu_count']} cores, commit {here['commit']}"
+        f"{ancestral.speed():,.0f} tokens/s, {here['devices'][0]}, {here['cpu_count']} cores, "
+        f"commit {here['commit']}"
     )
 
 
@@ -102,22 +104,27 @@ def arguments_of(arguments: list[str]) -> Any:
     return parser.parse_intermixed_args(arguments)
 
 
-def answers(policy: Policy, prompts: list[str], seed: int) -> tuple[list[str], float]:
-    """An answer to each prompt, and their tokens a second."""
-    ids = encode_prompts(policy.tokenizer, prompts)
-    inputs = (policy.model, policy.params, *padded(ids), jax.random.key(seed))
+class Drawing:
+    """Answers of a policy to some prompts, compiled and drawn once."""
 
-    def draw() -> Any:
-        drawn = sample(policy.sampler, *inputs, eos_ids=policy.eos_ids, tokenizer=policy.tokenizer)
-        return jax.block_until_ready(drawn)
+    def __init__(self, policy: Policy, prompts: list[str], seed: int):
+        ids = encode_prompts(policy.tokenizer, prompts)
+        self._policy = policy
+        self._inputs = (policy.model, policy.params, *padded(ids), jax.random.key(seed))
+        drawn = self._draw()
+        tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
+        self.texts = decode_responses(policy.tokenizer, ids, tokens, mask, policy.eos_ids)
+        self._num_tokens = mask.sum()
 
-    drawn, fastest = draw(), np.inf
-    for _ in range(TIMES):
+    def _draw(self) -> Any:
+        how = {"eos_ids": self._policy.eos_ids, "tokenizer": self._policy.tokenizer}
+        return jax.block_until_ready(sample(self._policy.sampler, *self._inputs, **how))
+
+    def speed(self) -> float:
+        """Tokens in answers a second, of one more draw."""
         started = time.perf_counter()
-        draw()
-        fastest = min(fastest, time.perf_counter() - started)
-    tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
-    return decode_responses(policy.tokenizer, ids, tokens, mask, policy.eos_ids), mask.sum() / fastest
+        self._draw()
+        return self._num_tokens / (time.perf_counter() - started)
 
 
 def nats(policy: Policy, prompts: list[str], texts: list[str]) -> str:

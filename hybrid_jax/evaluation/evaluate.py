@@ -22,7 +22,7 @@ from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.evaluation.answer_scores import AnswerScores
 from hybrid_jax.evaluation.memory_probe import probe
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
-from hybrid_jax.models.base import BACKBONES, LanguageModel, Params
+from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.recurrent.model import RecurrentModel
 from hybrid_jax.models.scoring import token_loss
@@ -164,8 +164,8 @@ class Evaluator:
 
     def _recurrent(self) -> RecurrentModel:
         if not isinstance(self._model, RecurrentModel):
-            kind = BACKBONES.name_of(getattr(self._model, "settings", self._model))
-            raise UserError(f"evaluation.memory_rows needs a recurrent model, got {kind}; set it to null")
+            kind = type(self._model).__name__
+            raise UserError(f"evaluation.memory_rows needs a recurrent model, got a {kind}; set it to null")
         return self._model
 
     def answers(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:

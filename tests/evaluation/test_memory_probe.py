@@ -162,6 +162,6 @@ def test_an_evaluation_logs_the_probe_and_writes_the_heads_of_the_first_row():
 
 def test_a_model_without_a_state_is_refused_in_one_line():
     with pytest.raises(
-        UserError, match=r"evaluation.memory_rows needs a recurrent model, got .*set it to null"
+        UserError, match=r"evaluation.memory_rows needs a recurrent model, got a PrefixTable; set it to null"
     ):
         evaluator(PrefixTable(max_length=None))

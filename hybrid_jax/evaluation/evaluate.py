@@ -32,7 +32,7 @@ from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.segments import response_pieces
-from hybrid_jax.sampling.base import SAMPLERS, Sampler, sample
+from hybrid_jax.sampling.base import SAMPLERS, Sampler, alone, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
 _READ = 64  # tokens for which heads are shown
@@ -88,7 +88,7 @@ class Evaluator:
     ):
         self.config = config
         self._model, self._tokenizer, self._eos_ids = model, tokenizer, eos_ids
-        self.sampler = config.sampler or sampler
+        self.sampler = alone(config.sampler or sampler)
         if config.reward is not None:
             rewards = {"": config.reward}
         # The first is what the run is about: its numbers have no prefix, however many phases have a reward.

@@ -52,6 +52,7 @@ from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.phases.sft_mix import MixedExamples, SFTMix
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.phases.value_network import SeparateStart
+from hybrid_jax.sampling.base import explores
 from hybrid_jax.training.layerwise import layer_by_layer
 from hybrid_jax.training.loss_scale import initial_loss_scale
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Linear, Optimizer
@@ -101,6 +102,12 @@ class OnPolicy(RolloutSettings):
             raise ValueError(f"samples_per_prompt must be at least {least}, got {self.samples_per_prompt}")
         if reads_ratios(self.advantage) and self.correction is not None:
             raise ValueError("correction must be null for an advantage that weighs by ratios itself, as vtrace")
+        weighs = self.correction is not None or reads_ratios(self.advantage)
+        if explores(self.sampler) and not weighs:
+            raise ValueError(
+                "correction must be given, or advantage be vtrace, with a sampler that explores: what it draws "
+                "has other probabilities than the policy's"
+            )
         if self.value_init is not None and self.value_network != "separate":
             raise ValueError(f"value_init needs value_network: separate, got {self.value_network!r}")
         if not self.advantage.needs_value and (self.value_network != "shared" or self.value_warmup_steps):

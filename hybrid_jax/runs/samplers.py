@@ -12,7 +12,7 @@ from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.rewards import catalogue as rewards  # noqa: F401  a sampler may choose by one
 from hybrid_jax.sampling import catalogue  # noqa: F401  fills SAMPLERS
 from hybrid_jax.sampling.ancestral import Ancestral
-from hybrid_jax.sampling.base import SAMPLERS, Sampler
+from hybrid_jax.sampling.base import SAMPLERS, Sampler, alone
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def run_sampler(settings: dict[str, Any], context: int | None, trust: Container[
     sampler = next((sampler for sampler in found if sampler), None)
     if sampler is None:
         return default_sampler(context)
-    return parse(_SamplerSettings, {"sampler": sampler}, trust=trust).sampler
+    return alone(parse(_SamplerSettings, {"sampler": sampler}, trust=trust).sampler)
 
 
 def default_sampler(context: int | None) -> Ancestral:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import chex
 from jaxtyping import Array, Bool, Int
@@ -24,8 +24,9 @@ class Sampler(Protocol):
 
     One that draws from the policy's own distribution, ``softmax(logits / temperature)`` over the whole
     vocabulary, also has an attribute ``policy_temperature``; only from its samples may PPO learn. Without it,
-    or where it is None, the sampler cuts off, is greedy, chooses or searches. One whose ``reads_texts`` is True
-    also takes the ``tokenizer``, and runs on the host.
+    or where it is None, the sampler cuts off, is greedy, chooses or searches. One that mixes the policy with
+    something else, as `exploring`, has it, and ``alone``, a sampler of the policy by itself. One whose
+    ``reads_texts`` is True also takes the ``tokenizer``, and runs on the host.
     """
 
     @property
@@ -49,6 +50,16 @@ class Sampler(Protocol):
         distribution that a response comes from is not known.
         """
         ...
+
+
+def explores(sampler: Any) -> bool:
+    """Tells whether a sampler draws from another distribution than its policy's on purpose."""
+    return hasattr(sampler, "alone")
+
+
+def alone(sampler: Any) -> Any:
+    """The sampler with which a policy answers by itself: ``alone`` of one that explores."""
+    return getattr(sampler, "alone", sampler)
 
 
 ValueT = TypeVar("ValueT")

@@ -3,6 +3,7 @@
 import hybrid_jax.sampling.ancestral
 import hybrid_jax.sampling.beam
 import hybrid_jax.sampling.best_of_n
+import hybrid_jax.sampling.exploring
 import hybrid_jax.sampling.guidance
 import hybrid_jax.sampling.metropolis
 import hybrid_jax.sampling.particles

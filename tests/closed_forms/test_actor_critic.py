@@ -29,3 +29,19 @@ def test_a2c_reaches_the_optimum(advantage, learned, on_policy):
 def test_a3c_with_four_actors_reaches_the_optimum(advantage, learned, on_policy):
     settings = {**on_policy, **A2C, "name": "a3c", "actors": 4, "advantage": {"name": advantage}}
     assert distance_to_optimum(learned({"rl": settings}, 300)) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"advantage": {"name": "vtrace", "rho_cap": 2.0, "trace_cap": 2.0}},
+        {"advantage": {"name": "n_step"}, "correction": {"kind": "sequence_mask", "cap": 8.0}},
+    ],
+    ids=["vtrace", "sequence_mask"],
+)
+def test_what_an_exploring_policy_draws_teaches_the_optimum_of_the_policy_itself(changes, learned, on_policy):
+    """A third of the tokens repeat the one before; ratios are at most 1.5, so that no cap cuts one."""
+    sampler = {"name": "exploring", "max_new_tokens": 3, "share": 1 / 3, "repeat": 1.0}
+    policy = learned({"rl": {**on_policy, **A2C, **changes, "sampler": sampler}}, 200)
+    assert distance_to_optimum(policy) < 0.01

@@ -56,7 +56,7 @@ from hybrid_jax.training.profiler import ProfileConfig
 from hybrid_jax.training.scheduler import SCHEDULERS
 
 # Metrics, groups of parameters and folders begin with the name of a phase; these begin other ones.
-_TAKEN = ("compile", "evaluation", "heads", "judge", "memory", "reward", "time")
+_TAKEN = ("compile", "evaluation", "heads", "judge", "memory", "reward", "time", "token_chain")
 
 
 @settings

@@ -22,6 +22,7 @@ from hybrid_jax.data.tokenizer import Tokenizer
 from hybrid_jax.evaluation.answer_scores import AnswerScores
 from hybrid_jax.evaluation.memory_probe import probe
 from hybrid_jax.metrics.text import corpus_bleu, distinct_n
+from hybrid_jax.metrics.token_chain import TokenChain
 from hybrid_jax.models.base import LanguageModel, Params
 from hybrid_jax.models.encoder_decoder import EncoderDecoder
 from hybrid_jax.models.recurrent.model import RecurrentModel
@@ -56,6 +57,7 @@ class EvaluationConfig:
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
     memory_rows: Annotated[int, Ge(2)] | None = None  # held-out rows to probe a recurrent model's state on
+    token_chain: bool = False  # measure the Markov chain over tokens that the answers make
     num_extremes: Natural = 2  # of the best and of the worst answers by each part, written into samples.jsonl
 
     def __post_init__(self):
@@ -197,6 +199,9 @@ class Evaluator:
             "distinct_2": float(distinct_n(responses, 2)),
             **_bleu(examples, responses),
         }
+        if self.config.token_chain:
+            chain = TokenChain.of(answers["tokens"]).numbers()
+            numbers |= {f"token_chain/{name}": number for name, number in chain.items()}
         by_prompt, parts = {}, {}
         for scored in self._scored:
             scores, values = scored.scores(answers, prompts)
@@ -241,6 +246,8 @@ class Evaluator:
             "complete": complete.tolist(),
             "length": mask.sum(axis=1).tolist(),
         }
+        if self.config.token_chain:
+            answers["tokens"] = [row[chosen].tolist() for row, chosen in zip(tokens, mask, strict=True)]
         if any(scored.needs_pieces for scored in self._scored):
             answers["pieces"] = response_pieces(*texts)
         for scored in (scored for scored in self._scored if scored.reward.on_device):

@@ -108,6 +108,14 @@ GLOSSARY = {
         "Calls of tools that went wrong, in one conversation.",
         "Not falling: the policy does not learn how a tool is called.",
     ),
+    "distinct_2": (
+        "Different pairs of neighbouring words among all, over the answers to the held-out prompts.",
+        "Falling: answers become alike.",
+    ),
+    "bleu": (
+        "BLEU-4 of those answers against the data's own, 0 to 100.",
+        "Falling while the score rises: the reward asks for something else than the examples.",
+    ),
     "response_length": (
         "Mean tokens of a response.",
         "Drifting up or down with the score: the reward may be counting length.",
@@ -214,6 +222,27 @@ GLOSSARY = {
         "Near 0: it tries one part only.",
     ),
     "reward/bandit_arm": ("The part that the bandit tries, counted from 0.", "Never changing: no exploration."),
+    "learned_score": (
+        "Mean score of the answers that are imitated, each with its weight.",
+        "No better than the score: nothing is chosen, so nothing gets better.",
+    ),
+    "learned": ("Share of the chosen answers that teach.", "Near 0: at_least is out of reach."),
+    "token_chain/spectral_gap": (
+        "How fast the Markov chain over tokens that the answers make forgets where it was; 1 is at once.",
+        "Near 0: answers run in loops, or fall into kinds that share no tokens.",
+    ),
+    "token_chain/period": (
+        "Greatest common divisor of the lengths of closed walks of that chain; 1 is ergodic.",
+        "Above 1: answers of one length, or of few words.",
+    ),
+    "token_chain/stationary_entropy": (
+        "Entropy of the tokens that answers use, in nats; exploration raises it.",
+        "Falling: fewer tokens are used, ever more often.",
+    ),
+    "token_chain/entropy_rate": (
+        "How undecided the next token is once the last one is known, in nats.",
+        "Falling to 0: answers become one.",
+    ),
     "memory/gradient": (
         "Norm of the gradient of a row's last loss by what was read so many tokens before; mean over rows.",
         "Falling steeply with the distance: what lies further back is not learned from.",

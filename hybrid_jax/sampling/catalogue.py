@@ -7,4 +7,5 @@ import hybrid_jax.sampling.exploring
 import hybrid_jax.sampling.guidance
 import hybrid_jax.sampling.metropolis
 import hybrid_jax.sampling.particles
-import hybrid_jax.sampling.rejection  # noqa: F401
+import hybrid_jax.sampling.rejection
+import hybrid_jax.sampling.tree_search  # noqa: F401

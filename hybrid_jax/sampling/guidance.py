@@ -80,14 +80,14 @@ class ByValue:
     def begin(self, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], length: int) -> Any:
         """A cache that has read the prompts, and their values."""
         empty = self.critic.backbone.init_cache(len(prompts), prompts.shape[1] + length)
-        values, cache = self._read(prompts, mask, empty)
+        values, cache = self.read(prompts, mask, empty)
         return cache, values
 
     def score(self, kept: Any, samples: Samples, t, tokens: Int[Array, "B k"], ends) -> tuple[Array, Any]:
         """As `ByReward.score`."""
         (cache, now), (batch, size) = kept, tokens.shape
         token = tokens.reshape(-1, 1)
-        values, cache = self._read(token, token >= 0, cache.take(jnp.repeat(jnp.arange(batch), size)))
+        values, cache = self.read(token, token >= 0, cache.take(jnp.repeat(jnp.arange(batch), size)))
         values = jnp.where(ends, now[:, None], values.reshape(batch, size))
         return values, (cache, values)
 
@@ -97,7 +97,8 @@ class ByValue:
         rows = jnp.arange(len(choice)) * values.shape[1] + choice
         return cache.take(rows), values.reshape(-1)[rows]
 
-    def _read(self, tokens, mask, cache) -> tuple[Float[Array, "N"], Any]:
+    def read(self, tokens, mask, cache) -> tuple[Float[Array, "N"], Any]:
+        """The values of beginnings that go on with these tokens, and the cache that has read them."""
         hidden, cache = self.critic.backbone.read_on(self.params, tokens, mask, cache)
         score = self.params["score"]
         return linear(hidden[:, -1].astype(jnp.float32), score["kernel"], score.get("bias"))[:, 0], cache
@@ -133,13 +134,7 @@ class Guidance(ChoosesByReward):
         check_fits(model, prompt_tokens.shape[1], self.max_new_tokens, eos_ids)
         inputs = (model, params, prompt_tokens, prompt_mask, key, tuple(eos_ids))
         if self.value is not None:
-            critic, critic_params = _critic(self.value)
-            if critic.num_labels != 1 or critic.vocab_size != model.vocab_size:
-                raise UserError(
-                    f"sampler.value must have one label and the model's {model.vocab_size} tokens, got "
-                    f"{critic.num_labels} and {critic.vocab_size} in {self.value}"
-                )
-            check_fits(critic.backbone, prompt_tokens.shape[1], self.max_new_tokens, ())
+            critic, critic_params = read_value(self.value, model, prompt_tokens.shape[1], self.max_new_tokens)
             guided = _by_value(Static(self), critic, critic_params, *inputs)
         elif self.reads_texts:
             judge = ByReward(self.score(model, prompt_tokens, prompt_mask, eos_ids, tokenizer))
@@ -238,6 +233,24 @@ def _by_value(
 ) -> Guided:
     judge = ByValue(critic, critic.cast(critic_params))
     return settings.value.draw(judge, model, params, prompts, mask, key, eos_ids)
+
+
+def read_value(
+    folder: str, model: LanguageModel, prompt_length: int, new_tokens: int
+) -> tuple[Classifier, Params]:
+    """The value function of a folder, for the beginnings of a model's responses.
+
+    Raises:
+        UserError: it has other tokens than the model, several labels, or no room for prompts and responses.
+    """
+    critic, params = _critic(folder)
+    if critic.num_labels != 1 or critic.vocab_size != model.vocab_size:
+        raise UserError(
+            f"sampler.value must have one label and the model's {model.vocab_size} tokens, got "
+            f"{critic.num_labels} and {critic.vocab_size} in {folder}"
+        )
+    check_fits(critic.backbone, prompt_length, new_tokens, ())
+    return critic, params
 
 
 @cache

@@ -3,11 +3,12 @@
     python scripts/decoders_table.py --run runs/tinyshakespeare --prompts prompts.txt --judge runs/kneser_ney \\
         "temperature=0" "temperature=0 repetition_penalty=1.2" min_p=0.1 "name=best_of_n n=8"
 
-Each sampler is its settings over those of the run or folder, without the prefix ``sampler.``; the first row is
-`ancestral` at temperature 1, whose tokens a second the others are divided by. Columns:
+Each sampler is its settings over those of `ancestral` at temperature 1, without the prefix ``sampler.``; the
+first row is `ancestral` itself, whose tokens a second the others are divided by. Columns:
 
     speed            tokens in answers a second, over ancestral's beside it: the median of three turns, compiled
-    own, judge       nats a token of the answers under the model itself and under the judge, temperature 1
+    own, judge       nats a token of the answers under the model itself, ends included, and of their texts
+                     behind the prompts under the judge, temperature 1; empty where no answer has a token
     distinct-n       different word n-grams of all answers, over their number
     repeated 4       share of the word 4-grams of an answer that it has used before, the mean of the answers
 """
@@ -27,20 +28,21 @@ import numpy as np
 
 from hybrid_jax.core.cli import ArgumentParser, run_command
 from hybrid_jax.core.config import parse
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.files import read_text
 from hybrid_jax.core.ranges import settings
 from hybrid_jax.core.registry import EVERYTHING
 from hybrid_jax.core.yaml_text import parse_yaml
-from hybrid_jax.data.continuations import encode_prompts
+from hybrid_jax.data.continuations import encode_continuations, encode_prompts
 from hybrid_jax.experiment import environment
 from hybrid_jax.metrics.text import distinct_n, repetition_rate
-from hybrid_jax.models.scoring import response_log_probs
+from hybrid_jax.models.scoring import next_token_log_probs
 from hybrid_jax.rewards.base import REWARDS, evaluate_reward
 from hybrid_jax.runs.policy import Policy, load_policy, load_pretrained_policy
 from hybrid_jax.runs.samplers import overridden
 from hybrid_jax.sampling.ancestral import Ancestral
 from hybrid_jax.sampling.base import Sampler, sample
-from hybrid_jax.sampling.responses import decode_responses
+from hybrid_jax.sampling.responses import decode_responses, join
 
 TURNS = 3
 
@@ -60,6 +62,10 @@ def main(arguments: list[str]) -> None:
     if options.reward:
         reward = parse(Rewarded, {"reward": parse_yaml(options.reward, "--reward")}, trust=EVERYTHING).reward
     prompts = [line for line in read_text(options.prompts, 2**20, "prompts file").splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {options.prompts} has no line with a prompt")
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
     start = Ancestral(max_new_tokens=options.max_new_tokens)
     samplers: dict[str, Sampler] = {"ancestral": start}
     for given in options.samplers:
@@ -72,8 +78,8 @@ def main(arguments: list[str]) -> None:
         drawing = Drawing(replace(policy, sampler=sampler), prompts, options.seed)
         ratios = [drawing.speed() / ancestral.speed() for _ in range(TURNS)]
         texts = drawing.texts
-        row = {"speed": f"{np.median(ratios):.2f}", "own": nats(policy, prompts, texts)}
-        row["judge"] = nats(judge, prompts, texts) if judge else ""
+        row = {"speed": f"{np.median(ratios):.2f}", "own": drawing.own}
+        row["judge"] = judged(judge, prompts, texts) if judge else ""
         row["reward"] = f"{np.mean(evaluate_reward('reward', reward, prompts, texts)):.3f}" if reward else ""
         row |= {f"distinct-{n}": f"{distinct_n(texts, n):.3f}" for n in (1, 2, 4)}
         row["repeated 4"] = f"{np.mean([repetition_rate(text, 4) for text in texts]):.3f}"
@@ -114,6 +120,8 @@ class Drawing:
         drawn = self._draw()
         tokens, mask = np.asarray(drawn.tokens), np.asarray(drawn.action_mask)
         self.texts = decode_responses(policy.tokenizer, ids, tokens, mask, policy.eos_ids)
+        rows, read = join(*self._inputs[2:4], drawn)
+        self.own = nats(policy, rows, read, drawn.action_mask)
         self._num_tokens = mask.sum()
 
     def _draw(self) -> Any:
@@ -127,17 +135,25 @@ class Drawing:
         return self._num_tokens / (time.perf_counter() - started)
 
 
-def nats(policy: Policy, prompts: list[str], texts: list[str]) -> str:
-    """Mean −log p of a token of the answers."""
-    asked = encode_prompts(policy.tokenizer, prompts)
-    said = [policy.tokenizer.encode(text) for text in texts]
-    before, read = padded(asked)
-    response = [row + [0] * (max(map(len, said)) - len(row)) for row in said]
-    there = jnp.asarray([[i < len(row) for i in range(len(response[0]))] for row in said])
-    tokens = jnp.concatenate([before, jnp.asarray(response, jnp.int32)], axis=1)
-    mask = jnp.concatenate([read, there], axis=1)
-    log_probs = response_log_probs(policy.model, policy.params, tokens, mask, there.shape[1], 1.0)
-    return f"{-float(jnp.sum(jnp.where(there, log_probs, 0.0)) / jnp.sum(there)):.3f}"
+def judged(policy: Policy, prompts: list[str], texts: list[str]) -> str:
+    """`nats` of texts behind their prompts, as another model's tokenizer reads them, as far as it can read."""
+    answers = encode_continuations(policy.tokenizer, prompts, texts)
+    length = max(len(prompt) + len(answer) for prompt, answer, _ in answers)
+    length = min(length, policy.model.max_length or length)
+    tokens, there = np.zeros((len(rows), length), np.int32), np.zeros((2, len(rows), length), bool)
+    for row, (prompt, answer, _) in enumerate(answers):
+        said = [*prompt, *answer][:length]
+        tokens[row, : len(said)], there[0, row, : len(said)] = said, True
+        there[1, row, len(prompt) : len(said)] = True
+    return nats(policy, jnp.asarray(tokens), jnp.asarray(there[0]), jnp.asarray(there[1][:, 1:]))
+
+
+def nats(policy: Policy, tokens: Any, read: Any, answered: Any) -> str:
+    """Mean −log p of the tokens of answers, the last ones of each row."""
+    length = answered.shape[1]
+    log_probs = next_token_log_probs(policy.model, policy.params, tokens, read)[:, -length:]
+    count = int(jnp.sum(answered))
+    return f"{-float(jnp.sum(jnp.where(answered, log_probs, 0.0))) / count:.3f}" if count else ""
 
 
 def padded(rows: list[list[int]]) -> tuple[Any, Any]:

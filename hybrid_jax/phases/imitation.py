@@ -29,16 +29,18 @@ from jaxtyping import Float
 from hybrid_jax.core.arrays import Sum
 from hybrid_jax.core.batches import Rollout
 from hybrid_jax.core.errors import UserError
-from hybrid_jax.core.ranges import Count, Finite, NonNegative, Positive, settings
+from hybrid_jax.core.ranges import BatchSize, Count, Finite, NonNegative, Positive, settings
 from hybrid_jax.models.scoring import shift_states, target_log_probs
 from hybrid_jax.parallel.rules import shard_rows
 from hybrid_jax.phases.minibatches import update_in_minibatches
-from hybrid_jax.phases.references import Reference, reference_models
+from hybrid_jax.phases.references import Reference
 from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.phases.rollout_phase import RolloutPhase
 from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.sampling.ancestral import Ancestral
+from hybrid_jax.sampling.base import SAMPLERS
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import check_rows
@@ -52,7 +54,8 @@ class Imitation(RolloutSettings):
     """Settings of learning from the policy's own chosen answers."""
 
     reward: CompositeReward = NO_REWARD  # what weighs the answers; none is needed where the sampler chooses
-    samples_per_prompt: Count = 1  # answers to each prompt
+    samples_per_prompt: BatchSize = 1  # answers to each prompt
+    sampler: Annotated[Any, SAMPLERS] = Ancestral(max_new_tokens=64)  # how the answers are found: any
     learns: Literal["best", "weighted", "all"] = "all"  # of the answers to a prompt
     beta: Positive = 1.0  # of ``weighted``: how far apart scores must be
     at_least: Finite | None = None  # score below which an answer teaches nothing; null: all do
@@ -97,7 +100,7 @@ class Imitation(RolloutSettings):
             prompt_length,
             self.sampler.max_new_tokens,
             tokens,
-            references=[*reference_models(self.references, model).values()],
+            references=[],
             epochs=self.epochs,
             value=None,
             learned=self.learned_rows,
@@ -168,7 +171,8 @@ class ImitationFunctions(RolloutFunctions):
             # Scaled, so that answers of equal scores weigh 1 each, as examples do.
             weights = config.samples_per_prompt * jax.nn.softmax(scores / config.beta, axis=1).reshape(-1)
         if config.at_least is not None:
-            weights = jnp.where(rollout.plain_scores >= config.at_least, weights, 0.0)
+            told = rollout.plain_scores - self.penalties(self.complete(rollout))
+            weights = jnp.where(told >= config.at_least, weights, 0.0)
         return replace(rollout, reference_log_probs={}), weights
 
     def objective(self) -> Objective:
@@ -186,7 +190,7 @@ class ImitationFunctions(RolloutFunctions):
 
         def weights(batch: Any) -> dict[str, Any]:
             (answers, weights), _ = batch
-            real = answers.attention_mask.sum()
+            real = answers.attention_mask.sum(where=weights[:, None] > 0)
             return {"loss": _weight(answers, weights), **dict.fromkeys(model.loss_coefs, real)}
 
         return Objective(loss, weights, {"loss": 1.0, **model.loss_coefs})

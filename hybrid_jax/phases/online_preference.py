@@ -31,6 +31,7 @@ from hybrid_jax.phases.rollout_phase import RolloutPhase
 from hybrid_jax.phases.rollout_settings import NO_REWARD, RolloutSettings
 from hybrid_jax.phases.step_flops import on_policy_flops
 from hybrid_jax.rewards.composite import CompositeReward
+from hybrid_jax.sampling.base import explores
 from hybrid_jax.training.optimizers import OPTIMIZERS, AdamW, Optimizer
 from hybrid_jax.training.phase import PHASES, Resources
 from hybrid_jax.training.shapes import check_rows
@@ -53,6 +54,11 @@ class OnlinePreference(RolloutSettings):
 
     def __post_init__(self):
         super().__post_init__()
+        if explores(self.sampler):
+            raise ValueError(
+                "sampler must not explore: what is compared are answers of the policy itself; a policy "
+                "gradient with a correction learns from others"
+            )
         self._check_pairs()
         kind = PREFERENCE_LOSSES.name_of(type(self.loss))
         wanted = "groups" if self.pairs == "group" else "pairs"

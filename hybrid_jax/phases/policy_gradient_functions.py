@@ -22,6 +22,7 @@ from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.phases.minibatches import update_in_minibatches, whole_rollout
 from hybrid_jax.phases.policy_losses import PolicyLosses
 from hybrid_jax.phases.rollout_functions import whole_rows
+from hybrid_jax.sampling.base import explores
 from hybrid_jax.training import loss_scale
 from hybrid_jax.training.loss_scale import loss_scale_of
 from hybrid_jax.training.state import TrainState
@@ -154,20 +155,23 @@ class PolicyGradientFunctions(PolicyLosses):
         if config.whiten_advantages:
             # Over the whole rollout: minibatches of an epoch then share one scale.
             advantages = whiten(advantages, learned)
-        own = whole_rows(rollout)
-        read = mask if own is None else learned
+        rows = whole_rows(rollout)
+        read = mask if rows is None else learned
+        sampled, ratios = rollout.log_probs, jnp.ones(())
+        if explores(config.sampler):  # the KL and the entropy of the policy, not of what leads it astray
+            sampled, ratios = own, jnp.exp(jnp.where(mask, own - rollout.log_probs, 0.0))
         kl, kl_k3 = (
             sum(
                 (
                     weights[name]
-                    * jnp.where(mask, estimate(rollout.log_probs, reference), 0).sum(1).mean(where=own)
+                    * jnp.where(mask, ratios * estimate(sampled, reference), 0).sum(1).mean(where=rows)
                     for name, reference in references.items()
                 ),
                 jnp.zeros(()),
             )
             for estimate in (k1, k3)
         )
-        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-rollout.log_probs, read)}
+        metrics = {"kl": kl, "kl_k3": kl_k3, "entropy": masked_mean(-ratios * sampled, read)}
         if rollout.values is not None:
             variance = explained_variance(rollout.values, returns, learned)
             metrics |= {"value": masked_mean(rollout.values, read), "explained_variance": variance}

@@ -31,6 +31,7 @@ from hybrid_jax.phases.rollout_functions import RolloutFunctions
 from hybrid_jax.phases.rollout_settings import RolloutSettings
 from hybrid_jax.rewards.base import column_names, columns_of
 from hybrid_jax.rewards.segments import response_pieces
+from hybrid_jax.sampling.base import between_programs
 from hybrid_jax.sampling.responses import decode_responses, ended
 from hybrid_jax.training.phase import Program, Resources
 from hybrid_jax.training.shapes import key_shape, like_rows, row_shape
@@ -75,9 +76,9 @@ class Rollouts:
     def _compile(self) -> None:
         sampling = self._placement.with_rules(ROLLOUTS[self.config.rollout_weights])
         sample, other = (under(sampling, self._program(name)) for name in ("sample", "sample_opponent"))
-        self._on_host = getattr(self.config.sampler, "reads_texts", False)  # between its programs
-        self._sample = partial(sample, tokenizer=self._tokenizer) if self._on_host else jax.jit(sample)
-        self._sample_opponent = jax.jit(other)
+        self._on_host = between_programs(self.config.sampler)
+        of = partial(partial, tokenizer=self._tokenizer) if self._on_host else jax.jit
+        self._sample, self._sample_opponent = of(sample), of(other)
         scoring = (jax.jit(under(self._placement, self._program(name))) for name in ("score", "rewarded"))
         self._score, self._reward_on_device = scoring
 
@@ -351,9 +352,8 @@ class Rollouts:
         prompts = tuple(row_shape(placement, rows, length, dtype=dtype) for dtype in ("int32", "bool"))
         key, references = key_shape(placement), self.references.shapes(state)
         policy = train.params["model"]
-        # From the host, which no plan can look into, they come without log-probs.
-        answers: Any = replace(jax.eval_shape(lambda: Samples.empty(rows, responses)), log_probs=None)
-        if not self._on_host:
+        answers: Any = jax.eval_shape(lambda: Samples.empty(rows, responses))
+        if not self._on_host:  # into which no plan can look
             answers = jax.eval_shape(self._sample, state.base, policy, *prompts, key)
         samples = like_rows(placement, answers)
         inputs = (state.base, state.train.params, references, *prompts, samples)

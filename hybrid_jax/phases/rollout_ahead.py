@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 
 from hybrid_jax.core.batches import Samples
 from hybrid_jax.models.param_axes import AHEAD
@@ -62,6 +63,8 @@ class RolloutAhead:
 
     def settled(self, samples: Samples) -> Samples:
         """Places samples as in a fresh state; call it before the update is started, not to wait for it."""
+        if samples.log_probs is None:  # of a sampler that chooses; a state has the same arrays at every step
+            samples = replace(samples, log_probs=jnp.zeros(samples.tokens.shape))
         return self._split(samples)
 
     def without(self, train: TrainState) -> TrainState:

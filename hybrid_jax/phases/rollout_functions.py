@@ -20,7 +20,7 @@ from hybrid_jax.models.param_axes import param_axes
 from hybrid_jax.models.scoring import response_log_probs
 from hybrid_jax.parallel.rules import shard_params, shard_rows
 from hybrid_jax.phases.references import reference_model
-from hybrid_jax.sampling.base import sample
+from hybrid_jax.sampling.base import quietly, sample
 from hybrid_jax.sampling.responses import ended, join
 
 
@@ -53,9 +53,10 @@ class RolloutFunctions:
         """A policy as the computation reads it: for many calls that sample from it."""
         return shard_params(self.model.cast(self.whole(policy)), param_axes)
 
-    def sample_opponent(self, opponent: Params, *inputs: Array) -> Samples:
+    def sample_opponent(self, opponent: Params, *inputs: Array, tokenizer: Tokenizer | None = None) -> Samples:
         """Answers of an opponent that has a model of its own."""
-        return self._sample(self.reference_model(self.config.answered_by), opponent, *inputs)
+        model = self.reference_model(self.config.answered_by)
+        return self._sample(model, opponent, *inputs, tokenizer=tokenizer)
 
     def check_opponent(self) -> None:
         """Raises `UserError` if the opponent may answer with tokens that the policy has not."""
@@ -71,7 +72,8 @@ class RolloutFunctions:
         self, model: LanguageModel, params: Params, *inputs: Array, tokenizer: Tokenizer | None = None
     ) -> Samples:
         sampler, params = self.config.sampler, self.whole(params)
-        return sample(sampler, model, params, *inputs, eos_ids=self.eos_ids, tokenizer=tokenizer)
+        with quietly():  # at every step
+            return sample(sampler, model, params, *inputs, eos_ids=self.eos_ids, tokenizer=tokenizer)
 
     def reference_model(self, name: str) -> LanguageModel:
         """The model of a reference."""

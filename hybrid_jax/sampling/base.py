@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import chex
+import jax
 from jaxtyping import Array, Bool, Int
 
 from hybrid_jax.core.batches import Samples
@@ -57,9 +60,30 @@ def explores(sampler: Any) -> bool:
     return hasattr(sampler, "alone")
 
 
+def between_programs(sampler: Any) -> bool:
+    """Tells whether a sampler goes back to the host between its own programs, to read texts or check rewards.
+
+    Of several processes each has a part of the rewards alone: there one that reads no texts is compiled whole.
+    """
+    chooses = hasattr(sampler, "reads_texts")
+    return getattr(sampler, "reads_texts", False) or (chooses and jax.process_count() == 1)
+
+
 def alone(sampler: Any) -> Any:
     """The sampler with which a policy answers by itself: ``alone`` of one that explores."""
     return getattr(sampler, "alone", sampler)
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Leaves out what samplers tell of each batch, but for warnings."""
+    logger = logging.getLogger(__name__.rpartition(".")[0])
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 ValueT = TypeVar("ValueT")

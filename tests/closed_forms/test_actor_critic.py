@@ -1,5 +1,6 @@
 """Actor-critic methods, from a config on, reach the closed form of KL-regularised reward on 27 responses."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -45,3 +46,16 @@ def test_what_an_exploring_policy_draws_teaches_the_optimum_of_the_policy_itself
     sampler = {"name": "exploring", "max_new_tokens": 3, "share": 1 / 3, "repeat": 1.0}
     policy = learned({"rl": {**on_policy, **A2C, **changes, "sampler": sampler}}, 200)
     assert distance_to_optimum(policy) < 0.01
+
+
+def test_the_kl_of_an_exploring_policy_is_its_own(built, on_policy):
+    """Before the first update the policy is its reference: it is led astray and has not moved."""
+    sampler = {"name": "exploring", "max_new_tokens": 3, "share": 0.5, "repeat": 1.0}
+    changes = {"advantage": {"name": "vtrace", "rho_cap": 2.0, "trace_cap": 2.0}, "sampler": sampler}
+    experiment = built({"rl": {**on_policy, **A2C, **changes}}, 1)
+    _, metrics = experiment.phases["rl"].step(experiment.init(), jax.random.key(0))
+    assert float(metrics["rl/kl"]) == pytest.approx(0, abs=1e-5)
+    # The entropy of a token of the chain of π_ref, an expectation over draws of another law.
+    reference = sequence_probabilities(reference_params())
+    expected = -(reference @ np.log(reference)) / 3
+    assert float(metrics["rl/entropy"]) == pytest.approx(expected, abs=0.12)

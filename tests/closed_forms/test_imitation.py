@@ -9,6 +9,7 @@ import pytest
 
 from hybrid_jax.core.batches import Rollout
 from hybrid_jax.core.config import parse
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.phases.imitation import Imitation, ImitationFunctions
 from hybrid_jax.testing import (
     SEQUENCES,
@@ -136,3 +137,27 @@ def test_imitating_the_states_of_a_chain_ends_at_the_best_response(learned):
     policy = learned({"imitation": phase}, 100)
     assert SEQUENCES[policy.argmax()].tolist() == [2, 2, 2]
     assert policy.max() > 0.95
+
+
+def test_what_waits_for_the_next_step_has_the_same_arrays_at_every_step(built):
+    """Else no checkpoint but the first could be read: a sampler that chooses gives no log-probs."""
+    phase = {
+        "name": "imitation",
+        "prompts_per_step": 4,
+        "rollout_ahead": True,
+        "sampler": {"name": "best_of_n", "n": 2, "max_new_tokens": 1, "reward": ARM},
+    }
+    experiment = built({"imitation": phase}, 2, **BANDIT)
+    state = experiment.init()
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state.train.extra)
+    for _ in range(2):
+        state = take_step(experiment, experiment.phases["imitation"], state)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), state.train.extra) == shapes
+
+
+def test_a_bound_below_a_reward_is_refused_in_training_too(built):
+    sampler = {"name": "rejection", "n": 2, "max_new_tokens": 1, "reward": ARM, "beta": 1.0, "most": 0.5}
+    phase = {"name": "imitation", "prompts_per_step": 64, "sampler": sampler}
+    experiment = built({"imitation": phase}, 1, **BANDIT)
+    with pytest.raises(UserError, match=r"sampler.most must be at least every reward, got 0.5"):
+        take_step(experiment, experiment.phases["imitation"], experiment.init())

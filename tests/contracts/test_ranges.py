@@ -32,6 +32,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "OnlinePreference": {"reward": {"parts": {"1": {"reward": {"name": "length", "target": 1}}}}},
     "LengthOf": {"least": 1},
     "Guidance": {"value": "a"},
+    "TreeSearch": {"value": "a"},
     "User": {"answered_by": "a"},
     "Gymnasium": {"id": "a"},
     "SkyRLGym": {"id": "a"},

@@ -4,6 +4,7 @@
     LAYER/GATE    the mean of a gate
     recall_L      the share of tokens read L before that a linear map of the state tells right
     chance_L      the same of always saying the commonest one
+    last_token_L  the same of the best guess from the last token alone; what recall is above it is memory
 
 The map is a ridge regression onto one-hot tokens, fitted in closed form on every other row and tested on the
 rest (probing: Alain & Bengio 2016, arXiv:1610.01644). The norms show vanishing gradients (Bengio et al. 1994,
@@ -29,7 +30,7 @@ from hybrid_jax.models.recurrent.model import RecurrentModel, flow_of
 
 LAGS = (1, 2, 4, 8, 16, 32, 64)
 _TOKENS = 64  # the probe tells the commonest ones apart
-_WIDEST = 1024  # a wider state is seen through a random map
+_WIDEST = 1024  # a wider state is seen through that many sums
 _RIDGE = 0.1  # for each token that is fitted, on features of variance 1
 Heads = dict[str, Float[Array, "T H M"]]
 
@@ -85,15 +86,21 @@ def watched(
 
 
 def _features(states: State) -> Float[Array, "B S"]:
-    """All numbers of a state side by side, seen through a random map where they are many."""
+    """All numbers of a state side by side; many are summed, with random signs, in random groups.
+
+    This count sketch (Charikar et al. 2002, doi:10.1007/3-540-45465-9_59) keeps inner products on average, at
+    a cost linear in the numbers.
+    """
     flat = jnp.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(states)], axis=1)
     if jnp.iscomplexobj(flat):
         flat = jnp.concatenate([flat.real, flat.imag], axis=1)
     if (width := flat.shape[1]) <= _WIDEST:
         return flat
-    # The same map each time, so that evaluations and runs compare.
-    random = jax.random.normal(root_key(0, Purpose.EVALUATION), (width, _WIDEST))
-    return flat @ random / jnp.sqrt(width)
+    # The same groups each time, so that evaluations and runs compare.
+    of_groups, of_signs = jax.random.split(root_key(0, Purpose.EVALUATION))
+    group = jax.random.randint(of_groups, (width,), 0, _WIDEST)
+    sign = jax.random.rademacher(of_signs, (width,), flat.dtype)
+    return jnp.zeros((len(flat), _WIDEST), flat.dtype).at[:, group].add(sign * flat)
 
 
 def gradients(
@@ -136,9 +143,10 @@ def norms_by_distance(
 def recalls(
     states: Float[Array, "B T S"], tokens: Int[Array, "B T"], segments: Int[Array, "B T"], vocab_size: int
 ) -> dict[str, Float[Array, ""]]:
-    """``recall_L``, and beside it ``chance_L``: the share that is right by always saying the commonest token.
+    """``recall_L``, ``chance_L`` and ``last_token_L``, the shares that are right.
 
-    Both are of the `_TOKENS` commonest tokens of these rows alone.
+    All are of the `_TOKENS` commonest tokens of these rows alone, and L counts from the last token read. In
+    text the last token tells much of those before: a state that holds it alone reaches ``last_token_L``.
     """
     real = segments > 0
     counts = jnp.zeros(vocab_size).at[tokens].add(real)
@@ -155,10 +163,13 @@ def recalls(
         counted = (segments[:, lag:] == segments[:, :-lag]) & real[:, lag:] & (earlier.sum(axis=-1) > 0)
         fit, test = counted & fitted[:, lag:], counted & ~fitted[:, lag:]
         told = features[:, lag:] @ _ridge(features[:, lag:], earlier, fit)
-        guess = jnp.argmax(jnp.sum(earlier, axis=(0, 1), where=fit[..., None]))
+        seen = jnp.zeros((vocab_size, len(common))).at[tokens[:, lag:]].add(earlier * fit[..., None])
+        share = seen.sum(axis=0) / jnp.maximum(seen.sum(), 1)
+        by_last = jnp.argmax(seen + share, axis=-1)[tokens[:, lag:]]  # the commonest token if it is new
         right, token = jnp.argmax(earlier, axis=-1), jnp.argmax(told, axis=-1)
         numbers[f"recall_{lag}"] = jnp.mean(token == right, where=test)
-        numbers[f"chance_{lag}"] = jnp.mean(guess == right, where=test)
+        numbers[f"chance_{lag}"] = jnp.mean(jnp.argmax(share) == right, where=test)
+        numbers[f"last_token_{lag}"] = jnp.mean(by_last == right, where=test)
     return numbers
 
 

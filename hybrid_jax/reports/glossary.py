@@ -249,11 +249,15 @@ GLOSSARY = {
     ),
     "memory/recall": (
         "Share of held-out tokens, read so many tokens before, that a linear map of the state tells right.",
-        "At the share of guesses: the state has forgotten, or keeps it in a way that is not linear.",
+        "Not above the guess from the last token: the state keeps nothing more, or not in a linear way.",
     ),
     "memory/chance": (
         "The same share of one who always guesses the commonest token.",
         "Recall near it says nothing of the state.",
+    ),
+    "memory/last": (
+        "The same share of the best guess from the last token alone.",
+        "Only recall above it is memory: in text, a token tells much of those before it.",
     ),
     "memory/gates": (
         "Mean of each gate over tokens and channels.",

@@ -45,10 +45,18 @@ def _by_distance(run: Run, lags: Sequence[int]) -> str:
         points = run.points(f"{_PREFIX}{name}") or [(0, None)]
         return [short_number(points[0][1]), short_number(points[-1][1])]
 
-    names = ("tokens before", "gradient at first", "at last", "recall at first", "at last", "of guesses")
+    names = ("tokens before", "gradient at first", "gradient at last", "recall at first", "recall at last")
+    names += ("from the last token alone", "always the commonest")
     head = "".join(f"<th>{name}</th>" for name in names)
+    baselines = ("last_token", "chance")
     rows = [
-        [str(lag), *ends(f"gradient_{lag}"), *ends(f"recall_{lag}"), ends(f"chance_{lag}")[1]] for lag in lags
+        [
+            str(lag),
+            *ends(f"gradient_{lag}"),
+            *ends(f"recall_{lag}"),
+            *(ends(f"{x}_{lag}")[1] for x in baselines),
+        ]
+        for lag in lags
     ]
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     table = f'<table class="speed"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'

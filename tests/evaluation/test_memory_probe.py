@@ -11,7 +11,7 @@ from hybrid_jax.core.batches import Example
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
-from hybrid_jax.evaluation.memory_probe import gradients, norms_by_distance, recalls, watched
+from hybrid_jax.evaluation.memory_probe import _features, gradients, norms_by_distance, recalls, watched
 from hybrid_jax.models.memory.dnc import DNC
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.gru import GRU
@@ -86,8 +86,30 @@ def test_chance_is_the_share_of_the_commonest_token_and_no_pair_spans_two_sequen
     found = told_by(jnp.zeros((4, 8, 2)), tokens, segments, V)
     assert found["chance_1"] == pytest.approx(3 / 5)  # 3 3 3 and 2 2 were read one before
     assert found["recall_1"] == pytest.approx(3 / 5)  # all that is fitted to a state of 0 is the mean
+    assert found["last_token_1"] == pytest.approx(1)  # 1 and 3 came behind 3, and 2 behind 2
     assert found["chance_2"] == pytest.approx(2 / 3)
     assert np.isnan(found["recall_4"])
+
+
+def test_a_state_of_the_last_token_alone_recalls_no_more_than_the_baseline_of_that_token():
+    """The token L before is the same one with probability 0.9^L + (1 − 0.9^L) / V."""
+    repeats = jax.random.bernoulli(jax.random.key(1), 0.9, (400, 30))
+    fresh, segments = rows(400, 30)
+    since = np.maximum.accumulate(np.where(repeats, 0, np.arange(30)), axis=1)
+    tokens = jnp.take_along_axis(fresh, jnp.asarray(since), axis=1)
+    found = jax.tree.map(float, told_by(jax.nn.one_hot(tokens, V), tokens, segments, V))
+    for lag in (1, 2, 4):
+        expected = 0.9**lag + (1 - 0.9**lag) / V
+        assert found[f"last_token_{lag}"] == pytest.approx(expected, abs=0.02)
+        assert found[f"recall_{lag}"] == pytest.approx(found[f"last_token_{lag}"], abs=1e-6)
+        assert found[f"chance_{lag}"] < 0.4
+
+
+def test_a_last_token_that_was_not_fitted_is_guessed_as_the_commonest():
+    """The rows that are tested end in 3, which no fitted one does: those say 2, twice, more often than 1."""
+    tokens = jnp.array([[2, 0], [2, 3], [2, 0], [2, 3], [1, 0], [1, 3]])
+    found = told_by(jnp.zeros((6, 2, 1)), tokens, jnp.ones_like(tokens), V)
+    assert found["last_token_1"] == pytest.approx(2 / 3)
 
 
 @pytest.mark.parametrize(
@@ -128,6 +150,23 @@ def test_watching_a_memory_reads_as_the_model_does_and_shows_its_heads(kind):
     np.testing.assert_allclose(layer["write"][-1], write[0], atol=1e-6)
     own = {"gate"} if kind is NTM else {"free", "allocate", "write"}
     assert {name.removeprefix("layer_0/") for name in gates} == own | {"input", "forget", "output"}
+
+
+def test_a_wide_state_is_summed_in_random_groups_with_random_signs():
+    """Row i of a unit matrix shows where number i goes; 1,500 fill 1 − e^(−1500/1024) of the groups."""
+    shown = np.asarray(jax.jit(_features)(jnp.eye(1500)))
+    assert shown.shape == (1500, 1024)
+    np.testing.assert_array_equal(np.sort(np.abs(shown), axis=1)[:, -2:], [[0.0, 1.0]] * 1500)
+    assert shown.sum(axis=1).mean() == pytest.approx(0, abs=0.1)
+    assert np.any(shown, axis=0).mean() == pytest.approx(1 - np.exp(-1500 / 1024), abs=0.05)
+
+
+def test_a_wide_state_needs_memory_in_proportion_to_its_numbers():
+    width = 2**20
+    state = jax.ShapeDtypeStruct((2, width), jnp.float32)
+    needed = jax.jit(_features).lower(state).compile().memory_analysis()
+    assert needed is not None
+    assert needed.temp_size_in_bytes < 100 * width
 
 
 def evaluator(model) -> Evaluator:

@@ -177,7 +177,8 @@ def test_more_phases_than_colours_are_told_apart_by_dashes(tmp_path):
 
 def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_heads(tmp_path):
     def probed(number: int, gradient: float) -> dict:
-        found = {"gradient_1": gradient, "recall_1": 0.9, "chance_1": 0.16, "layer_0/gate": 0.7}
+        found = {"gradient_1": gradient, "recall_1": 0.9, "chance_1": 0.16, "last_token_1": 0.4}
+        found["layer_0/gate"] = 0.7
         return step(number, "evaluation", **{f"memory/{name}": value for name, value in found.items()})
 
     def heads(number: int) -> dict:
@@ -197,7 +198,10 @@ def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_he
         "Write head · step 1",
     ):
         assert title in text
-    assert "<tr><td>1</td><td>0.25</td><td>0.125</td><td>0.9</td><td>0.9</td><td>0.16</td></tr>" in page
+    row = ("1", "0.25", "0.125", "0.9", "0.9", "0.4", "0.16")
+    assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
+    assert "gradient at first gradient at last recall at first recall at last from the last token alone" in text
+    assert "The same share of the best guess from the last token alone." in text
     assert (
         page.count('<rect x="1" y="1" width="1" height="1" opacity="0.40"/>') == 2
     )  # of the first and the last

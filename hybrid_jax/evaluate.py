@@ -17,7 +17,8 @@ from hybrid_jax.parallel.devices import check_devices
 
 EXPLANATION = """\
 suites:
-  held_out  loss and answers together, and each head, as training measures them (default)
+  held_out  loss, answers, each head, and the memory with evaluation.memory_rows, as training measures them
+            (default)
   loss      cross-entropy and perplexity of the held-out responses
   answers   answers to held-out prompts: reward and its parts, BLEU, eos, length, variety
   rewards   the texts of a file, by rewards; needs no run

@@ -15,8 +15,8 @@ SUITES: Registry[Callable[[Evaluator, Params], Numbers]] = Registry("suite")
 
 @SUITES.register("held_out")
 def held_out(evaluator: Evaluator, params: Params) -> Numbers:
-    """Everything: the loss and the answers, as training measures them."""
-    return loss(evaluator, params) | answers(evaluator, params)
+    """Everything: the loss, the answers and what a recurrent state keeps, as training measures them."""
+    return loss(evaluator, params) | answers(evaluator, params) | evaluator.memory(params)[0]
 
 
 @SUITES.register("loss")

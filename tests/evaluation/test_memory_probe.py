@@ -12,6 +12,7 @@ from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.evaluation.memory_probe import _features, gradients, norms_by_distance, recalls, watched
+from hybrid_jax.evaluation.suites import held_out
 from hybrid_jax.models.memory.dnc import DNC
 from hybrid_jax.models.memory.ntm import NTM
 from hybrid_jax.models.recurrent.gru import GRU
@@ -184,13 +185,15 @@ def evaluator(model) -> Evaluator:
     )
 
 
-def test_an_evaluation_logs_the_probe_and_writes_the_heads_of_the_first_row():
+def test_an_evaluation_and_the_suite_of_all_have_the_probe_and_samples_the_heads_of_the_first_row():
     model = NTM(width=4, num_slots=3, word_width=2).build(Bytes().build().vocab_size)
-    numbers, samples, _ = evaluator(model).run(model.init(jax.random.key(0)))
+    probed, params = evaluator(model), model.init(jax.random.key(0))
+    numbers, samples, _ = probed.run(params)
     assert {"evaluation/memory/gradient_1", "evaluation/memory/recall_4", "evaluation/memory/layer_0/gate"} <= {
         *numbers
     }
     assert "evaluation/memory/gradient_16" not in numbers  # no row is as long
+    assert {f"evaluation/{name}" for name in held_out(probed, params)} == numbers.keys()
     (shown,) = [sample["memory"] for sample in samples]
     assert "".join(shown["read"]).startswith("ab ab ab")
     (layer,) = shown["layers"]

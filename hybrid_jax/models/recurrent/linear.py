@@ -7,6 +7,7 @@ h_t = a_t h_{t−1} + b_t                      a and b [T B W] depend on the inp
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from hybrid_jax.models.base import Params
 from hybrid_jax.models.recurrent.cell import Cell, Flow
 
-Terms = tuple[Shaped[Array, "... W"], Shaped[Array, "... W"], Float[Array, "... I"]]
+Terms = tuple[Shaped[Array, "... W"], Shaped[Array, "... W"], Any]  # a, b and what the output reads, x
 
 
 class LinearCell(Cell):
@@ -23,10 +24,10 @@ class LinearCell(Cell):
 
     @abstractmethod
     def prepared(self, params: Params, x: Float[Array, "... I"]) -> Terms:
-        """a, b and x."""
+        """a, b and what the output reads beside h."""
 
     @abstractmethod
-    def output(self, params: Params, h: Shaped[Array, "... W"], x: Float[Array, "... I"]) -> Array:
+    def output(self, params: Params, h: Shaped[Array, "... W"], x: Any) -> Array:
         """The output of the layer, from the state behind each token."""
 
     def step(self, params: Params, state: Shaped[Array, "B W"], inputs: Terms):

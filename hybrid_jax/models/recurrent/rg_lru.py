@@ -69,18 +69,20 @@ class RGLRUCell(LinearCell):
         return jnp.zeros((rows, self.state_width))
 
     def prepared(self, params: Params, x: Float[Array, "... I"]) -> Terms:
-        """`LinearCell.prepared`; what the output reads is the branch G x."""
+        """`LinearCell.prepared`; what the output reads is the branch G x, beside the gate i for `gates`."""
         u, branch = jnp.split(linear(x, params["input"]["kernel"]), 2, axis=-1)
         gates = jax.nn.sigmoid(linear(u, params["gates"]["kernel"], params["gates"]["bias"]))
         r, i = jnp.split(gates, 2, axis=-1)
         log_a = _POWER * r * jax.nn.log_sigmoid(params["decay"]["logit"])
-        # 1 − a² with the digits that it has near a = 1
-        return jnp.exp(log_a), jnp.sqrt(-jnp.expm1(2.0 * log_a)) * i * u, branch
+        # 1 − a² with the digits that it has near a = 1, kept above 0, where the slope of the root is infinite
+        power = jnp.maximum(-jnp.expm1(2.0 * log_a), jnp.finfo(log_a.dtype).tiny)
+        return jnp.exp(log_a), jnp.sqrt(power) * i * u, (branch, i)
 
     def gates(self, params: Params, state: Float[Array, "B S"], inputs: Terms) -> dict[str, Array]:
-        """`Cell.gates`: the decay, which joins r and Λ."""
-        return {"decay": inputs[0]}
+        """`Cell.gates`: the decay a, which joins r and Λ, and the input gate i."""
+        decay, _, (_, i) = inputs
+        return {"decay": decay, "input": i}
 
-    def output(self, params: Params, h: Float[Array, "... S"], x: Float[Array, "... S"]) -> Array:
+    def output(self, params: Params, h: Float[Array, "... S"], x: tuple[Array, Array]) -> Array:
         """`LinearCell.output`."""
-        return linear(gelu_tanh(x) * h, params["projection"]["kernel"])
+        return linear(gelu_tanh(x[0]) * h, params["projection"]["kernel"])

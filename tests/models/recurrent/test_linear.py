@@ -102,3 +102,28 @@ def test_a_real_gated_unit_follows_its_equations_in_float64_and_begins_within_it
         expected.append((gelu * h) @ params["projection"]["kernel"])
     y, _ = cell.read(jax.tree.map(jnp.float32, params), X, cell.start(B))
     np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_a_real_gated_unit_that_keeps_all_has_a_finite_gradient_and_reads_nothing():
+    """With b_r = −100 the gate r is 0 in float32: a = 1, and the root of 1 − a² has an infinite slope."""
+    cell = CELLS["rg_lru"]
+    params = cell.init(KEY, W)
+    params["gates"]["bias"] = params["gates"]["bias"].at[:3].set(-100.0)
+    held = jnp.ones((B, 3))
+    loss, gradients = jax.jit(jax.value_and_grad(lambda p: jnp.sum(cell.read(p, X, held)[0])))(params)
+    assert np.isfinite(loss)
+    jax.tree.map(lambda x: np.testing.assert_array_equal(np.isfinite(x), True), gradients)
+    np.testing.assert_allclose(cell.read(params, X, held)[1], held, atol=1e-6)
+
+
+def test_the_gates_of_a_real_gated_unit_are_its_decay_and_its_input_gate():
+    """With b_r = 1, b_i = −2 and kernels of 0 they are σ(Λ)^(8 σ(1)) and σ(−2)."""
+    cell = CELLS["rg_lru"]
+    params = cell.init(KEY, W)
+    params["gates"] = {"kernel": jnp.zeros((3, 6)), "bias": jnp.array([1.0] * 3 + [-2.0] * 3)}
+    gates = cell.gates(params, cell.start(B), cell.prepared(params, X[0]))
+    sigmoid = lambda x: 1 / (1 + np.exp(-np.float64(x)))  # noqa: E731
+    decay = sigmoid(params["decay"]["logit"]) ** (8 * sigmoid(1.0))
+    assert gates.keys() == {"decay", "input"}
+    np.testing.assert_allclose(gates["decay"], [decay] * B, rtol=1e-5)
+    np.testing.assert_allclose(gates["input"], np.full((B, 3), sigmoid(-2.0)), rtol=1e-5)

@@ -170,6 +170,47 @@ def test_a_wide_state_needs_memory_in_proportion_to_its_numbers():
     assert needed.temp_size_in_bytes < 100 * width
 
 
+def read_alone(model, params, tokens):
+    """The state behind each token of one sequence, and the gates, from the equations of an NTM with an LSTM."""
+    cell, own, states, gates = model.config.cell(), params["layer_0"]["cell"], [], []
+    (state,) = model.start(1)
+    kernel, bias = (own["controller"]["input"][name] for name in ("kernel", "bias"))
+    heads = 2
+    of_gate = slice(
+        heads * cell.word_width + heads, heads * cell.word_width + 2 * heads
+    )  # behind key, strength
+    for token in tokens:
+        x = params["token_embedding"]["embedding"][token]
+        seen = np.concatenate([x, np.ravel(state[1].reads)]) @ kernel + bias
+        of_lstm = cell.controller.gates(own["controller"], state[0], seen[None])
+        state, _ = cell.step(own, state, cell.prepared(own, x[None]))
+        said = state[0][1] @ own["interface"]["kernel"] + own["interface"]["bias"]
+        gates.append({**of_lstm, "gate": jax.nn.sigmoid(said[:, of_gate])})
+        states.append(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state)]))
+    return states, gates
+
+
+def test_packed_rows_with_padding_inside_are_watched_as_each_sequence_alone():
+    model = NTM(width=4, num_slots=3, word_width=2).build(V)
+    params = jax.tree.map(
+        lambda x: np.random.default_rng(x.size).normal(0, 0.7, x.shape).astype(np.float32),
+        model.init(jax.random.key(0)),
+    )
+    tokens = rows(2, 8)[0]
+    segments = np.array([[1, 1, 0, 1, 2, 2, 0, 0], [0, 1, 2, 2, 0, 2, 2, 3]])
+    states, means, _ = jax.jit(partial(watched, model))(params, tokens, jnp.asarray(segments))
+    of_all = []
+    for row, segment in ((0, 1), (0, 2), (1, 1), (1, 2), (1, 3)):
+        (places,) = np.nonzero(segments[row] == segment)
+        expected, gates = read_alone(model, params, tokens[row, places])
+        np.testing.assert_allclose(states[row, places], expected, atol=1e-5)
+        of_all += gates
+    np.testing.assert_array_equal(states[0, 6:], states[0, [5, 5]])
+    for name in ("input", "forget", "output", "gate"):
+        expected = np.mean([gates[name].mean() for gates in of_all])
+        assert float(means[f"layer_0/{name}"]) == pytest.approx(expected, abs=1e-5)
+
+
 def evaluator(model) -> Evaluator:
     """An evaluator of two rows of text."""
     tokenizer = Bytes().build()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from annotated_types import Ge
 
-from hybrid_jax.core.batches import Example, PromptBatch
+from hybrid_jax.core.batches import Example, PromptBatch, TokenBatch
 from hybrid_jax.core.errors import UserError
 from hybrid_jax.core.keys import Purpose, root_key
 from hybrid_jax.core.ranges import BatchSize, Count, Natural, settings
@@ -36,6 +37,7 @@ from hybrid_jax.rewards.segments import response_pieces
 from hybrid_jax.sampling.base import SAMPLERS, Sampler, alone, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
+log = logging.getLogger(__name__)
 _READ = 64  # tokens for which heads are shown
 WITHOUT_BOUND = 1024  # tokens a row, where neither settings nor model say
 
@@ -56,7 +58,7 @@ class EvaluationConfig:
     sampler: Annotated[Any, SAMPLERS] | None = None  # None takes the one that PPO trains with
     reward: CompositeReward | None = None  # None takes the one that PPO trains with
     judges: dict[str, Annotated[Any, REWARDS]] = field(default_factory=dict)  # measured, never trained on
-    memory_rows: Annotated[int, Ge(2)] | None = None  # held-out rows to probe a recurrent model's state on
+    memory_rows: Annotated[int, Ge(2)] | None = None  # held-out rows to probe a recurrent state on, 64 or more
     token_chain: bool = False  # measure the Markov chain over tokens that the answers make
     num_extremes: Natural = 2  # of the best and of the worst answers by each part, written into samples.jsonl
 
@@ -121,6 +123,7 @@ class Evaluator:
         self._loss = jax.jit(functools.partial(_loss, model))
         if config.memory_rows is not None:
             self._probe = jax.jit(functools.partial(probe, self._recurrent()))
+            self._probed = self._rows_to_probe(config.memory_rows)
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
             answer = functools.partial(sample, self.sampler, model, eos_ids=eos_ids, tokenizer=tokenizer)
@@ -150,10 +153,9 @@ class Evaluator:
 
     def memory(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Probes the state over ``memory_rows`` rows; the heads of a memory are a sample, of the first row."""
-        if self._rows is None or self.config.memory_rows is None:
+        if self.config.memory_rows is None:
             return {}, []
-        batch = next(iter(self._rows.sequential(self.config.memory_rows)))
-        tokens, segments = batch.tokens, batch.segment_ids
+        tokens, segments = self._probed.tokens, self._probed.segment_ids
         numbers, heads = self._probe(params, *_on_devices((tokens, segments)))
         numbers = {f"memory/{name}": float(value) for name, value in numbers.items()}
         real = tokens[0][segments[0] > 0][:_READ].tolist()
@@ -169,6 +171,16 @@ class Evaluator:
             kind = type(self._model).__name__
             raise UserError(f"evaluation.memory_rows needs a recurrent model, got a {kind}; set it to null")
         return self._model
+
+    def _rows_to_probe(self, count: int) -> TokenBatch:
+        if self._rows is None:
+            raise UserError(
+                "evaluation.memory_rows needs held-out examples with a response, got none; set it to null"
+            )
+        batch = next(iter(self._rows.sequential(count)))
+        if np.sum(np.any(batch.segment_ids > 0, axis=1)) < 2:
+            log.warning("evaluation.memory_rows: recall needs two held-out rows, got one; it is not measured")
+        return batch
 
     def answers(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """Samples an answer to each held-out prompt and scores it.

@@ -211,14 +211,14 @@ def test_packed_rows_with_padding_inside_are_watched_as_each_sequence_alone():
         assert float(means[f"layer_0/{name}"]) == pytest.approx(expected, abs=1e-5)
 
 
-def evaluator(model) -> Evaluator:
-    """An evaluator of two rows of text."""
+def evaluator(model, texts=("ab ab ab", "ba ba ba")) -> Evaluator:
+    """An evaluator of texts, a row each."""
     tokenizer = Bytes().build()
     return Evaluator(
         EvaluationConfig(memory_rows=2, num_prompts=0, length=12),
         model,
         tokenizer,
-        [Example("", text) for text in ("ab ab ab", "ba ba ba")],
+        [Example("", text) for text in texts],
         sampler=None,
         rewards={},
         seed=0,
@@ -248,3 +248,23 @@ def test_a_model_without_a_state_is_refused_in_one_line():
         UserError, match=r"evaluation.memory_rows needs a recurrent model, got a PrefixTable; set it to null"
     ):
         evaluator(PrefixTable(max_length=None))
+
+
+def test_one_row_says_why_it_has_no_recall(caplog):
+    model = GRU(width=4).build(Bytes().build().vocab_size)
+    assert evaluator(model) is not None
+    assert not caplog.records
+    numbers, _ = evaluator(model, ["ab ab ab"]).memory(model.init(jax.random.key(0)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "evaluation.memory_rows: recall needs two held-out rows, got one; it is not measured"
+    ]
+    assert "memory/gradient_1" in numbers
+    assert not [name for name in numbers if "recall" in name]
+
+
+def test_a_probe_without_any_response_is_refused_in_one_line():
+    model = GRU(width=4).build(Bytes().build().vocab_size)
+    with pytest.raises(
+        UserError, match=r"^evaluation.memory_rows needs held-out examples with a response, got none; set it to"
+    ):
+        evaluator(model, [None])

@@ -36,10 +36,9 @@ def asked_then_told(values: Int[Array, "B K"], keys: Int[Array, "B F"]) -> Float
 
 
 def shuffled(bank: Bank, key: Array) -> Bank:
-    """The bank with the values of the slots that hold something in another order, the same in all rows."""
-    random = jax.random.uniform(key, bank.used.shape[1:])
-    filled = bank.used[0] >= 0  # the same slots in each row, the first ones
-    return bank.replace(values=bank.values[:, jnp.argsort(jnp.where(filled, random, 2.0))])
+    """The bank with the values of the slots that hold something in another order, each row in its own."""
+    random = jnp.where(bank.used >= 0, jax.random.uniform(key, bank.used.shape), 2.0)
+    return bank.replace(values=jnp.take_along_axis(bank.values, jnp.argsort(random)[..., None], axis=1))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -79,8 +78,10 @@ def main(arguments: list[str]) -> None:
     task, controller = TASKS["associative_recall"], LSTMCell(WIDTH, WIDTH)
     cell = BankCell(controller, task.length)
     state, wrong = begun(task, cell, given.seed), 0.0
-    for first in range(0, given.sequences // task.batch, 200):
-        state, wrong = trained(task, cell, state, jnp.array(first), 200, jnp.array(given.seed))
+    updates = given.sequences // task.batch
+    for first in range(0, updates, 200):
+        count = min(200, updates - first)
+        state, wrong = trained(task, cell, state, jnp.array(first), count, jnp.array(given.seed))
     print(f"{wrong:.4g} of {task.length} symbols wrong at the end of learning", flush=True)
     room = BankCell(controller, TASKS_IN_TURN * FACTS)  # for all that is told; slots have no parameters
     ways: tuple[Between, ...] = ("kept", "cleared", "shuffled")

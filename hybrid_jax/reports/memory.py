@@ -79,9 +79,10 @@ def _heads(run: Run) -> list[str]:
 
 
 def _heat_map(title: str, weights: Sequence[Sequence[int]], read: Sequence[str], kind: str) -> str:
-    """Slots downwards, tokens to the right; a weight in per cent is the darkness of its field."""
+    """Slots downwards, tokens to the right; a field is as dark as its weight, in per cent, by the largest."""
+    largest = max((weight for row in weights for weight in row), default=0)
     fields = "".join(
-        f'<rect x="{token}" y="{slot}" width="1" height="1" opacity="{weight / 100:.2f}"/>'
+        f'<rect x="{token}" y="{slot}" width="1" height="1" opacity="{weight / largest:.2f}"/>'
         for slot, row in enumerate(weights)
         for token, weight in enumerate(row)
         if weight
@@ -90,7 +91,7 @@ def _heat_map(title: str, weights: Sequence[Sequence[int]], read: Sequence[str],
     box = f'viewBox="0 0 {len(read)} {len(weights)}" preserveAspectRatio="none" aria-hidden="true"'
     tokens = "".join(f"<span>{_shown(token)}</span>" for token in read)
     return (
-        f'<figure class="chart"><figcaption><h3>{html.escape(title)}</h3></figcaption>'
+        f'<figure class="chart"><figcaption><h3>{html.escape(title)} · darkest {largest} %</h3></figcaption>'
         f'<div class="frame"><div class="ys"><span style="top:0">0</span>'
         f'<span style="bottom:0">{len(weights) - 1}</span></div>'
         f'<div class="slots"><svg class="{colour}" {box}>{fields}</svg></div></div>'

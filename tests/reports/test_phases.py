@@ -182,7 +182,7 @@ def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_he
         return step(number, "evaluation", **{f"memory/{name}": value for name, value in found.items()})
 
     def heads(number: int) -> dict:
-        layer = {"write": [[[100, 0], [0, 40]]], "read": [[[0, 0], [100, 7]]]}
+        layer = {"write": [[[50, 0], [0, 20]]], "read": [[[0, 0], [100, 7]]]}
         where = {"step": number, "phase": "evaluation", "split": "held_out"}
         return {**where, "memory": {"read": ["<", " "], "layers": [layer]}}
 
@@ -195,7 +195,7 @@ def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_he
     for title in (
         "Gradient of the last loss, by distance in tokens",
         "Gates of layer 0",
-        "Write head · step 1",
+        "Write head · step 1 · darkest 50 %",
     ):
         assert title in text
     row = ("1", "0.25", "0.125", "0.9", "0.9", "0.4", "0.16")

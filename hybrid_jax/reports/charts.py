@@ -160,15 +160,19 @@ class Axis:
         return (value - self.low) / (self.high - self.low)
 
 
-def axis_for(values: Sequence[float], floor: float | None = None, intervals: int = 5) -> Axis:
+def axis_for(
+    values: Sequence[float], floor: float | None = None, intervals: int = 5, log: bool = False
+) -> Axis:
     """An axis with round ends that holds all values, with about ``intervals`` ticks.
 
-    It is logarithmic if all values are positive and most of them would be squashed against its bottom.
+    It is logarithmic if all values are positive and most of them would be squashed against its bottom,
+    or with ``log``.
     """
     low, high = min(values), max(values)
     middle = sorted(values)[len(values) // 2]
-    if low > 0 and high > 30 * middle:
-        bottom, top = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    if low > 0 and (log or high > 30 * middle):
+        bottom = math.floor(math.log10(low))
+        top = max(math.ceil(math.log10(high)), bottom + 1)
         every = max(1, -(-(top - bottom) // intervals))
         ticks = tuple(10.0**power for power in range(bottom, top + 1, every))
         return Axis(10.0**bottom, 10.0**top, ticks, True)
@@ -212,17 +216,43 @@ def draw(panels: Sequence[Panel], blocks: Sequence[Block], end: int) -> tuple[st
         keys = "".join(_key(line, points["y"]) for line, points in zip(panel.series, hover, strict=False))
         if panel.band:
             keys += _band_key(panel.band, hover[-2]["y"], hover[-1]["y"])
-        scale = '<span class="scale">log scale</span>' if axis.is_log else ""
-        labels = "".join(
-            f'<span style="bottom:{100 * axis.share(tick):.2f}%">{short_number(tick)}</span>'
-            for tick in axis.ticks
-        )
         pieces.append(
-            f'<div class="legend">{keys}{scale}</div><div class="frame"><div class="ys">{labels}</div>'
+            f'<div class="legend">{keys}{_scale(axis)}</div>'
+            f'<div class="frame"><div class="ys">{_ticks(axis)}</div>'
             f'<div class="plot" tabindex="0">{_svg(panel, axis, blocks, end)}</div></div>'
         )
         data.append({"low": axis.low, "high": axis.high, "log": axis.is_log, "series": hover})
     return "".join(pieces) + _strip(blocks, end) + _steps_axis(end), data
+
+
+def draw_over(names: Sequence[str], unit: str, panel: Panel, log: bool = False) -> str:
+    """The HTML of curves over something other than steps, without a hover.
+
+    Args:
+        names: of the places from left to right; the ``xs`` of a curve count them from 0.
+        unit: of the names.
+        panel: the curves.
+        log: asks for a logarithmic axis.
+    """
+    end = len(names)
+    axis = axis_for([y for line in panel.series for y in line.ys if y is not None], panel.floor, log=log)
+    keys = "".join(f'<span class="key {x.colour}"><i></i>{html.escape(x.label)}</span>' for x in panel.series)
+    below = "".join(f'<span style="left:{100 * i / end:.2f}%">{name}</span>' for i, name in enumerate(names))
+    return (
+        f'<div class="legend">{keys}{_scale(axis)}</div><div class="frame"><div class="ys">{_ticks(axis)}</div>'
+        f'<div class="still">{_svg(panel, axis, [], end)}</div></div>'
+        f'<div class="frame"><div class="ys"></div><div class="xs">{below}<em>{unit}</em></div></div>'
+    )
+
+
+def _scale(axis: Axis) -> str:
+    return '<span class="scale">log scale</span>' if axis.is_log else ""
+
+
+def _ticks(axis: Axis) -> str:
+    return "".join(
+        f'<span style="bottom:{100 * axis.share(tick):.2f}%">{short_number(tick)}</span>' for tick in axis.ticks
+    )
 
 
 def _key(line: Series, shown: Numbers) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from hybrid_jax.reports.charts import short_number
+from hybrid_jax.reports.charts import Panel, Series, draw_over, short_number
 from hybrid_jax.reports.metrics import Chart, Line, many_colour
-from hybrid_jax.reports.page import Figures, chart_grid, section
+from hybrid_jax.reports.page import Figures, chart_grid, glossary_note, section
 from hybrid_jax.reports.run import Run
 
 _PREFIX = "evaluation/memory/"
@@ -16,18 +16,37 @@ _PREFIX = "evaluation/memory/"
 def memory_section(run: Run, figures: Figures) -> str:
     """Charts of gradients, recall and gates, and the heads of a memory at the first and last evaluation."""
     lags = sorted(int(name) for name in run.names(f"{_PREFIX}gradient_"))
-    charts = [_by_lag("Gradient of the last loss, by distance in tokens", lags, "gradient")]
-    charts += [_by_lag("Recall, by distance in tokens", lags, "recall", 0.0)]
+    gradient = [("gradient", 0, "at first"), ("gradient", -1, "at last")]
+    recall = [
+        ("recall", 0, "at first"),
+        ("recall", -1, "at last"),
+        ("last_token", -1, "from the last token alone"),
+    ]
+    over = _over_distance(run, "Gradient of the last loss, by distance in tokens", lags, gradient, log=True)
+    over += _over_distance(run, "Recall, by distance in tokens", lags, recall)
     layers = sorted({name.partition("/")[0] for name in run.names(_PREFIX) if "/" in name})
-    charts += [_gates(run, layer) for layer in layers]
-    drawn = chart_grid(figures, charts, "wide") + _by_distance(run, lags) + "".join(_heads(run))
+    charts = [_gates(run, layer) for layer in layers]
+    drawn = f'<div class="charts wide">{over}</div>' if over else ""
+    drawn += chart_grid(figures, charts, "wide") + _by_distance(run, lags) + "".join(_heads(run))
     figures.count_as_drawn(name for name in run.curves if name.startswith(_PREFIX))
     return section("What the state keeps", drawn)
 
 
-def _by_lag(title: str, lags: Sequence[int], name: str, floor: float | None = None) -> Chart:
-    lines = [Line(f"{_PREFIX}{name}_{lag}", str(lag), many_colour(i)) for i, lag in enumerate(lags)]
-    return Chart(title, [(lines, floor)], f"memory/{name}")
+def _over_distance(
+    run: Run, title: str, lags: Sequence[int], curves: Sequence[tuple[str, int, str]], log: bool = False
+) -> str:
+    """A chart of numbers over the distance: of each curve the metric, which evaluation, and its label."""
+    lines = []
+    for i, (name, end, label) in enumerate(curves):
+        ends = [(run.points(f"{_PREFIX}{name}_{lag}") or [(0, None)])[end][1] for lag in lags]
+        ys = [None if y is None or (log and y <= 0) else y for y in ends]
+        if any(y is not None for y in ys):
+            lines.append(Series(label, many_colour(i), range(len(lags)), ys))
+    if not lines:
+        return ""
+    drawn = draw_over([str(lag) for lag in lags], "tokens before", Panel(lines, None if log else 0.0), log)
+    note = glossary_note(f"memory/{curves[0][0]}")
+    return f'<figure class="chart"><figcaption><h3>{title}</h3></figcaption>{drawn}{note}</figure>'
 
 
 def _gates(run: Run, layer: str) -> Chart:

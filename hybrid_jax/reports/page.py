@@ -43,7 +43,7 @@ class Figures:
         drawing, hover = draw(panels, self._run.blocks, self._run.end)
         self.hover += hover
         title = f"<figcaption><h3>{escaped(chart.title, 100)}</h3></figcaption>"
-        return f'<figure class="chart">{title}{drawing}{_note(chart.glossary)}</figure>'
+        return f'<figure class="chart">{title}{drawing}{glossary_note(chart.glossary)}</figure>'
 
     def has_drawn(self, chart: Chart) -> bool:
         """Tells whether the page shows a line of the chart already."""
@@ -91,7 +91,8 @@ class Figures:
         ]
 
 
-def _note(entry: str | None) -> str:
+def glossary_note(entry: str | None) -> str:
+    """An entry of the glossary as the note beneath a chart."""
     found = GLOSSARY.get(entry or "") or PART_GLOSSARY.get(entry or "")
     return f'<p class="note">{escaped(" ".join(found))}</p>' if found else ""
 

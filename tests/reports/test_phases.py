@@ -198,6 +198,11 @@ def test_a_probed_memory_has_its_charts_a_table_over_distance_and_maps_of_its_he
         "Write head · step 1 · darkest 50 %",
     ):
         assert title in text
+    charts = re.findall(r"<h3>(?:Gradient of|Recall,).*?</figure>", page, re.S)
+    # The gradient falls from 0.25 to 0.125 on an axis from 0.1 to 1 in logarithms; recall stays at 0.9 of 1.
+    heights = [re.findall(r'class="dots [a-z ]+" d="M0.0 ([0-9.]+)h0"', chart) for chart in charts]
+    assert heights == [["60.21", "90.31"], ["10.00", "10.00", "60.00"]]
+    assert [("log scale" in chart) for chart in charts] == [True, False]
     row = ("1", "0.25", "0.125", "0.9", "0.9", "0.4", "0.16")
     assert f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" in page
     assert "gradient at first gradient at last recall at first recall at last from the last token alone" in text

@@ -1,4 +1,4 @@
-"""What each decoder gives and costs, on the same prompts; prints a markdown table.
+"""Compares what decoders give and cost on the same prompts; prints a markdown table.
 
     python scripts/decoders_table.py --run runs/tinyshakespeare --prompts prompts.txt --judge runs/kneser_ney \\
         "temperature=0" "temperature=0 repetition_penalty=1.2" min_p=0.1 "name=best_of_n n=8"

@@ -191,7 +191,7 @@ def nats_a_token(model: Any, params: Any, tokens: np.ndarray, length: int) -> fl
 
 
 def tflops(model: Any, steps: int) -> float:
-    """Of ``steps`` steps."""
+    """The arithmetic of ``steps`` steps, in 10¹² FLOPs."""
     tokens, config = ROWS * LENGTH, getattr(model, "config", None)
     if isinstance(model, MarkovView):
         order = model.order

@@ -34,7 +34,7 @@ from hybrid_jax.parallel.rules import current_placement
 from hybrid_jax.rewards.base import REWARDS, DeviceReward, check_reward, column_names
 from hybrid_jax.rewards.composite import CompositeReward, Part
 from hybrid_jax.rewards.segments import response_pieces
-from hybrid_jax.sampling.base import SAMPLERS, Sampler, alone, sample
+from hybrid_jax.sampling.base import SAMPLERS, Sampler, alone, between_programs, sample
 from hybrid_jax.sampling.responses import decode_responses, ended, join
 
 log = logging.getLogger(__name__)
@@ -127,8 +127,7 @@ class Evaluator:
         if self.sampler:
             self._ended = jax.jit(functools.partial(ended, eos_ids=eos_ids))
             answer = functools.partial(sample, self.sampler, model, eos_ids=eos_ids, tokenizer=tokenizer)
-            # One that chooses by texts goes back to the host between its programs.
-            self._sample = answer if getattr(self.sampler, "reads_texts", False) else jax.jit(answer)
+            self._sample = answer if between_programs(self.sampler) else jax.jit(answer)
 
     def run(self, params: Params) -> tuple[dict[str, float], list[dict[str, Any]], dict[str, list[float]]]:
         """All measurements as ``evaluation/<metric>``, samples to show, and what each prompt has scored."""

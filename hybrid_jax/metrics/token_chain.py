@@ -90,7 +90,7 @@ class TokenChain:
         return divisor
 
     def numbers(self) -> dict[str, float]:
-        """What is logged of it."""
+        """Its four numbers by name, as they are logged."""
         p, pi = self.transitions, self.stationary
         return {
             "spectral_gap": self.spectral_gap,

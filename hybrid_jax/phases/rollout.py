@@ -77,8 +77,8 @@ class Rollouts:
         sampling = self._placement.with_rules(ROLLOUTS[self.config.rollout_weights])
         sample, other = (under(sampling, self._program(name)) for name in ("sample", "sample_opponent"))
         self._on_host = between_programs(self.config.sampler)
-        of = partial(partial, tokenizer=self._tokenizer) if self._on_host else jax.jit
-        self._sample, self._sample_opponent = of(sample), of(other)
+        ready = jax.jit if not self._on_host else lambda answer: partial(answer, tokenizer=self._tokenizer)
+        self._sample, self._sample_opponent = ready(sample), ready(other)
         scoring = (jax.jit(under(self._placement, self._program(name))) for name in ("score", "rewarded"))
         self._score, self._reward_on_device = scoring
 
@@ -377,7 +377,7 @@ class Rollouts:
                 beside=(train.opt_state, train.extra, waiting),
             ),
         ]
-        programs = programs[self._on_host :]
+        programs = programs[1:] if self._on_host else programs
         rollout = replace(scored, scores=scores, plain_scores=scores)
         if self._refill is None:
             return programs, rollout

@@ -53,17 +53,17 @@ class ByReward:
     reward: Score
 
     def begin(self, prompts: Int[Array, "B P"], mask: Bool[Array, "B P"], length: int) -> Any:
-        """What it keeps: nothing."""
+        """An empty state: rewards are computed anew for each candidate."""
         return ()
 
     def score(self, kept: Any, samples: Samples, t, tokens: Int[Array, "B k"], ends) -> tuple[Array, Any]:
-        """The score of each of k candidates for token t, and what it keeps of them."""
+        """The score of each of k candidates for token t, and the state with each."""
         rows = jax.tree.map(lambda x: jnp.repeat(x, tokens.shape[1], axis=0), samples)
         token = tokens.reshape(-1)
         return self.reward(_with_token(rows, t, token, 0.0, token >= 0)).reshape(tokens.shape), kept
 
     def choose(self, kept: Any, choice: Int[Array, "B"]) -> Any:
-        """What it keeps of the chosen candidates."""
+        """The state of the chosen candidates."""
         return kept
 
 

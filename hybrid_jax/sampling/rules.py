@@ -19,7 +19,7 @@ from hybrid_jax.sampling.logits import sample_token
 
 @struct.dataclass
 class History:
-    """What the penalties read of each row; None where no penalty reads it."""
+    """Tokens of each row that the penalties read; None where no penalty reads them."""
 
     seen: Bool[Array, "B V"] | None = None  # tokens of its prompt and of its response
     counts: Int[Array, "B V"] | None = None  # of each token in its response

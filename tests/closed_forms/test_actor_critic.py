@@ -58,4 +58,6 @@ def test_the_kl_of_an_exploring_policy_is_its_own(built, on_policy):
     # The entropy of a token of the chain of π_ref, an expectation over draws of another law.
     reference = sequence_probabilities(reference_params())
     expected = -(reference @ np.log(reference)) / 3
-    assert float(metrics["rl/entropy"]) == pytest.approx(expected, abs=0.12)
+    assert float(metrics["rl/entropy"]) == pytest.approx(
+        expected, abs=0.12
+    )  # four standard errors of 384 tokens

@@ -4,15 +4,19 @@ from dataclasses import dataclass, field
 
 import jax
 import numpy as np
+import pytest
 
 from hybrid_jax.core.batches import Example
+from hybrid_jax.core.errors import UserError
 from hybrid_jax.data.tokenizer import Bytes
 from hybrid_jax.evaluation.evaluate import EvaluationConfig, Evaluator
 from hybrid_jax.models.decoder import Decoder, DecoderConfig
 from hybrid_jax.rewards.composite import CompositeReward, Part
+from hybrid_jax.rewards.tokens import TokenCount
 from hybrid_jax.runs.policy import Policy
 from hybrid_jax.runs.terminal_chat import TerminalChat
 from hybrid_jax.sampling.best_of_n import BestOfN
+from hybrid_jax.sampling.rejection import Rejection
 
 TOKENIZER = Bytes(chat_template="plain").build()
 N = 8
@@ -66,3 +70,20 @@ def test_an_evaluation_scores_the_best_of_those_that_were_drawn_for_each_prompt(
     _, _, by_prompt = evaluator.answers(params)
     best = np.concatenate([np.reshape(distinct(None, texts), (-1, N)).max(axis=1) for texts in reward.seen])
     assert by_prompt["score"] == best[:3].tolist()
+
+
+def test_a_bound_below_a_reward_on_tokens_is_refused_by_an_evaluation_too():
+    model, params = tiny()
+    reward = TokenCount(weights={token: 1.0 for token in range(model.vocab_size)})
+    evaluator = Evaluator(
+        EvaluationConfig(num_prompts=2),
+        model,
+        TOKENIZER,
+        [Example(prompt, None) for prompt in "ab"],
+        sampler=Rejection(reward=reward, max_new_tokens=4, n=2, most=0.5),
+        rewards={},
+        seed=0,
+        eos_ids=(),
+    )
+    with pytest.raises(UserError, match=r"sampler.most must be at least every reward, got 0.5"):
+        evaluator.answers(params)

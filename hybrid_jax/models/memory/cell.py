@@ -126,7 +126,7 @@ class MemoryCell(Cell):
         return of_controller, h, _parts(jnp.clip(interface, -_LARGEST, _LARGEST), self.interface)
 
     def _with_reads(self, params: Params, memory: Any, inputs: Float[Array, "B G"]) -> Float[Array, "B G"]:
-        """What the controller reads: the token, and what the heads have read."""
+        """Inputs of the controller: the token beside the words that the heads have read."""
         return inputs + memory.reads.reshape(len(inputs), -1) @ self._kernels(params)[1]
 
     def _kernels(self, params: Params) -> tuple[Array, Array]:
